@@ -1,0 +1,161 @@
+"""Which backend serves an op: a committed table, a recorded reason for everything not used, no timing at run time.
+
+A backend asked for by name (`backend=` or EVAAT_FAST_BACKEND) works or raises with the reason. `auto` takes the first usable
+one of its row and logs once why an earlier one was passed over. EVAAT_FAST_BACKEND is read at import: a name for every op
+("reference"), or names per op ("rope3d=cpu,patchify=reference").
+"""
+
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+_log = logging.getLogger("evaat_fast")
+
+BACKENDS = ("triton", "gluon", "cuda", "cpu", "sdpa", "reference")
+LOW = ("bfloat16", "float16")
+FLOATS = ("float32", *LOW)
+
+# What the C++ kernels call the dtypes (csrc/cpu.h).
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+@dataclass(frozen=True)
+class Support:
+    """One op on one backend: dtypes, whether it has a backward, and what the doctor says beside it."""
+
+    dtypes: tuple[str, ...]
+    backward: bool = True
+    note: str = ""
+
+
+_UNMEASURED = "unmeasured: proven in Triton's interpreter and compiled ahead of time, not yet run on a GPU"
+_BY_NAME = "by name only until a GPU run shows it correct"
+_ALL = (*FLOATS, "float64")
+
+SUPPORT = {
+    "rope3d": {
+        "triton": Support(FLOATS, note=_UNMEASURED),
+        "cpu": Support(FLOATS),
+        "reference": Support(_ALL),
+    },
+    "joint_attention": {
+        "sdpa": Support(_ALL, note="rope3d, then torch's scaled_dot_product_attention"),
+        "reference": Support(_ALL),
+    },
+    "sms_loss": {"cpu": Support(_ALL), "reference": Support(_ALL)},
+    "clip_loss": {"cpu": Support(_ALL), "reference": Support(_ALL)},
+    "mi_mm_loss": {},
+    "adaptive_mi_mm_loss": {},
+    "ego_nce_loss": {},
+    "patchify": {
+        "cuda": Support(FLOATS, backward=False, note=_BY_NAME),
+        "cpu": Support(FLOATS, backward=False),
+        "reference": Support(FLOATS, backward=False),
+    },
+}
+
+# Order of choice for CPU tensors and for CUDA tensors. Every other device gets the reference, or SDPA.
+AUTO = {
+    ("rope3d", False): ("cpu", "reference"),
+    ("rope3d", True): ("triton", "reference"),
+    ("joint_attention", False): ("sdpa",),
+    ("joint_attention", True): ("sdpa",),
+    ("sms_loss", False): ("cpu", "reference"),
+    ("sms_loss", True): ("reference",),
+    ("clip_loss", False): ("cpu", "reference"),
+    ("clip_loss", True): ("reference",),
+    ("patchify", False): ("cpu", "reference"),
+    ("patchify", True): ("reference",),
+}
+
+_MODULE = {"triton": "triton", "gluon": "triton.experimental.gluon", "cuda": "evaat_fast._cuda", "cpu": "evaat_fast._cpu"}
+_reasons: dict[str, str | None] = {}
+_choices: dict[tuple, str] = {}
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def not_built(name, detail="it is on the way"):
+    """The error of a public name whose implementation comes with a later release."""
+    return NotImplementedError(f"{name} is part of the public contract but not built yet: {detail}")
+
+
+def why_not(backend):
+    """None if the backend's module imports here, else the reason, found once."""
+    if backend not in _reasons:
+        try:
+            if backend in _MODULE:
+                importlib.import_module(_MODULE[backend])
+            _reasons[backend] = None
+        except Exception as error:  # a broken install must become a reason, whatever it raises
+            _reasons[backend] = f"{type(error).__name__}: {error}"
+    return _reasons[backend]
+
+
+def unusable(op, backend, is_cuda, dtype):
+    """None if `backend` can serve `op` for tensors of that device and dtype, else the reason."""
+    support = SUPPORT[op].get(backend)
+    if support is None:
+        return f"no {backend} version of {op} is built; there are: {', '.join(SUPPORT[op]) or 'none yet'}"
+    if dtype is not None and str(dtype).removeprefix("torch.") not in support.dtypes:
+        return f"{backend} takes {', '.join(support.dtypes)}, not {str(dtype).removeprefix('torch.')}"
+    if backend == "cpu" and is_cuda:
+        return "the cpu backend takes CPU tensors"
+    if backend in ("cuda", "gluon") and not is_cuda:
+        return f"the {backend} backend takes CUDA tensors"
+    if backend == "triton" and not is_cuda and not INTERPRET:
+        return "triton takes CUDA tensors (CPU tensors only under TRITON_INTERPRET=1)"
+    return why_not(backend)
+
+
+def _read_default(text):
+    """EVAAT_FAST_BACKEND -> {op: backend}."""
+    default = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, backend = part.rpartition("=")
+        if backend not in (*BACKENDS, "auto") or (op and op not in SUPPORT):
+            raise ValueError(
+                f"EVAAT_FAST_BACKEND={text!r}: expected one of {', '.join(('auto', *BACKENDS))}, alone or as op=backend "
+                f"with an op of {', '.join(SUPPORT)}"
+            )
+        if backend != "auto":
+            default.update({op: backend} if op else dict.fromkeys(SUPPORT, backend))
+    return default
+
+
+_DEFAULT = _read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
+
+
+def pick(op, tensor, backend=None, dtype=None):
+    """The backend that serves `op` for `tensor`; `dtype` where the tensor's own is not the one that decides.
+
+    Raises ValueError for an unknown name and RuntimeError with the reason for a named backend that cannot serve.
+    """
+    dtype = dtype or tensor.dtype
+    named = _DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
+    if named is None:
+        key = (op, tensor.is_cuda, dtype)
+        choice = _choices.get(key)
+        return choice if choice is not None else _choose(key, tensor)
+    if named not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
+    reason = unusable(op, named, tensor.is_cuda, dtype)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {named!r} was asked for but cannot serve this call: {reason}")
+    return named
+
+
+def _choose(key, tensor):
+    op, is_cuda, dtype = key
+    if tensor.device.type not in ("cpu", "cuda"):
+        return AUTO[op, False][-1]
+    for name in AUTO[op, is_cuda]:
+        reason = unusable(op, name, is_cuda, dtype)
+        if reason is None:
+            _choices[key] = name
+            return name
+        _log.warning("%s: %s passed over: %s", op, name, reason)
+    raise TypeError(f"{op}: no backend takes {dtype} on {'cuda' if is_cuda else 'cpu'}: {reason}")

@@ -1,0 +1,5 @@
+"""The command line."""
+
+
+def main(argv=None):
+    return 0

@@ -1,0 +1,29 @@
+"""The one tolerance rule, for every op, backend, dtype and gradient."""
+
+import torch
+
+
+def close(ours, low, truth, what="output"):
+    """Holds `ours` to the error that plain torch makes in the same dtype.
+
+    ours: the kernel's result; low: the reference's result in the kernel's dtype; truth: the reference's in float64.
+    max|ours - truth| <= 2 max|low - truth| + 2 max|(low + 0.3 - 0.3) - low|, and rms(ours - truth) <= 1.1 rms(low - truth).
+    """
+    assert ours.dtype == low.dtype, f"{what}: dtype {ours.dtype}, expected {low.dtype}"
+    assert ours.shape == low.shape == truth.shape, f"{what}: shape {ours.shape}, expected {truth.shape}"
+    if ours.numel() == 0:
+        return
+    truth = truth.double()
+    rounding = ((low + 0.3 - 0.3) - low).double().abs().max()
+    error, allowed = (ours.double() - truth).abs(), 2 * (low.double() - truth).abs().max() + 2 * rounding
+    worst = error.flatten().argmax()
+    place = [int(i) for i in torch.unravel_index(worst, error.shape)]
+    assert torch.isfinite(error).all(), f"{what}: not finite at {place}"
+    assert error.flatten()[worst] <= allowed, (
+        f"{what}{place}: ours {ours.flatten()[worst]} torch {low.flatten()[worst]} truth {truth.flatten()[worst]}; "
+        f"error {error.max():.3e} > {allowed:.3e}"
+    )
+    rms, rms_low = error.square().mean().sqrt(), (low.double() - truth).square().mean().sqrt()
+    # Where torch is exact or nearly so, a 16th of one rounding of the dtype is allowed: float32 sums differ in their order.
+    floor = torch.finfo(ours.dtype).eps / 16 * truth.square().mean().sqrt()
+    assert rms <= 1.1 * rms_low + floor, f"{what}: rms error {rms:.3e} > 1.1 x torch's {rms_low:.3e}"
