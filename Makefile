@@ -1,0 +1,44 @@
+# make demo: install, generate, train, evaluate, show.   make test: everything that runs without a GPU.
+# TORCH="torch==2.13.0" overrides which torch is installed where none is there yet.
+TORCH ?= torch>=2.6
+ifdef VIRTUAL_ENV
+ENV := $(VIRTUAL_ENV)
+else
+ENV := .venv
+endif
+PYTHON := $(ENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: demo test test-all lint bench clean
+demo: $(ENV)/.evaat-fast-user
+	$(PYTHON) -m evaat_fast demo
+
+test: $(ENV)/.evaat-fast-dev
+	$(PYTHON) tests/tiers.py
+
+test-all: $(ENV)/.evaat-fast-dev
+	$(PYTHON) tests/tiers.py --all
+
+lint: $(ENV)/.evaat-fast-dev
+	$(ENV)/bin/ruff check . && $(ENV)/bin/ruff format --check .
+
+# A torch that the base Python already has is kept: the environment then sees the system's packages.
+.venv/bin/python:
+	@base=$$(command -v python3); \
+	if $$base -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
+	$$base -m venv $$site .venv
+
+$(ENV)/.torch: | $(PYTHON)
+	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install -q "$(TORCH)"
+	@touch $@
+
+$(ENV)/.evaat-fast-user: $(SOURCES) $(ENV)/.torch
+	$(PYTHON) -m pip install -q -e ".[video,train]"
+	@touch $@
+
+$(ENV)/.evaat-fast-dev: $(SOURCES) $(ENV)/.torch
+	$(PYTHON) -m pip install -q -e ".[video,train,bench,dev]"
+	@touch $@ $(ENV)/.evaat-fast-user
+
+clean:
+	rm -rf build dist *.egg-info evaat_fast/*.so

@@ -1,0 +1,94 @@
+"""What is installed, which backend serves which op here, and the reason for everything that is not used."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import evaat_fast
+from evaat_fast import _dispatch
+
+_PACKAGES = ("numpy", "einops", "triton", "decord2", "decord", "av", "tokenizers", "ftfy", "regex", "tqdm", "matplotlib")
+_ISA = ("plain C++", "AVX2", "AVX-512")
+
+
+def report():
+    """The whole report as text."""
+    return "\n".join([*_versions(), "", *_backends(), "", *_table()])
+
+
+def matrix():
+    """The op x backend table as Markdown: what the README shows. It does not depend on the machine."""
+    columns = [b for b in _dispatch.BACKENDS if any(b in row for row in _dispatch.SUPPORT.values())]
+    lines = ["| op | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for op, row in _dispatch.SUPPORT.items():
+        lines.append(f"| `{op}` | " + " | ".join(_cell(row, c) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row, backend):
+    if not row:
+        return "not built yet"
+    if backend not in row:
+        return "–"
+    support = row[backend]
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+    text = ", ".join(short[d] for d in support.dtypes)
+    text += "" if support.backward else "; no gradient"
+    return text + (f"; {support.note.split(':')[0]}" if support.note else "")
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions():
+    lines = [f"evaat-fast {evaat_fast.__version__}, Python {platform.python_version()}, torch {torch.__version__}"]
+    found = [(p, _version(p)) for p in _PACKAGES]
+    lines.append("packages  " + ", ".join(f"{p} {v}" for p, v in found if v))
+    missing = [p for p, v in found if not v and p != "decord"]
+    if missing:
+        lines.append("missing   " + ", ".join(missing) + "  (extras: video, train, bench)")
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        lines.append(f"device    {torch.cuda.device_count()} x {', '.join(sorted(names))} (sm {capability}), CUDA {torch.version.cuda}")
+    else:
+        lines.append(f"device    no CUDA device (torch built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'})")
+    if _dispatch.why_not("cpu") is None:
+        from evaat_fast import _cpu
+
+        lines.append(f"cpu       {_ISA[_cpu.isa()]} kernels, {torch.get_num_threads()} threads of {os.cpu_count()} processors")
+    return lines
+
+
+def _backends():
+    lines = []
+    for name in ("cpu", "triton", "gluon", "cuda"):
+        reason = _dispatch.why_not(name)
+        lines.append(f"{name:<10}{'imports' if reason is None else 'not usable: ' + reason}")
+    if os.environ.get("EVAAT_FAST_BACKEND"):
+        lines.append(f"EVAAT_FAST_BACKEND={os.environ['EVAAT_FAST_BACKEND']}")
+    return lines
+
+
+def _table():
+    cuda = torch.cuda.is_available()
+    lines = [f"op x backend for {'CUDA' if cuda else 'CPU'} tensors (auto takes the one marked *)"]
+    for op, row in _dispatch.SUPPORT.items():
+        if not row:
+            lines.append(f"  {op:<20}not built yet")
+            continue
+        order = _dispatch.AUTO[op, cuda]
+        reasons = {b: _dispatch.unusable(op, b, cuda, torch.float32) for b in row}
+        served = next((b for b in order if reasons[b] is None), None)
+        for i, (backend, support) in enumerate(row.items()):
+            mark = "*" if backend == served else " "
+            state = reasons[backend] or ("serves" if mark == "*" else "by name")
+            note = f"  [{support.note}]" if support.note else ""
+            lines.append(f"  {op if i == 0 else '':<20}{mark} {backend:<10}{state}{note}")
+    return lines
