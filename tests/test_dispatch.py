@@ -1,0 +1,81 @@
+"""The backend table: choice, names, reasons, the environment variable, the doctor."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from evaat_fast import _dispatch, doctor, ops
+
+
+def test_auto_takes_the_first_usable():
+    assert _dispatch.pick("rope3d", torch.zeros(1)) == "cpu"
+    assert _dispatch.pick("rope3d", torch.zeros(1), "auto") == "cpu"
+    assert _dispatch.pick("rope3d", torch.zeros(1, dtype=torch.float64)) == "reference"
+
+
+def test_every_row_of_auto_is_supported():
+    for (op, _), order in _dispatch.AUTO.items():
+        assert set(order) <= set(_dispatch.SUPPORT[op]), op
+
+
+def test_other_devices_get_what_plain_torch_gives():
+    assert _dispatch.pick("rope3d", torch.zeros(1, device="meta")) == "reference"
+
+
+@pytest.mark.parametrize("backend,error,message", [
+    ("nonsense", ValueError, "backend: expected one of auto, triton, gluon, cuda, cpu, sdpa, reference, got 'nonsense'"),
+    ("gluon", RuntimeError, "rope3d: backend 'gluon' was asked for but cannot serve this call: no gluon version of rope3d"),
+    ("triton", RuntimeError, "triton takes CUDA tensors"),
+])
+def test_named_backend_never_falls_back(backend, error, message):
+    with pytest.raises(error, match=message):
+        _dispatch.pick("rope3d", torch.zeros(1), backend)
+
+
+def test_missing_module_is_a_recorded_reason(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_reasons", {"cpu": "ImportError: no such build"})
+    monkeypatch.setattr(_dispatch, "_choices", {})
+    assert _dispatch.pick("rope3d", torch.zeros(1)) == "reference"
+    with pytest.raises(RuntimeError, match="ImportError: no such build"):
+        _dispatch.pick("rope3d", torch.zeros(1), "cpu")
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("", {}),
+    ("auto", {}),
+    ("rope3d=cpu, patchify=reference", {"rope3d": "cpu", "patchify": "reference"}),
+    ("reference", dict.fromkeys(_dispatch.SUPPORT, "reference")),
+])
+def test_environment_variable(text, expected):
+    assert _dispatch._read_default(text) == expected
+
+
+@pytest.mark.parametrize("text", ["fast", "rope=cpu", "rope3d=fast", "=cpu=cpu"])
+def test_bad_environment_variable(text):
+    with pytest.raises(ValueError, match="EVAAT_FAST_BACKEND=.*expected one of auto"):
+        _dispatch._read_default(text)
+
+
+def test_environment_variable_forces_and_never_falls_back():
+    code = (
+        "import torch; from evaat_fast import ops\n"
+        "try: ops.patchify(torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8), 16, (0,) * 3, (1,) * 3)\n"
+        "except RuntimeError as e: print(e)"
+    )
+    run = subprocess.run([sys.executable, "-I", "-c", code], env={"EVAAT_FAST_BACKEND": "cuda", "PATH": ""}, capture_output=True, text=True)
+    assert "patchify: backend 'cuda' was asked for" in run.stdout, run.stderr
+
+
+def test_doctor_tells_everything():
+    text = doctor.report()
+    for op in _dispatch.SUPPORT:
+        assert op in text
+    assert f"torch {torch.__version__}" in text
+    assert "not built yet" in text
+
+
+def test_every_public_name_stands():
+    for name in ops.__all__:
+        assert callable(getattr(ops, name))

@@ -1,0 +1,76 @@
+"""Imports run one way, and importing stays light: read from the source, then measured in a fresh process."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A layer may import itself and the layers before it.
+LAYERS = [("kernels",), ("ops",), ("losses", "model", "integrations"), ("data", "eval"), ("train",), ("cli", "doctor")]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+HEAVY = {"triton", "decord", "av", "tokenizers", "ftfy", "regex", "tqdm", "matplotlib", "jinja2", "huggingface_hub", "safetensors"}
+
+
+def files():
+    for path in sorted(ROOT.glob("evaat_fast/**/*.py")) + sorted(ROOT.glob("kernels/*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield path, (parts[0] if parts[0] == "kernels" else parts[1])
+
+
+def imports(path):
+    """(module, is at the top level) for every import in the file."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        for name in names:
+            yield name, node in tree.body
+
+
+@pytest.mark.parametrize("path,layer", list(files()), ids=lambda x: x.name if isinstance(x, Path) else None)
+def test_imports_run_one_way(path, layer):
+    rank = RANK.get(layer)
+    for name, top in imports(path):
+        parts = name.split(".")
+        if parts[0] == "evaat_fast" and len(parts) > 1 and rank is not None:
+            other = RANK.get(parts[1])
+            assert other is None or other <= rank, f"{path.name} ({layer}) imports {name}, a higher layer"
+        if top and layer != "kernels":
+            assert parts[0] not in HEAVY, f"{path.name} imports {parts[0]} at the top"
+        if layer == "ops":
+            assert parts[0] not in ("numpy", "einops"), f"{path.name}: ops need only torch"
+
+
+def test_file_lengths():
+    long = {}
+    for pattern in ("evaat_fast/**/*.py", "kernels/*.py", "csrc/*", "bench/*.py", "tests/*.py", "setup.py"):
+        for path in ROOT.glob(pattern):
+            count = len(path.read_text().splitlines())
+            if count > 500:
+                long[path.name] = count
+    assert not long, f"files over 500 lines: {long}"
+
+
+@pytest.mark.parametrize("statement,absent", [
+    ("import evaat_fast", HEAVY | {"einops"}),
+    ("from evaat_fast import ops", HEAVY | {"einops"}),
+    ("import evaat_fast.model, evaat_fast.data, evaat_fast.eval", HEAVY),
+    ("import evaat_fast.cli", HEAVY),
+])
+def test_import_is_light(statement, absent):
+    # torch brings what it brings; only what our import adds counts.
+    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {m.split(".")[0] for m in out} & absent
+
+
+def test_kernels_folder_is_not_importable_by_its_bare_name():
+    run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert "installs as evaat_fast.kernels" in run.stderr
