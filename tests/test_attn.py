@@ -1,0 +1,202 @@
+"""joint_attention: equal to rotation plus softmax attention in float64, from every layout the model and others use."""
+
+import pytest
+import torch
+from check import close
+
+from evaat_fast import ops
+from evaat_fast.ops.attn import attention_reference
+
+GRID = (2, 3, 4)
+N = 1 + 2 * 3 * 4
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def tensors(B=2, H=3, n=N, D=32, Hk=None, dtype=torch.float64, device="cpu"):
+    q = torch.randn(B, H, n, D, dtype=torch.float64)
+    k, v = torch.randn(2, B, Hk or H, n, D, dtype=torch.float64).unbind()
+    return [x.to(dtype).to(device).requires_grad_() for x in (q, k, v)]
+
+
+def truth(q, k, v, grid=GRID, scale=None):
+    if grid is not None:
+        q, k = ops.rope3d(q, k, grid, backend="reference")
+    return attention_reference(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def results(function, inputs):
+    """Output and gradients for a fixed, uneven upstream gradient."""
+    out = function(*inputs)
+    grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype).to(out.device)
+    return [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n,grid", [(1, None), (2, (1, 1, 1)), (17, (1, 4, 4)), (N, GRID), (65, (4, 4, 4)), (N, None)])
+def test_against_float64(dtype, device, n, grid):
+    inputs = tensors(n=n, dtype=dtype, device=device)
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    ours = results(lambda q, k, v: ops.joint_attention(q, k, v, grid=grid), inputs)
+    low = results(lambda q, k, v: truth(q, k, v, grid), inputs)
+    exact = results(lambda q, k, v: truth(q, k, v, grid), double)
+    # The reference computes in float32 and rounds once. SDPA on bf16 rounds the probabilities too, so torch's own SDPA on the
+    # reference's rotated q and k is what its error is held to.
+    if dtype != torch.float32:
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        rotate = lambda q, k: ops.rope3d(q, k, grid, backend="reference") if grid else (q, k)  # noqa: E731
+        low = results(lambda q, k, v: sdpa(*rotate(q, k), v), inputs)
+    for name, o, w, t in zip(("out", "dq", "dk", "dv"), ours, low, exact, strict=True):
+        close(o, w, t, name)
+
+
+def packed(B=2, H=3, D=32, dtype=torch.float32):
+    weight = torch.nn.Linear(16, 3 * H * D).to(dtype)
+    return weight, torch.randn(B, N, 16, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", [None, "sdpa", "reference"])
+@pytest.mark.parametrize("rope", [dict(grid=GRID), dict(), dict(positions=torch.randn(N, 3)), dict(grid=GRID, interleaved=False)], ids=str)
+def test_packed_equals_unpacked(rope, backend):
+    linear, x = packed()
+    out = ops.joint_attention_qkv_(linear(x), 3, backend=backend, **rope)
+    grads = torch.autograd.grad(out.square().sum(), list(linear.parameters()))
+    q, k, v = (t.transpose(1, 2) for t in linear(x).unflatten(2, (3, 3, 32)).unbind(2))
+    expected = ops.joint_attention(q, k, v, backend=backend, **rope)
+    torch.testing.assert_close(out, expected)
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(linear.parameters()))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)
+
+
+def test_output_is_a_view_of_packed_heads():
+    q, k, v = tensors(dtype=torch.float32)
+    for out in (
+        ops.joint_attention(q, k, v, grid=GRID),
+        ops.joint_attention(q, k, v, grid=GRID, backend="reference"),
+        ops.joint_attention_qkv_(torch.randn(2, N, 3 * 3 * 32), 3, GRID),
+    ):
+        assert out.shape == (2, 3, N, 32) and out.transpose(1, 2).is_contiguous()
+
+
+def test_never_writes_to_its_inputs():
+    inputs = tensors(dtype=torch.float32)
+    before = [x.detach().clone() for x in inputs]
+    ops.joint_attention(*inputs, grid=GRID).sum().backward()
+    assert all(torch.equal(x, b) for x, b in zip(inputs, before, strict=True))
+
+
+def test_grouped_queries():
+    q, k, v = tensors(H=6, Hk=2)
+    out = ops.joint_attention(q, k, v, grid=GRID)
+    full = ops.joint_attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), grid=GRID)
+    torch.testing.assert_close(out, full)
+
+
+def test_keys_with_positions_of_their_own():
+    q, k, v = tensors()
+    p, shorter = torch.randn(N, 3), torch.randn(10, 3)
+    out = ops.joint_attention(q, k[:, :, :10], v[:, :, :10], positions=p, k_positions=shorter)
+    rq, rk = ops.rope3d(q, positions=p), ops.rope3d(k[:, :, :10], positions=shorter)
+    torch.testing.assert_close(out, attention_reference(rq, rk, v[:, :, :10], 32**-0.5))
+
+
+def test_scores_see_relative_positions_only():
+    q, k, v = tensors()
+    p = torch.randint(0, 9, (N, 3))
+    near = ops.joint_attention(q, k, v, positions=p, prefix_tokens=0)
+    far = ops.joint_attention(q, k, v, positions=p + torch.tensor([3, -2, 5]), prefix_tokens=0)
+    torch.testing.assert_close(near, far, rtol=1e-6, atol=1e-6)
+
+
+def test_scale():
+    q, k, v = tensors()
+    torch.testing.assert_close(ops.joint_attention(q, k, v, grid=GRID, scale=0.3), truth(q, k, v, scale=0.3))
+
+
+@pytest.mark.parametrize("size", [120.0, 0.0], ids=["big logits", "all equal"])
+def test_extreme_scores(size):
+    q, k, v = (x.detach() * (size**0.5 if i < 2 else 1) for i, x in enumerate(tensors(D=32, dtype=torch.float32)))
+    out = ops.joint_attention(q, k, v, grid=GRID)
+    close(out, truth(q, k, v), truth(q.double(), k.double(), v.double()))
+
+
+def test_nan_stays_in_its_clip():
+    q, k, v = (x.detach() for x in tensors(dtype=torch.float32))
+    k[1, 0, 3, 5] = float("nan")
+    out = ops.joint_attention(q, k, v, grid=GRID)
+    assert out[1, 0].isnan().any() and torch.isfinite(out[0]).all()
+
+
+def test_empty_batch():
+    assert ops.joint_attention(*tensors(B=0, dtype=torch.float32), grid=GRID).shape == (0, 3, N, 32)
+
+
+def test_autocast_casts_first():
+    q, k, v = tensors(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.joint_attention(q, k, v, grid=GRID)
+        packed_out = ops.joint_attention_qkv_(torch.randn(2, N, 288), 3, GRID)
+    assert out.dtype == packed_out.dtype == torch.bfloat16
+    low = [x.detach().bfloat16() for x in (q, k, v)]
+    torch.testing.assert_close(out, ops.joint_attention(*low, grid=GRID))
+
+
+def test_compiles_whole():
+    linear, x = packed()
+    step = lambda x: ops.joint_attention_qkv_(linear(x), 3, GRID).square().sum()  # noqa: E731
+    eager = torch.autograd.grad(step(x), list(linear.parameters()))
+    compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x), list(linear.parameters()))
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ops.joint_attention(q, k, v, grid=GRID)
+
+    inputs = tuple(x.detach() for x in tensors(dtype=torch.float32))
+    program = torch.export.export(Attention(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), ops.joint_attention(*inputs, grid=GRID))
+
+
+GOOD = dict(q=torch.zeros(2, 4, N, 32), k=torch.zeros(2, 4, N, 32), v=torch.zeros(2, 4, N, 32), grid=GRID)
+BAD = [
+    (dict(q=None), TypeError, "q: expected a floating-point tensor, got NoneType"),
+    (dict(q=torch.zeros(2, 4, N, 32, dtype=torch.int32)), TypeError, "q: expected a floating-point tensor, got torch.int32"),
+    (dict(q=torch.zeros(4, N, 32)), ValueError, r"q: expected the shape \[B, H, N, D\], got \[4, 25, 32\]"),
+    (dict(k=torch.zeros(2, 3, N, 32)), ValueError, r"k: expected \[2, a divisor of 4, M, 32\]"),
+    (dict(k=torch.zeros(2, 4, N, 64)), ValueError, "k: expected .* got .*64"),
+    (dict(k=torch.zeros(2, 4, N, 32).half()), ValueError, "k: expected torch.float32 on cpu as q, got torch.float16"),
+    (dict(v=torch.zeros(2, 4, N - 1, 32)), ValueError, "v: expected the shape of k"),
+    (dict(grid=(2, 3, 5)), ValueError, "grid"),
+    (dict(grid=None, k_positions=torch.zeros(N, 3)), ValueError, "k_positions: expected together with positions"),
+    (dict(grid=None, freqs=ops.joint_freqs(32)), ValueError, "freqs: given, but neither grid nor positions"),
+    (dict(cu_seqlens=torch.zeros(2, dtype=torch.int32)), NotImplementedError, r"joint_attention\(cu_seqlens=...\) is part of the public contract"),
+    (dict(return_lse=True), NotImplementedError, "return_lse=True"),
+    (dict(backend="triton"), RuntimeError, "no triton version of joint_attention is built"),
+]
+
+
+@pytest.mark.parametrize("change,error,message", BAD)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.joint_attention(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("arguments,error,message", [
+    ((torch.zeros(2, N, 100), 3, GRID), ValueError, r"qkv: expected the shape \[B, N, 3 \* 3 \* D\], got \[2, 25, 100\]"),
+    ((torch.zeros(2, N, 288), 0, GRID), ValueError, "num_heads: expected a positive int, got 0"),
+    ((torch.zeros(2, N, 288, dtype=torch.int8), 3, GRID), TypeError, "qkv: expected a floating-point tensor"),
+    ((torch.zeros(2, N, 288), 3, (1, 1, 1)), ValueError, "grid"),
+    ((torch.zeros(2, N, 288, requires_grad=True), 3, GRID), ValueError, "leaf"),
+])
+def test_bad_packed_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.joint_attention_qkv_(*arguments)
+
+
+@pytest.mark.parametrize("option", ["dropout_p", "attn_mask"])
+def test_no_dropout_no_mask(option):
+    with pytest.raises(TypeError, match=option):
+        ops.joint_attention(**GOOD, **{option: 0.1})

@@ -1,0 +1,61 @@
+"""Every code block of the README runs, and its generated parts are what the code and the results say."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+
+
+def test_python_blocks_run_in_order():
+    pytest.importorskip("tokenizers")
+    names = {}
+    for language, code in BLOCKS:
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), names)
+
+
+def as_run_here(words):
+    """How a documented command is executed in a test: installs and make as dry runs, benchmarks and demos small."""
+    python = sys.executable
+    match words:
+        case ["make", target]:
+            return ["make", "-n", target]
+        case ["pip", "install", what]:
+            return [python, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", "-q", what]
+        case ["python", "-m", "evaat_fast", *rest]:
+            return [python, "-m", "evaat_fast", *rest]
+        case ["evaat-fast", *rest]:
+            return [python, "-m", "evaat_fast", *rest]
+        case ["python", script, *rest] if script.startswith("bench/"):
+            return [python, script, "--quick", "--seconds", "0.01", "--json", os.devnull, *rest]
+    raise AssertionError(f"README shows a command that no test runs: {shlex.join(words)}")
+
+
+COMMANDS = [line.split("#")[0].strip() for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c])
+def test_shell_commands(command):
+    run = subprocess.run(as_run_here(shlex.split(command)), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_no_other_languages():
+    assert {language for language, _ in BLOCKS} <= {"python", "bash", "toml"}
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def test_generated_parts_are_current():
+    run = subprocess.run([sys.executable, "bench/plot.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
