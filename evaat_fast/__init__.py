@@ -13,7 +13,7 @@ _LAZY = {
     "list_models": "evaat_fast.model",
     "get_tokenizer": "evaat_fast.model",
 }
-_SUBMODULES = ("ops", "model", "data", "eval", "train", "integrations", "kernels")
+_SUBMODULES = ("ops", "model", "data", "eval", "train", "kernels")
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
