@@ -4,6 +4,7 @@
 
 #include "cpu.h"
 #include "patchify.h"
+#include "rope3d.h"
 
 namespace py = pybind11;
 using Pointer = std::uintptr_t;
@@ -31,5 +32,20 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     py::gil_scoped_release release;
     evaat::patchify(as<const uint8_t>(video), as<const void>(table), as<void>(out), element_size, B, T, H, W, stride_b, stride_t,
                     stride_h, patch, threads);
+  });
+  // Each tensor: in, out, heads, then the strides of b, h, n of in and of out.
+  m.def("rope3d", [](int dtype, const std::vector<std::array<int64_t, 9>>& tensors, Pointer cos, Pointer sin, int64_t table_b,
+                     int64_t table_h, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved, bool inverse, int threads) {
+    evaat::RopeTensor x[2];
+    int count = 0;
+    for (const auto& t : tensors)
+      x[count++] = {as<const void>(Pointer(t[0])), as<void>(Pointer(t[1])), t[2], t[3], t[4], t[5], t[6], t[7], t[8]};
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = evaat::rope3d(dtype, x, count, {as<const float>(cos), as<const float>(sin), table_b, table_h}, B, N, D, prefix,
+                             interleaved, inverse, threads);
+    }
+    check(status, "rope3d");
   });
 }

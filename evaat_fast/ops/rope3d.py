@@ -111,8 +111,35 @@ def _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend):
             first = prefix_tokens if out is x else 0
             rotated = _rotate_reference(x, cos, -sin if inverse else sin, prefix_tokens, interleaved)
             out[:, :, first:] = rotated[:, :, first:]
+    elif backend == "triton":
+        from evaat_fast.kernels.rope3d import rotate
+
+        rotate(xs, outs, table, prefix_tokens, interleaved, inverse)
     else:
-        _launch(xs, outs, table, prefix_tokens, interleaved, inverse, "reference")
+        from evaat_fast import _cpu
+
+        B, _, N, D = xs[0].shape
+        cos, stride_b, stride_h = table.data_ptr(), *_shared(table)
+        _cpu.rope3d(
+            _dispatch.DTYPE_CODE[xs[0].dtype],
+            [(x.data_ptr(), o.data_ptr(), x.shape[1], *x.stride()[:3], *o.stride()[:3]) for x, o in zip(xs, outs)],
+            cos,
+            cos + 4 * table.stride(0),
+            stride_b,
+            stride_h,
+            B,
+            N,
+            D,
+            prefix_tokens,
+            interleaved,
+            inverse,
+            torch.get_num_threads(),
+        )
+
+
+def _shared(table):
+    """Strides of a table's clips and heads, 0 where there is one for all."""
+    return tuple(table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))
 
 
 _SETTINGS = (
