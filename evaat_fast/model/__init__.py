@@ -1,1 +1,132 @@
-"""model"""
+"""The EVA02-AT model: create it by name, load weights into it, tokenise for it.
+
+model, train_transform, eval_transform = evaat_fast.create_model_and_transforms("eva02_at_base_patch16_224",
+num_frames=4) tokens = evaat_fast.get_tokenizer()(["#C C cuts the onion"])
+out = model(video, tokens)                       # dict(image_embed, text_embed, logit_scale)
+"""
+
+import os
+from pathlib import Path
+
+from evaat_fast.model.checkpoints import (
+    check_config,
+    download,
+    load_checkpoint,
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+)
+from evaat_fast.model.clip import EVA02AT
+from evaat_fast.model.configs import CONFIGS, NORMS, PRETRAINED, ModelConfig, get_config, unknown
+from evaat_fast.model.text import trim
+from evaat_fast.model.tokenizer import CLIPTokenizer
+
+__all__ = [
+    "EVA02AT",
+    "NORMS",
+    "CLIPTokenizer",
+    "ModelConfig",
+    "create_model",
+    "create_model_and_transforms",
+    "get_config",
+    "get_tokenizer",
+    "list_models",
+    "list_pretrained",
+    "load_checkpoint",
+    "save_checkpoint",
+    "trim",
+]
+
+
+def list_models():
+    """The names that `create_model` knows."""
+    return sorted(CONFIGS)
+
+
+def list_pretrained():
+    """(model, tag) pairs for `create_model(model, pretrained=tag)`: EVA02-CLIP; no EVA02-AT weights are published."""
+    return [(name, tag) for name, tags in sorted(PRETRAINED.items()) for tag in tags]
+
+
+def create_model(name, num_frames=None, pretrained=None, **overrides):
+    """Creates an EVA02-AT.
+
+    Args:
+        name: one of `list_models()`.
+        num_frames: T, frames per clip; None for the configuration's own (4, tiny 8).
+        pretrained: None; the path of a file (our own, EVA's or open_clip's); "hf-hub:owner/name"; or a tag of
+            `list_pretrained()`. CLIP weights with another embedding width than `embed_dim` keep the fresh
+            projections. A file that stores its `norm` sets the model's.
+        overrides: fields of ModelConfig, such as embed_dim=512 or norm="lavila".
+
+    Returns:
+        An EVA02AT in float32 on the CPU. Without weights it is initialised from torch's generator: torch.manual_seed
+        makes it repeatable.
+
+    Raises:
+        ValueError: an unknown name, tag or field (the nearest is named), or weights that do not fit.
+        FileNotFoundError: no such file. RuntimeError: a download that failed.
+    """
+    if num_frames is not None:
+        overrides["num_frames"] = num_frames
+    config = get_config(name, **overrides)
+    if pretrained is None:
+        return EVA02AT(config)
+    path = _resolve(name, pretrained)
+    state, stored = read_checkpoint(path)
+    if stored is not None:
+        if "norm" in stored and "norm" not in overrides:
+            config = get_config(name, **overrides, norm=stored["norm"])
+        check_config(stored, config, path)
+    model = EVA02AT(config)
+    load_state(model, state, fresh_heads=stored is None, source=str(path))
+    return model
+
+
+def _resolve(name, pretrained):
+    """A local file for what `pretrained` names."""
+    if isinstance(pretrained, (str, os.PathLike)) and Path(pretrained).is_file():
+        return pretrained
+    if not isinstance(pretrained, str):
+        if isinstance(pretrained, os.PathLike):
+            raise FileNotFoundError(f"pretrained: there is no file {str(pretrained)!r}")
+        raise TypeError(f"pretrained: expected None, a path, 'hf-hub:...' or a tag, got {pretrained!r}")
+    if pretrained.startswith("hf-hub:"):
+        return download(pretrained.removeprefix("hf-hub:").strip("/"))
+    tags = PRETRAINED.get(name, {})
+    if pretrained in tags:
+        return download(tags[pretrained])
+    if os.sep in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        raise FileNotFoundError(f"pretrained: there is no file {pretrained!r}")
+    raise ValueError(f"pretrained: {unknown(pretrained, tags)} (tags of {name}), or a path, or 'hf-hub:owner/name'")
+
+
+def create_model_and_transforms(name, num_frames=None, pretrained=None, **overrides):
+    """`create_model`, and how to crop clips for it.
+
+    Returns:
+        (model, train_transform, eval_transform); the transforms take uint8 [T, H, W, 3] to uint8 [T, image_size,
+        image_size, 3]. The model normalises inside.
+    """
+    from evaat_fast.data.transforms import eval_transform, train_transform
+
+    model = create_model(name, num_frames, pretrained, **overrides)
+    size = model.config.image_size
+    return model, train_transform(size), eval_transform(size)
+
+
+def get_tokenizer(name=None, context_length=None):
+    """CLIP's tokenizer, as all models here use.
+
+    Args:
+        name: a model's name, or None. context_length: L, the model's by default (77).
+
+    Returns:
+        A callable: str or list of str to int64 [B, L].
+
+    Raises:
+        ValueError: no such model. ImportError: tokenizers, ftfy or regex is missing.
+    """
+    if name is not None:
+        context_length = context_length or get_config(name).context_length
+    return CLIPTokenizer(context_length or 77)

@@ -1,0 +1,84 @@
+"""EVA02-AT: a vision tower, a text tower, one embedding space."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evaat_fast.model.text import TextTransformer
+from evaat_fast.model.vision import VisionTransformer
+
+
+class EVA02AT(nn.Module):
+    """The video-text model of EVA02-AT (arXiv 2506.14356).
+
+    Args:
+        config: a ModelConfig.
+
+    `visual` and `text` are the towers, `logit_scale` the logarithm of the inverse temperature (learnable; the paper
+    keeps it
+    fixed: `model.logit_scale.requires_grad_(False)`).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config)
+        self.text = TextTransformer(config)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    def encode_video(self, video, normalize=False):
+        """Embeds clips.
+
+        Args:
+            video: uint8 [B, T, H, W, 3], normalised inside with the configuration's `norm`; or float [B, 3, T, H, W]
+                in the model's dtype (any under autocast), already normalised.
+            normalize: True for unit length.
+
+        Returns:
+            [B, E].
+
+        Raises:
+            TypeError, ValueError: a dtype, device or shape that does not fit the model, naming what was expected.
+        """
+        features = self.visual(video)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text, normalize=False):
+        """Embeds captions.
+
+        Args:
+            text: int64 or int32 token ids [B, L], L at most 77, from `get_tokenizer()`.
+            normalize: True for unit length.
+
+        Returns:
+            [B, E].
+
+        Raises:
+            TypeError, ValueError: a dtype, device or shape that does not fit the model, naming what was expected.
+        """
+        features = self.text(text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, video=None, text=None):
+        """Both embeddings, for a contrastive loss.
+
+        Returns:
+            dict(image_embed, text_embed, logit_scale): unit embeddings [B, E], None for an input left out, and the
+            multiplier of the logits, already exponentiated.
+        """
+        return {
+            "image_embed": None if video is None else self.encode_video(video, normalize=True),
+            "text_embed": None if text is None else self.encode_text(text, normalize=True),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+    def set_grad_checkpointing(self, enable=True):
+        """Recompute each block in the backward pass and keep only its input."""
+        self.visual.grad_checkpointing = enable
+        self.text.transformer.grad_checkpointing = enable
+
+    def no_weight_decay(self):
+        """Names of the embeddings that weight decay should leave alone, besides vectors and scalars."""
+        return {"visual.cls_token", "visual.pos_embed", "visual.temporal_embed", "text.positional_embedding"}

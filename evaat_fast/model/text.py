@@ -1,0 +1,153 @@
+"""The text tower: CLIP's causal transformer, read at the end-of-text token.
+
+Parameter names are CLIP's. Source: CLIP (arXiv 2103.00020); EVA-CLIP (arXiv 2303.15389) uses it with the exact GELU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Attention(nn.Module):
+    """Causal self-attention with CLIP's parameter names."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm: attention, then MLP."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.grad_checkpointing = False
+
+    def forward(self, x):
+        for block in self.resblocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def trim(tokens):
+    """Cuts the columns behind the last end-of-text token of a batch.
+
+    Attention is causal and the tower is read at end-of-text, so the embeddings stay the same; captions of ten tokens
+    then cost ten columns and not 77. `encode_text` does it for tokens on the CPU; call it before moving tokens to a
+    GPU, where it would have to wait for the device.
+
+    Args:
+        tokens: integer [B, L].
+
+    Returns:
+        [B, L'], a view; L' >= 1.
+    """
+    if tokens.numel() == 0:
+        return tokens
+    return tokens[:, : int(tokens.argmax(-1).max()) + 1]
+
+
+class TextTransformer(nn.Module):
+    """Tokens to their embedding.
+
+    Args:
+        config: a ModelConfig.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config.text_width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.zeros(config.context_length, width))
+        self.transformer = Transformer(width, config.text_layers, config.text_heads)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.zeros(width, config.embed_dim))
+        self.init_parameters()
+
+    @torch.no_grad()
+    def init_parameters(self):
+        """CLIP's initialisation."""
+        width, layers = self.config.text_width, self.config.text_layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * layers) ** -0.5)
+            for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
+                nn.init.zeros_(bias)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def check(self, tokens):
+        """Raises TypeError or ValueError unless `tokens` are token ids for this model."""
+        if not isinstance(tokens, torch.Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+            got = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+            raise TypeError(f"text: expected int64 or int32 token ids (evaat_fast.get_tokenizer makes them), got {got}")
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.config.context_length:
+            raise ValueError(f"text: expected [B, {self.config.context_length}] or shorter, got {list(tokens.shape)}")
+        if tokens.device != self.token_embedding.weight.device:
+            expected = self.token_embedding.weight.device
+            raise ValueError(f"text: expected a tensor on {expected} as the model, got {tokens.device}")
+
+    def _check_range(self, tokens):
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"text: expected token ids from 0 to {self.config.vocab_size - 1}, got {low if low < 0 else high}"
+            )
+
+    def forward(self, tokens):
+        """int64 or int32 [B, L], L <= 77, to [B, E].
+
+        Raises:
+            TypeError, ValueError: a dtype, device or shape that does not fit, or (on the CPU) an id outside the
+                vocabulary.
+        """
+        self.check(tokens)
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            self._check_range(tokens)
+            tokens = trim(tokens)
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.transformer(x)
+        end = tokens.argmax(-1)  # end-of-text has the highest id
+        x = x[torch.arange(len(x), device=x.device), end]
+        return self.ln_final(x) @ self.text_projection
