@@ -129,8 +129,5 @@ def get_config(name, **overrides):
 def unknown(name, known):
     """The end of an error message: that `name` is not known, the nearest that is, and all that are."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.3)
-    return (
-        f"there is no {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else ";")
-        + f" Known: {', '.join(known) or 'none'}"
-    )
+    guess = f"; did you mean {near[0]!r}?" if near else "."
+    return f"there is no {name!r}{guess} Known: {', '.join(known) or 'none'}"
