@@ -137,9 +137,9 @@ def pick(op, tensor, backend=None, dtype=None):
     dtype = dtype or tensor.dtype
     named = _DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
     if named is None:
-        key = (op, tensor.is_cuda, dtype)
+        key = (op, tensor.is_cuda, tensor.is_cpu, dtype)
         choice = _choices.get(key)
-        return choice if choice is not None else _choose(key, tensor)
+        return choice if choice is not None else _choose(key)
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
     reason = unusable(op, named, tensor.is_cuda, dtype)
@@ -148,9 +148,9 @@ def pick(op, tensor, backend=None, dtype=None):
     return named
 
 
-def _choose(key, tensor):
-    op, is_cuda, dtype = key
-    if tensor.device.type not in ("cpu", "cuda"):
+def _choose(key):
+    op, is_cuda, is_cpu, dtype = key
+    if not is_cuda and not is_cpu:
         return AUTO[op, False][-1]
     for name in AUTO[op, is_cuda]:
         reason = unusable(op, name, is_cuda, dtype)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from check import close
+from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
 from evaat_fast.ops.attn import attention_reference
@@ -19,10 +20,11 @@ def tensors(B=2, H=3, n=N, D=32, Hk=None, dtype=torch.float64, device="cpu"):
     return [x.to(dtype).to(device).requires_grad_() for x in (q, k, v)]
 
 
-def truth(q, k, v, grid=GRID, scale=None):
+def truth(q, k, v, grid=GRID, scale=None, core=attention_reference):
+    """The rotation's reference, then the specification of attention, or torch's SDPA to whose error ours is held."""
     if grid is not None:
         q, k = ops.rope3d(q, k, grid, backend="reference")
-    return attention_reference(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    return core(q, k, v, scale=q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def results(function, inputs):
@@ -39,14 +41,8 @@ def test_against_float64(dtype, device, n, grid):
     inputs = tensors(n=n, dtype=dtype, device=device)
     double = [x.detach().double().requires_grad_() for x in inputs]
     ours = results(lambda q, k, v: ops.joint_attention(q, k, v, grid=grid), inputs)
-    low = results(lambda q, k, v: truth(q, k, v, grid), inputs)
+    low = results(lambda q, k, v: truth(q, k, v, grid, core=scaled_dot_product_attention), inputs)
     exact = results(lambda q, k, v: truth(q, k, v, grid), double)
-    # The reference computes in float32 and rounds once. SDPA on bf16 rounds the probabilities too, so torch's own SDPA on the
-    # reference's rotated q and k is what its error is held to.
-    if dtype != torch.float32:
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        rotate = lambda q, k: ops.rope3d(q, k, grid, backend="reference") if grid else (q, k)  # noqa: E731
-        low = results(lambda q, k, v: sdpa(*rotate(q, k), v), inputs)
     for name, o, w, t in zip(("out", "dq", "dk", "dv"), ours, low, exact, strict=True):
         close(o, w, t, name)
 
@@ -118,7 +114,7 @@ def test_scale():
 def test_extreme_scores(size):
     q, k, v = (x.detach() * (size**0.5 if i < 2 else 1) for i, x in enumerate(tensors(D=32, dtype=torch.float32)))
     out = ops.joint_attention(q, k, v, grid=GRID)
-    close(out, truth(q, k, v), truth(q.double(), k.double(), v.double()))
+    close(out, truth(q, k, v, core=scaled_dot_product_attention), truth(q.double(), k.double(), v.double()))
 
 
 def test_nan_stays_in_its_clip():
