@@ -12,8 +12,8 @@ _LIBRARIES = []
 def peer(name):
     """Imports timm or open_clip; skips the test where it is not installed.
 
-    Both import torchvision, which fails to import beside a torch that it was not built for (there is no CPU build for some). The
-    models need none of its operators, so two that it looks up at import are declared then.
+    Both import torchvision, which fails to import beside a torch that it was not built for (there is no CPU build for
+    some). The models need none of its operators, so two that it looks up at import are declared then.
     """
     try:
         return importlib.import_module(name)

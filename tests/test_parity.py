@@ -1,4 +1,4 @@
-"""With one frame the model is EVA02-CLIP: against timm and open_clip where they are installed, against their answers everywhere."""
+"""With one frame the model is EVA02-CLIP: timm and open_clip say so where installed, their stored answers everywhere."""
 
 import json
 import re

@@ -98,15 +98,17 @@ class CLIPTokenizer:
         """Tokenises a batch.
 
         Args:
-            texts: a str or a list of str.
+            texts: a str, or a list or tuple of str.
 
         Returns:
             int64 [B, L]: start, the text, end, zeros. A text that is too long is cut, and its last token is end.
 
         Raises:
-            TypeError: neither a str nor a sequence of str.
+            TypeError: neither a str nor a list or tuple of str.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, (list, tuple)):
+            raise TypeError(f"texts: expected a str or a list of str, got a {type(texts).__name__}")
         out = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(out, texts, strict=True):
             if not isinstance(text, str):
