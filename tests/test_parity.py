@@ -1,4 +1,4 @@
-"""With one frame the model is EVA02-CLIP: timm and open_clip say so where installed, their stored answers everywhere."""
+"""With one frame the model is EVA02-CLIP: timm and open_clip say so where installed, stored answers everywhere."""
 
 import json
 import re
