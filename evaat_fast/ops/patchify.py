@@ -7,6 +7,8 @@ the decoder's bytes: crop views are read in place, the normalisation costs a tab
     tokens = torch.nn.functional.linear(rows, conv.weight.flatten(1), conv.bias)
 """
 
+from functools import lru_cache
+
 import torch
 
 from evaat_fast import _dispatch
@@ -17,13 +19,14 @@ def patchify_reference(video, patch, mean, std, dtype):
     """The specification: normalise in float32, round once to `dtype`, cut into patches."""
     B, T, H, W, _ = video.shape
     Hp, Wp = H // patch, W // patch
-    table = _table(mean, std, dtype, video.device)
+    table = _table(tuple(mean), tuple(std), dtype, video.device)
     channels = [table[c][video[..., c].long()] for c in range(3)]
     x = torch.stack(channels, 2)  # [B, T, 3, H, W]
     x = x.reshape(B, T, 3, Hp, patch, Wp, patch)
     return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, T * Hp * Wp, 3 * patch * patch)
 
 
+@lru_cache(maxsize=32)
 def _table(mean, std, dtype, device):
     """[3, 256]: what a byte of each channel becomes. A table makes all backends equal to the last bit."""
     levels = torch.arange(256, dtype=torch.float32)
@@ -44,7 +47,7 @@ def _patchify(video, patch, mean, std, dtype, backend):
     if video.stride(4) != 1 or video.stride(3) != 3:
         video = video.contiguous()
     out = _fake(video, patch, mean, std, dtype, backend)
-    table = _table(mean, std, dtype, video.device)
+    table = _table(tuple(mean), tuple(std), dtype, video.device)
     where = (video.data_ptr(), table.data_ptr(), out.data_ptr(), out.element_size())
     sizes = (*video.shape[:4], *video.stride()[:3], patch)
     if backend == "cpu":
