@@ -64,7 +64,7 @@ def read_checkpoint(path):
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely: {error}"
         ) from error
-    config = content.get("config") if isinstance(content, dict) else None
+    config = content.get("model_config") if isinstance(content, dict) else None
     while isinstance(content, dict) and not _is_state(content):
         inner = next((content[k] for k in ("model_ema", "state_dict", "model", "module") if k in content), None)
         if inner is None:
@@ -222,7 +222,7 @@ def save_checkpoint(model, path, **extra):
             dicts of them.
     """
     path = Path(path)
-    content = {"state_dict": model.state_dict(), "config": dataclasses.asdict(model.config), **extra}
+    content = {"state_dict": model.state_dict(), "model_config": dataclasses.asdict(model.config), **extra}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(content, temporary)

@@ -18,6 +18,13 @@ from evaat_fast.model.configs import NORMS
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
 
 
+def autocast_dtype(device):
+    """The dtype that autocast computes matrix products in on `device`, None where it is off."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 class Attention(nn.Module):
     """Joint space-time attention with a layer norm before the output projection (sub-LN); queries and values have a
     bias."""
@@ -92,25 +99,20 @@ class PatchEmbed(nn.Module):
         self.mean, self.std = NORMS[norm]
         self.proj = nn.Conv2d(
             3, width, patch, patch
-        )  # keeps EVA's weight shape and initialisation; never run as a convolution
+        )  # for EVA's weight shape and initialisation; its forward is not used
 
     def forward(self, video):
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C]."""
         weight = self.proj.weight
         if video.dtype == torch.uint8:
-            rows = ops.patchify(video, self.patch, self.mean, self.std, self._row_dtype(weight)).to(weight.device)
-            rows = rows.to(weight.dtype) if weight.dtype == torch.float64 else rows
+            dtype = autocast_dtype(weight.device) or weight.dtype  # no wider copy of the video than the product needs
+            if dtype == torch.float64:
+                rows = ops.patchify(video, self.patch, self.mean, self.std).double()
+            else:
+                rows = ops.patchify(video, self.patch, self.mean, self.std, dtype)
         else:
             rows = rearrange(video, "b c t (h p) (w q) -> b (t h w) (c p q)", p=self.patch, q=self.patch)
         return F.linear(rows, weight.flatten(1), self.proj.bias)
-
-    @staticmethod
-    def _row_dtype(weight):
-        """What the product will be computed in, so that no wider copy of the video is made."""
-        device = weight.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return torch.float32 if weight.dtype == torch.float64 else weight.dtype
 
 
 class VisionTransformer(nn.Module):
@@ -185,8 +187,7 @@ class VisionTransformer(nn.Module):
         weight = self.patch_embed.proj.weight
         if video.device != weight.device:
             raise ValueError(f"video: expected a tensor on {weight.device} as the model, got {video.device}")
-        autocast = torch.amp.is_autocast_available(weight.device.type) and torch.is_autocast_enabled(weight.device.type)
-        if video.dtype not in (torch.uint8, weight.dtype) and not autocast:
+        if video.dtype not in (torch.uint8, weight.dtype) and autocast_dtype(weight.device) is None:
             raise TypeError(f"video: expected uint8 or {weight.dtype} as the model, got {video.dtype}")
 
     def forward(self, video):
@@ -202,8 +203,8 @@ class VisionTransformer(nn.Module):
         x = x + spatial.flatten(1, 2)
         x = torch.cat((cls.to(x.dtype), x), 1)
         for block in self.blocks:
-            # Only the class token leaves the tower, so the last block computes only that row: 28 % of the tiny
-            # model's work, 7 % of the base model's, with the same result.
+            # Only the class token leaves the tower, so the last block computes only that row, with the same result. By
+            # count of multiplications this saves a quarter of the tiny model and 7 % of the base model at 4 frames.
             arguments = (x, self.config.grid, self.freqs, block is self.blocks[-1])
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
