@@ -1,0 +1,75 @@
+"""Checkpoints of a run: all that continuing it needs, written so that a reader sees the old file or the new one.
+
+The weights lie under "state_dict" and the model's configuration (with its `norm`) under "config", as `evaat_fast.model`
+stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+LAST = "last.pt"
+
+
+def save(path, model, optimizer, epoch, config):
+    """Writes a checkpoint atomically.
+
+    Args:
+        path: the file. model: an EVA02AT. optimizer: its optimizer. epoch: how many epochs are done.
+        config: the run's Config.
+    """
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state_all()
+    content = {
+        "state_dict": model.state_dict(),
+        "config": dataclasses.asdict(model.config),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "run": config.to_dict(),
+        "rng": rng,
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def write_atomically(path, write):
+    """Calls `write(file)` on a temporary file in the same folder, flushes it to the disk and renames it to `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path):
+    """A checkpoint of a run as a dict.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a file that `save` did not write.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely: {reason}") from None
+    missing = [k for k in ("state_dict", "config", "optimizer", "epoch", "run", "rng") if k not in content]
+    if missing:
+        raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run: it lacks {', '.join(missing)}")
+    return content
+
+
+def restore_rng(rng):
+    """Puts torch's generators back to a checkpoint's state, those of the GPUs where as many are there."""
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available() and len(rng["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(rng["cuda"])

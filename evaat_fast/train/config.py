@@ -1,0 +1,293 @@
+"""What a training run is: a TOML file read into dataclasses, every key checked.
+
+    config = load("run.toml", ["optim.lr=1e-4", "train.epochs=3"])
+
+An unknown key, a value of the wrong type or out of range is a ConfigError that names the file and the key, and for an
+unknown key the nearest that exists. Paths in a file are relative to that file; paths given by `--set` are relative to
+the current folder.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FRAMES = ("ordered", "shuffled", "reversed", "frozen")
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration. The message names its source and the key."""
+
+
+def key(default, *, least=None, above=None, most=None, choices=None, path=False):
+    """A dataclass field with its range: least <= value <= most, above < value; or one of `choices`; or a path."""
+    return field(default=default, metadata=dict(least=least, above=above, most=most, choices=choices, path=path))
+
+
+@dataclass
+class Model:
+    """name: of `evaat_fast.list_models()`. num_frames: T, 0 for the model's own. pretrained: as for `create_model`,
+    "" for none. overrides: fields of ModelConfig."""
+
+    name: str = "eva02_at_base_patch16_224"
+    num_frames: int = key(0, least=0)
+    pretrained: str = ""
+    overrides: dict = field(default_factory=dict)
+    grad_checkpointing: bool = False
+
+
+@dataclass
+class Data:
+    """annotations, videos: folders in EK-100's layout. crop_scale: smallest area of a random training crop, 1 for none.
+    cache: keep every decoded clip in memory (a small corpus). workers: processes that decode, 0 for none."""
+
+    annotations: str = key("", path=True)
+    videos: str = key("", path=True)
+    crop_scale: float = key(0.5, above=0, most=1)
+    cache: bool = False
+    workers: int = key(0, least=0)
+
+
+@dataclass
+class Loss:
+    """name: "clip" (InfoNCE) or "sms". temperature, learnable_temperature: of "clip". margin, relaxation, rule: of
+    "sms"."""
+
+    name: str = key("clip", choices=("clip", "sms"))
+    temperature: float = key(0.05, above=0)
+    learnable_temperature: bool = False
+    margin: float = key(0.6, least=0)
+    relaxation: float = key(0.1, least=0)
+    rule: str = key("code", choices=("code", "paper", "charades"))
+
+
+@dataclass
+class Optim:
+    """AdamW. clip_norm: largest norm of the whole gradient, 0 for no limit."""
+
+    lr: float = key(3e-5, above=0)
+    weight_decay: float = key(0.01, least=0)
+    beta1: float = key(0.9, least=0, most=0.9999)
+    beta2: float = key(0.999, least=0, most=0.99999)
+    eps: float = key(1e-8, above=0)
+    clip_norm: float = key(0.0, least=0)
+
+
+@dataclass
+class Schedule:
+    """Linear from start_lr to optim.lr over warmup_epochs, then "cosine" to end_lr, or "constant"."""
+
+    name: str = key("cosine", choices=("cosine", "constant"))
+    warmup_epochs: float = key(1.0, least=0)
+    start_lr: float = key(0.0, least=0)
+    end_lr: float = key(0.0, least=0)
+
+
+@dataclass
+class Train:
+    """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct_captions: at most one clip
+    per caption in a batch, for InfoNCE, which would take a second one for a negative. device: "auto" takes a GPU where
+    there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU. save_every: epochs."""
+
+    out: str = key("", path=True)
+    init: str = key("", path=True)
+    epochs: int = key(1, least=1)
+    batch_size: int = key(64, least=2)
+    distinct_captions: bool = False
+    seed: int = key(0, least=0)
+    device: str = "auto"
+    precision: str = key("auto", choices=("auto", "float32", "bfloat16"))
+    processes: int = key(1, least=1)
+    save_every: int = key(1, least=1)
+
+
+@dataclass
+class Eval:
+    """every: evaluate after so many epochs, 0 for only after the last. frames: what the model is shown of each clip."""
+
+    every: int = key(0, least=0)
+    batch_size: int = key(64, least=1)
+    frames: str = key("ordered", choices=FRAMES)
+
+
+@dataclass
+class Config:
+    """A run. Every section and every key has a default but data.annotations, data.videos and train.out."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+
+SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+KEYS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+
+
+def load(path, overrides=(), *, training=True):
+    """Reads a configuration.
+
+    Args:
+        path: a TOML file. overrides: strings "section.key=value", the value in TOML (a bare word will do for a string).
+        training: False where `train.out` is not needed.
+
+    Returns:
+        A Config.
+
+    Raises:
+        ConfigError: anything wrong with the file, a key or a value.
+    """
+    path = Path(path)
+    try:
+        content = _toml().loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {str(path)!r}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    config = Config()
+    for section, values in content.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"{path}: {_unknown(section)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {section}: expected a table [{section}], got {values!r}")
+        for name, value in values.items():
+            _set(config, f"{section}.{name}", value, str(path), path.parent)
+    for text in overrides:
+        name, value = parse_override(text)
+        _set(config, name, value, "--set", Path())
+    check(config, str(path), training=training)
+    return config
+
+
+def parse_override(text):
+    """ "a.b=1" -> ("a.b", 1).
+
+    Raises:
+        ConfigError: no "=", or a value that is neither TOML nor a bare word for a string.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name:
+        raise ConfigError(f"--set {text}: expected section.key=value")
+    try:
+        parsed = _toml().loads(f"value = {value}")
+        if list(parsed) != ["value"]:
+            raise ValueError
+        return name, parsed["value"]
+    except ValueError:
+        if value and (name not in KEYS or KEYS[name].type is str) and not set(value) & set("\"'\n"):
+            return name, value
+        raise ConfigError(f"--set {text}: {value!r} is not a TOML value") from None
+
+
+def _toml():
+    try:
+        import tomllib
+    except ImportError:
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ImportError("reading TOML on Python 3.10 needs tomli: pip install 'evaat-fast[train]'") from None
+    return tomllib
+
+
+def _unknown(name):
+    """That there is no such key or section, and the nearest that is."""
+    section, _, leaf = name.rpartition(".")
+    if not section:
+        near, known = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.4), "section"
+    else:
+        known = "key"
+        near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.75)
+        elsewhere = [k for k in KEYS if k.split(".")[1] == leaf]
+        own = difflib.get_close_matches(leaf, [k.split(".")[1] for k in KEYS if k.startswith(f"{section}.")], n=1)
+        near = elsewhere or [f"{section}.{leaf}" for leaf in own] or near
+        near = near or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.3)
+    return f"{name}: there is no such {known}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _set(config, name, value, source, base):
+    if name.startswith("model.overrides."):
+        config.model.overrides[name.removeprefix("model.overrides.")] = value
+        return
+    if name not in KEYS:
+        raise ConfigError(f"{source}: {_unknown(name)}")
+    wanted = KEYS[name].type
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
+        raise ConfigError(f"{source}: {name}: expected {names[wanted]}, got {value!r}")
+    if KEYS[name].metadata.get("path") and value:
+        value = str(base / Path(value).expanduser())
+    section, leaf = name.split(".")
+    setattr(getattr(config, section), leaf, value)
+
+
+def check(config, source="config", *, training=True):
+    """Raises ConfigError unless every value is in range and the values fit together."""
+    for name, spec in KEYS.items():
+        section, leaf = name.split(".")
+        value, limits = getattr(getattr(config, section), leaf), spec.metadata
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{source}: {name}: expected a finite number, got {value!r}")
+        for limit, holds, text in (
+            ("least", lambda v, x: v >= x, "of at least"),
+            ("above", lambda v, x: v > x, "above"),
+            ("most", lambda v, x: v <= x, "of at most"),
+        ):
+            bound = limits.get(limit)
+            if bound is not None and not holds(value, bound):
+                raise ConfigError(f"{source}: {name}: expected a value {text} {bound}, got {value!r}")
+        choices = limits.get("choices")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{source}: {name}: expected one of {', '.join(choices)}, got {value!r}{guess}")
+    needed = ["data.annotations", "data.videos"] + ["train.out"] * training
+    for name in needed:
+        section, leaf = name.split(".")
+        if not getattr(getattr(config, section), leaf):
+            raise ConfigError(f"{source}: {name}: a path is required")
+    if config.train.processes > 1:
+        raise ConfigError(f"{source}: train.processes: training on several GPUs is not built yet; set it to 1")
+    if training and config.schedule.warmup_epochs > config.train.epochs:
+        raise ConfigError(
+            f"{source}: schedule.warmup_epochs: expected at most train.epochs={config.train.epochs}, "
+            f"got {config.schedule.warmup_epochs}"
+        )
+    if training and config.train.init and config.model.pretrained:
+        raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")
+    for name in ("start_lr", "end_lr"):
+        if getattr(config.schedule, name) > config.optim.lr:
+            raise ConfigError(
+                f"{source}: schedule.{name}: expected at most optim.lr={config.optim.lr}, "
+                f"got {getattr(config.schedule, name)}"
+            )
+    _check_model(config.model, source)
+
+
+def _check_model(model, source):
+    from evaat_fast.model.configs import get_config
+
+    overrides = dict(model.overrides)
+    for name in ("num_frames", "temperature"):
+        if name in overrides:
+            place = "model.num_frames" if name == "num_frames" else "loss.temperature"
+            raise ConfigError(f"{source}: model.overrides.{name}: set {place} instead")
+    if model.num_frames:
+        overrides["num_frames"] = model.num_frames
+    try:
+        get_config(model.name, **overrides)
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        where = "model.name" if text.startswith("name: ") else "model"
+        raise ConfigError(f"{source}: {where}: {text.removeprefix('name: ')}") from None

@@ -1,0 +1,74 @@
+"""What a run tells: a JSONL file for programs, a progress bar or plain lines for people."""
+
+import json
+import sys
+from pathlib import Path
+
+from evaat_fast.train.checkpoint import write_atomically
+
+
+class Log:
+    """One JSON object a line. Every record has "event" ("start", "step", "epoch" or "eval") and "epoch".
+
+    Args:
+        path: the file. keep: how many epochs of an earlier run stay; what it logged after them is dropped, so that the
+            log of a run that was resumed is that of a run that was not.
+    """
+
+    def __init__(self, path, keep=0):
+        kept = [json.dumps(r) + "\n" for r in read(path) if r["epoch"] <= keep] if keep else []
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+
+    def write(self, event, epoch, **values):
+        self._file.write(json.dumps({"event": event, "epoch": epoch, **values}) + "\n")
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+def read(path):
+    """The records of a log. A last line that a crash cut short is left out."""
+    path, records = Path(path), []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise ValueError(f"{path}: line {number + 1} is not JSON") from None
+    return records
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere nothing but the lines given to `say`.
+
+    Args:
+        total: steps. label: what goes on. quiet: neither bar nor lines.
+    """
+
+    def __init__(self, total, label, quiet=False):
+        self._quiet = quiet
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                raise ImportError("the progress bar needs tqdm: pip install 'evaat-fast[train]'") from None
+            self._bar = tqdm(total=total, desc=label, leave=False, dynamic_ncols=True)
+
+    def step(self, **values):
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+            self._bar.update()
+
+    def say(self, line):
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        elif not self._quiet:
+            print(line, flush=True)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
