@@ -1,7 +1,7 @@
 """Frequencies of the rotary embeddings: float32 [3, D/2], one row per axis (t, h, w), one column per channel pair.
 
-A token at position p = (t, h, w) turns its channel pair c by the angle p . F[:, c]. Every rotary embedding whose angle is
-linear in the position is such an F, so one kernel serves them all. A zero leaves an axis out.
+A token at position p = (t, h, w) turns its channel pair c by the angle p . F[:, c]. Every rotary embedding whose angle
+is linear in the position is such an F, so one kernel serves them all. A zero leaves an axis out.
 """
 
 import math
@@ -68,8 +68,8 @@ def split_freqs(head_dim, dims, theta=10000.0, scale=(1.0, 1.0, 1.0), restart=Tr
         dims: (dt, dh, dw), even numbers of channels with a sum of at most D.
         theta: base of the geometric progression.
         scale: what positions are multiplied by, for (t, h, w).
-        restart: True: each axis begins at frequency 1 and spans the whole progression, theta^(-2j/d_axis). False: the axes
-            are consecutive sections of one progression over the head, theta^(-2c/D), as in the M-RoPE of Qwen2-VL.
+        restart: True: each axis begins at frequency 1 and spans the whole progression, theta^(-2j/d_axis). False: the
+            axes are consecutive sections of one progression over the head, theta^(-2c/D), as in the M-RoPE of Qwen2-VL.
 
     Returns:
         float32 [3, D/2].

@@ -68,8 +68,8 @@ def _table(freqs, positions, grid, prefix_tokens, head_dim, device):
     """float32 [2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines; never written to."""
     arguments = (freqs, positions, grid, prefix_tokens, head_dim)
     on_cpu = device.type == "cpu"
-    # A graph replays with the addresses it captured, so it must own its table. User tensors on a GPU cannot be compared with
-    # those of a kept table without waiting for the GPU, and their version counters do not see writes through .data.
+    # A graph replays with the addresses it captured, so it must own its table. User tensors on a GPU cannot be compared
+    # with a kept table's without waiting for the GPU, and their version counters do not see writes through .data.
     if not on_cpu and (
         freqs is not None or positions is not None or device.type != "cuda" or torch.cuda.is_current_stream_capturing()
     ):
@@ -119,10 +119,14 @@ def _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend):
         from evaat_fast import _cpu
 
         B, _, N, D = xs[0].shape
+        tensors = [
+            (x.data_ptr(), out.data_ptr(), x.shape[1], *x.stride()[:3], *out.stride()[:3])
+            for x, out in zip(xs, outs, strict=True)
+        ]
         cos, stride_b, stride_h = table.data_ptr(), *_shared(table)
         _cpu.rope3d(
             _dispatch.DTYPE_CODE[xs[0].dtype],
-            [(x.data_ptr(), o.data_ptr(), x.shape[1], *x.stride()[:3], *o.stride()[:3]) for x, o in zip(xs, outs)],
+            tensors,
             cos,
             cos + 4 * table.stride(0),
             stride_b,
@@ -382,8 +386,8 @@ def rope3d_qkv_(
     base = qkv._base
     if base.numel() != qkv.numel() or not base.is_contiguous():
         raise ValueError(
-            f"qkv: is a view of a part of a tensor {list(base.shape)}, for which autograd would copy the whole gradient; pass "
-            "the linear layer's own output, or use rope3d"
+            f"qkv: is a view of a part of a tensor {list(base.shape)}, for which autograd would copy the whole gradient; "
+            "pass the linear layer's own output, or use rope3d"
         )
     # Changing the base replaces one node of the graph; changing the view would copy the gradient three times.
     return _RotateQKV.apply(base, qkv.shape, num_heads, *settings).view(qkv.shape)
@@ -465,6 +469,8 @@ _is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda x: False)
 def _backend(q, freqs, backend):
     """The backend that serves the call; only the reference computes a gradient for freqs."""
     chosen = _dispatch.pick("rope3d", q, backend)
+    if chosen == "cpu" and not q.is_cpu:
+        raise RuntimeError(f"rope3d: backend 'cpu' was asked for but cannot serve this call: q is on {q.device}")
     if chosen != "reference" and freqs is not None and freqs.requires_grad and torch.is_grad_enabled():
         if backend not in (None, "auto") or (backend is None and _dispatch._DEFAULT.get("rope3d")):
             raise _dispatch.not_built(

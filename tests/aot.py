@@ -1,0 +1,85 @@
+"""Compiles Triton kernels for GPUs that are not here and reads what the compiler made of them."""
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+ARCHS = (80, 90, 100)
+# The most shared memory that one block may ask for, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+def build(kernel, signature, constants, arch, aligned=(), **options):
+    """Compiles a @triton.jit function.
+
+    kernel: the jitted function. signature: {argument: "*bf16", "i32", ...} of its run-time arguments; constants: the
+    others. arch: 80, 90, 100. aligned: the integers that are multiples of 16, as Triton finds out at a launch (pointers
+    always are). options: num_warps, num_stages.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    missing = set(names) ^ (set(signature) | set(constants))
+    assert not missing, f"arguments not given, or not known: {sorted(missing)}"
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature.get(name, "").startswith("*") or name in aligned
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled):
+    """{"registers", "stack", "shared"}: per thread, bytes per thread (spills and local arrays), bytes per block."""
+    usage = _cuobjdump("-res-usage", compiled.asm["cubin"])
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    local = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    return {"registers": registers, "stack": stack + local, "shared": compiled.metadata.shared}
+
+
+def instructions(compiled):
+    """The machine code (SASS) as a list of "OPCODE.MODIFIERS operands"."""
+    listing = _cuobjdump("-sass", compiled.asm["cubin"])
+    code = [m[1] for m in re.finditer(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", listing)]
+    return [re.sub(r"^@!?U?P\w+\s+", "", line) for line in code]
+
+
+def global_access(code):
+    """The distinct widths in bits of global loads and stores: {"load": {128}, "store": {128}}."""
+    widths = {"load": set(), "store": set()}
+    for line in code:
+        match = re.match(r"(LDG|STG)\.(\S+)", line)
+        if match:
+            width = re.search(r"\b(128|64|U16|S16|U8|S8)\b", match[2])
+            bits = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}[width[1]] if width else 32
+            widths["load" if match[1] == "LDG" else "store"].add(bits)
+    return widths
+
+
+@functools.cache
+def _tools():
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def _cuobjdump(flag, cubin):
+    """Runs the cuobjdump of Triton's own wheel, which needs its nvdisasm on PATH."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        environment = {**os.environ, "PATH": f"{_tools()}{os.pathsep}{os.environ.get('PATH', '')}"}
+        command = [str(_tools() / "cuobjdump"), flag, file.name]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return run.stdout + run.stderr

@@ -1,0 +1,49 @@
+"""The shipped GPU kernels compile for every architecture without spills, and move 16 bytes per access. Needs no GPU."""
+
+import aot
+import pytest
+
+pytestmark = pytest.mark.aot
+pytest.importorskip("triton")
+
+ROPE_STRIDES = [f"{x}_{d}" for x in ("q", "k", "out_q", "out_k") for d in "bhn"]
+ROPE_INTEGERS = ["table_half", "table_b", "table_h", *ROPE_STRIDES, "q_heads", "k_heads", "N", "prefix", "first"]
+
+
+def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False):
+    import triton
+    from evaat_fast.kernels import rope3d as kernels
+
+    pointers = {name: f"*{dtype}" for name in ("q", "k", "out_q", "out_k")} | {"table": "*fp32"}
+    constants = dict(D=D, INTERLEAVED=interleaved, INVERSE=inverse, TABLE_PER_HEAD=per_head, HEADS=kernels.HEADS)
+    constants |= dict(BLOCK_N=kernels.block_n(D), BLOCK_C=triton.next_power_of_2(D // 2))
+    return aot.build(
+        kernels.rope3d_kernel,
+        pointers | dict.fromkeys(ROPE_INTEGERS, "i32"),
+        constants,
+        arch,
+        aligned=["table_half", "table_b", "table_h", *ROPE_STRIDES],
+        num_warps=kernels.NUM_WARPS,
+    )
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("dtype,D", [("bf16", 64), ("fp16", 64), ("fp32", 64), ("bf16", 128), ("bf16", 80)])
+def test_rope3d_fits(arch, dtype, D, interleaved):
+    used = aot.resources(rope3d(arch, dtype, D, interleaved))
+    assert used["stack"] == 0, used
+    assert used["shared"] <= aot.SHARED_LIMIT[arch], used
+    assert used["registers"] <= 128, used  # 16 warps and more on an SM
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+def test_rope3d_moves_16_bytes_per_access(arch, interleaved):
+    code = aot.instructions(rope3d(arch, "bf16", 64, interleaved))
+    assert aot.global_access(code) == {"load": {128}, "store": {128}}
+
+
+def test_rope3d_per_head_and_inverse_fit():
+    used = aot.resources(rope3d(90, "bf16", 64, inverse=True, per_head=True))
+    assert used["stack"] == 0, used
