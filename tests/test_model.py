@@ -296,7 +296,6 @@ def test_no_weight_decay_names_parameters():
 
 
 def test_transforms():
-    pytest.importorskip("evaat_fast.data.transforms")
     model, train, evaluate = evaat_fast.create_model_and_transforms(TINY, num_frames=2)
     for transform in (train, evaluate):
         frames = transform(torch.randint(0, 256, (2, 96, 120, 3), dtype=torch.uint8))
