@@ -119,7 +119,7 @@ def rope3d_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """q [B, q_heads, N, D] -> out_q, and k likewise; tokens below `first` are not visited, those below `prefix` copied."""
+    """q [B, q_heads, N, D] -> out_q, and k likewise; tokens below first are not visited, those below prefix copied."""
     blocks = tl.cdiv(N - first, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     n = first + tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -175,7 +175,7 @@ def rope3d_kernel(
 
 
 def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
-    """One launch. xs, outs: one or two tensors [B, H, N, D] each, outs may be xs; table: as `ops.rope3d._table` makes it."""
+    """xs, outs: one or two tensors [B, H, N, D] each, outs may be xs; table: as `ops.freqs.table_of` makes it."""
     q, out_q = xs[0], outs[0]
     k, out_k = xs[-1], outs[-1]
     B, q_heads, N, D = q.shape

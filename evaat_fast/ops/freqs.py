@@ -1,10 +1,13 @@
-"""Frequencies of the rotary embeddings: float32 [3, D/2], one row per axis (t, h, w), one column per channel pair.
+"""Frequencies of the rotary embeddings, and the tables of cosines and sines made from them.
+
+Frequencies are float32 [3, D/2], one row per axis (t, h, w), one column per channel pair.
 
 A token at position p = (t, h, w) turns its channel pair c by the angle p . F[:, c]. Every rotary embedding whose angle
 is linear in the position is such an F, so one kernel serves them all. A zero leaves an axis out.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 
@@ -30,12 +33,15 @@ def joint_freqs(head_dim, theta=10000.0, scale=(1.0, 1.0, 1.0)):
     Source: EVA02-AT (arXiv 2506.14356), section 3.2.
     """
     _check(head_dim, 4, theta)
-    quarter = head_dim // 4
-    scale_t, scale_h, scale_w = _numbers("scale", scale, 3)
-    freqs = torch.zeros(3, 2 * quarter, dtype=torch.float64)
-    freqs[0] = _ladder(head_dim, theta) * scale_t
-    freqs[1, :quarter] = _ladder(head_dim // 2, theta) * scale_h
-    freqs[2, quarter:] = _ladder(head_dim // 2, theta) * scale_w
+    return _joint(head_dim, theta, _numbers("scale", scale, 3))
+
+
+def _joint(head_dim, theta=10000.0, scale=(1.0, 1.0, 1.0), device=None):
+    wide, quarter = _wide(device), head_dim // 4
+    freqs = torch.zeros(3, 2 * quarter, dtype=wide, device=device)
+    freqs[0] = _ladder(head_dim, theta, device) * scale[0]
+    freqs[1, :quarter] = _ladder(head_dim // 2, theta, device) * scale[1]
+    freqs[2, quarter:] = _ladder(head_dim // 2, theta, device) * scale[2]
     return freqs.float()
 
 
@@ -92,9 +98,13 @@ def split_freqs(head_dim, dims, theta=10000.0, scale=(1.0, 1.0, 1.0), restart=Tr
     return freqs.float()
 
 
-def _ladder(channels, theta):
+def _wide(device):
+    return torch.float32 if device is not None and device.type == "mps" else torch.float64
+
+
+def _ladder(channels, theta, device=None):
     """float64 [channels/2]: theta^(-2c/channels)."""
-    return float(theta) ** (torch.arange(0, channels, 2, dtype=torch.float64) / -max(channels, 1))
+    return float(theta) ** (torch.arange(0, channels, 2, dtype=_wide(device), device=device) / -max(channels, 1))
 
 
 def _check(head_dim, multiple, theta):
@@ -112,3 +122,51 @@ def _numbers(name, values, count):
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name}: expected {count} finite numbers, got {values!r}")
     return numbers
+
+
+def grid_positions(grid, device=None):
+    """int64 [T * Hp * Wp, 3]: the (t, h, w) of each token, in the tokens' order."""
+    axes = (torch.arange(n, device=device) for n in grid)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+
+
+def cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device):
+    """cos and sin of all angles, [1 or B, 1 or H, N - prefix, D/2]; in float64, as time stamps may be large."""
+    freqs = _joint(head_dim, device=device) if freqs is None else freqs
+    freqs = freqs if freqs.ndim == 3 else freqs[None]
+    positions = grid_positions(grid, device) if positions is None else positions[..., prefix_tokens:, :]
+    positions = positions if positions.ndim == 3 else positions[None]
+    angles = positions[:, None].to(_wide(device)) @ freqs.to(_wide(device))
+    return angles.cos(), angles.sin()
+
+
+# A table costs more than the rotation by it, and a model asks for the same in every layer. At most 8 x 8 MB are kept.
+_TABLES = OrderedDict()
+_MOST_TABLES, _MOST_ELEMENTS = 8, 2**21
+
+
+def table_of(freqs, positions, grid, prefix_tokens, head_dim, device):
+    """float32 [2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
+    arguments = (freqs, positions, grid, prefix_tokens, head_dim)
+    user = tuple(x for x in (freqs, positions) if x is not None)
+    # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
+    # counters do not see writes through .data. A CUDA graph replays the addresses it captured, so it owns its table.
+    if device.type != "cpu" and (user or device.type != "cuda" or torch.cuda.is_current_stream_capturing()):
+        return _new_table(*arguments, device)
+    key = (*grid, None if positions is None else prefix_tokens, head_dim, device, freqs is None)
+    key += tuple((x.shape, x.dtype) for x in user)
+    kept = _TABLES.get(key)
+    if kept is not None and all(map(torch.equal, kept[0], user)):
+        return kept[1]
+    # Made on the CPU and copied: the copy waits, so that every CUDA stream may read the table afterwards.
+    table = _new_table(*arguments, torch.device("cpu")).to(device)
+    if table.numel() <= _MOST_ELEMENTS:
+        _TABLES[key] = (tuple(x.detach().clone() for x in user), table)
+        while len(_TABLES) > _MOST_TABLES:
+            _TABLES.popitem(last=False)
+    return table
+
+
+def _new_table(freqs, positions, grid, prefix_tokens, head_dim, device):
+    with torch.no_grad():
+        return torch.stack(cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device)).float()

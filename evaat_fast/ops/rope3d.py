@@ -5,14 +5,12 @@ rope3d_(q, k, grid=(4, 14, 14))                  # in place, for inference
 qkv = rope3d_qkv_(linear(x), 12, (4, 14, 14))    # training in place, on the linear layer's own output
 """
 
-from collections import OrderedDict
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from evaat_fast import _dispatch
 from evaat_fast._register import register
-from evaat_fast.ops.freqs import joint_freqs, spatial_freqs, split_freqs
+from evaat_fast.ops.freqs import cos_sin, joint_freqs, spatial_freqs, split_freqs, table_of
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
 
@@ -24,29 +22,11 @@ def rope3d_reference(
     q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False
 ):
     """The specification: (x, y) -> (x cos a - y sin a, y cos a + x sin a) with a = position . freqs[:, pair]."""
-    cos, sin = _cos_sin(freqs, positions, grid, prefix_tokens, q.shape[-1], q.device)
+    cos, sin = cos_sin(freqs, positions, grid, prefix_tokens, q.shape[-1], q.device)
     if inverse:
         sin = -sin
     rotated = tuple(_rotate_reference(x, cos, sin, prefix_tokens, interleaved) for x in (q, k) if x is not None)
     return rotated if k is not None else rotated[0]
-
-
-def grid_positions(grid, device=None):
-    """int64 [T * Hp * Wp, 3]: the (t, h, w) of each token, in the tokens' order."""
-    axes = (torch.arange(n, device=device) for n in grid)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
-
-
-def _cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device):
-    """cos and sin of all angles, [1 or B, 1 or H, N - prefix, D/2]; in float64, as time stamps may be large."""
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    if freqs is None:
-        freqs = joint_freqs(head_dim).to(device)
-    positions = grid_positions(grid, device) if positions is None else positions[..., prefix_tokens:, :]
-    positions = positions if positions.ndim == 3 else positions[None]
-    freqs = freqs if freqs.ndim == 3 else freqs[None]
-    angles = positions[:, None].to(wide) @ freqs.to(wide)
-    return angles.cos(), angles.sin()
 
 
 def _rotate_reference(x, cos, sin, prefix_tokens, interleaved):
@@ -57,40 +37,6 @@ def _rotate_reference(x, cos, sin, prefix_tokens, interleaved):
     a, b = a * cos - b * sin, b * cos + a * sin
     rows = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
     return torch.cat((x[:, :, :prefix_tokens], rows.to(x.dtype)), 2)
-
-
-# The table of cosines and sines costs more than the rotation, and a model asks for the same one in every layer.
-_TABLES = OrderedDict()
-_MAX_TABLES = 16
-
-
-def _table(freqs, positions, grid, prefix_tokens, head_dim, device):
-    """float32 [2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines; never written to."""
-    arguments = (freqs, positions, grid, prefix_tokens, head_dim)
-    on_cpu = device.type == "cpu"
-    # A graph replays with the addresses it captured, so it must own its table. User tensors on a GPU cannot be compared
-    # with a kept table's without waiting for the GPU, and their version counters do not see writes through .data.
-    if not on_cpu and (
-        freqs is not None or positions is not None or device.type != "cuda" or torch.cuda.is_current_stream_capturing()
-    ):
-        return _new_table(*arguments, device)
-    user = tuple(x for x in (freqs, positions) if x is not None)
-    key = (tuple(grid), prefix_tokens if positions is not None else None, head_dim, device)
-    key += tuple((x is None or (x.shape, x.dtype)) for x in (freqs, positions))
-    kept = _TABLES.get(key)
-    if kept is not None and all(map(torch.equal, kept[0], user)):
-        return kept[1]
-    # Made on the CPU and copied: the copy waits, so that every CUDA stream may read the table afterwards.
-    table = _new_table(*arguments, torch.device("cpu")).to(device)
-    _TABLES[key] = (tuple(x.detach().clone() for x in user), table)
-    while len(_TABLES) > _MAX_TABLES:
-        _TABLES.popitem(last=False)
-    return table
-
-
-def _new_table(freqs, positions, grid, prefix_tokens, head_dim, device):
-    with torch.no_grad():
-        return torch.stack(_cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device)).float()
 
 
 def _empty(x):
@@ -153,7 +99,7 @@ _SETTINGS = (
 
 @register(f"rope3d(Tensor[] x, {_SETTINGS}) -> Tensor[]", lambda xs, *settings: [_empty(x) for x in xs])
 def _rotate(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
-    table = _table(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device)
+    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device)
     outs = [_empty(x) for x in xs]
     _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend)
     return outs
@@ -161,7 +107,7 @@ def _rotate(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, bac
 
 @register(f"rope3d_(Tensor(a!)[] x, {_SETTINGS}) -> ()", lambda *arguments: None)
 def _rotate_(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
-    table = _table(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device)
+    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device)
     _launch(xs, xs, table, prefix_tokens, interleaved, inverse, backend)
     for x in xs:
         if not x.is_inference():
@@ -218,7 +164,7 @@ def _rotate_qkv(qkv, num_heads, freqs, positions, grid, prefix_tokens, interleav
     out = qkv.new_empty(qkv.shape)
     q, k, v = _split(qkv, num_heads).chunk(3, 1)
     new_q, new_k, new_v = _split(out, num_heads).chunk(3, 1)
-    table = _table(freqs, positions, grid, prefix_tokens, q.shape[3], q.device)
+    table = table_of(freqs, positions, grid, prefix_tokens, q.shape[3], q.device)
     _launch([q, k], [new_q, new_k], table, prefix_tokens, interleaved, inverse, backend)
     new_v.copy_(v)
     return out
@@ -386,7 +332,7 @@ def rope3d_qkv_(
     base = qkv._base
     if base.numel() != qkv.numel() or not base.is_contiguous():
         raise ValueError(
-            f"qkv: is a view of a part of a tensor {list(base.shape)}, for which autograd would copy the whole gradient; "
+            f"qkv: is a view of a part of a tensor {list(base.shape)}, for which autograd would copy whole gradients; "
             "pass the linear layer's own output, or use rope3d"
         )
     # Changing the base replaces one node of the graph; changing the view would copy the gradient three times.
