@@ -1,7 +1,7 @@
 """Checkpoints of a run: all that continuing it needs, written so that a reader sees the old file or the new one.
 
-The weights lie under "state_dict" and the model's configuration (with its `norm`) under "config", as `evaat_fast.model`
-stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
+The weights lie under "state_dict" and the model's configuration (with its `norm`) under "model_config", as
+`evaat_fast.model` stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ def save(path, model, optimizer, epoch, config):
         rng["cuda"] = torch.cuda.get_rng_state_all()
     content = {
         "state_dict": model.state_dict(),
-        "config": dataclasses.asdict(model.config),
+        "model_config": dataclasses.asdict(model.config),
         "optimizer": optimizer.state_dict(),
         "epoch": epoch,
-        "run": config.to_dict(),
+        "config": config.to_dict(),
         "rng": rng,
     }
     write_atomically(path, lambda file: torch.save(content, file))
@@ -61,8 +61,10 @@ def read(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely: {reason}") from None
-    missing = [k for k in ("state_dict", "config", "optimizer", "epoch", "run", "rng") if k not in content]
+        raise ValueError(
+            f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely: {reason}"
+        ) from None
+    missing = [k for k in ("state_dict", "model_config", "optimizer", "epoch", "config", "rng") if k not in content]
     if missing:
         raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run: it lacks {', '.join(missing)}")
     return content

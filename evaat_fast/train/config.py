@@ -39,12 +39,15 @@ class Model:
 
 @dataclass
 class Data:
-    """annotations, videos: folders in EK-100's layout. crop_scale: smallest area of a random training crop, 1 for none.
+    """annotations, videos: folders in EK-100's layout. crop_scale: least share of the frame in a random training crop.
+    positive: the text of a training clip, "own" or a "relevant" one drawn anew each time, as the SMS loss's authors do.
     cache: keep every decoded clip in memory (a small corpus). workers: processes that decode, 0 for none."""
 
     annotations: str = key("", path=True)
     videos: str = key("", path=True)
     crop_scale: float = key(0.5, above=0, most=1)
+    positive: str = key("own", choices=("own", "relevant"))
+    decoder: str = key("decord", choices=("decord", "av"))
     cache: bool = False
     workers: int = key(0, least=0)
 
@@ -76,7 +79,8 @@ class Optim:
 
 @dataclass
 class Schedule:
-    """Linear from start_lr to optim.lr over warmup_epochs, then "cosine" to end_lr, or "constant"."""
+    """A linear warm-up that begins at start_lr, to optim.lr after warmup_epochs; then "cosine" to end_lr, or
+    "constant"."""
 
     name: str = key("cosine", choices=("cosine", "constant"))
     warmup_epochs: float = key(1.0, least=0)
@@ -86,15 +90,15 @@ class Schedule:
 
 @dataclass
 class Train:
-    """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct_captions: at most one clip
-    per caption in a batch, for InfoNCE, which would take a second one for a negative. device: "auto" takes a GPU where
+    """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct: at most one clip of a kind
+    (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device: "auto" takes a GPU where
     there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU. save_every: epochs."""
 
     out: str = key("", path=True)
     init: str = key("", path=True)
     epochs: int = key(1, least=1)
     batch_size: int = key(64, least=2)
-    distinct_captions: bool = False
+    distinct: bool = False
     seed: int = key(0, least=0)
     device: str = "auto"
     precision: str = key("auto", choices=("auto", "float32", "bfloat16"))

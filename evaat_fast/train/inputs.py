@@ -1,0 +1,96 @@
+"""What goes into a model: the data sets of a configuration, their batches, their tokens."""
+
+import torch
+from torch.utils.data import DataLoader
+
+import evaat_fast
+from evaat_fast.data.ek100 import EK100
+from evaat_fast.data.transforms import eval_transform, train_transform
+from evaat_fast.model import get_config, trim
+from evaat_fast.train.sampler import EpochSampler
+
+
+def dataset(config, split):
+    """The split of config.data as an EK100, with what its model needs.
+
+    Raises:
+        FileNotFoundError, ValueError: files that are missing or cannot be read.
+    """
+    wanted = get_config(config.model.name, **config.model.overrides)
+    if split == "train":
+        transform = train_transform(wanted.image_size, scale=(config.data.crop_scale, 1.0))
+    else:
+        transform = eval_transform(wanted.image_size)
+    return EK100(
+        config.data.annotations,
+        config.data.videos,
+        split,
+        num_frames=config.model.num_frames or wanted.num_frames,
+        transform=transform,
+        positive=config.data.positive if split == "train" else "own",
+        cache="memory" if config.data.cache else None,
+        decoder=config.data.decoder,
+    )
+
+
+def sampler(config, data):
+    """The EpochSampler of the training split."""
+    return EpochSampler(data.clip_kind, config.train.batch_size, config.train.seed, config.train.distinct)
+
+
+def seed_epoch(config, epoch):
+    """Crops and frames are drawn from torch's generator, or from one of each worker's that is seeded by it: this makes
+    them a function of (seed, epoch)."""
+    torch.manual_seed(config.train.seed * 1_000_003 + epoch)
+
+
+def loader(config, data, batches, tokenize, device):
+    """The batches of an epoch: dict(video uint8 [B, T, H, W, 3], text int64 [B, L], kind [B], text_kind [B]).
+
+    Args:
+        config: a Config. data: the training split. batches: an EpochSampler. tokenize: from `tokenizer`. device: where the
+            batches will go.
+    """
+
+    def collate(samples):
+        batch = {name: torch.tensor([s[name] for s in samples]) for name in ("kind", "text_kind")}
+        batch["video"] = torch.stack([s["video"] for s in samples])
+        # Causal attention read at the end of the text: the padding that all rows share changes nothing.
+        batch["text"] = trim(tokenize([s["text"] for s in samples]))
+        return batch
+
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=config.data.workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if config.data.workers else None,
+    )
+
+
+def clips(config, data, device):
+    """uint8 batches [B, T, H, W, 3] of all clips of a test split, in order."""
+
+    def collate(samples):
+        return torch.stack([s["video"] for s in samples])
+
+    return DataLoader(
+        data,
+        config.eval.batch_size,
+        num_workers=config.data.workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if config.data.workers else None,
+    )
+
+
+def tokenizer(config):
+    """The model's tokenizer."""
+    return evaat_fast.get_tokenizer(config.model.name)
+
+
+def autocast(config, device):
+    """The context that config.train.precision asks for on `device`."""
+    low = config.train.precision == "bfloat16" or (config.train.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)

@@ -1,0 +1,56 @@
+"""Which clips make a batch."""
+
+import torch
+
+
+class EpochSampler:
+    """Batches of clip indices, another order each epoch, the same for the same seed and epoch.
+
+    Args:
+        kinds: for each clip the number of its kind, its (verb class, noun classes). batch_size: clips in a batch, always exactly so many: what is
+            left over at the end of an epoch is left out of it. seed: of the order.
+        distinct: at most one clip of a kind in a batch, as InfoNCE needs it: to that loss every other caption of the
+            batch is a wrong one. The kinds with the most clips left come first, which wastes the fewest clips.
+
+    Raises:
+        ValueError: fewer clips, or with `distinct` fewer kinds, than a batch holds.
+    """
+
+    def __init__(self, kinds, batch_size, seed=0, distinct=False):
+        self._kinds = torch.as_tensor(kinds)
+        self._batch_size, self._seed, self._distinct = batch_size, seed, distinct
+        if len(self._kinds) < batch_size:
+            raise ValueError(f"train.batch_size: {batch_size} is more than the {len(self._kinds)} training clips")
+        count = len(self._kinds.unique())
+        if distinct and count < batch_size:
+            raise ValueError(
+                f"train.batch_size: {batch_size} is more than the {count} kinds (verb class, noun classes) of training clips, of "
+                "which train.distinct = true allows one clip each in a batch"
+            )
+        self.epoch = 0
+        # How many distinct batches there are depends on the counts alone, not on the order.
+        self._length = len(self._batches()) if distinct else len(self._kinds) // batch_size
+
+    def __len__(self):
+        return self._length
+
+    def __iter__(self):
+        return iter(self._batches())
+
+    def _batches(self):
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self._kinds), generator=generator)
+        if not self._distinct:
+            whole = order[: len(order) // self._batch_size * self._batch_size]
+            return whole.view(-1, self._batch_size).tolist()
+        clips = {}
+        for index in order.tolist():
+            clips.setdefault(int(self._kinds[index]), []).append(index)
+        batches, left = [], torch.tensor([len(c) for c in clips.values()], dtype=torch.float32)
+        names = list(clips)
+        while int((left > 0).sum()) >= self._batch_size:
+            # Ties are broken at random; a fraction below 1 cannot reorder whole numbers.
+            chosen = (left + torch.rand(len(left), generator=generator)).topk(self._batch_size).indices
+            batches.append([clips[names[i]].pop() for i in chosen.tolist()])
+            left[chosen] -= 1
+        return batches

@@ -1,0 +1,281 @@
+"""The training loop: one process, one device.
+
+    result = train(load("run.toml"))
+
+A run's folder holds `log.jsonl`, `last.pt` and `config.json`. Everything random is drawn from (seed, epoch), so a run
+that is interrupted and resumed ends where an uninterrupted one ends.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import evaat_fast
+from evaat_fast import ops
+from evaat_fast.train import checkpoint, evaluation, inputs
+from evaat_fast.train.config import ConfigError
+from evaat_fast.train.log import Log, Progress
+from evaat_fast.train.schedules import warmup
+
+MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+def train(config, *, resume=False, overwrite=False, quiet=False):
+    """Runs the training that `config` describes, from start or from the last checkpoint.
+
+    Args:
+        config: a Config. resume: continue from `last.pt` in config.train.out where there is one. overwrite: start anew
+            where the folder already holds a run. quiet: print nothing.
+
+    Returns:
+        dict(model, metrics, log, checkpoint): the trained model, the last evaluation, and the paths of both files.
+
+    Raises:
+        ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
+            checkpoint that is missing or does not fit. Diverged: the loss became NaN or infinite; nothing is saved then.
+    """
+    device = choose_device(config)
+    out = check_folder(config.train.out)
+    last = out / checkpoint.LAST
+    if last.exists() and not (resume or overwrite):
+        raise ConfigError(
+            f"train.out: {str(out)!r} already holds a run: --resume continues it, --overwrite replaces it"
+        )
+    stored = checkpoint.read(last) if resume and last.exists() else None
+    if stored is not None:
+        check_same_run(stored["config"], config, last)
+    done = stored["epoch"] if stored else 0
+
+    test = inputs.dataset(config, "test")
+    data = inputs.dataset(config, "train")
+    sampler, tokenize = inputs.sampler(config, data), inputs.tokenizer(config)
+    model = build_model(config, weights=not stored)
+    if stored:
+        model.load_state_dict(stored["state_dict"])
+    model.to(device)
+    optimizer = build_optimizer(model, config)
+    if stored:
+        optimizer.load_state_dict(stored["optimizer"])
+        checkpoint.restore_rng(stored["rng"])
+
+    out.mkdir(parents=True, exist_ok=True)
+    if not stored:
+        last.unlink(missing_ok=True)
+    checkpoint.write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
+    log = Log(out / "log.jsonl", keep=done)
+    steps = config.train.epochs * len(sampler)
+    progress = Progress(steps - done * len(sampler), out.name, quiet)
+    metrics = None
+    try:
+        if not stored:
+            count = sum(p.numel() for p in model.parameters())
+            log.write(
+                "start",
+                0,
+                parameters=count,
+                clips=len(data),
+                steps=steps,
+                device=str(device),
+                version=evaat_fast.__version__,
+            )
+            progress.say(
+                f"{out.name}: {count / 1e6:.2f} M parameters, {len(data)} clips, {config.train.epochs} epochs of "
+                f"{len(sampler)} steps on {device}"
+            )
+        for epoch in range(done, config.train.epochs):
+            loss, seconds = run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, log, progress)
+            finished = epoch + 1 == config.train.epochs
+            log.write(
+                "epoch",
+                epoch + 1,
+                loss=loss,
+                seconds=seconds,
+                clips_per_second=len(sampler) * config.train.batch_size / seconds,
+            )
+            line = f"{out.name}: epoch {epoch + 1}/{config.train.epochs}  loss {loss:.4f}  {seconds:.1f} s"
+            if finished or (config.eval.every and (epoch + 1) % config.eval.every == 0):
+                metrics = evaluation.evaluate(model, test, config, device)
+                log.write("eval", epoch + 1, **metrics)
+                line += f"  {evaluation.summary(metrics)}"
+            if finished or (epoch + 1) % config.train.save_every == 0:
+                checkpoint.save(last, model, optimizer, epoch + 1, config)
+            progress.say(line)
+        if metrics is None:  # resumed after the last epoch
+            metrics = evaluation.evaluate(model, test, config, device)
+    finally:
+        progress.close()
+        log.close()
+    return {"model": model, "metrics": metrics, "log": out / "log.jsonl", "checkpoint": last}
+
+
+def run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, log, progress):
+    """One epoch. Returns its mean loss and its seconds."""
+    model.train()
+    inputs.seed_epoch(config, epoch)
+    sampler.epoch = epoch
+    total = config.train.epochs * len(sampler)
+    scheduled = dict(
+        lr=config.optim.lr,
+        steps=total,
+        warmup_steps=round(config.schedule.warmup_epochs * len(sampler)),
+        start_lr=config.schedule.start_lr,
+        end_lr=config.schedule.end_lr,
+        name=config.schedule.name,
+    )
+    table = data.relevancy_table.to(device)
+    started, losses, pending = time.perf_counter(), [], None
+
+    def settle(step, lr, loss):
+        """Reads a step's loss one step late, so that the GPU never waits for the log."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(
+                f"train: the loss is {value} at step {step + 1} of {total} (epoch {epoch + 1}, learning rate {lr:.2e}). "
+                "Lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm; --resume continues from the last "
+                "checkpoint"
+            )
+        losses.append(value)
+        log.write("step", epoch + 1, step=step + 1, loss=value, lr=lr)
+        progress.step(epoch=epoch + 1, loss=value)
+
+    for i, batch in enumerate(inputs.loader(config, data, sampler, tokenize, device)):
+        step = epoch * len(sampler) + i
+        lr = warmup(step, **scheduled)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = batch_loss(model, batch, table, config, device)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        if config.loss.learnable_temperature:
+            model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        if pending:
+            settle(*pending)
+        pending = (step, lr, loss.detach())
+    settle(*pending)
+    return sum(losses) / len(losses), time.perf_counter() - started
+
+
+def batch_loss(model, batch, table, config, device):
+    """The loss of one batch, a scalar. `table` [K, K]: the relevancy between kinds."""
+    video = batch["video"].to(device, non_blocking=True)
+    text = batch["text"].to(device, non_blocking=True)
+    with inputs.autocast(config, device):
+        video, text = model.encode_video(video), model.encode_text(text)
+    if config.loss.name == "clip":
+        video, text = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (video, text))
+        return ops.clip_loss(video, text, model.logit_scale.exp())
+    relevancy = ops.IndexedRelevancy(table, batch["kind"].to(device), batch["text_kind"].to(device))
+    return ops.sms_loss(
+        video, text, relevancy, margin=config.loss.margin, relaxation=config.loss.relaxation, rule=config.loss.rule
+    )
+
+
+def choose_device(config):
+    """The torch.device that config.train.device names.
+
+    Raises:
+        ConfigError: an unknown device, one that is not here, or a launch as one of several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training on several GPUs is not built yet: start one process, without torchrun")
+    name = config.train.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"train.device: expected auto, cpu, cuda or cuda:0, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device: expected auto, cpu, cuda or cuda:0, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device: {name!r} was asked for, but torch sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.device: {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def check_folder(path, name="train.out"):
+    """Proves that `path` is a folder that can be written to, or could be made; it makes nothing.
+
+    Raises:
+        ConfigError: neither.
+    """
+    path = Path(path)
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists() or p.is_symlink())
+    probe = nearest / f".write-test.{os.getpid()}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{name}: the folder {str(path)!r} cannot be written to: {error.strerror}") from None
+    return path
+
+
+def check_same_run(stored, config, source):
+    """Raises ConfigError where a checkpoint was made by another run than `config` describes."""
+    ours = config.to_dict()
+    for section in ("model", "loss", "optim", "schedule"):
+        for name, value in ours[section].items():
+            if stored.get(section, {}).get(name) != value:
+                raise ConfigError(
+                    f"{source} was made with {section}.{name}={stored.get(section, {}).get(name)!r}, this run has {value!r}"
+                )
+    for name in ("epochs", "batch_size", "seed", "distinct", "precision"):
+        if stored["train"].get(name) != ours["train"][name]:
+            raise ConfigError(
+                f"{source} was made with train.{name}={stored['train'].get(name)!r}, this run has {ours['train'][name]!r}"
+            )
+
+
+def build_model(config, weights=True):
+    """The model of `config`, on the CPU, drawn from train.seed; with `weights`, what train.init or model.pretrained names.
+
+    Raises:
+        FileNotFoundError, ValueError: weights that are missing or do not fit.
+    """
+    torch.manual_seed(config.train.seed)
+    pretrained = (config.train.init or config.model.pretrained or None) if weights else None
+    model = evaat_fast.create_model(
+        config.model.name,
+        config.model.num_frames or None,
+        pretrained,
+        temperature=config.loss.temperature,
+        **config.model.overrides,
+    )
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(1 / config.loss.temperature))
+    model.logit_scale.requires_grad_(config.loss.learnable_temperature)
+    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    return model
+
+
+def build_optimizer(model, config):
+    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings."""
+    spared = model.no_weight_decay()
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim >= 2 and name not in spared].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.optim.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        fused=True,
+    )
