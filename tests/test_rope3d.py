@@ -1,0 +1,262 @@
+"""rope3d on every backend that runs eagerly: values, gradients, layouts, properties, errors, torch.compile."""
+
+import math
+
+import pytest
+import rope3d_cases as cases
+import torch
+from rope3d_cases import LAYOUTS, make
+
+from evaat_fast import _cpu, ops
+from evaat_fast.ops.freqs import grid_positions
+from evaat_fast.ops.rope3d import rope3d_reference
+
+GRID, N = (3, 4, 5), 61
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["cpu", "reference", pytest.param("triton", marks=pytest.mark.gpu)]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def device_of(backend):
+    return "cuda" if backend == "triton" else "cpu"
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
+def isa(request):
+    before = _cpu.isa()
+    if _cpu.set_isa(request.param) != request.param:
+        _cpu.set_isa(before)
+        pytest.skip("this machine has no such instructions")
+    yield request.param
+    _cpu.set_isa(before)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, dtype, interleaved, layout):
+    device = device_of(backend)
+    q, k = make(layout, 2, 6, N, 64, dtype, device), make("packed", 2, 2, N, 64, dtype, device)
+    cases.check(backend, q, k, GRID, interleaved=interleaved)
+
+
+@dtypes
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("D", [2, 30, 64, 80, 128, 256])
+def test_instruction_sets_and_head_dims(isa, dtype, interleaved, D):
+    freqs = torch.randn(3, D // 2)
+    for layout in ("contiguous", "tokens first"):
+        q, k = make(layout, 2, 7, N, D, dtype, "cpu"), make(layout, 2, 3, N, D, dtype, "cpu")
+        cases.check("cpu", q, k, GRID, freqs=freqs, interleaved=interleaved, inverse=True)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_packed_and_gradients(backend, dtype, prefix):
+    device = device_of(backend)
+    cases.check_packed(backend, 2, prefix + 60, 3, 64, dtype, device, GRID, prefix_tokens=prefix)
+    q, k = (make("packed", 2, H, prefix + 60, 64, dtype, device) for H in (4, 2))
+    cases.check_gradients(backend, q, k, GRID, prefix_tokens=prefix, interleaved=False)
+
+
+@backends
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("kind", ["int32", "int64", "fractional"])
+def test_positions(backend, batched, kind):
+    device = device_of(backend)
+    positions = torch.randn((2, N, 3) if batched else (N, 3)) * 50
+    positions = positions.to(device) if kind == "fractional" else positions.to(device, getattr(torch, kind))
+    q, k = make("contiguous", 2, 4, N, 32, torch.float32, device), make("packed", 2, 2, N, 32, torch.float32, device)
+    cases.check(backend, q, k, positions=positions)
+    cases.check_gradients(backend, q, k, positions=positions)
+    cases.check_packed(backend, 2, N, 4, 32, torch.float32, device, positions=positions)
+
+
+@backends
+def test_grid_is_positions(backend):
+    q = make("contiguous", 2, 4, N, 32, torch.float32, device_of(backend))
+    rows = torch.cat((torch.full((1, 3), 99), grid_positions(GRID))).to(q.device)
+    assert torch.equal(ops.rope3d(q, None, GRID, backend=backend), ops.rope3d(q, positions=rows, backend=backend))
+
+
+@backends
+def test_frequencies_per_head(backend):
+    device = device_of(backend)
+    freqs = torch.randn(4, 3, 16, device=device)
+    q, k = make("contiguous", 2, 4, N, 32, torch.float32, device), make("packed", 2, 4, N, 32, torch.float32, device)
+    cases.check(backend, q, k, GRID, freqs=freqs)
+    cases.check(backend, k, None, GRID, freqs=freqs)
+    cases.check_packed(backend, 2, N, 4, 32, torch.float32, device, GRID, freqs=freqs)
+
+
+@backends
+def test_kept_tables_follow_their_tensors(backend):
+    q, freqs = make("contiguous", 1, 2, N, 32, torch.float32, device_of(backend)), torch.randn(3, 16)
+    freqs, positions = freqs.to(q.device), torch.randn(N, 3).to(q.device)
+    for options in (dict(grid=GRID, freqs=freqs), dict(positions=positions), dict(positions=positions, freqs=freqs)):
+        first = ops.rope3d(q, backend=backend, **options)
+        freqs.data.mul_(2)
+        positions.data.mul_(2)
+        second = ops.rope3d(q, backend=backend, **options)
+        torch.testing.assert_close(second, rope3d_reference(q, **options))
+        assert not torch.allclose(first, second)
+
+
+@backends
+def test_large_time_stamps(backend):
+    """Seconds since the morning: a float32 angle of 30000 is wrong by 1e-3, ours is not."""
+    q = make("contiguous", 1, 1, 3, 8, torch.float32, device_of(backend))
+    positions = torch.tensor([[0.0, 0, 0], [30000.25, 0, 0], [30001.5, 3, 4]], device=q.device)
+    out = ops.rope3d(q, positions=positions, backend=backend)
+    torch.testing.assert_close(out.double(), rope3d_reference(q.double(), positions=positions), rtol=0, atol=1e-6)
+
+
+@backends
+@pytest.mark.parametrize("shape", [(0, 2, N, 32), (2, 0, N, 32)])
+def test_empty(backend, shape):
+    q = torch.zeros(shape, device=device_of(backend))
+    assert ops.rope3d(q, q[:, :1], GRID, backend=backend)[0].shape == shape
+    assert ops.rope3d_(q, None, GRID, backend=backend) is q
+
+
+@backends
+def test_only_prefix_tokens(backend):
+    q = make("contiguous", 2, 2, 4, 8, torch.float32, device_of(backend))
+    positions = torch.zeros(4, 3, device=q.device)
+    assert torch.equal(ops.rope3d(q, positions=positions, prefix_tokens=4, backend=backend), q)
+
+
+@backends
+@dtypes
+def test_not_finite_passes_through(backend, dtype):
+    q = make("contiguous", 1, 2, N, 64, dtype, device_of(backend))
+    q[0, 0, 0, 0], q[0, 1, 7, 9], q[0, 1, 9, 20] = math.inf, math.nan, math.inf
+    ours, low = ops.rope3d(q, None, GRID, backend=backend), rope3d_reference(q, None, GRID)
+    assert torch.equal(ours.isnan(), low.isnan()) and torch.equal(ours.isinf(), low.isinf())
+    assert torch.equal(ours[:, :, 0], q[:, :, 0])
+
+
+@backends
+def test_properties(backend):
+    q, k = (make("contiguous", 2, 3, N, 64, torch.float32, device_of(backend)) for _ in range(2))
+    turn = lambda x, **o: ops.rope3d(x, None, backend=backend, **{"grid": GRID, **o})  # noqa: E731
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
+    close(turn(q).norm(dim=-1), q.norm(dim=-1))
+    close(turn(turn(q), inverse=True), q)
+    # Scores depend on the difference of positions alone.
+    p, shift = torch.randn(N, 3, device=q.device) * 5, torch.tensor([3.0, -2.0, 7.5], device=q.device)
+    here = (turn(q, grid=None, positions=p) * turn(k, grid=None, positions=p.flip(0))).sum(-1)
+    there = (turn(q, grid=None, positions=p + shift) * turn(k, grid=None, positions=p.flip(0) + shift)).sum(-1)
+    torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+    # The joint rotation is the spatial one, then the temporal one.
+    time = ops.joint_freqs(64).to(q.device)
+    time[1:] = 0
+    close(turn(turn(q, freqs=ops.spatial_freqs(64).to(q.device)), freqs=time), turn(q))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "packed"])
+def test_threads(threads, layout):
+    q, before = make(layout, 3, 5, N, 64, torch.float32, "cpu"), torch.get_num_threads()
+    one = ops.rope3d(q, q, GRID, backend="cpu")
+    try:
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, ops.rope3d(q, q, GRID, backend="cpu"), one))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fuzz_cpu():
+    for seed in range(150):
+        cases.random_call(seed, "cpu", "cpu", DTYPES)
+
+
+@pytest.mark.slow
+def test_fuzz_cpu_long():
+    for seed in range(1000, 3000):
+        cases.random_call(seed, "cpu", "cpu", DTYPES, 1.5)
+
+
+@pytest.mark.gpu
+def test_fuzz_triton():
+    for seed in range(300):
+        cases.random_call(seed, "triton", "cuda", DTYPES, 2.0)
+
+
+# Frequencies
+
+
+def test_joint_freqs_are_the_paper_s():
+    """The spatial rotation of the whole head dim, then the temporal one, each written out on complex pairs."""
+    D, theta = 64, 10000.0
+    x = torch.randn(1, 1, N, D, dtype=torch.double)
+    pairs = torch.view_as_complex(x[:, :, 1:].unflatten(-1, (-1, 2)).contiguous()).clone()
+    spatial = [theta ** (-4 * i / D) for i in range(D // 4)]
+    for n, (t, h, w) in enumerate((t, h, w) for t in range(3) for h in range(4) for w in range(5)):
+        angles = torch.tensor([h * f for f in spatial] + [w * f for f in spatial], dtype=torch.double)
+        pairs[0, 0, n] *= torch.polar(torch.ones_like(angles), angles)
+        angles = torch.tensor([t * theta ** (-2 * i / D) for i in range(D // 2)], dtype=torch.double)
+        pairs[0, 0, n] *= torch.polar(torch.ones_like(angles), angles)
+    ours = ops.rope3d(x, None, GRID)
+    torch.testing.assert_close(ours[:, :, 1:], torch.view_as_real(pairs).flatten(-2), rtol=0, atol=2e-6)
+
+
+def test_scale_multiplies_positions():
+    q, scale = torch.randn(1, 1, N, 32), torch.tensor([2.0, 0.5, 0.25])
+    rows = torch.cat((torch.zeros(1, 3), grid_positions(GRID) * scale))
+    freqs = ops.joint_freqs(32, scale=tuple(scale.tolist()))
+    torch.testing.assert_close(ops.rope3d(q, None, GRID, freqs=freqs), ops.rope3d(q, positions=rows))
+
+
+def test_split_freqs():
+    restart = ops.split_freqs(20, (4, 8, 6), theta=100.0, scale=(1.0, 2.0, 1.0))
+    assert restart.dtype == torch.float32 and restart.shape == (3, 10)
+    expected = torch.zeros(3, 10)
+    expected[0, :2] = torch.tensor([1.0, 0.1])
+    expected[1, 2:6] = 2 * 100.0 ** (-torch.arange(4) / 4)
+    expected[2, 6:9] = 100.0 ** (-torch.arange(3) / 3)
+    torch.testing.assert_close(restart, expected)
+    sections = ops.split_freqs(20, (4, 8, 6), theta=100.0, restart=False)
+    torch.testing.assert_close(sections.sum(0)[:9], (100.0 ** (-torch.arange(10) / 10))[:9])
+    assert torch.equal(sections != 0, restart != 0)
+
+
+def test_spatial_freqs_are_eva02_s():
+    torchvision = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
+        try:
+            torchvision.define(schema)
+        except RuntimeError:
+            pass  # a torchvision that works has defined it
+    try:
+        layers = pytest.importorskip("timm.layers", exc_type=Exception)
+    except Exception as error:
+        pytest.skip(f"timm does not import: {error}")
+    rope = layers.RotaryEmbeddingCat(64, in_pixels=False, feat_shape=[14, 14], ref_feat_shape=[16, 16])
+    x = torch.randn(1, 2, 196, 64)
+    ours = ops.rope3d(x, None, (1, 14, 14), prefix_tokens=0, freqs=ops.spatial_freqs(64, scale=(16 / 14, 16 / 14)))
+    torch.testing.assert_close(ours, layers.apply_rot_embed_cat(x, rope.get_embed()), rtol=1e-5, atol=1e-5)
+
+
+BAD_FREQS = [
+    (lambda: ops.joint_freqs(6), "head_dim: expected a positive multiple of 4, got 6"),
+    (lambda: ops.joint_freqs(0), "head_dim: expected a positive multiple of 4, got 0"),
+    (lambda: ops.joint_freqs(64.0), "head_dim: expected a positive multiple of 4, got 64.0"),
+    (lambda: ops.joint_freqs(64, theta=0), "theta: expected a positive number, got 0"),
+    (lambda: ops.joint_freqs(64, scale=(1, 1)), r"scale: expected 3 finite numbers, got \(1, 1\)"),
+    (lambda: ops.joint_freqs(64, scale=1), "scale: expected 3 numbers, got 1"),
+    (lambda: ops.spatial_freqs(64, scale=(1, math.nan)), "scale: expected 2 finite numbers"),
+    (lambda: ops.split_freqs(7, (2, 2, 2)), "head_dim: expected a positive multiple of 2, got 7"),
+    (lambda: ops.split_freqs(8, (2, 3, 2)), r"dims: expected three even numbers .* at most 8, got \(2, 3, 2\)"),
+    (lambda: ops.split_freqs(8, (4, 4, 2)), "dims: expected three even numbers"),
+    (lambda: ops.split_freqs(8, (4, 4)), "dims: expected 3 finite numbers"),
+]
+
+
+@pytest.mark.parametrize("call,message", BAD_FREQS)
+def test_bad_frequencies(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
