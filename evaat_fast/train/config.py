@@ -90,9 +90,10 @@ class Schedule:
 
 @dataclass
 class Train:
-    """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct: at most one clip of a kind
-    (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device: "auto" takes a GPU where
-    there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU. save_every: epochs."""
+    """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct: at most one clip of a
+    kind (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device:
+    "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU.
+    save_every: epochs."""
 
     out: str = key("", path=True)
     init: str = key("", path=True)

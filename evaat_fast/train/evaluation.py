@@ -11,9 +11,9 @@ def evaluate(model, data, config, device, *, frames=None, return_similarity=Fals
     """The metrics of `model` on a test split.
 
     Args:
-        model: an EVA02AT. data: a test split. config: a Config (eval.batch_size, eval.frames, precision). device: where.
-        frames: instead of config.eval.frames, what the model is shown of each clip: "ordered", "shuffled" (another
-            seeded order for each clip), "reversed" or "frozen" (the middle frame, repeated).
+        model: an EVA02AT. data: a test split. config: a Config. device: where the model is.
+        frames: instead of config.eval.frames, what the model is shown of each clip: "ordered", "shuffled", "reversed" or
+            "frozen" (one frame, repeated); see EK100.
         return_similarity: also return the float32 cosine similarities [clips, captions].
 
     Returns:
@@ -44,29 +44,12 @@ def embed(model, data, config, device, frames="ordered"):
         texts = [
             model.encode_text(trim(t).to(device), normalize=True).float() for t in tokens.split(config.eval.batch_size)
         ]
-        clips, seen = [], 0
-        for video in inputs.clips(config, data, device):
-            video = arrange(video, frames, seen)
-            seen += len(video)
-            clips.append(model.encode_video(video.to(device), normalize=True).float())
+        data.frames = frames
+        clips = [
+            model.encode_video(video.to(device), normalize=True).float() for video in inputs.clips(config, data, device)
+        ]
     model.train(was_training)
     return (torch.cat(clips) @ torch.cat(texts).T).cpu()
-
-
-def arrange(video, frames, first=0):
-    """Clips [B, T, H, W, 3] as a control shows them. `first`: the number of the first clip, which seeds its shuffle."""
-    if frames == "reversed":
-        return video.flip(1)
-    if frames == "frozen":
-        middle = video.shape[1] // 2
-        return video[:, middle : middle + 1].expand_as(video)
-    if frames == "shuffled":
-        orders = (
-            torch.randperm(video.shape[1], generator=torch.Generator().manual_seed(first + i))
-            for i in range(len(video))
-        )
-        return torch.stack([clip[order] for clip, order in zip(video, orders, strict=True)])
-    return video
 
 
 def summary(metrics):

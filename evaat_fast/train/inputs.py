@@ -30,6 +30,7 @@ def dataset(config, split):
         positive=config.data.positive if split == "train" else "own",
         cache="memory" if config.data.cache else None,
         decoder=config.data.decoder,
+        seed=config.train.seed if split == "train" else 0,
     )
 
 
@@ -38,18 +39,12 @@ def sampler(config, data):
     return EpochSampler(data.clip_kind, config.train.batch_size, config.train.seed, config.train.distinct)
 
 
-def seed_epoch(config, epoch):
-    """Crops and frames are drawn from torch's generator, or from one of each worker's that is seeded by it: this makes
-    them a function of (seed, epoch)."""
-    torch.manual_seed(config.train.seed * 1_000_003 + epoch)
-
-
 def loader(config, data, batches, tokenize, device):
     """The batches of an epoch: dict(video uint8 [B, T, H, W, 3], text int64 [B, L], kind [B], text_kind [B]).
 
     Args:
-        config: a Config. data: the training split. batches: an EpochSampler. tokenize: from `tokenizer`. device: where the
-            batches will go.
+        config: a Config. data: the training split. batches: an EpochSampler. tokenize: from `tokenizer`.
+        device: where the batches will go.
     """
 
     def collate(samples):

@@ -7,8 +7,8 @@ class EpochSampler:
     """Batches of clip indices, another order each epoch, the same for the same seed and epoch.
 
     Args:
-        kinds: for each clip the number of its kind, its (verb class, noun classes). batch_size: clips in a batch, always exactly so many: what is
-            left over at the end of an epoch is left out of it. seed: of the order.
+        kinds: for each clip the number of its kind, its (verb class, noun classes).
+        batch_size: clips in a batch, always exactly so many: an epoch leaves the rest out. seed: of the order.
         distinct: at most one clip of a kind in a batch, as InfoNCE needs it: to that loss every other caption of the
             batch is a wrong one. The kinds with the most clips left come first, which wastes the fewest clips.
 
@@ -24,8 +24,8 @@ class EpochSampler:
         count = len(self._kinds.unique())
         if distinct and count < batch_size:
             raise ValueError(
-                f"train.batch_size: {batch_size} is more than the {count} kinds (verb class, noun classes) of training clips, of "
-                "which train.distinct = true allows one clip each in a batch"
+                f"train.batch_size: {batch_size} is more than the {count} kinds (verb class, noun classes) of training "
+                "clips, of which train.distinct = true allows one clip each in a batch"
             )
         self.epoch = 0
         # How many distinct batches there are depends on the counts alone, not on the order.

@@ -40,7 +40,8 @@ def train(config, *, resume=False, overwrite=False, quiet=False):
 
     Raises:
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
-            checkpoint that is missing or does not fit. Diverged: the loss became NaN or infinite; nothing is saved then.
+            checkpoint that is missing or does not fit. Diverged: the loss became NaN or infinite; the checkpoint of
+            the last whole epoch stands.
     """
     device = choose_device(config)
     out = check_folder(config.train.out)
@@ -119,7 +120,8 @@ def train(config, *, resume=False, overwrite=False, quiet=False):
 def run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, log, progress):
     """One epoch. Returns its mean loss and its seconds."""
     model.train()
-    inputs.seed_epoch(config, epoch)
+    # Crops, frames, texts and the order of the clips are functions of (seed, epoch).
+    data.set_epoch(epoch)
     sampler.epoch = epoch
     total = config.train.epochs * len(sampler)
     scheduled = dict(
@@ -138,9 +140,8 @@ def run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, 
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(
-                f"train: the loss is {value} at step {step + 1} of {total} (epoch {epoch + 1}, learning rate {lr:.2e}). "
-                "Lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm; --resume continues from the last "
-                "checkpoint"
+                f"train: the loss is {value} at step {step + 1} of {total}, epoch {epoch + 1}, lr {lr:.2e}. "
+                "Lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm"
             )
         losses.append(value)
         log.write("step", epoch + 1, step=step + 1, loss=value, lr=lr)
@@ -227,21 +228,17 @@ def check_folder(path, name="train.out"):
 def check_same_run(stored, config, source):
     """Raises ConfigError where a checkpoint was made by another run than `config` describes."""
     ours = config.to_dict()
-    for section in ("model", "loss", "optim", "schedule"):
-        for name, value in ours[section].items():
-            if stored.get(section, {}).get(name) != value:
-                raise ConfigError(
-                    f"{source} was made with {section}.{name}={stored.get(section, {}).get(name)!r}, this run has {value!r}"
-                )
-    for name in ("epochs", "batch_size", "seed", "distinct", "precision"):
-        if stored["train"].get(name) != ours["train"][name]:
-            raise ConfigError(
-                f"{source} was made with train.{name}={stored['train'].get(name)!r}, this run has {ours['train'][name]!r}"
-            )
+    names = [f"{section}.{name}" for section in ("model", "loss", "optim", "schedule") for name in ours[section]]
+    names += [f"train.{name}" for name in ("epochs", "batch_size", "seed", "distinct", "precision")]
+    for key in names:
+        section, name = key.split(".")
+        theirs = stored.get(section, {}).get(name)
+        if theirs != ours[section][name]:
+            raise ConfigError(f"{source} was made with {key} = {theirs!r}, this run has {ours[section][name]!r}")
 
 
 def build_model(config, weights=True):
-    """The model of `config`, on the CPU, drawn from train.seed; with `weights`, what train.init or model.pretrained names.
+    """The model of `config`, on the CPU, drawn from train.seed; with `weights`, from train.init or model.pretrained.
 
     Raises:
         FileNotFoundError, ValueError: weights that are missing or do not fit.

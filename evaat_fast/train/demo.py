@@ -1,0 +1,206 @@
+"""The demo: makes a corpus, trains on it as the paper does, evaluates, and writes a page that shows what was learned.
+
+run("evaat-demo")          # ends with evaat-demo/index.html
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+import evaat_fast
+from evaat_fast.train import evaluation, inputs, trainer
+from evaat_fast.train.checkpoint import write_atomically
+from evaat_fast.train.config import FRAMES, load
+from evaat_fast.train.log import Progress, read
+
+STAGES = ("pretrain", "finetune")
+# What --quick changes: enough to see every part work, not enough to learn the verbs.
+QUICK = {
+    "pretrain": ["train.epochs=2", "train.batch_size=16", "eval.every=1"],
+    "finetune": ["train.epochs=1", "train.batch_size=16"],
+}
+RANDOM_DRAWS = 20
+SHOWN = 5
+
+
+def run(out="evaat-demo", *, seed=0, quick=False, overrides=(), quiet=False):
+    """Runs the demo.
+
+    Args:
+        out: the folder for everything. A corpus that is there is used again; the runs are made anew.
+        seed: of weights, batches and crops. quick: a small corpus and few epochs, to see that it works.
+        overrides: "section.key=value" for both stages. quiet: print nothing.
+
+    Returns:
+        dict: what results.json holds.
+
+    Raises:
+        ConfigError: a folder that cannot be written, a device that is not there. FileExistsError: another corpus in `out`.
+        ImportError: a package of the extras video and train is missing. OSError: the disk is full.
+    """
+    say = (lambda *_: None) if quiet else (lambda line="": print(line, flush=True))
+    out = trainer.check_folder(out, "--out")
+    _check_packages()
+    configs = _configs(out, seed, quick, overrides)
+    device = trainer.choose_device(configs["pretrain"])
+    clock = {"start": time.perf_counter()}
+
+    say(f"1/4  the toy kitchen, in {out / configs['corpus']}")
+    made = _corpus(out / configs["corpus"], quick, quiet)
+    clock["corpus"] = time.perf_counter()
+    test = inputs.dataset(configs["pretrain"], "test")
+    rows = [("random scores", _chance(test))]
+    untrained = trainer.build_model(configs["pretrain"]).to(device)
+    rows.append(("before training", evaluation.evaluate(untrained, test, configs["pretrain"], device)))
+    say(
+        f"     {'made' if made else 'found'}: {len(test)} test clips, {len(test.captions)} captions; before training: "
+        f"{evaluation.summary(rows[-1][1])}"
+    )
+
+    trained = {}
+    for number, (stage, loss) in enumerate((("pretrain", "InfoNCE"), ("finetune", "SMS")), 2):
+        say(f"{number}/4  {stage}, {loss}: evaat-fast train {out / stage}.toml")
+        trained = trainer.train(configs[stage], overwrite=True, quiet=quiet)
+        rows.append((f"after {'pretraining' if stage == 'pretrain' else 'fine-tuning'} ({loss})", trained["metrics"]))
+        clock[stage] = time.perf_counter()
+
+    say("4/4  controls and the page")
+    config, model = configs["finetune"], trained["model"]
+    controls, similarity = [], None
+    for frames in FRAMES:
+        metrics, scores = evaluation.evaluate(model, test, config, device, frames=frames, return_similarity=True)
+        controls.append((frames, metrics))
+        similarity = scores if frames == "ordered" else similarity
+    clock["controls"] = time.perf_counter()
+    results = {
+        "metrics": [{"name": name, **_finite(metrics)} for name, metrics in rows],
+        "controls": [{"name": name, **_finite(metrics)} for name, metrics in controls],
+        "seed": seed,
+        "quick": quick,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "evaat-fast": evaat_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_clips": len(inputs.dataset(config, "train")),
+        "test_clips": len(test),
+        "captions": len(test.captions),
+        "verbs": len(set(test.caption_verbs.tolist())),
+        "seconds": {b: round(clock[b] - clock[a], 1) for a, b in zip(list(clock), list(clock)[1:])},
+        "epochs": {stage: configs[stage].train.epochs for stage in STAGES},
+    }
+    write_atomically(out / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
+    from evaat_fast.train import report
+
+    logs = {stage: read(Path(configs[stage].train.out) / "log.jsonl") for stage in STAGES}
+    page = report.write(out / "index.html", results, logs, report.queries(similarity, test, SHOWN))
+    say()
+    say(table(results))
+    say(f"\n{time.perf_counter() - clock['start']:.0f} s. The page: {page.resolve()}")
+    return results
+
+
+def table(results):
+    """The tables of the results as text."""
+    names = ("v2t", "t2v", "avg")
+    lines = [f"{'':<30}" + "".join(f"{f'{m} {d}':>10}" for m in ("mAP", "nDCG") for d in names) + f"{'verbs':>8}"]
+    for row in results["metrics"]:
+        keys = [k for m in ("mAP", "nDCG") for k in (f"{m}_v2t", f"{m}_t2v", m)]
+        lines.append(
+            f"{row['name']:<30}" + "".join(f"{_text(row[k]):>10}" for k in keys) + f"{_text(row['verb_accuracy']):>8}"
+        )
+    lines.append("")
+    for row in results["controls"]:
+        name = (
+            "frames in order"
+            if row["name"] == "ordered"
+            else "one frozen frame"
+            if row["name"] == "frozen"
+            else f"frames {row['name']}"
+        )
+        lines.append(
+            f"{name:<30}mAP {_text(row['mAP']):>5}   nDCG {_text(row['nDCG']):>5}   verbs {_text(row['verb_accuracy']):>5} %"
+        )
+    return "\n".join(lines)
+
+
+def _text(value):
+    return "n/a" if value is None else f"{value:.1f}"
+
+
+def _finite(metrics):
+    """JSON has no NaN: a metric that no query defines becomes null."""
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def _check_packages():
+    for name, package in (
+        ("av", "av"),
+        ("tokenizers", "tokenizers"),
+        ("jinja2", "jinja2"),
+        ("matplotlib", "matplotlib"),
+        ("tqdm", "tqdm"),
+    ):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ImportError(f"the demo needs {name}: pip install 'evaat-fast[video,train]'") from None
+
+
+def _configs(out, seed, quick, overrides):
+    """Writes the two configurations into `out` and loads them from there."""
+    out.mkdir(parents=True, exist_ok=True)
+    configs = {"corpus": "corpus-quick" if quick else "corpus"}
+    for stage in STAGES:
+        text = resources.files("evaat_fast.train").joinpath(f"{stage}.toml").read_bytes()
+        write_atomically(out / f"{stage}.toml", lambda f, text=text: f.write(text))
+        changes = [f"train.seed={seed}"]
+        if quick:
+            corpus = out / configs["corpus"]
+            changes += QUICK[stage]
+            changes += [
+                f"data.annotations={json.dumps(str(corpus / 'annotations'))}",
+                f"data.videos={json.dumps(str(corpus / 'videos'))}",
+            ]
+        configs[stage] = load(out / f"{stage}.toml", [*changes, *overrides])
+    return configs
+
+
+def _corpus(root, quick, quiet):
+    """Makes the corpus unless it is there. Returns whether it made it."""
+    from evaat_fast.data import kitchen
+
+    sizes = dict(train_clips=96, test_clips=48) if quick else {}
+    bar, shown = Progress(None, "videos", quiet), [0]
+
+    def progress(done, total):
+        if not shown[0] or done == total or done * 4 // total > shown[0] * 4 // total:
+            bar.say(f"     video {done} of {total}")
+            shown[0] = done
+        bar.step()
+
+    try:
+        kitchen.generate(root, progress=progress, **sizes)
+    finally:
+        bar.close()
+    return shown[0] > 0
+
+
+def _chance(test):
+    """The metrics of random scores, the mean over some draws."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        evaluation.measure(torch.rand(len(test), len(test.captions), generator=generator), test)
+        for _ in range(RANDOM_DRAWS)
+    ]
+    return {name: sum(d[name] for d in draws) / len(draws) for name in draws[0]}
