@@ -1,5 +1,195 @@
-"""The command line."""
+"""The command line: `evaat-fast`, and `python -m evaat_fast`."""
+
+import argparse
+import json
+import logging
+import math
+import sys
+
+EXIT_MISTAKE = 2  # what the user can mend; argparse's own code
 
 
 def main(argv=None):
-    return 0
+    """Runs a command.
+
+    Args:
+        argv: the arguments; None for the process's own.
+
+    Returns:
+        0, or 2 where the input was wrong: the message is one line on stderr then. Other failures raise.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    from evaat_fast.train.config import ConfigError
+
+    try:
+        return arguments.run(arguments) or 0
+    except (ConfigError, FileNotFoundError, FileExistsError, PermissionError, _Mistake) as error:
+        print(f"evaat-fast {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except ImportError as error:
+        if "pip install" not in str(error):  # ours name the extra to install; any other is a fault
+            raise
+        print(f"evaat-fast {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+class _Mistake(Exception):
+    """Another error whose message is all that the user needs."""
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="evaat-fast", description="Train and evaluate EVA02-AT; without a command: what works here, and why not."
+    )
+    parser.set_defaults(run=_doctor, command=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    command = commands.add_parser("doctor", help="versions, and which backend serves which op here")
+    command.set_defaults(run=_doctor)
+
+    command = commands.add_parser(
+        "demo", help="make a small corpus, train on it, and write a page that shows the result"
+    )
+    command.add_argument(
+        "--out", default="demo", metavar="DIR", help="folder of the corpus, the runs and the page (demo)"
+    )
+    command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and crops (0)")
+    command.add_argument(
+        "--quick", action="store_true", help="a tiny corpus and few epochs, to see that all of it works"
+    )
+    _add_set(command, "for both stages")
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser("train", help="train as a TOML file says")
+    command.add_argument("config", metavar="CONFIG.toml")
+    _add_set(command)
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if there is one")
+    group.add_argument("--overwrite", action="store_true", help="start anew where train.out already holds a run")
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("eval", help="EK-100 retrieval metrics of a checkpoint on the test split")
+    command.add_argument("config", metavar="CONFIG.toml")
+    command.add_argument("--checkpoint", required=True, metavar="PATH", help="of a run (last.pt), or other weights")
+    command.add_argument("--json", metavar="FILE", help="write the metrics there too")
+    command.add_argument(
+        "--frames", choices=("ordered", "shuffled", "reversed", "frozen"), help="a control (eval.frames)"
+    )
+    _add_set(command)
+    command.set_defaults(run=_eval)
+
+    command = commands.add_parser("make-kitchen", help="generate the toy kitchen, a corpus in EK-100's layout")
+    command.add_argument("dir", metavar="DIR")
+    command.add_argument("--train-clips", type=int, default=1536)
+    command.add_argument("--test-clips", type=int, default=192)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_make_kitchen)
+    return parser
+
+
+def _add_set(command, note="a value in TOML, or a bare word"):
+    command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help=note)
+
+
+def _seed(text):
+    try:
+        if (seed := int(text)) >= 0:
+            return seed
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+
+
+def _doctor(arguments):
+    from evaat_fast import doctor
+
+    print(doctor.report())
+
+
+def _demo(arguments):
+    from evaat_fast.train import demo
+
+    demo.run(arguments.out, seed=arguments.seed, quick=arguments.quick, overrides=arguments.overrides)
+
+
+def _train(arguments):
+    from evaat_fast.train import Diverged, load, train
+
+    config = load(arguments.config, arguments.overrides)
+    try:
+        result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    except (Diverged, ValueError) as error:
+        raise _Mistake(error) from None
+    print(_metrics(result["metrics"]))
+    print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
+
+
+def _eval(arguments):
+    from pathlib import Path
+
+    from evaat_fast.train import checkpoint, evaluation, inputs, load, trainer
+
+    config = load(arguments.config, arguments.overrides, training=False)
+    if arguments.json:
+        trainer.check_folder(Path(arguments.json).parent, "--json")
+    device = trainer.choose_device(config)
+    config.train.init = arguments.checkpoint
+    if not Path(arguments.checkpoint).is_file():
+        raise FileNotFoundError(f"--checkpoint: there is no file {arguments.checkpoint!r}")
+    try:
+        data = inputs.dataset(config, "test")
+        model = trainer.build_model(config).to(device)
+    except ValueError as error:
+        raise _Mistake(error) from None
+    frames = arguments.frames or config.eval.frames
+    metrics = evaluation.evaluate(model, data, config, device, frames=frames)
+    print(f"{arguments.checkpoint}: {len(data)} clips, {len(data.captions)} captions, frames {frames}")
+    print(_metrics(metrics))
+    if arguments.json:
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        record = {
+            "checkpoint": arguments.checkpoint,
+            "frames": frames,
+            "clips": len(data),
+            "captions": len(data.captions),
+        }
+        text = json.dumps({**record, **finite}, indent=1) + "\n"
+        checkpoint.write_atomically(arguments.json, lambda file: file.write(text.encode()))
+
+
+def _metrics(metrics):
+    """A table of both directions and their average, and the verb accuracy."""
+    lines = [f"{'':<6}{'video->text':>13}{'text->video':>13}{'average':>9}"]
+    for name in ("mAP", "nDCG"):
+        lines.append(f"{name:<6}{metrics[f'{name}_v2t']:>13.2f}{metrics[f'{name}_t2v']:>13.2f}{metrics[name]:>9.2f}")
+    lines.append(f"verb accuracy of the caption retrieved first: {metrics['verb_accuracy']:.2f} %")
+    excluded = metrics.get("excluded_v2t", 0), metrics.get("excluded_t2v", 0)
+    if any(excluded):
+        lines.append(f"left out of mAP, for nothing matches them exactly: {excluded[0]} clips, {excluded[1]} captions")
+    return "\n".join(lines)
+
+
+def _make_kitchen(arguments):
+    from evaat_fast.data import kitchen
+    from evaat_fast.train.demo import video_progress
+
+    try:
+        with video_progress() as progress:
+            corpus = kitchen.generate(
+                arguments.dir,
+                train_clips=arguments.train_clips,
+                test_clips=arguments.test_clips,
+                seed=arguments.seed,
+                progress=progress,
+            )
+    except ValueError as error:
+        raise _Mistake(error) from None
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise _Mistake(f"{arguments.dir!r} cannot be written to: {error.strerror}") from None
+    print(f"annotations {corpus.annotations}\nvideos      {corpus.videos}")

@@ -1,9 +1,11 @@
 """The demo: makes a corpus, trains on it as the paper does, evaluates, and writes a page that shows what was learned.
 
-run("evaat-demo")          # ends with evaat-demo/index.html
+`run("demo")` leaves everything in the folder demo: corpus, configurations, runs, results.json and index.html.
 """
 
-import importlib.metadata
+import contextlib
+import importlib.util
+import itertools
 import json
 import math
 import platform
@@ -29,7 +31,7 @@ RANDOM_DRAWS = 20
 SHOWN = 5
 
 
-def run(out="evaat-demo", *, seed=0, quick=False, overrides=(), quiet=False):
+def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
     """Runs the demo.
 
     Args:
@@ -41,7 +43,7 @@ def run(out="evaat-demo", *, seed=0, quick=False, overrides=(), quiet=False):
         dict: what results.json holds.
 
     Raises:
-        ConfigError: a folder that cannot be written, a device that is not there. FileExistsError: another corpus in `out`.
+        ConfigError: a folder that cannot be written, a device that is not there. FileExistsError: another corpus there.
         ImportError: a package of the extras video and train is missing. OSError: the disk is full.
     """
     say = (lambda *_: None) if quiet else (lambda line="": print(line, flush=True))
@@ -52,14 +54,14 @@ def run(out="evaat-demo", *, seed=0, quick=False, overrides=(), quiet=False):
     clock = {"start": time.perf_counter()}
 
     say(f"1/4  the toy kitchen, in {out / configs['corpus']}")
-    made = _corpus(out / configs["corpus"], quick, quiet)
+    _corpus(out / configs["corpus"], quick, quiet)
     clock["corpus"] = time.perf_counter()
     test = inputs.dataset(configs["pretrain"], "test")
     rows = [("random scores", _chance(test))]
     untrained = trainer.build_model(configs["pretrain"]).to(device)
     rows.append(("before training", evaluation.evaluate(untrained, test, configs["pretrain"], device)))
     say(
-        f"     {'made' if made else 'found'}: {len(test)} test clips, {len(test.captions)} captions; before training: "
+        f"     {len(test)} test clips, {len(test.captions)} captions; before training: "
         f"{evaluation.summary(rows[-1][1])}"
     )
 
@@ -96,7 +98,7 @@ def run(out="evaat-demo", *, seed=0, quick=False, overrides=(), quiet=False):
         "test_clips": len(test),
         "captions": len(test.captions),
         "verbs": len(set(test.caption_verbs.tolist())),
-        "seconds": {b: round(clock[b] - clock[a], 1) for a, b in zip(list(clock), list(clock)[1:])},
+        "seconds": {b: round(clock[b] - clock[a], 1) for a, b in itertools.pairwise(clock)},
         "epochs": {stage: configs[stage].train.epochs for stage in STAGES},
     }
     write_atomically(out / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
@@ -120,17 +122,11 @@ def table(results):
             f"{row['name']:<30}" + "".join(f"{_text(row[k]):>10}" for k in keys) + f"{_text(row['verb_accuracy']):>8}"
         )
     lines.append("")
+    names = {"ordered": "frames in order", "frozen": "one frozen frame"}
     for row in results["controls"]:
-        name = (
-            "frames in order"
-            if row["name"] == "ordered"
-            else "one frozen frame"
-            if row["name"] == "frozen"
-            else f"frames {row['name']}"
-        )
-        lines.append(
-            f"{name:<30}mAP {_text(row['mAP']):>5}   nDCG {_text(row['nDCG']):>5}   verbs {_text(row['verb_accuracy']):>5} %"
-        )
+        name = names.get(row["name"], f"frames {row['name']}")
+        values = [f"{key} {_text(row[key]):>5}" for key in ("mAP", "nDCG")]
+        lines.append(f"{name:<30}{'   '.join(values)}   verbs {_text(row['verb_accuracy']):>5} %")
     return "\n".join(lines)
 
 
@@ -144,17 +140,9 @@ def _finite(metrics):
 
 
 def _check_packages():
-    for name, package in (
-        ("av", "av"),
-        ("tokenizers", "tokenizers"),
-        ("jinja2", "jinja2"),
-        ("matplotlib", "matplotlib"),
-        ("tqdm", "tqdm"),
-    ):
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise ImportError(f"the demo needs {name}: pip install 'evaat-fast[video,train]'") from None
+    for name in ("av", "decord", "tokenizers", "ftfy", "regex", "jinja2", "matplotlib", "tqdm"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"the demo needs {name}: pip install 'evaat-fast[video,train]'")
 
 
 def _configs(out, seed, quick, overrides):
@@ -176,24 +164,32 @@ def _configs(out, seed, quick, overrides):
     return configs
 
 
+@contextlib.contextmanager
+def video_progress(quiet=False):
+    """What `kitchen.generate` calls after each video: a bar on a terminal, four lines elsewhere."""
+    progress = None
+
+    def report(done, total):
+        nonlocal progress
+        progress = progress or Progress(total, "videos", quiet)
+        if not progress.bar and (done * 4 // total > (done - 1) * 4 // total):
+            progress.say(f"     video {done} of {total}")
+        progress.step()
+
+    try:
+        yield report
+    finally:
+        if progress:
+            progress.close()
+
+
 def _corpus(root, quick, quiet):
-    """Makes the corpus unless it is there. Returns whether it made it."""
+    """Makes the corpus unless it is there."""
     from evaat_fast.data import kitchen
 
     sizes = dict(train_clips=96, test_clips=48) if quick else {}
-    bar, shown = Progress(None, "videos", quiet), [0]
-
-    def progress(done, total):
-        if not shown[0] or done == total or done * 4 // total > shown[0] * 4 // total:
-            bar.say(f"     video {done} of {total}")
-            shown[0] = done
-        bar.step()
-
-    try:
+    with video_progress(quiet) as progress:
         kitchen.generate(root, progress=progress, **sizes)
-    finally:
-        bar.close()
-    return shown[0] > 0
 
 
 def _chance(test):

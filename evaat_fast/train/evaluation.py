@@ -12,8 +12,8 @@ def evaluate(model, data, config, device, *, frames=None, return_similarity=Fals
 
     Args:
         model: an EVA02AT. data: a test split. config: a Config. device: where the model is.
-        frames: instead of config.eval.frames, what the model is shown of each clip: "ordered", "shuffled", "reversed" or
-            "frozen" (one frame, repeated); see EK100.
+        frames: instead of config.eval.frames, what the model is shown of each clip: "ordered", "shuffled", "reversed"
+            or "frozen" (one frame, repeated); see EK100.
         return_similarity: also return the float32 cosine similarities [clips, captions].
 
     Returns:

@@ -50,25 +50,25 @@ class Progress:
 
     def __init__(self, total, label, quiet=False):
         self._quiet = quiet
-        self._bar = None
+        self.bar = None
         if not quiet and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
                 raise ImportError("the progress bar needs tqdm: pip install 'evaat-fast[train]'") from None
-            self._bar = tqdm(total=total, desc=label, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(total=total, desc=label, leave=False, dynamic_ncols=True)
 
     def step(self, **values):
-        if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
-            self._bar.update()
+        if self.bar is not None:
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+            self.bar.update()
 
     def say(self, line):
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stdout)
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
         elif not self._quiet:
             print(line, flush=True)
 
     def close(self):
-        if self._bar is not None:
-            self._bar.close()
+        if self.bar is not None:
+            self.bar.close()
