@@ -27,7 +27,7 @@ class ClipCache:
         self._filled = _shared((self._clips,))
 
     def get(self, index):
-        """uint8 [T, H, W, 3], not to be written to, or None."""
+        """uint8 [T, H, W, 3], a view not to be written to, or None."""
         return self._frames[index] if self._frames is not None and self._filled[index] else None
 
     def put(self, index, frames):

@@ -28,6 +28,20 @@ FRAMES = ("ordered", "shuffled", "reversed", "frozen")
 _SLOTS = 256  # counters of replaced clips: one for the main process, one for each worker
 
 
+def kinds_relevancy(kinds):
+    """float32 [K, K]: relevancy between K kinds, pairs (verb class, set of noun classes); exactly 1 where equal."""
+    verbs = torch.tensor([verb for verb, _ in kinds])
+    width = 1 + max((n for _, nouns in kinds for n in nouns), default=0)
+    hot = torch.zeros(len(kinds), width)
+    for row, (_, nouns) in zip(hot, kinds, strict=True):
+        row[list(nouns)] = 1
+    common, size = hot @ hot.T, hot.sum(1)
+    union = size[:, None] + size - common
+    # Two clips without nouns name the same (empty) set.
+    iou = torch.where(union == 0, 1.0, common / union.clamp(min=1))
+    return iou.add_(verbs[:, None] == verbs).mul_(0.5)
+
+
 class EK100(Dataset):
     """A split of EPIC-Kitchens-100, or of any corpus in its layout.
 
@@ -116,16 +130,7 @@ class EK100(Dataset):
 
         A batch's labels are ops.IndexedRelevancy(data.relevancy_table, batch["kind"], batch["text_kind"]).
         """
-        verbs = torch.tensor([verb for verb, _ in self.kinds])
-        width = 1 + max((n for _, nouns in self.kinds for n in nouns), default=0)
-        hot = torch.zeros(len(self.kinds), width)
-        for row, (_, nouns) in zip(hot, self.kinds, strict=True):
-            row[list(nouns)] = 1
-        common, size = hot @ hot.T, hot.sum(1)
-        union = size[:, None] + size - common
-        # Two clips without nouns name the same (empty) set.
-        iou = torch.where(union == 0, 1.0, common / union.clamp(min=1))
-        return iou.add_(verbs[:, None] == verbs).mul_(0.5)
+        return kinds_relevancy(self.kinds)
 
     @property
     def relevancy(self):
@@ -221,6 +226,8 @@ class EK100(Dataset):
         if clip is None:
             clip = self._decode(index, self._kept, False, None)
             self._cache.put(index, clip)
+        elif not self.training:
+            clip = clip.clone()  # an item is its receiver's to write to
         if self.training:  # one of the two frames of each segment
             draw = torch.randint(2, (self.num_frames,), generator=generator).numpy()
             # NumPy copies on this thread; torch would start all of its own for a few kilobytes.

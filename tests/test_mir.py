@@ -1,0 +1,148 @@
+"""The metrics against a straightforward loop, and against published numbers where the annotations are at hand."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from evaat_fast.data.ek100 import kinds_relevancy
+from evaat_fast.data.ek100_files import read_captions, read_clips
+from evaat_fast.eval import mir
+
+LEVELS = torch.tensor([0.0, 0.0, 1 / 6, 0.5, 2 / 3, 1.0], dtype=torch.float64)
+
+
+def by_loop(sim, relevancy):
+    """mAP and nDCG in pure Python: the definition, query by query."""
+    precisions, gains = [], []
+    for scores, labels in zip(sim.tolist(), relevancy.tolist(), strict=True):
+        order = sorted(range(len(scores)), key=lambda c: -scores[c])  # Python's sort is stable
+        seen, at_hits = 0.0, []
+        for rank, column in enumerate(order, 1):
+            seen += labels[column]
+            if labels[column] == 1:
+                at_hits.append(seen / rank)
+        if at_hits:
+            precisions.append(sum(at_hits) / len(at_hits))
+        cut = sum(label > 0 for label in labels)
+        if cut:
+            gain = sum(labels[c] / math.log2(rank + 2) for rank, c in enumerate(order[:cut]))
+            best = sum(label / math.log2(rank + 2) for rank, label in enumerate(sorted(labels, reverse=True)[:cut]))
+            gains.append(gain / best)
+    return sum(precisions) / len(precisions), sum(gains) / len(gains)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 9), (7, 1), (13, 29), (40, 31)])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_the_loop(rows, columns, ties, dtype):
+    sim = torch.randn(rows, columns)
+    if ties:
+        sim = sim.round()
+    relevancy = LEVELS[torch.randint(len(LEVELS), (rows, columns))].to(dtype)
+    relevancy[0, columns // 2] = 1
+    precision, gain = by_loop(sim, relevancy)
+    assert mir.mean_average_precision(sim, relevancy) == pytest.approx(precision, rel=1e-12)
+    assert mir.ndcg(sim, relevancy) == pytest.approx(gain, rel=1e-12)
+
+
+def test_tiles_change_nothing(monkeypatch):
+    sim, relevancy = torch.randn(50, 37).round(decimals=1), LEVELS[torch.randint(len(LEVELS), (50, 37))]
+    whole = mir.evaluate(sim, relevancy)
+    monkeypatch.setattr(mir, "_TILE", 100)
+    assert mir.evaluate(sim, relevancy) == pytest.approx(whole, rel=1e-12)
+
+
+def test_evaluate_names_the_directions():
+    sim, relevancy = torch.randn(12, 8), LEVELS[torch.randint(len(LEVELS), (12, 8))]
+    relevancy[0, 0] = 1
+    metrics = mir.evaluate(sim, relevancy)
+    assert metrics["mAP_v2t"] == pytest.approx(100 * mir.mean_average_precision(sim, relevancy))
+    assert metrics["mAP_t2v"] == pytest.approx(100 * mir.mean_average_precision(sim.T, relevancy.T))
+    assert metrics["nDCG_t2v"] == pytest.approx(100 * mir.ndcg(sim.T, relevancy.T))
+    assert metrics["mAP"] == pytest.approx((metrics["mAP_v2t"] + metrics["mAP_t2v"]) / 2)
+    assert metrics["excluded_v2t"] == int((relevancy != 1).all(1).sum())
+    assert metrics["excluded_t2v"] == int((relevancy != 1).all(0).sum())
+
+
+def test_a_perfect_order_gets_everything_but_what_grading_costs():
+    relevancy = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 1.0]])
+    assert mir.mean_average_precision(relevancy, relevancy) == 1
+    assert mir.ndcg(relevancy, relevancy) == 1
+
+
+def test_precision_accumulates_graded_relevancies():
+    # The hit comes second, after a relevancy of 0.5: (0.5 + 1) / 2, where a binary precision would be 1 / 2.
+    assert mir.mean_average_precision(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.5, 1.0]])) == 0.75
+
+
+def test_ndcg_looks_no_further_than_the_relevant_count():
+    assert mir.ndcg(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 1.0]])) == 0
+
+
+def test_rows_without_a_hit_are_left_out():
+    sim = torch.tensor([[2.0, 1.0], [2.0, 1.0]])
+    relevancy = torch.tensor([[0.5, 1.0], [0.5, 0.5]])
+    assert mir.mean_average_precision(sim, relevancy) == 0.75
+    assert mir.per_row(sim, relevancy)[0].isnan().tolist() == [False, True]
+    assert math.isnan(mir.mean_average_precision(sim, torch.full((2, 2), 0.5)))
+    assert math.isnan(mir.ndcg(sim, torch.zeros(2, 2)))
+
+
+def test_arrays_infinities_strides_and_gradients():
+    sim = torch.randn(9, 14)
+    sim[0, 3], sim[1, 4] = math.inf, -math.inf
+    relevancy = LEVELS[torch.randint(len(LEVELS), (9, 14))]
+    relevancy[0, 0] = 1
+    expected = by_loop(sim, relevancy)[0]
+    assert mir.mean_average_precision(sim.numpy(), relevancy.numpy()) == pytest.approx(expected)
+    assert mir.mean_average_precision(sim.T.contiguous().T.requires_grad_(), relevancy) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "sim, relevancy, error, message",
+    [
+        (torch.tensor([[0.0, math.nan]]), torch.ones(1, 2), ValueError, "sim: 1 NaN, the first at row 0, column 1"),
+        (torch.zeros(2, 3), torch.ones(3, 2), ValueError, r"one shape, not empty, got \[2, 3\] and \[3, 2\]"),
+        (torch.zeros(0, 3), torch.ones(0, 3), ValueError, "not empty"),
+        (torch.zeros(3), torch.ones(3), ValueError, "two matrices"),
+        (
+            torch.zeros(1, 2),
+            torch.tensor([[0.5, 1.5]]),
+            ValueError,
+            "relevancy: expected values from 0 to 1, got 0.5 to 1.5",
+        ),
+        (torch.zeros(1, 2), torch.tensor([[0.5, math.nan]]), ValueError, "relevancy: expected values from 0 to 1"),
+        (torch.zeros(1, 2), torch.ones(1, 2).half(), TypeError, "relevancy: expected float32 or float64"),
+        (torch.zeros(1, 2).long(), torch.ones(1, 2), TypeError, "sim: expected floating point, got torch.int64"),
+    ],
+)
+def test_bad_input(sim, relevancy, error, message):
+    with pytest.raises(error, match=message):
+        mir.evaluate(sim, relevancy)
+
+
+@pytest.mark.skipif(
+    "EVAAT_FAST_EK100" not in os.environ, reason="EVAAT_FAST_EK100 names no folder with the annotations"
+)
+def test_real_annotations_give_the_published_numbers():
+    from pathlib import Path
+
+    folder = Path(os.environ["EVAAT_FAST_EK100"])
+    clips = read_clips(folder, "test")
+    rows = read_captions(folder, "test", clips)
+    assert (len(clips), len(rows)) == (9668, 3842)
+    kinds = {}
+    index = torch.tensor([kinds.setdefault((c["verb"], c["nouns"]), len(kinds)) for c in clips])
+    relevancy = kinds_relevancy(list(kinds))[index][:, index[rows]]
+    assert len(relevancy.unique()) == 18
+    assert (relevancy > 0).double().mean().item() == pytest.approx(0.114, abs=0.0005)
+    hits = (relevancy == 1).sum(1)
+    assert hits.min() == 1 and hits.double().mean().item() == pytest.approx(6.47, abs=0.005)
+    sim = torch.from_numpy(np.random.default_rng(0).standard_normal(relevancy.shape, dtype=np.float32))
+    metrics = mir.evaluate(sim, relevancy)
+    got = [round(metrics[name], 1) for name in ("mAP_v2t", "mAP_t2v", "nDCG_v2t", "nDCG_t2v")]
+    assert got == pytest.approx([5.7, 5.6, 10.8, 10.9], abs=0.051)
+    assert metrics["excluded_v2t"] == metrics["excluded_t2v"] == 0
