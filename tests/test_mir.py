@@ -143,6 +143,6 @@ def test_real_annotations_give_the_published_numbers():
     assert hits.min() == 1 and hits.double().mean().item() == pytest.approx(6.47, abs=0.005)
     sim = torch.from_numpy(np.random.default_rng(0).standard_normal(relevancy.shape, dtype=np.float32))
     metrics = mir.evaluate(sim, relevancy)
-    got = [round(metrics[name], 1) for name in ("mAP_v2t", "mAP_t2v", "nDCG_v2t", "nDCG_t2v")]
-    assert got == pytest.approx([5.7, 5.6, 10.8, 10.9], abs=0.051)
+    got = [metrics[name] for name in ("mAP_v2t", "mAP_t2v", "nDCG_v2t", "nDCG_t2v")]
+    assert got == pytest.approx([5.7, 5.6, 10.8, 10.9], abs=0.06)
     assert metrics["excluded_v2t"] == metrics["excluded_t2v"] == 0
