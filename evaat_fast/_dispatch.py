@@ -95,6 +95,7 @@ def why_not(backend):
     return _reasons[backend]
 
 
+@torch.compiler.assume_constant_result
 def unusable(op, backend, is_cuda, dtype):
     """None if `backend` can serve `op` for tensors of that device and dtype, else the reason."""
     support = SUPPORT[op].get(backend)
@@ -138,7 +139,8 @@ def pick(op, tensor, backend=None, dtype=None):
     named = _DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
     if named is None:
         key = (op, tensor.is_cuda, tensor.is_cpu, dtype)
-        choice = _choices.get(key)
+        # Dynamo would guard on the dictionary, which the first choice changes.
+        choice = None if torch.compiler.is_compiling() else _choices.get(key)
         return choice if choice is not None else _choose(key)
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
@@ -148,6 +150,7 @@ def pick(op, tensor, backend=None, dtype=None):
     return named
 
 
+@torch.compiler.assume_constant_result  # Dynamo must not trace the import of a backend
 def _choose(key):
     op, is_cuda, is_cpu, dtype = key
     if not is_cuda and not is_cpu:
