@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "create_model": "evaat_fast.model",
-    "create_model_and_transforms": "evaat_fast.model",
+    "create_model_and_transforms": "evaat_fast.data.transforms",
     "list_models": "evaat_fast.model",
     "get_tokenizer": "evaat_fast.model",
 }

@@ -78,6 +78,15 @@ _choices: dict[tuple, str] = {}
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _constant(function):
+    """Dynamo takes the function's result as a constant: it must not trace the import of a backend.
+
+    What torch.compiler.assume_constant_result does, without the two seconds that importing Dynamo takes.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def not_built(name, detail="it is on the way"):
     """The error of a public name whose implementation comes with a later release."""
     return NotImplementedError(f"{name} is part of the public contract but not built yet: {detail}")
@@ -95,7 +104,7 @@ def why_not(backend):
     return _reasons[backend]
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def unusable(op, backend, is_cuda, dtype):
     """None if `backend` can serve `op` for tensors of that device and dtype, else the reason."""
     support = SUPPORT[op].get(backend)
@@ -150,7 +159,7 @@ def pick(op, tensor, backend=None, dtype=None):
     return named
 
 
-@torch.compiler.assume_constant_result  # Dynamo must not trace the import of a backend
+@_constant
 def _choose(key):
     op, is_cuda, is_cpu, dtype = key
     if not is_cuda and not is_cpu:

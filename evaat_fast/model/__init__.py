@@ -1,7 +1,7 @@
 """The EVA02-AT model: create it by name, load weights into it, tokenise for it.
 
-model, train_transform, eval_transform = evaat_fast.create_model_and_transforms("eva02_at_base_patch16_224",
-num_frames=4) tokens = evaat_fast.get_tokenizer()(["#C C cuts the onion"])
+model = evaat_fast.create_model("eva02_at_base_patch16_224", num_frames=4)
+tokens = evaat_fast.get_tokenizer()(["#C C cuts the onion"])
 out = model(video, tokens)                       # dict(image_embed, text_embed, logit_scale)
 """
 
@@ -27,7 +27,6 @@ __all__ = [
     "CLIPTokenizer",
     "ModelConfig",
     "create_model",
-    "create_model_and_transforms",
     "get_config",
     "get_tokenizer",
     "list_models",
@@ -99,20 +98,6 @@ def _resolve(name, pretrained):
     if os.sep in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
         raise FileNotFoundError(f"pretrained: there is no file {pretrained!r}")
     raise ValueError(f"pretrained: {unknown(pretrained, tags)} (tags of {name}), or a path, or 'hf-hub:owner/name'")
-
-
-def create_model_and_transforms(name, num_frames=None, pretrained=None, **overrides):
-    """`create_model`, and how to crop clips for it.
-
-    Returns:
-        (model, train_transform, eval_transform); the transforms take uint8 [T, H, W, 3] to uint8 [T, image_size,
-        image_size, 3]. The model normalises inside.
-    """
-    from evaat_fast.data.transforms import eval_transform, train_transform
-
-    model = create_model(name, num_frames, pretrained, **overrides)
-    size = model.config.image_size
-    return model, train_transform(size), eval_transform(size)
 
 
 def get_tokenizer(name=None, context_length=None):
