@@ -7,19 +7,21 @@ else
 ENV := .venv
 endif
 PYTHON := $(ENV)/bin/python
+# What is installed where: a stamp per environment, kept in this tree, so that two clones can share an environment.
+STAMP := build/stamp$(subst /,-,$(abspath $(ENV)))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
 .PHONY: demo test test-all lint bench clean
-demo: $(ENV)/.evaat-fast-user
+demo: $(STAMP)-user
 	$(PYTHON) -m evaat_fast demo
 
-test: $(ENV)/.evaat-fast-dev
+test: $(STAMP)-dev
 	$(PYTHON) tests/tiers.py
 
-test-all: $(ENV)/.evaat-fast-dev
+test-all: $(STAMP)-dev
 	$(PYTHON) tests/tiers.py --all
 
-lint: $(ENV)/.evaat-fast-dev
+lint: $(STAMP)-dev
 	$(ENV)/bin/ruff check . && $(ENV)/bin/ruff format --check .
 
 # A torch that the base Python already has is kept: the environment then sees the system's packages.
@@ -28,17 +30,17 @@ lint: $(ENV)/.evaat-fast-dev
 	if $$base -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
 	$$base -m venv $$site .venv
 
-$(ENV)/.torch: | $(PYTHON)
+$(STAMP)-torch: | $(PYTHON)
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install -q "$(TORCH)"
-	@touch $@
+	@mkdir -p build && touch $@
 
-$(ENV)/.evaat-fast-user: $(SOURCES) $(ENV)/.torch
+$(STAMP)-user: $(SOURCES) $(STAMP)-torch
 	$(PYTHON) -m pip install -q -e ".[video,train]"
 	@touch $@
 
-$(ENV)/.evaat-fast-dev: $(SOURCES) $(ENV)/.torch
+$(STAMP)-dev: $(SOURCES) $(STAMP)-torch
 	$(PYTHON) -m pip install -q -e ".[video,train,bench,dev]"
-	@touch $@ $(ENV)/.evaat-fast-user
+	@touch $@ $(STAMP)-user
 
 clean:
 	rm -rf build dist *.egg-info evaat_fast/*.so

@@ -101,6 +101,11 @@ def truth(qkv, inputs):
     return attention_reference(q, k, v, q.shape[-1] ** -0.5)
 
 
+def torch_itself(qkv, inputs):
+    q, k, v = split(qkv, inputs["heads"])
+    return scaled_dot_product_attention(*ops.rope3d(q, k, inputs["grid"], backend="reference"), v)
+
+
 def sdpa(backend):
     def provider(inputs, mode):
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -174,6 +179,7 @@ BENCH = Benchmark(
         "our rope3d + xformers": xformers,
     },
     truth=step(truth),
+    low=step(torch_itself),
     work=lambda s, mode, size: {"flop": (4 if mode == "fwd" else 14) * s["B"] * s["H"] * s["N"] ** 2 * s["D"]},
     baseline="eager rope + sdpa",
 )
