@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu.h"
+#include "pairwise.h"
 #include "patchify.h"
 #include "rope3d.h"
 
@@ -47,5 +48,57 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                              interleaved, inverse, threads);
     }
     check(status, "rope3d");
+  });
+  // Features: (data, row stride) of video and of text. wide: the dtype code of the computation.
+  m.def("sms_prepare", [](int dtype, int wide, const std::array<int64_t, 4>& features, int64_t N, int64_t E, Pointer norm_video,
+                          Pointer norm_text, Pointer diagonal, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = evaat::sms_prepare(dtype, wide, {as<const void>(Pointer(features[0])), features[1]},
+                                  {as<const void>(Pointer(features[2])), features[3]}, N, E, as<void>(norm_video), as<void>(norm_text),
+                                  as<void>(diagonal), as<void>(unit_video), as<void>(unit_text), unit_bf16, threads);
+    }
+    check(status, "sms_loss");
+  });
+  // labels: table, dtype code, the strides of rows and columns, video_index, caption_index, values (0: none).
+  m.def("sms_panel", [](int wide, int dtype, Pointer s, int64_t rows, int64_t N, int64_t first, Pointer row_scale, Pointer col_scale,
+                        Pointer diagonal, Pointer self, const std::array<int64_t, 7>& labels, double margin, double relaxation,
+                        double eps, bool paper, bool write, Pointer row_loss, Pointer row_sum, Pointer col_sum, int threads) {
+    int status;
+    {
+      py::gil_scoped_release release;
+      const evaat::PairLabels from = {as<const void>(Pointer(labels[0])), int(labels[1]), labels[2], labels[3],
+                                      as<const int64_t>(Pointer(labels[4])), as<const int64_t>(Pointer(labels[5])),
+                                      as<const void>(Pointer(labels[6]))};
+      status = evaat::sms_panel({wide, dtype, as<void>(s), rows, N, first, as<const void>(row_scale), as<const void>(col_scale),
+                                 as<const void>(diagonal), as<const void>(self), from, margin, relaxation, eps, paper, write,
+                                 as<double>(row_loss), as<int32_t>(row_sum), as<int32_t>(col_sum)},
+                                threads);
+    }
+    check(status, "sms_loss");
+  });
+  m.def("sms_finish", [](int dtype, int wide, const std::array<int64_t, 4>& features, Pointer norm_x, Pointer norm_other, Pointer slope,
+                         Pointer gradient, double factor, int64_t N, int64_t E, int threads) {
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = evaat::sms_finish(dtype, wide, {as<const void>(Pointer(features[0])), features[1]}, as<const void>(norm_x),
+                                 {as<const void>(Pointer(features[2])), features[3]}, as<const void>(norm_other),
+                                 as<const int32_t>(slope), as<void>(gradient), factor, N, E, threads);
+    }
+    check(status, "sms_loss");
+  });
+  // vectors: row_max, row_sum, col_max, col_sum, target, row_slope. slopes: the second sweep.
+  m.def("clip_panel", [](bool slopes, int wide, Pointer s, int64_t rows, int64_t N, int64_t first, double scale,
+                         const std::array<Pointer, 6>& vectors, int threads) {
+    int status;
+    {
+      py::gil_scoped_release release;
+      const evaat::ClipPanel panel = {wide, as<void>(s), rows, N, first, scale, as<double>(vectors[0]), as<double>(vectors[1]),
+                                      as<double>(vectors[2]), as<double>(vectors[3]), as<double>(vectors[4]), as<double>(vectors[5])};
+      status = slopes ? evaat::clip_slopes(panel, threads) : evaat::clip_stats(panel, threads);
+    }
+    check(status, "clip_loss");
   });
 }

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from evaat_fast import _dispatch
+from evaat_fast.ops.pairwise_cpu import Clip, Sms, clip_step, sms_step
 from evaat_fast.ops.relevancy import (
     FLOATS,
     DenseRelevancy,
@@ -112,10 +113,10 @@ def sms_loss(
         self_relevancy: float [N], w; None: the diagonal of relevancy.
         margin, relaxation: floats; relaxation >= 0.
         eps: labels that differ by less count as equal; None: 1.1 / 240 for rule "code", 0.1 for "paper".
-        rule: "code", the authors' code; "paper", its equation 16: d == eps belongs to the first branch, and equal labels have no
-            margin (m = x_ij - x_ii).
-        reduction: "mean", or "none": [N], entry i = row i of text->video plus column i of video->text, scaled so that their mean
-            is the loss. "none" is served by the reference, which builds [N, N].
+        rule: "code", the authors' code; "paper", its equation 16: d == eps belongs to the first branch, and equal labels have
+            no margin (m = x_ij - x_ii).
+        reduction: "mean", or "none": [N], entry i = row i of text->video plus column i of video->text, scaled so that their
+            mean is the loss. "none" is served by the reference, which builds [N, N].
         group: a torch.distributed group; not built yet. grad_mode: "ddp" or "sum", how gradients add up over it.
         validate: False skips the check of IndexedRelevancy's indices where that would wait for a GPU; None: check on CPU only.
         backend: "auto", "cpu" or "reference".
@@ -128,23 +129,32 @@ def sms_loss(
 
     Source: EVA02-AT (arXiv 2506.14356), section 3.3, and the authors' SMS-Loss code.
     """
-    labels, settings, backend = _check_sms(
-        "sms_loss",
-        video,
-        text,
-        relevancy,
-        self_relevancy,
-        margin,
-        relaxation,
-        eps,
-        rule,
-        reduction,
-        group,
-        grad_mode,
-        backend,
-    )
+    _check_features("sms_loss", video, text)
+    _check_common("sms_loss", reduction, group, grad_mode)
+    if rule == "charades":
+        raise _dispatch.not_built('sms_loss(rule="charades")', 'use rule="code" or "paper"')
+    if rule not in _EPS:
+        raise ValueError(f'rule: expected "code", "paper" or "charades", got {rule!r}')
+    labels = as_labels(relevancy, video.shape[0], video.device)
+    if self_relevancy is not None:
+        _check_self(self_relevancy, video)
+    relaxation = finite("relaxation", relaxation)
+    if relaxation < 0:
+        raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
+    eps = _EPS[rule] if eps is None else finite("eps", eps)
     if validate or (validate is None and video.is_cpu and not torch.compiler.is_compiling()):
         labels.check_indices()
+    settings = (finite("margin", margin), relaxation, eps)
+    return _max_margin("sms_loss", video, text, labels, self_relevancy, settings, rule, reduction, backend)
+
+
+def _max_margin(op, video, text, labels, self_relevancy, settings, rule, reduction, backend):
+    backend = _backend(op, video, reduction, backend)
+    if backend == "cpu":
+        needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text)]
+        source = (labels.table, labels.video_index, labels.caption_index, labels.scale, self_relevancy)
+        arguments = (*source, *settings, rule == "paper", *needs)
+        return Sms.apply(video, text, *arguments) if any(needs) else sms_step(video, text, *arguments)[0]
     wide = torch.promote_types(video.dtype, torch.float32)
     w = labels.diagonal(wide) if self_relevancy is None else self_relevancy.to(wide)
     with _no_autocast(video):
@@ -160,14 +170,10 @@ def adaptive_mi_mm_loss(
     video, text, self_relevancy, *, margin=0.4, reduction="mean", group=None, grad_mode="ddp", backend=None
 ):
     """The adaptive max-margin loss: part of the contract, not built yet."""
-    raise _dispatch.not_built(
-        "adaptive_mi_mm_loss", "sms_loss with relevancy 0 has the same value where self_relevancy > eps"
-    )
+    raise _dispatch.not_built("adaptive_mi_mm_loss", "sms_loss with relevancy 0 has the same value where self_relevancy > eps")
 
 
-def ego_nce_loss(
-    video, text, positives, *, temperature=0.05, reduction="mean", group=None, grad_mode="ddp", backend=None
-):
+def ego_nce_loss(video, text, positives, *, temperature=0.05, reduction="mean", group=None, grad_mode="ddp", backend=None):
     """EgoVLP's EgoNCE: part of the contract, not built yet."""
     raise _dispatch.not_built("ego_nce_loss")
 
@@ -195,32 +201,26 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
     _check_features("clip_loss", video, text)
     _check_common("clip_loss", reduction, group, grad_mode)
     logit_scale = _check_scale(logit_scale, video)
+    if _backend("clip_loss", video, reduction, backend) == "cpu":
+        needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text, logit_scale)]
+        arguments = (video, text, logit_scale, *needs)
+        return Clip.apply(*arguments) if any(needs) else clip_step(*arguments)[0]
     with _no_autocast(video):
         return clip_loss_reference(video, text, logit_scale, reduction)
 
 
-def _check_sms(
-    op, video, text, relevancy, self_relevancy, margin, relaxation, eps, rule, reduction, group, grad_mode, backend
-):
-    """Every check of the max-margin family; returns the labels, (margin, relaxation, eps) and the backend."""
-    _check_features(op, video, text)
-    _check_common(op, reduction, group, grad_mode)
-    if rule == "charades":
-        raise _dispatch.not_built(f'{op}(rule="charades")', 'use rule="code" or "paper"')
-    if rule not in _EPS:
-        raise ValueError(f'rule: expected "code", "paper" or "charades", got {rule!r}')
-    N = video.shape[0]
-    labels = as_labels(relevancy, N, video.device)
-    if self_relevancy is not None:
-        check_self(self_relevancy, N, video.device)
-    margin, relaxation = finite("margin", margin), finite("relaxation", relaxation)
-    eps = _EPS[rule] if eps is None else finite("eps", eps)
-    if relaxation < 0:
-        raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
-    return labels, (margin, relaxation, eps), _dispatch.pick(op, video, backend)
+def _backend(op, video, reduction, backend):
+    """The backend that serves the call; only the reference keeps the losses of single pairs apart."""
+    chosen = _dispatch.pick(op, video, backend)
+    if chosen != "reference" and reduction == "none":
+        if backend not in (None, "auto"):
+            raise _dispatch.not_built(f'{op}(reduction="none") on backend {chosen!r}', 'use backend="reference" or "auto"')
+        return "reference"
+    return chosen
 
 
-def check_self(x, N, device):
+def _check_self(x, video):
+    N, device = video.shape[0], video.device
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"self_relevancy: expected a float tensor [{N}], got {got}")

@@ -1,7 +1,7 @@
 """Where the labels of a pairwise loss come from: a dense matrix, quantised codes, or rows and columns of a larger table.
 
-A loss takes any of them as `relevancy` and reads the same number for the same pair, whatever the source. Labels are converted to
-float32 (float64 for float64 features) before anything is computed with them, so equal values give equal bits.
+A loss takes any of them as `relevancy` and reads the same number for the same pair, whatever the source. Labels are converted
+to float32 (float64 for float64 features) before anything is computed with them, so equal values give equal bits.
 """
 
 import torch
@@ -30,7 +30,7 @@ class DenseRelevancy:
 
 
 class IndexedRelevancy:
-    """Rows and columns of a larger table: relevancy[j, i] = table[video_index[j], caption_index[i]], never gathered into [N, N].
+    """Rows and columns of a larger table: relevancy[j, i] = table[video_index[j], caption_index[i]], never built as [N, N].
 
     Args:
         table: [V, C] float32, float64, bfloat16 or float16, any strides.
