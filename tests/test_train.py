@@ -1,0 +1,275 @@
+"""The training loop on a small generated corpus: it learns, resumes exactly, writes atomically, and stops on nonsense."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from corpus import corpus
+
+from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, load, train, trainer
+from evaat_fast.train.config import ConfigError
+from evaat_fast.train.log import Log, read
+from evaat_fast.train.sampler import EpochSampler
+
+pytest.importorskip("decord")
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """A configuration of the smallest model on a small corpus, with changes."""
+    kitchen = corpus()
+
+    def make(*overrides, out="run"):
+        path = tmp_path / "run.toml"
+        path.write_text(f"""
+            [model]
+            name = "eva02_at_tiny_patch16_64"
+            num_frames = 2
+            overrides = {{ patch_size = 32, vision_layers = 1, text_layers = 1, vision_width = 32, vision_heads = 1, vision_mlp = 32 }}
+            [data]
+            annotations = "{kitchen.annotations}"
+            videos = "{kitchen.videos}"
+            cache = true
+            [optim]
+            lr = 1e-3
+            [schedule]
+            warmup_epochs = 0.5
+            [train]
+            out = "{out}"
+            epochs = 2
+            batch_size = 16
+            device = "cpu"
+            """)  # noqa: E501
+        return load(path, overrides)
+
+    return make
+
+
+def weights(path):
+    return checkpoint.read(path)["state_dict"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("loss", ["clip", "sms"])
+def test_a_run_lowers_its_loss_and_leaves_its_files(configure, loss, tmp_path, capsys):
+    config = configure(f"loss.name={loss}", "train.epochs=4", "eval.every=2", "optim.lr=3e-3", "data.positive=relevant")
+    result = train(config)
+    records = read(result["log"])
+    steps = [r for r in records if r["event"] == "step"]
+    assert [r["event"] for r in records if r["event"] != "step"] == [
+        "start",
+        "epoch",
+        "epoch",
+        "eval",
+        "epoch",
+        "epoch",
+        "eval",
+    ]
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    assert sum(r["loss"] for r in steps[-3:]) < sum(r["loss"] for r in steps[:3])
+    assert result["metrics"]["mAP"] == records[-1]["mAP"]
+    assert 0 <= result["metrics"]["verb_accuracy"] <= 100
+    out = tmp_path / "run"
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "last.pt", "log.jsonl"]
+    assert json.loads((out / "config.json").read_text()) == config.to_dict()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and "epoch 4/4" in lines[-1] and "mAP" in lines[-1]
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch):
+    whole = train(configure("train.epochs=3", out="whole"), quiet=True)
+    config, batches = configure("train.epochs=3", out="broken"), []
+    original = trainer.batch_loss
+
+    def power_cut(*args):
+        batches.append(1)
+        if len(batches) == 5:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "batch_loss", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, quiet=True)
+    monkeypatch.setattr(trainer, "batch_loss", original)
+    torch.manual_seed(99)
+    resumed = train(config, resume=True, quiet=True)
+    assert_same(weights(whole["checkpoint"]), weights(resumed["checkpoint"]))
+    assert resumed["metrics"] == whole["metrics"]
+    untimed = [[{k: v for k, v in r.items() if "second" not in k} for r in read(x["log"])] for x in (whole, resumed)]
+    assert untimed[0] == untimed[1]
+    again = train(config, resume=True, quiet=True)  # nothing is left to do
+    assert again["metrics"] == whole["metrics"]
+
+
+def test_workers_change_nothing(configure):
+    alone = train(configure("train.epochs=1", "data.cache=false", out="alone"), quiet=True)
+    helped = train(configure("train.epochs=1", "data.cache=false", "data.workers=2", out="helped"), quiet=True)
+    assert_same(weights(alone["checkpoint"]), weights(helped["checkpoint"]))
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(configure):
+    config = configure("train.epochs=1")
+    first = weights(train(config, quiet=True)["checkpoint"])
+    with pytest.raises(ConfigError, match="already holds a run: --resume continues it, --overwrite replaces it"):
+        train(config, quiet=True)
+    assert_same(first, weights(train(config, overwrite=True, quiet=True)["checkpoint"]))
+
+
+def test_resuming_another_run_is_an_error(configure):
+    train(configure("train.epochs=1"), quiet=True)
+    with pytest.raises(ConfigError, match="made with optim.lr = 0.001, this run has 0.01"):
+        train(configure("train.epochs=1", "optim.lr=0.01"), resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="made with train.epochs = 1, this run has 2"):
+        train(configure(), resume=True, quiet=True)
+
+
+def test_init_starts_from_a_checkpoint(configure):
+    first = train(configure("train.epochs=1", out="first"), quiet=True)
+    config = configure(f"train.init={first['checkpoint']}", "loss.temperature=0.1", out="second")
+    model = trainer.build_model(config)
+    loaded = weights(first["checkpoint"])
+    assert all(torch.equal(v, loaded[k]) for k, v in model.state_dict().items() if k != "logit_scale")
+    assert abs(model.logit_scale.exp().item() - 10) < 1e-4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(configure, monkeypatch, tmp_path):
+    original, calls = trainer.batch_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(trainer, "batch_loss", poisoned)
+    with pytest.raises(Diverged, match=r"the loss is nan at step 5 of 6, epoch 2, lr .* Lower optim.lr"):
+        train(configure(), quiet=True)
+    saved = checkpoint.read(tmp_path / "run/last.pt")
+    assert saved["epoch"] == 1 and all(torch.isfinite(v).all() for v in saved["state_dict"].values())
+
+
+def test_learnable_temperature_moves_and_a_fixed_one_does_not(configure):
+    for learnable in ("false", "true"):
+        config = configure(f"loss.learnable_temperature={learnable}", "train.epochs=1", out=learnable)
+        state = weights(train(config, quiet=True)["checkpoint"])
+        assert (abs(state["logit_scale"].exp().item() - 20) > 1e-4) == (learnable == "true")
+
+
+def test_weight_decay_spares_vectors_and_positions(configure):
+    model = trainer.build_model(configure())
+    decayed, spared = trainer.build_optimizer(model, configure("optim.weight_decay=0.5")).param_groups
+    assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in (decayed, spared))
+    assert "visual.blocks.0.attn.qkv.weight" in decayed and "text.token_embedding.weight" in decayed
+    assert {"visual.pos_embed", "visual.temporal_embed", "visual.norm.weight"} <= spared
+    assert "logit_scale" not in decayed | spared  # fixed
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("train.device=tpu", "train.device: expected auto, cpu, cuda"),
+        ("train.device=mps", "train.device: expected auto, cpu, cuda"),
+        ("train.batch_size=49", "train.batch_size: 49 is more than the 48 training clips"),
+        ("data.annotations=/nowhere", "annotations: there is no folder '/nowhere'"),
+        ("train.init=/nowhere/last.pt", "/nowhere/last.pt"),
+        ("train.out=/dev/null/run", "train.out: the folder '/dev/null/run' cannot be written to"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(configure, override, message, tmp_path):
+    with pytest.raises((ConfigError, ValueError, FileNotFoundError), match=message):
+        train(configure(override), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there(configure):
+    with pytest.raises(ConfigError, match="'cuda' was asked for, but torch sees no CUDA device"):
+        train(configure("train.device=cuda"))
+
+
+def test_torchrun_is_refused(configure, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several GPUs is not built yet"):
+        train(configure())
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        checkpoint.read(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match="not a checkpoint that torch can read safely"):
+        checkpoint.read(tmp_path / "text.pt")
+    torch.save({"state_dict": {}}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="it lacks model_config, optimizer, epoch, config, rng"):
+        checkpoint.read(tmp_path / "weights.pt")
+
+
+def test_log_keeps_whole_epochs_and_forgives_a_torn_last_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = Log(path)
+    for epoch in (1, 2):
+        log.write("step", epoch, loss=0.5)
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"event": "st')
+    assert [r["epoch"] for r in read(path)] == [1, 2]
+    Log(path, keep=1).close()
+    assert [r["epoch"] for r in read(path)] == [1]
+    path.write_text('{"a"\n{"event": "step", "epoch": 1}\n')
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read(path)
+
+
+def test_sampler_draws_one_clip_of_a_kind():
+    kinds = torch.arange(96).repeat_interleave(4)[torch.randperm(384)]
+    sampler = EpochSampler(kinds, 48, seed=3, distinct=True)
+    first = list(sampler)
+    assert len(sampler) == len(first) == 8
+    assert all(len(batch) == 48 == len(set(kinds[batch].tolist())) for batch in first)
+    assert max(Counter(i for batch in first for i in batch).values()) == 1
+    assert first == list(sampler)
+    sampler.epoch = 1
+    assert first != list(sampler)
+    assert first != list(EpochSampler(kinds, 48, seed=4, distinct=True))
+
+
+def test_sampler_wastes_no_more_than_it_must():
+    kinds = torch.tensor([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2)  # at most 3 batches of 3: then kind 0 is alone with one more
+    batches = list(EpochSampler(kinds, 3, distinct=True))
+    assert len(batches) == len(EpochSampler(kinds, 3, distinct=True)) == 3
+    with pytest.raises(ValueError, match=r"train.batch_size: 5 is more than the 4 kinds"):
+        EpochSampler(kinds, 5, distinct=True)
+    assert sorted(i for b in EpochSampler(kinds, 4) for i in b) == list(range(12))
+
+
+def test_verb_accuracy_and_controls(configure):
+    config = configure()
+    test = inputs.dataset(config, "test")
+    perfect = evaluation.measure(test.relevancy, test)
+    assert perfect["verb_accuracy"] == 100 and abs(perfect["mAP"] - 100) < 1e-9 and abs(perfect["nDCG"] - 100) < 1e-9
+    wrong = evaluation.measure(-(test.clip_verbs[:, None] == test.caption_verbs).float(), test)
+    assert wrong["verb_accuracy"] == 0
+    model = trainer.build_model(config)
+    shown = {f: evaluation.embed(model, test, config, torch.device("cpu"), f) for f in ("ordered", "reversed", "frozen")}
+    assert not torch.allclose(shown["ordered"], shown["reversed"]) and not torch.allclose(shown["ordered"], shown["frozen"])
+    assert torch.equal(shown["ordered"], evaluation.embed(model, test, config, torch.device("cpu"), "ordered"))
