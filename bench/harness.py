@@ -56,6 +56,9 @@ class Benchmark:
     truth: callable  # (inputs, mode) -> step, in the dtype of its inputs
     work: callable  # (shape, mode, element size) -> {"flop": n} or {"byte": n}
     baseline: str
+    yardsticks: dict = field(default_factory=dict)  # name -> the same, timed but not checked: a copy, a bare product
+    peak: callable = None  # (shape, dtype, mode, provider) -> MiB of a CPU step in a fresh process
+    check: callable = None  # (ours, low, truth, name) -> None or AssertionError, where tests/check.py's rule does not fit
     low: callable = None  # the provider whose error in the same dtype is torch's own; None: the truth's
     to_double: callable = None  # inputs -> the same in float64
     modes: tuple = MODES
@@ -199,15 +202,18 @@ def quantiles(times):
 def measure(bench, shape, dtype, mode, args):
     """Records of all providers for one case: checked against float64, then timed."""
     inputs = bench.inputs(shape, DTYPES[dtype], args.device)
-    to_double = bench.to_double or doubled
+    to_double, everyone = bench.to_double or doubled, {**bench.providers, **bench.yardsticks}
     truth = [t.detach().clone() for t in bench.truth(to_double(cloned(inputs)), mode)()]
     low = [t.detach().clone() for t in (bench.low or bench.truth)(cloned(inputs), mode)()]
-    close, records, steps = tolerance_rule(), [], {}
-    for name, provider in bench.providers.items():
+    close, records, steps = bench.check or tolerance_rule(), [], {}
+    for name, provider in everyone.items():
         record = {"shape": shape, "dtype": dtype, "mode": mode, "provider": name}
         records.append(record)
         if args.providers and name not in args.providers:
             record["absent"] = "not asked for"
+            continue
+        if name in bench.yardsticks:
+            record["yardstick"], steps[name] = True, provider
             continue
         try:
             ours = [t.detach().clone() for t in provider(cloned(inputs), mode)()]
@@ -227,6 +233,8 @@ def measure(bench, shape, dtype, mode, args):
                 mine, base = times[record["provider"]], times.get(bench.baseline)
                 record["ms"] = quantiles(mine)
                 record["ratio"] = statistics.median(a / b for a, b in zip(mine, base, strict=True)) if base else None
+                if bench.peak and not record.get("yardstick"):
+                    record["peak_mib"] = bench.peak(shape, dtype, mode, record["provider"])
     else:
         for record in records:
             if record["provider"] in steps:
@@ -249,7 +257,8 @@ def measure(bench, shape, dtype, mode, args):
 def print_case(records, peak):
     first = records[0]
     print(f"\n{json.dumps(first['shape'])}  {first['dtype']}  {first['mode']}")
-    print(f"  {'provider':<34}{'ms p50':>9} {'p20-p80':>17} {'rate':>14} {'% peak':>7} {'x base':>7} {'max error':>10} {'torch':>9}")
+    heads = f"{'rate':>15} {'% peak':>7} {'x base':>7} {'MiB':>7} {'max error':>10} {'torch':>9}"
+    print(f"  {'provider':<34}{'ms p50':>9} {'p20-p80':>17} {heads}")
     for r in records:
         if "absent" in r:
             if r["absent"] != "not asked for":
@@ -261,9 +270,11 @@ def print_case(records, peak):
             scale, name = (1e12, "TFLOP/s") if unit == "flop" else (1e9, "GB/s")
             top = peak["matmul_flop_per_s" if unit == "flop" else "copy_bytes_per_s"]
             span, ratio = f"{r['ms']['p20']:.3f}-{r['ms']['p80']:.3f}", f"{r['ratio']:.2f}" if r.get("ratio") else "-"
+            memory = f"{r['peak_mib']:.0f}" if "peak_mib" in r else "-"
+            errors = f"{r['error']:>10.1e} {r['torch_error']:>9.1e}" if "error" in r else f"{'yardstick':>20}"
             print(
                 f"  {r['provider']:<34}{r['ms']['p50']:>9.3f} {span:>17} {amount / seconds / scale:>7.3f} {name:<7}"
-                f"{100 * amount / seconds / top:>6.0f} {ratio:>7} {r['error']:>10.1e} {r['torch_error']:>9.1e}"
+                f"{100 * amount / seconds / top:>7.0f} {ratio:>7} {memory:>7} {errors}"
             )
 
 
@@ -273,7 +284,7 @@ def main(bench, argv=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=bench.dtypes, action="append")
     parser.add_argument("--mode", choices=bench.modes, action="append")
-    parser.add_argument("--providers", nargs="+", choices=list(bench.providers), metavar="NAME")
+    parser.add_argument("--providers", nargs="+", choices=[*bench.providers, *bench.yardsticks], metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
     parser.add_argument("--threads", type=int, help="CPU threads (all processors by default)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider and case")
@@ -295,7 +306,7 @@ def main(bench, argv=None):
         for dtype in args.dtype or (bench.dtypes if args.device == "cpu" else [d for d in bench.dtypes if d != "fp32"]):
             for mode in args.mode or bench.modes:
                 records += measure(bench, shape, dtype, mode, args)
-                print_case(records[-len(bench.providers) :], peak)
+                print_case(records[-len(bench.providers) - len(bench.yardsticks) :], peak)
     path = args.json or HERE / "results" / slug(info) / f"{bench.op}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = {"op": bench.op, "baseline": bench.baseline, "environment": info, "peak": peak, "records": records}

@@ -1,0 +1,198 @@
+"""The SMS and InfoNCE losses over a batch: python bench/pairwise.py
+
+fwdbwd is a step: the loss and the gradients of both features. FLOPs: 2 N^2 E for each matrix product, three for SMS (S, dV, dT)
+and three for InfoNCE (four where the second sweep recomputes S); one forward. The yardstick is those three products alone, into buffers
+that are there. MiB on a CPU: what a step adds to the peak of a fresh process that has run the same at N = 64.
+"""
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import DTYPES, Benchmark, Unavailable, need, run
+
+from evaat_fast import ops
+from evaat_fast.ops.pairwise import clip_loss_reference, sms_loss_reference
+
+CPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (4096, 1024) for loss in ("sms", "clip")]
+GPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (256, 4096, 16384) for loss in ("sms", "clip")]
+NAIVE_LIMIT = 4096  # the formulation with 165 bytes per pair: 2.8 GB here, 44 GB at 16,384
+MARGIN, RELAXATION, EPS, SCALE = 0.6, 0.1, 1.1 / 240, 20.0
+
+
+def inputs(shape, dtype, device):
+    """Pairs that agree somewhat, and labels as EK-100's: 88 % zeros, 10 % one half, the rest others."""
+    N, generator = shape["N"], torch.Generator().manual_seed(0)
+    video = torch.randn(N, shape["E"], generator=generator)
+    text = video + torch.randn(N, shape["E"], generator=generator)
+    draw = torch.rand(N, N, generator=generator)
+    labels = torch.where(draw < 0.88, 0.0, torch.where(draw < 0.98, 0.5, (draw - 0.98) * 50))
+    labels.fill_diagonal_(1.0)
+    if shape["loss"] == "clip":
+        video, text = F.normalize(video, dim=1), F.normalize(text, dim=1)
+    move = lambda x, as_dtype: x.to(as_dtype).to(device)  # noqa: E731
+    return {
+        "video": move(video, dtype).requires_grad_(),
+        "text": move(text, dtype).requires_grad_(),
+        "labels": move(labels, torch.float32),
+        "loss": shape["loss"],
+    }
+
+
+def step(sms, clip):
+    """A provider from the two losses as functions of inputs; None: it has no such loss."""
+
+    def provider(inputs, mode):
+        loss = sms if inputs["loss"] == "sms" else clip
+        if loss is None:
+            raise Unavailable(f"has no {inputs['loss']} loss")
+        features = (inputs["video"], inputs["text"])
+
+        def fwd():
+            with torch.no_grad():
+                return (loss(inputs),)
+
+        def fwdbwd():
+            out = loss(inputs)
+            return out, *torch.autograd.grad(out, features)
+
+        return fwd if mode == "fwd" else fwdbwd
+
+    return provider
+
+
+def dense_sms(inputs):
+    labels = inputs["labels"]
+    return sms_loss_reference(inputs["video"], inputs["text"], labels, labels.diagonal(), MARGIN, RELAXATION, EPS)
+
+
+def dense_clip(inputs):
+    return clip_loss_reference(inputs["video"], inputs["text"], SCALE)
+
+
+def naive_sms(inputs):
+    """The published formulation: both directions concatenated, the off-diagonal entries picked by index."""
+    video, text, labels = inputs["video"], inputs["text"], inputs["labels"]
+    N = len(video)
+    if N > NAIVE_LIMIT:
+        raise Unavailable(f"needs 165 bytes for each of {N} x {N} pairs")
+    x = F.normalize(text.float(), dim=1) @ F.normalize(video.float(), dim=1).T
+    own, relevancy = labels.diagonal(), labels.T
+    keep = torch.cat((1 - torch.eye(N), 1 - torch.eye(N))).flatten().nonzero().flatten().to(video.device)
+    first = x.diagonal()[:, None].expand(N, N)
+    similarity = torch.cat((first, first)).flatten()[keep] - torch.cat((x, x.T)).flatten()[keep]
+    weight = own[:, None].expand(N, N)
+    d = torch.cat((weight, weight)).flatten()[keep] - torch.cat((relevancy, relevancy.T)).flatten()[keep]
+    m = MARGIN * d - similarity
+    terms = torch.where(d > EPS, F.relu(m), F.relu(-m))
+    return torch.where(d.abs() < EPS, F.relu(m.abs() - RELAXATION), terms).mean()
+
+
+def open_clip(inputs):
+    loss = need("open_clip.loss").ClipLoss()
+    return loss(inputs["video"], inputs["text"], SCALE)
+
+
+def compiled(inputs, mode):
+    if inputs["video"].device.type == "cpu":
+        raise Unavailable("Inductor's compile time is not spent on the CPU run")
+    return step(torch.compile(dense_sms), torch.compile(dense_clip))(inputs, mode)
+
+
+def bare_products(inputs, mode):
+    """The three matrix products of a step, without allocation."""
+    video, text = inputs["video"].detach(), inputs["text"].detach()
+    N = len(video)
+    S, dv, dt = video.new_empty(N, N), torch.empty_like(video), torch.empty_like(text)
+    G = torch.randint(-2, 3, (N, N), device=video.device).to(video.dtype)
+
+    def work():
+        torch.mm(video, text.T, out=S)
+        if mode == "fwdbwd":
+            torch.mm(G, text, out=dv)
+            torch.mm(G.T, video, out=dt)
+        return ()
+
+    return work
+
+
+def low(inputs, mode):
+    """Torch's own error: the dense formula; for bfloat16 with the similarities rounded to it, as autocast does."""
+    if inputs["video"].dtype == torch.float32:
+        return step(dense_sms, dense_clip)(inputs, mode)
+    rounded = lambda i: {**i, **{n: F.normalize(i[n], dim=1) for n in ("video", "text")}}  # noqa: E731
+    return step(lambda i: dense_sms(rounded(i)), dense_clip)(inputs, mode)
+
+
+def check(ours, low, truth, name):
+    """A rounded similarity next to a kink turns a slope around, so gradients differ in a few places in any float32 or bfloat16
+    computation: each is held to a relative error, the loss to torch's own.
+    """
+    exact = low.dtype == torch.float32
+    error, size = (ours.double() - truth).norm(), truth.norm()
+    allowed = (1e-6 if exact else 3e-4) if truth.ndim == 0 else (1e-3 if exact else 1e-2)
+    assert error <= allowed * size, f"{name}: relative error {error / size:.1e} > {allowed:.0e}"
+
+
+def to_double(inputs):
+    """Features in float64; labels stay the float32 numbers they are."""
+    wide = {n: inputs[n].detach().double().requires_grad_() for n in ("video", "text")}
+    return {**inputs, **wide, "labels": inputs["labels"].double()}
+
+
+OURS = step(
+    lambda i: ops.sms_loss(i["video"], i["text"], i["labels"], margin=MARGIN, relaxation=RELAXATION),
+    lambda i: ops.clip_loss(i["video"], i["text"], SCALE),
+)
+PROVIDERS = {
+    "evaat": OURS,
+    "dense rewrite": step(dense_sms, dense_clip),
+    "published formulation": step(naive_sms, None),
+    "torch.compile(dense rewrite)": compiled,
+    "open_clip": step(None, open_clip),
+}
+
+
+def peak(shape, dtype, mode, provider):
+    """MiB that one step adds to the peak of a fresh process."""
+    command = [sys.executable, __file__, "--peak", shape["loss"], str(shape["N"]), str(shape["E"]), dtype, mode, provider]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(loss, N, E, dtype, mode, provider):
+    def status(name):
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+    big = inputs({"loss": loss, "N": int(N), "E": int(E)}, DTYPES[dtype], "cpu")
+    PROVIDERS[provider](inputs({"loss": loss, "N": 64, "E": int(E)}, DTYPES[dtype], "cpu"), mode)()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of making the inputs must not hide that of the step
+    before = status("VmRSS")
+    PROVIDERS[provider](big, mode)()
+    print((status("VmHWM") - before) / 1024)
+
+
+BENCH = Benchmark(
+    op="pairwise",
+    cpu_shapes=CPU_SHAPES,
+    gpu_shapes=GPU_SHAPES,
+    inputs=inputs,
+    providers=PROVIDERS,
+    yardsticks={"three bare products": bare_products},
+    truth=step(dense_sms, dense_clip),
+    low=low,
+    check=check,
+    to_double=to_double,
+    work=lambda s, mode, size: {"flop": (2 if mode == "fwd" else 6) * s["N"] ** 2 * s["E"]},
+    baseline="three bare products",
+    peak=peak,
+)
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        print_peak(*sys.argv[2:])
+    else:
+        run(BENCH)
