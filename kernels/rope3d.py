@@ -60,8 +60,10 @@ def _heads(
         sin = tl.load(row + table_half, mask=in_table, other=0.0)
     for i in tl.static_range(HEADS):
         h = first_head + i
+        # One comparison masks both tokens and heads; the interpreter cannot combine a scalar mask with a block's.
+        present = (n < tl.where(h < heads, N, 0))[:, None]
         if TABLE_PER_HEAD:
-            mine = in_table & (h < heads)
+            mine = in_table & present
             cos = tl.load(row + h.to(tl.int64) * table_h, mask=mine, other=0.0)
             sin = tl.load(row + h.to(tl.int64) * table_h + table_half, mask=mine, other=0.0)
         s = -sin if INVERSE else sin
@@ -69,14 +71,14 @@ def _heads(
         target = out + h.to(tl.int64) * out_h + n.to(tl.int64)[:, None] * out_n
         if INTERLEAVED:
             d = tl.arange(0, 2 * BLOCK_C)[None, :]
-            mask = ((n < N) & (h < heads))[:, None] & (d < D)
+            mask = present & (d < D)
             pairs = tl.load(source + d, mask=mask).to(tl.float32)
             a, b = tl.split(tl.reshape(pairs, (n.shape[0], BLOCK_C, 2)))
             a, b = _turn(a, b, cos, s, rotated)
             pairs = tl.reshape(tl.join(a, b), (n.shape[0], 2 * BLOCK_C))
             tl.store(target + d, pairs.to(out.dtype.element_ty), mask=mask)
         else:
-            mask = ((n < N) & (h < heads))[:, None] & (c < D // 2)[None, :]
+            mask = present & (c < D // 2)[None, :]
             a = tl.load(source + c[None, :], mask=mask).to(tl.float32)
             b = tl.load(source + c[None, :] + D // 2, mask=mask).to(tl.float32)
             a, b = _turn(a, b, cos, s, rotated)

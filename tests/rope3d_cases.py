@@ -1,4 +1,4 @@
-"""What every backend of rope3d must do, as functions of (backend, device): called by the CPU, interpreter and GPU tests."""
+"""What every backend of rope3d must do, as functions of (backend, device), for the CPU, interpreter and GPU tests."""
 
 import random
 
@@ -105,7 +105,11 @@ def random_call(seed, backend, device, dtypes, largest=1.0):
     """One random valid call, checked."""
     r = random.Random(seed)
     torch.manual_seed(seed)
-    B, Hq, D = r.choice([0, 1, 1, 2, 3]), r.randint(1, 8), 2 * r.choice([1, 2, 3, 4, 8, 15, 16, 20, 32, 33, 48, 64, 128])
+    B, Hq, D = (
+        r.choice([0, 1, 1, 2, 3]),
+        r.randint(1, 8),
+        2 * r.choice([1, 2, 3, 4, 8, 15, 16, 20, 32, 33, 48, 64, 128]),
+    )
     grid = tuple(r.randint(1, max(1, round(most * largest))) for most in (4, 6, 6))
     prefix = r.choice([0, 1, 1, 5])
     N = prefix + grid[0] * grid[1] * grid[2]

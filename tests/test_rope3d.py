@@ -38,18 +38,18 @@ def isa(request):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, dtype, interleaved, layout):
     device = device_of(backend)
-    q, k = make(layout, 2, 6, N, 64, dtype, device), make("packed", 2, 2, N, 64, dtype, device)
+    q, k = make(layout, 2, 5, N, 64, dtype, device), make("packed", 2, 2, N, 64, dtype, device)
     cases.check(backend, q, k, GRID, interleaved=interleaved)
 
 
 @dtypes
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
-@pytest.mark.parametrize("D", [2, 30, 64, 80, 128, 256])
+@pytest.mark.parametrize("D", [2, 30, 64, 80, 256])
 def test_instruction_sets_and_head_dims(isa, dtype, interleaved, D):
     freqs = torch.randn(3, D // 2)
     for layout in ("contiguous", "tokens first"):
-        q, k = make(layout, 2, 7, N, D, dtype, "cpu"), make(layout, 2, 3, N, D, dtype, "cpu")
-        cases.check("cpu", q, k, GRID, freqs=freqs, interleaved=interleaved, inverse=True)
+        q, k = make(layout, 1, 7, 13, D, dtype, "cpu"), make(layout, 1, 3, 13, D, dtype, "cpu")
+        cases.check("cpu", q, k, (2, 2, 3), freqs=freqs, interleaved=interleaved, inverse=True)
 
 
 @backends
@@ -171,7 +171,7 @@ def test_threads(threads, layout):
 
 def test_fuzz_cpu():
     for seed in range(150):
-        cases.random_call(seed, "cpu", "cpu", DTYPES)
+        cases.random_call(seed, "cpu", "cpu", DTYPES, 0.5)
 
 
 @pytest.mark.slow

@@ -269,7 +269,7 @@ def rope3d_(
             raise ValueError(
                 f"{name}: in place needs memory of its own for every element, got strides {list(x.stride())}"
             )
-    if k is not None and (k is q or (q.storage_offset() == k.storage_offset() and torch._C._is_alias_of(q, k))):
+    if k is not None and (k is q or _same_memory(q, k)):
         raise ValueError("k: shares its memory with q, so that in place it would be rotated twice")
     settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, freqs, backend))
     _rotate_([q] if k is None else [q, k], *settings)
@@ -424,6 +424,12 @@ def _backend(q, freqs, backend):
             )
         return "reference"
     return chosen
+
+
+def _same_memory(q, k):
+    if torch.compiler.is_compiling():
+        return False
+    return q.storage_offset() == k.storage_offset() and q.numel() > 0 and torch._C._is_alias_of(q, k)
 
 
 def _overlaps(x):

@@ -1,0 +1,57 @@
+"""The Triton kernel of rope3d in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret.
+
+The interpreter has no bfloat16 arithmetic; bfloat16 is left to the compiled tiers.
+"""
+
+import pytest
+import rope3d_cases as cases
+import torch
+from rope3d_cases import LAYOUTS, make
+
+pytestmark = pytest.mark.interpret
+GRID, N = (2, 3, 7), 43
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+
+
+@dtypes
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(dtype, interleaved, layout):
+    q, k = make(layout, 2, 6, N, 64, dtype, "cpu"), make("packed", 2, 2, N, 64, dtype, "cpu")
+    cases.check("triton", q, k, GRID, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("D", [2, 30, 80, 128, 256])
+def test_head_dims(D, interleaved):
+    q, freqs = make("sliced", 1, 5, N, D, torch.float32, "cpu"), torch.randn(3, D // 2)
+    cases.check("triton", q, None, GRID, freqs=freqs, interleaved=interleaved, inverse=True)
+
+
+@dtypes
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_packed_and_gradients(dtype, prefix):
+    cases.check_packed("triton", 2, prefix + 42, 3, 64, dtype, "cpu", GRID, prefix_tokens=prefix)
+    q, k = (make("packed", 2, H, prefix + 42, 64, dtype, "cpu") for H in (4, 2))
+    cases.check_gradients("triton", q, k, GRID, prefix_tokens=prefix, interleaved=False)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_positions_and_frequencies_per_head(batched):
+    positions, freqs = torch.randn((2, N, 3) if batched else (N, 3)) * 20, torch.randn(5, 3, 16)
+    q, k = make("contiguous", 2, 5, N, 32, torch.float32, "cpu"), make("packed", 2, 5, N, 32, torch.float32, "cpu")
+    cases.check("triton", q, k, positions=positions, freqs=freqs)
+    cases.check("triton", q, k, positions=positions)
+
+
+def test_prefix_rows_that_are_not_finite_pass_unchanged():
+    from evaat_fast import ops
+
+    q = make("contiguous", 1, 2, N, 64, torch.float32, "cpu")
+    q[:, :, 0] = torch.inf
+    assert torch.equal(ops.rope3d(q, None, GRID, backend="triton")[:, :, 0], q[:, :, 0])
+
+
+def test_fuzz():
+    for seed in range(16):
+        cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.6)
