@@ -24,13 +24,11 @@ def main(argv=None):
 
     try:
         return arguments.run(arguments) or 0
-    except (ConfigError, FileNotFoundError, FileExistsError, PermissionError, _Mistake) as error:
-        print(f"evaat-fast {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except ImportError as error:
-        if "pip install" not in str(error):  # ours name the extra to install; any other is a fault
-            raise
-        print(f"evaat-fast {arguments.command}: {error}", file=sys.stderr)
+    except (ConfigError, FileNotFoundError, FileExistsError, PermissionError, ImportError, _Mistake) as error:
+        if isinstance(error, ImportError) and "pip install" not in str(error):
+            raise  # ours name the extra to install; any other is a fault
+        # torch's reasons run over many lines, the first of which says it.
+        print(f"evaat-fast {arguments.command}: {str(error).splitlines()[0]}", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,16 +49,10 @@ def _parser():
     command = commands.add_parser("doctor", help="versions, and which backend serves which op here")
     command.set_defaults(run=_doctor)
 
-    command = commands.add_parser(
-        "demo", help="make a small corpus, train on it, and write a page that shows the result"
-    )
-    command.add_argument(
-        "--out", default="demo", metavar="DIR", help="folder of the corpus, the runs and the page (demo)"
-    )
+    command = commands.add_parser("demo", help="make a small corpus, train on it, and write a page that shows the result")
+    command.add_argument("--out", default="demo", metavar="DIR", help="folder of the corpus, the runs and the page (demo)")
     command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and crops (0)")
-    command.add_argument(
-        "--quick", action="store_true", help="a tiny corpus and few epochs, to see that all of it works"
-    )
+    command.add_argument("--quick", action="store_true", help="a tiny corpus and few epochs, to see that all of it works")
     _add_set(command, "for both stages")
     command.set_defaults(run=_demo)
 
@@ -76,9 +68,7 @@ def _parser():
     command.add_argument("config", metavar="CONFIG.toml")
     command.add_argument("--checkpoint", required=True, metavar="PATH", help="of a run (last.pt), or other weights")
     command.add_argument("--json", metavar="FILE", help="write the metrics there too")
-    command.add_argument(
-        "--frames", choices=("ordered", "shuffled", "reversed", "frozen"), help="a control (eval.frames)"
-    )
+    command.add_argument("--frames", choices=("ordered", "shuffled", "reversed", "frozen"), help="a control (eval.frames)")
     _add_set(command)
     command.set_defaults(run=_eval)
 
@@ -176,7 +166,9 @@ def _metrics(metrics):
 def _make_kitchen(arguments):
     from evaat_fast.data import kitchen
     from evaat_fast.train.demo import video_progress
+    from evaat_fast.train.trainer import check_folder
 
+    check_folder(arguments.dir, "DIR")
     try:
         with video_progress() as progress:
             corpus = kitchen.generate(
@@ -188,8 +180,4 @@ def _make_kitchen(arguments):
             )
     except ValueError as error:
         raise _Mistake(error) from None
-    except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
-        raise _Mistake(f"{arguments.dir!r} cannot be written to: {error.strerror}") from None
     print(f"annotations {corpus.annotations}\nvideos      {corpus.videos}")

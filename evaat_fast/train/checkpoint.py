@@ -61,9 +61,7 @@ def read(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely: {reason}"
-        ) from None
+        raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely: {reason}") from None
     missing = [k for k in ("state_dict", "model_config", "optimizer", "epoch", "config", "rng") if k not in content]
     if missing:
         raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run: it lacks {', '.join(missing)}")

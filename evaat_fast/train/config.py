@@ -136,12 +136,13 @@ SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config)}
 KEYS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
 
-def load(path, overrides=(), *, training=True):
+def load(path, overrides=(), *, training=True, base=None):
     """Reads a configuration.
 
     Args:
         path: a TOML file. overrides: strings "section.key=value", the value in TOML (a bare word will do for a string).
         training: False where `train.out` is not needed.
+        base: the folder that paths in the file are relative to, instead of the file's own.
 
     Returns:
         A Config.
@@ -165,7 +166,7 @@ def load(path, overrides=(), *, training=True):
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {section}: expected a table [{section}], got {values!r}")
         for name, value in values.items():
-            _set(config, f"{section}.{name}", value, str(path), path.parent)
+            _set(config, f"{section}.{name}", value, str(path), path.parent if base is None else Path(base))
     for text in overrides:
         name, value = parse_override(text)
         _set(config, name, value, "--set", Path())
@@ -274,8 +275,7 @@ def check(config, source="config", *, training=True):
     for name in ("start_lr", "end_lr"):
         if getattr(config.schedule, name) > config.optim.lr:
             raise ConfigError(
-                f"{source}: schedule.{name}: expected at most optim.lr={config.optim.lr}, "
-                f"got {getattr(config.schedule, name)}"
+                f"{source}: schedule.{name}: expected at most optim.lr={config.optim.lr}, got {getattr(config.schedule, name)}"
             )
     _check_model(config.model, source)
 

@@ -49,8 +49,11 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
     say = (lambda *_: None) if quiet else (lambda line="": print(line, flush=True))
     out = trainer.check_folder(out, "--out")
     _check_packages()
-    configs = _configs(out, seed, quick, overrides)
+    configs, texts = _configs(out, seed, quick, overrides)
     device = trainer.choose_device(configs["pretrain"])
+    out.mkdir(parents=True, exist_ok=True)
+    for stage, text in texts.items():
+        write_atomically(out / f"{stage}.toml", lambda file, text=text: file.write(text))
     clock = {"start": time.perf_counter()}
 
     say(f"1/4  the toy kitchen, in {out / configs['corpus']}")
@@ -60,10 +63,7 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
     rows = [("random scores", _chance(test))]
     untrained = trainer.build_model(configs["pretrain"]).to(device)
     rows.append(("before training", evaluation.evaluate(untrained, test, configs["pretrain"], device)))
-    say(
-        f"     {len(test)} test clips, {len(test.captions)} captions; before training: "
-        f"{evaluation.summary(rows[-1][1])}"
-    )
+    say(f"     {len(test)} test clips, {len(test.captions)} captions; before training: {evaluation.summary(rows[-1][1])}")
 
     trained = {}
     for number, (stage, loss) in enumerate((("pretrain", "InfoNCE"), ("finetune", "SMS")), 2):
@@ -85,9 +85,7 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
         "controls": [{"name": name, **_finite(metrics)} for name, metrics in controls],
         "seed": seed,
         "quick": quick,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "versions": {
             "evaat-fast": evaat_fast.__version__,
             "torch": torch.__version__,
@@ -118,9 +116,7 @@ def table(results):
     lines = [f"{'':<30}" + "".join(f"{f'{m} {d}':>10}" for m in ("mAP", "nDCG") for d in names) + f"{'verbs':>8}"]
     for row in results["metrics"]:
         keys = [k for m in ("mAP", "nDCG") for k in (f"{m}_v2t", f"{m}_t2v", m)]
-        lines.append(
-            f"{row['name']:<30}" + "".join(f"{_text(row[k]):>10}" for k in keys) + f"{_text(row['verb_accuracy']):>8}"
-        )
+        lines.append(f"{row['name']:<30}" + "".join(f"{_text(row[k]):>10}" for k in keys) + f"{_text(row['verb_accuracy']):>8}")
     lines.append("")
     names = {"ordered": "frames in order", "frozen": "one frozen frame"}
     for row in results["controls"]:
@@ -146,22 +142,19 @@ def _check_packages():
 
 
 def _configs(out, seed, quick, overrides):
-    """Writes the two configurations into `out` and loads them from there."""
-    out.mkdir(parents=True, exist_ok=True)
-    configs = {"corpus": "corpus-quick" if quick else "corpus"}
+    """The two configurations, their paths in `out`, and the texts of their files."""
+    configs, texts = {"corpus": "corpus-quick" if quick else "corpus"}, {}
     for stage in STAGES:
-        text = resources.files("evaat_fast.train").joinpath(f"{stage}.toml").read_bytes()
-        write_atomically(out / f"{stage}.toml", lambda f, text=text: f.write(text))
-        changes = [f"train.seed={seed}"]
-        if quick:
-            corpus = out / configs["corpus"]
-            changes += QUICK[stage]
-            changes += [
-                f"data.annotations={json.dumps(str(corpus / 'annotations'))}",
-                f"data.videos={json.dumps(str(corpus / 'videos'))}",
-            ]
-        configs[stage] = load(out / f"{stage}.toml", [*changes, *overrides])
-    return configs
+        changes = [f"train.seed={seed}"] + (quick_overrides(stage, out / configs["corpus"]) if quick else [])
+        with resources.as_file(resources.files("evaat_fast.train").joinpath(f"{stage}.toml")) as path:
+            configs[stage], texts[stage] = load(path, [*changes, *overrides], base=out), path.read_bytes()
+    return configs, texts
+
+
+def quick_overrides(stage, corpus):
+    """What --quick changes in a stage's configuration."""
+    places = {"annotations": corpus / "annotations", "videos": corpus / "videos"}
+    return QUICK[stage] + [f"data.{name}={json.dumps(str(path))}" for name, path in places.items()]
 
 
 @contextlib.contextmanager
@@ -196,7 +189,6 @@ def _chance(test):
     """The metrics of random scores, the mean over some draws."""
     generator = torch.Generator().manual_seed(0)
     draws = [
-        evaluation.measure(torch.rand(len(test), len(test.captions), generator=generator), test)
-        for _ in range(RANDOM_DRAWS)
+        evaluation.measure(torch.rand(len(test), len(test.captions), generator=generator), test) for _ in range(RANDOM_DRAWS)
     ]
     return {name: sum(d[name] for d in draws) / len(draws) for name in draws[0]}

@@ -41,13 +41,9 @@ def embed(model, data, config, device, frames="ordered"):
     model.eval()
     with inputs.autocast(config, device):
         tokens = inputs.tokenizer(config)(data.captions)
-        texts = [
-            model.encode_text(trim(t).to(device), normalize=True).float() for t in tokens.split(config.eval.batch_size)
-        ]
+        texts = [model.encode_text(trim(t).to(device), normalize=True).float() for t in tokens.split(config.eval.batch_size)]
         data.frames = frames
-        clips = [
-            model.encode_video(video.to(device), normalize=True).float() for video in inputs.clips(config, data, device)
-        ]
+        clips = [model.encode_video(video.to(device), normalize=True).float() for video in inputs.clips(config, data, device)]
     model.train(was_training)
     return (torch.cat(clips) @ torch.cat(texts).T).cpu()
 

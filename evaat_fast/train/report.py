@@ -30,9 +30,7 @@ def write(path, results, logs, queries):
     except ImportError:
         raise ImportError("the page needs jinja2: pip install 'evaat-fast[train]'") from None
     source = resources.files("evaat_fast.train").joinpath("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.1f}"
     page = environment.from_string(source).render(results=results, curves=curves(logs), **queries)
     write_atomically(path, lambda file: file.write(page.encode("utf-8")))
@@ -147,14 +145,13 @@ def curves(logs):
                 ("verb accuracy", "verb_accuracy", "orange"),
             ):
                 epochs, values = [start + r["epoch"] for r in records], [r[key] for r in records]
-                (handles[name],) = axes[2].plot(
-                    epochs, values, color=_COLOURS[colour], linewidth=2, marker="o", markersize=4
-                )
+                (handles[name],) = axes[2].plot(epochs, values, color=_COLOURS[colour], linewidth=2, marker="o", markersize=4)
             if stage == "pretrain":
                 start = records[-1]["epoch"]
                 axes[2].axvline(start, color=_INK, linewidth=0.8, linestyle=":")
-        axes[2].set(title="on the test clips, percent (dotted: fine-tuning begins)", xlabel="epoch", ylim=(0, 100))
+        axes[2].set(title="test clips, percent (dotted: fine-tuning)", xlabel="epoch", ylim=(0, 100))
         axes[2].legend(handles.values(), handles, frameon=False, loc="upper left", ncols=3, fontsize=9)
+        axes[2].xaxis.get_major_locator().set_params(integer=True)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

@@ -47,9 +47,7 @@ def train(config, *, resume=False, overwrite=False, quiet=False):
     out = check_folder(config.train.out)
     last = out / checkpoint.LAST
     if last.exists() and not (resume or overwrite):
-        raise ConfigError(
-            f"train.out: {str(out)!r} already holds a run: --resume continues it, --overwrite replaces it"
-        )
+        raise ConfigError(f"train.out: {str(out)!r} already holds a run: --resume continues it, --overwrite replaces it")
     stored = checkpoint.read(last) if resume and last.exists() else None
     if stored is not None:
         check_same_run(stored["config"], config, last)
@@ -202,9 +200,7 @@ def choose_device(config):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"train.device: {name!r} was asked for, but torch sees no CUDA device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"train.device: {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ConfigError(f"train.device: {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 

@@ -1,0 +1,123 @@
+"""The command line: what it prints, what it writes, and one line for each mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from corpus import corpus
+
+from evaat_fast.cli import main
+
+TINY = """
+[model]
+name = "eva02_at_tiny_patch16_64"
+num_frames = 2
+overrides = { patch_size = 32, vision_layers = 1, text_layers = 1 }
+[data]
+annotations = "ANNOTATIONS"
+videos = "VIDEOS"
+[train]
+out = "run"
+batch_size = 16
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def toml(tmp_path):
+    pytest.importorskip("decord")
+    pytest.importorskip("tokenizers")
+    kitchen = corpus()
+    path = tmp_path / "run.toml"
+    path.write_text(TINY.replace("ANNOTATIONS", str(kitchen.annotations)).replace("VIDEOS", str(kitchen.videos)))
+    return str(path)
+
+
+def test_train_then_eval(toml, tmp_path, capsys):
+    assert main(["train", toml, "--set", "train.epochs=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 1/1" in printed and "nDCG" in printed and "log.jsonl" in printed
+    checkpoint, written = str(tmp_path / "run/last.pt"), tmp_path / "metrics.json"
+    assert main(["eval", toml, "--checkpoint", checkpoint, "--json", str(written)]) == 0
+    printed = capsys.readouterr().out
+    assert "video->text" in printed and "verb accuracy" in printed
+    metrics = json.loads(written.read_text())
+    assert {"mAP_v2t", "mAP_t2v", "mAP", "nDCG_v2t", "nDCG_t2v", "nDCG", "verb_accuracy"} <= metrics.keys()
+    assert metrics["clips"] == 16 and metrics["frames"] == "ordered"
+    assert f"{metrics['mAP']:.2f}" in printed
+    assert main(["eval", toml, "--checkpoint", checkpoint, "--frames", "frozen", "--json", str(written)]) == 0
+    assert json.loads(written.read_text())["frames"] == "frozen"
+
+    assert main(["train", toml, "--set", "train.epochs=1"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", toml, "--set", "train.epochs=1", "--resume"]) == 0
+    assert main(["train", toml, "--set", "train.epochs=1", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["train", "missing.toml"], "there is no configuration file 'missing.toml'"),
+        (["train", "TOML", "--set", "optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["train", "TOML", "--set", "train.out=/dev/null/x"], "'/dev/null/x' cannot be written to"),
+        (["train", "TOML", "--set", "data.videos=/nowhere"], "there is no folder '/nowhere'"),
+        (["train", "TOML", "--set", "train.batch_size=1000"], "more than the 48 training clips"),
+        (["eval", "TOML", "--checkpoint", "/nowhere.pt"], "--checkpoint: there is no file '/nowhere.pt'"),
+        (["eval", "TOML", "--checkpoint", "TOML"], "is not a file of weights"),
+        (["eval", "TOML", "--checkpoint", "TOML", "--json", "/dev/null/x/m.json"], "--json: the folder"),
+        (["demo", "--out", "/dev/null/demo"], "--out: the folder '/dev/null/demo' cannot be written to"),
+        (["demo", "--out", "TMP/demo", "--set", "optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["make-kitchen", "/dev/null/kitchen"], "/dev/null/kitchen"),
+        (["make-kitchen", "TMP/kitchen", "--train-clips", "0"], "train_clips"),
+        (["make-kitchen", "TMP"], "is not empty"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(toml, tmp_path, arguments, message, capsys):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    arguments = [toml if a == "TOML" else a.replace("TMP", str(tmp_path)) for a in arguments]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith(f"evaat-fast {arguments[0]}: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["train"], ["demo", "--seed", "-1"], ["eval", "x.toml"]])
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "usage: evaat-fast" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(toml, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    from evaat_fast.model import tokenizer
+
+    tokenizer._libraries.cache_clear()
+    assert main(["train", toml]) == 2
+    assert "pip install 'evaat-fast[train]'" in capsys.readouterr().err
+
+
+def test_make_kitchen(tmp_path, capsys):
+    pytest.importorskip("av")
+    folder = tmp_path / "kitchen"
+    assert main(["make-kitchen", str(folder), "--train-clips", "12", "--test-clips", "4"]) == 0
+    assert str(folder / "videos") in capsys.readouterr().out
+    assert (folder / "annotations/EPIC_100_retrieval_train.csv").is_file()
+    assert main(["make-kitchen", str(folder), "--train-clips", "12", "--test-clips", "4"]) == 0
+
+
+def test_doctor_is_what_no_arguments_print(capsys):
+    assert main([]) == 0
+    plain = capsys.readouterr().out
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == plain and f"torch {torch.__version__}" in plain
+
+
+def test_module_and_script_are_one_command_line(tmp_path):
+    run = subprocess.run([sys.executable, "-m", "evaat_fast", "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0 and run.stdout.startswith("usage: evaat-fast")
+    for command in ("demo", "train", "eval", "make-kitchen", "doctor"):
+        assert command in run.stdout

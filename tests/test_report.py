@@ -1,0 +1,110 @@
+"""The demo, quick but whole: its files, its page, and that the page needs nothing from outside."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from evaat_fast.train import demo, load, report
+
+for package in ("av", "decord", "tokenizers", "jinja2", "matplotlib"):
+    pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, demo.run(out, quick=True, overrides=["train.device=cpu", "model.num_frames=4"], quiet=True)
+
+
+class Page(HTMLParser):
+    """Collects the tags that are open, all links and all text; an unbalanced page fails."""
+
+    VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.counts, self.links, self.text = [], {}, [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_files(run):
+    out, results = run
+    names = {"corpus-quick", "pretrain", "finetune", "pretrain.toml", "finetune.toml", "results.json", "index.html"}
+    assert {p.name for p in out.iterdir()} == names
+    assert json.loads((out / "results.json").read_text()) == results
+    assert [r["name"] for r in results["metrics"]][:2] == ["random scores", "before training"]
+    assert [r["name"] for r in results["controls"]] == ["ordered", "shuffled", "reversed", "frozen"]
+    assert results["controls"][0]["mAP"] == results["metrics"][-1]["mAP"]
+    assert results["train_clips"] == 96 and results["verbs"] == 8
+
+
+def test_the_configurations_are_real_ones(run):
+    out, _ = run
+    for stage in demo.STAGES:
+        config = load(out / f"{stage}.toml")
+        assert config.train.out == str(out / stage) and config.data.videos == str(out / "corpus/videos")
+    assert config.train.init == str(out / "pretrain/last.pt") and config.loss.name == "sms"
+
+
+def test_page_is_whole_and_self_contained(run):
+    out, results = run
+    html = (out / "index.html").read_text()
+    page = Page(html)
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert all(url.startswith(("data:", "#")) for url in re.findall(r"url\(([^)]*)\)", html))
+    assert "<script" not in html and "@import" not in html
+    assert page.counts["table"] == 2 and page.counts["section"] == 16
+    text = " ".join(page.text)
+    for row in (*results["metrics"], results["controls"][-1]):
+        assert f"{row['mAP']:.1f}" in text and f"{row['verb_accuracy']:.1f}" in text
+    assert "prefers-color-scheme: dark" in html and "currentColor" in html
+
+
+def test_queries_mark_what_is_right(run):
+    out, _ = run
+    from evaat_fast.train import inputs
+
+    test = inputs.dataset(load(out / "pretrain.toml", demo.quick_overrides("pretrain", out / "corpus-quick")), "test")
+    found = report.queries(test.relevancy.double(), test)
+    for query in found["text_to_video"]:
+        assert [f["right"] for f in query["found"]].count(True) == min(5, query["matching"])
+        assert query["found"][0]["text"] == query["text"] and query["found"][0]["strip"].startswith("data:image/jpeg")
+    assert all(q["found"][0]["right"] and q["found"][0]["text"] == q["text"] for q in found["video_to_text"])
+    worst = report.queries(-test.relevancy.double(), test)
+    assert not any(f["right"] or f["verb"] for q in worst["text_to_video"] for f in q["found"])
+
+
+def test_table_has_a_row_for_everything(run):
+    _, results = run
+    text = demo.table(results)
+    for name in ("random scores", "before training", "after pretraining (InfoNCE)", "after fine-tuning (SMS)"):
+        assert name in text
+    for name in ("frames in order", "frames shuffled", "frames reversed", "one frozen frame"):
+        assert name in text
+
+
+def test_a_second_run_finds_the_corpus(run, capsys):
+    out, first = run
+    stamp = (out / "corpus-quick/kitchen.json").stat().st_mtime_ns
+    second = demo.run(out, quick=True, overrides=["train.device=cpu", "model.num_frames=4"])
+    assert (out / "corpus-quick/kitchen.json").stat().st_mtime_ns == stamp
+    assert second["metrics"] == first["metrics"]
+    assert "The page: " in capsys.readouterr().out
