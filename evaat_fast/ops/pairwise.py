@@ -15,6 +15,7 @@ from evaat_fast.ops.relevancy import (
     FLOATS,
     DenseRelevancy,
     IndexedRelevancy,
+    Labels,
     VerbNounPositives,
     VerbNounRelevancy,
     as_labels,
@@ -162,15 +163,39 @@ def _max_margin(op, video, text, labels, self_relevancy, settings, rule, reducti
 
 
 def mi_mm_loss(video, text, *, margin=0.2, reduction="mean", group=None, grad_mode="ddp", backend=None):
-    """The multi-instance max-margin loss: part of the contract, not built yet."""
-    raise _dispatch.not_built("mi_mm_loss", "sms_loss with relevancy 0 and self_relevancy 1 has the same value")
+    """The max-margin ranking loss of multi-instance retrieval: the sum of relu(margin - x_ii + x_ij) and
+    relu(margin - x_jj + x_ij) over i != j, divided by 2 N (N - 1).
+
+    Args, Returns, Raises: as `sms_loss`, of which this is the first branch with w = 1 and no relevancy between pairs.
+
+    Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
+    """
+    _check_features("mi_mm_loss", video, text)
+    w = video.new_ones(1, dtype=torch.promote_types(video.dtype, torch.float32)).expand(video.shape[0])
+    return _first_branch("mi_mm_loss", video, text, w, margin, reduction, group, grad_mode, backend)
 
 
 def adaptive_mi_mm_loss(
     video, text, self_relevancy, *, margin=0.4, reduction="mean", group=None, grad_mode="ddp", backend=None
 ):
-    """The adaptive max-margin loss: part of the contract, not built yet."""
-    raise _dispatch.not_built("adaptive_mi_mm_loss", "sms_loss with relevancy 0 has the same value where self_relevancy > eps")
+    """`mi_mm_loss` with a margin of its own for each pair: margin * self_relevancy of the anchor.
+
+    Args:
+        self_relevancy: float [N]; no gradient. Others, Returns, Raises: as `sms_loss`.
+
+    Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
+    """
+    _check_features("adaptive_mi_mm_loss", video, text)
+    _check_self(self_relevancy, video)
+    return _first_branch("adaptive_mi_mm_loss", video, text, self_relevancy, margin, reduction, group, grad_mode, backend)
+
+
+def _first_branch(op, video, text, self_relevancy, margin, reduction, group, grad_mode, backend):
+    _check_common(op, reduction, group, grad_mode)
+    N = video.shape[0]
+    zeros = self_relevancy.new_zeros((1, 1)).expand(N, N)
+    settings = (finite("margin", margin), 0.0, -torch.inf)  # every d is above eps
+    return _max_margin(op, video, text, Labels(zeros), self_relevancy, settings, "code", reduction, backend)
 
 
 def ego_nce_loss(video, text, positives, *, temperature=0.05, reduction="mean", group=None, grad_mode="ddp", backend=None):
