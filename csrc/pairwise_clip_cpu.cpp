@@ -73,12 +73,12 @@ struct RowStats {
     for (; i < N; ++i) top[0] = std::max(top[0], scale * s[i]);
     T most = lowest;
     for (int k = 0; k < kStrands; ++k) most = std::max(most, top[k]);
-    T strand[kStrands] = {};
+    double strand[kStrands] = {};
     for (i = 0; i + kStrands <= N; i += kStrands)
-      for (int k = 0; k < kStrands; ++k) strand[k] += exp_negative(scale * s[i + k] - most);
-    for (int k = 0; i < N; ++i, ++k) strand[k] += exp_negative(scale * s[i] - most);
+      for (int k = 0; k < kStrands; ++k) strand[k] += double(exp_negative(scale * s[i + k] - most));
+    for (int k = 0; i < N; ++i, ++k) strand[k] += double(exp_negative(scale * s[i] - most));
     double whole = 0;
-    for (int k = 0; k < kStrands; ++k) whole += double(strand[k]);
+    for (int k = 0; k < kStrands; ++k) whole += strand[k];
     *largest = double(most);
     *sum = whole;
   }
@@ -88,7 +88,8 @@ struct RowStats {
 struct ColumnStats {
   template <class T>
   static EVAAT_INLINE void run(const T* s, int64_t rows, int64_t N, int64_t count, T scale, double* largest, double* sum) {
-    T top[kColumns], part[kColumns];
+    T top[kColumns];
+    double part[kColumns];
     for (int64_t i = 0; i < count; ++i) top[i] = T(largest[i]), part[i] = 0;
     for (int64_t j = 0; j < rows; ++j)
       for (int64_t i = 0; i < count; ++i) {
@@ -96,10 +97,10 @@ struct ColumnStats {
         top[i] = x > top[i] ? x : top[i];
       }
     for (int64_t j = 0; j < rows; ++j)
-      for (int64_t i = 0; i < count; ++i) part[i] += exp_negative(scale * s[j * N + i] - top[i]);
+      for (int64_t i = 0; i < count; ++i) part[i] += double(exp_negative(scale * s[j * N + i] - top[i]));
     for (int64_t i = 0; i < count; ++i) {
       sum[i] *= double(exp_negative(T(largest[i]) - top[i]));
-      sum[i] += double(part[i]);
+      sum[i] += part[i];
       largest[i] = double(top[i]);
     }
   }
@@ -119,7 +120,10 @@ struct RowSlopes {
     for (int k = 0; i < N; ++i, ++k) strand[k] += step(s, i, scale, row_largest, row_inverse, largest, inverse);
     double whole = 0;
     for (int k = 0; k < kStrands; ++k) whole += strand[k];
-    s[own] -= T(2);
+    // (p - 1) + (q - 1), not p + q - 2: both differences are exact where the pair is learned.
+    const T from_row = exp_negative(scale * pair - row_largest) * row_inverse - T(1);
+    const T from_column = exp_negative(scale * pair - largest[own]) * inverse[own] - T(1);
+    s[own] = from_row + from_column;
     *slope = whole - 2.0 * double(pair);
   }
   template <class T>

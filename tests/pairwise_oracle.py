@@ -48,7 +48,7 @@ def clip(video, text, scale):
 
 
 def slopes(x, c, w, margin, relaxation, eps, rule="code"):
-    """The integers dL/dx * 2N(N-1), texts in the rows, for similarities at which the kinks are hit exactly: relu'(0) = sign(0) = 0.
+    """The integers dL/dx * 2N(N-1), texts in the rows, where kinks are hit exactly: relu'(0) = sign(0) = 0.
 
     clamp_min passes its gradient at the bound, so the slopes are written out instead of differentiated.
     """

@@ -12,7 +12,7 @@ from evaat_fast.ops.pairwise import sms_loss_reference
 from evaat_fast.ops.pairwise_cpu import sms_step
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-SIZES = [(0, 8), (1, 8), (2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (128, 64), (129, 200), (129, 1), (1000, 256)]
+SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (128, 64), (129, 200), (129, 1)]
 RULES = ["code", "paper"]
 
 
@@ -48,7 +48,7 @@ def low_precision(video, text, c, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("N,E", [s for s in SIZES if s[0] > 1])
+@pytest.mark.parametrize("N,E", SIZES)
 def test_equals_oracle(N, E, dtype, backend, rule):
     video, text, c = batch(N, E, dtype)
     ours = gradients(lambda v, t: ops.sms_loss(v, t, c, rule=rule, backend=backend), video, text)
@@ -59,9 +59,15 @@ def test_equals_oracle(N, E, dtype, backend, rule):
         close(*three, what=name)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_thousand_pairs_in_panels(dtype, small_panels, monkeypatch):
+    monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 300)
+    test_equals_oracle(1000, 256, dtype, "cpu", "code")
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("N,E", [s for s in SIZES if s[0] > 1])
+@pytest.mark.parametrize("N,E", SIZES)
 def test_float64_to_1e12(N, E, backend, rule):
     video, text, c = batch(N, E, F64)
     c = c.double()
@@ -85,10 +91,20 @@ def run_panels(x, c, w, settings, rule, dtype, rows, threads, write=True):
     labels = (c.data_ptr(), code[wide], N, 1, 0, 0, 0)
     for first in range(0, N, rows):
         part = s[first : first + rows]
-        _cpu.sms_panel(
-            code[wide], code[dtype], part.data_ptr(), len(part), N, first, *scales, diagonal.data_ptr(), w.data_ptr(), labels,
-            *settings, rule == "paper", write, row_loss.data_ptr(), row_sum.data_ptr(), col_sum.data_ptr(), threads,
-        )  # fmt: skip
+        where = (
+            code[wide],
+            code[dtype],
+            part.data_ptr(),
+            len(part),
+            N,
+            first,
+            *scales,
+            diagonal.data_ptr(),
+            w.data_ptr(),
+            labels,
+        )
+        sums = (row_loss.data_ptr(), row_sum.data_ptr(), col_sum.data_ptr())
+        _cpu.sms_panel(*where, *settings, rule == "paper", write, *sums, threads)
     return s, row_sum, col_sum.sum(0), row_loss
 
 
@@ -138,32 +154,31 @@ def off_diagonal(gradient, x, slope_x, other):
     return gradient.double() - (own - direction * (own * direction).sum(1, keepdim=True)) / norm
 
 
-@pytest.mark.parametrize("dtype,N,bound", [(F32, 300, 2e-5), (F16, 300, 2e-5), (BF16, 300, 2e-5), (BF16, 1100, 2e-2)], ids=str)
+@pytest.mark.parametrize("dtype,N,bound", [(F32, 150, 2e-5), (F16, 150, 2e-5), (BF16, 150, 2e-5), (BF16, 1030, 2e-2)], ids=str)
 def test_off_diagonal_part_of_the_gradients(dtype, N, bound, small_panels, monkeypatch):
     monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 128)
     video, text, c = batch(N, 64, dtype)
-    c = c.float()
-    loss, *ours = sms_step(video, text, c, None, None, 0.0, None, 0.6, 0.1, 1.1 / 240, False, True, True)
+    _, *ours = sms_step(video, text, c, None, None, 0.0, None, 0.6, 0.1, 1.1 / 240, False, True, True)
     v, t = video.double(), text.double()
-    truth = gradients(lambda v, t: oracle.sms(v, t, c), v, t)
-    # The slopes on the diagonal: derivative of the loss with respect to x_ii.
     x = (oracle.unit(t) @ oracle.unit(v).T).requires_grad_()
-    out = oracle.penalties(x, c.double(), c.double().diag(), 0.6, 0.1, 1.1 / 240).mean()
-    slope = torch.autograd.grad(out, x)[0].diag() * 2 * N * (N - 1)
-    naive = gradients(lambda v, t: oracle.sms(oracle.unit(v), oracle.unit(t), c.to(dtype)), video, text) if dtype == BF16 else None
-    for k, (a, b) in enumerate(((video, text), (text, video))):
-        want = off_diagonal(truth[k + 1], a, slope, b)
-        error = (off_diagonal(ours[k], a, slope, b) - want).norm() / want.norm()
+    slope = gradients(lambda x: oracle.penalties(x, c.double(), c.double().diag(), 0.6, 0.1, 1.1 / 240).mean(), x)[1]
+    own, off = slope.diag() * 2 * N * (N - 1), slope - torch.diag(slope.diag())
+    naive = None
+    if dtype == BF16:  # what autocast makes of it: unit rows and similarities in bfloat16
+        naive = gradients(lambda v, t: oracle.sms(oracle.unit(v), oracle.unit(t), c.to(dtype)), video, text)[1:]
+    for k, (a, b, part) in enumerate(((v, t, off.T @ oracle.unit(t)), (t, v, off @ oracle.unit(v)))):
+        want = (part - oracle.unit(a) * (part * oracle.unit(a)).sum(1, keepdim=True)) / a.norm(dim=1, keepdim=True)
+        error = (off_diagonal(ours[k], a, own, b) - want).norm() / want.norm()
         assert error <= bound, f"{'video text'.split()[k]}: relative error {error:.1e}"
         if naive is not None:
-            theirs = (off_diagonal(naive[k + 1], a, slope, b) - want).norm() / want.norm()
+            theirs = (off_diagonal(naive[k], a, own, b) - want).norm() / want.norm()
             assert error <= theirs, f"{error:.1e}, torch in bfloat16 makes {theirs:.1e}"
 
 
 @pytest.mark.skipif(not pairwise_cpu._native_bf16(), reason="bfloat16 rows are widened on this CPU")
 def test_bfloat16_products(small_panels):
     """Above the threshold bfloat16 rows are multiplied as such; the whole gradients stay within their own rounding."""
-    video, text, c = batch(1100, 200, BF16)
+    video, text, c = batch(1024, 200, BF16)
     ours = gradients(lambda v, t: ops.sms_loss(v, t, c), video, text)
     truth = gradients(lambda v, t: oracle.sms(v, t, c), video.double(), text.double())
     for a, b, bound in zip(ours, truth, (1e-5, 3e-3, 3e-3), strict=True):

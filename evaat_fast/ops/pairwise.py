@@ -154,6 +154,7 @@ def _max_margin(op, video, text, labels, self_relevancy, settings, rule, reducti
     if backend == "cpu":
         needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text)]
         source = (labels.table, labels.video_index, labels.caption_index, labels.scale, self_relevancy)
+        text = text.view_as(text) if text is video else text  # torch.compile takes no tensor twice
         arguments = (*source, *settings, rule == "paper", *needs)
         return Sms.apply(video, text, *arguments) if any(needs) else sms_step(video, text, *arguments)[0]
     wide = torch.promote_types(video.dtype, torch.float32)
@@ -228,6 +229,7 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
     logit_scale = _check_scale(logit_scale, video)
     if _backend("clip_loss", video, reduction, backend) == "cpu":
         needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text, logit_scale)]
+        text = text.view_as(text) if text is video else text
         arguments = (video, text, logit_scale, *needs)
         return Clip.apply(*arguments) if any(needs) else clip_step(*arguments)[0]
     with _no_autocast(video):

@@ -50,6 +50,8 @@ class IndexedRelevancy:
             raise ValueError(
                 f"caption_index: expected {video_index.shape[0]} entries as video_index, got {caption_index.shape[0]}"
             )
+        if caption_index is video_index:
+            caption_index = caption_index.view(-1)  # torch.compile takes no tensor twice
         self.table, self.video_index, self.caption_index = table, video_index, caption_index
 
 
@@ -74,9 +76,9 @@ class Labels:
         self.table, self.video_index, self.caption_index, self.scale = table, video_index, caption_index, scale
 
     def matrix(self, dtype):
-        """[N, N] in `dtype`, rows = videos. An index out of range reads NaN."""
+        """Contiguous [N, N] in `dtype` (torch's sums depend on the layout), rows = videos. An index out of range reads NaN."""
         if self.video_index is None:
-            return _decode(self.table, self.scale, dtype)
+            return _decode(self.table, self.scale, dtype).contiguous()
         return self._pick(self.video_index[:, None], self.caption_index[None, :], dtype)
 
     def diagonal(self, dtype):
