@@ -164,7 +164,7 @@ def _label_source(labels, wide):
 
 
 def _refuse_double_backward():
-    # Grad mode is on in a backward pass only under create_graph=True. torch's once_differentiable would let it pass wherever the
+    # Grad mode is on in a backward pass only under create_graph=True. torch's once_differentiable would let it pass where the
     # incoming gradient is a constant, and a gradient penalty would silently be none.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError('the losses have no double backward (create_graph=True) on backend "cpu"; use backend="reference"')
