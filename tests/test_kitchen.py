@@ -1,4 +1,4 @@
-"""The generated corpus: its layout, its balance, that seeds repeat it, and that no single frame tells the verb."""
+"""The generated corpus: its layout, its balance, that seeds repeat it, and that the middle frame does not tell the verb."""
 
 import csv
 import json
@@ -179,38 +179,36 @@ def test_without_pyav(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stroke_covers_its_range_evenly():
-    values = kitchen_render.stroke(np.linspace(0, 3, 30_001))
+def test_a_swing_covers_its_range_evenly():
+    values = kitchen_render.swing(np.linspace(0, 3, 30_001))
     counts, _ = np.histogram(values, 10, (-1, 1))
     assert counts.min() > 0.95 * counts.max()
-    assert kitchen_render.stroke(np.array([0.2])) < kitchen_render.stroke(np.array([0.6]))  # up is the slow way
 
 
-@pytest.mark.parametrize("instant", [0.0, 0.5, 1.0])
-def test_at_any_instant_all_verbs_look_alike(instant):
+def test_in_the_middle_all_verbs_look_alike():
     """Position, size and orientation have one distribution, whatever the verb: Kolmogorov-Smirnov distances."""
     draws = 2000
     states = []
     for verb in range(len(kitchen.VERBS)):
         rngs = (np.random.default_rng((verb, i)) for i in range(draws))
-        states.append(np.array([np.ravel(kitchen_render.motion(verb, np.array([instant]), 1.0, r)) for r in rngs]))
+        states.append(np.array([np.ravel(kitchen_render.motion(verb, np.array([0.5]), 1.0, r)) for r in rngs]))
     states = np.stack(states)  # [verb, draw, (x, y, size, angle)]
     states[..., 3] = states[..., 3] % (2 * np.pi) / np.pi - 1
     grid = np.linspace(-1, 1, 41)
     below = (states[:, :, :, None] <= grid).mean(1)  # [verb, state, grid]: distribution functions
-    # 2,000 draws stray from their law by 0.05 once in 10,000 (Kolmogorov); the law here is the uniform one.
-    assert np.abs(below - (grid + 1) / 2).max() < 0.05
+    # 2,000 draws stray from their law by 0.05 once in 10,000 (Kolmogorov); the law is estimated by all verbs together.
+    assert np.abs(below - below.mean(0)).max() < 0.05
 
 
 @pytest.mark.parametrize("verb, state, sign", [(0, 0, -1), (1, 0, 1), (2, 1, -1), (3, 1, 1), (4, 2, 1), (5, 2, -1)])
-def test_a_verb_moves_its_own_way_most_of_the_time(verb, state, sign):
+def test_a_verb_moves_its_own_way(verb, state, sign):
     seconds = np.arange(30) / 30
     ways = []
     for i in range(100):
         moved = np.diff(np.array(kitchen_render.motion(verb, seconds, 1.0, np.random.default_rng(i))), axis=1)
         assert (np.delete(moved, state, 0) == 0).all()
         ways.append((np.sign(moved[state]) == sign).mean())
-    assert np.mean(ways) > 0.8
+    assert np.mean(ways) == 1
 
 
 def test_the_object_is_in_the_picture_and_in_its_colour():

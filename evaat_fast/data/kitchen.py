@@ -4,8 +4,8 @@
     corpus.annotations, corpus.videos         # what evaat_fast.data.EK100 takes
 
 8 verbs, which only time tells apart, times 12 nouns (4 colours, 3 shapes). A narration's noun set is {colour, shape},
-so that relevancy takes the values 0, 1/6, 1/2, 2/3 and 1. kitchen_render says how single frames are kept from telling
-the verb.
+so that relevancy takes the values 0, 1/6, 1/2, 2/3 and 1. kitchen_render says how the middle frame is kept from
+telling the verb.
 """
 
 import csv
@@ -23,7 +23,7 @@ from evaat_fast.data.kitchen_render import COLOURS, SHAPES, VERBS, Segment, enco
 
 __all__ = ["COLOURS", "SHAPES", "VERBS", "Kitchen", "generate"]
 
-_VERSION = 1  # of the pictures: a corpus of another version is made anew
+_VERSION = 2  # of the pictures: a corpus of another version is made anew
 _STAMP = "kitchen.json"
 _CLIPS_PER_VIDEO = 48
 _MARGIN = 2  # frames between a segment's border and the narrated clip, so that no rounding shows the neighbour

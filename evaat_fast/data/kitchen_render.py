@@ -1,10 +1,9 @@
 """Draws and encodes the toy kitchen's videos: a head camera looks around while one object at a time is handled.
 
-Why a single frame tells nothing of the verb: whatever the verb, the object's position, size and orientation are drawn
-at every instant from the same distribution. The three sliders (x, y, log size) each hold a value uniform on [-1, 1] and
-the orientation is uniform on the circle; a verb only decides which of them moves, and along which curve. Every curve is
-periodic with a uniform start phase and passes uniformly over [-1, 1], so the moving one is uniform at every instant
-too. Opposite verbs share one curve, run backwards.
+Why the middle frame tells nothing of the verb: there the object's position, size and orientation have the same distribution
+whatever the verb. The three sliders (x, y, log size) are drawn alike for all verbs and the orientation is uniform on the
+circle; a verb only decides which of them passes through its value, and in which direction. Opposite verbs are one
+movement, run backwards.
 """
 
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ VERBS = ("push left", "push right", "lift", "put down", "inflate", "squeeze", "s
 COLOURS = {"red": (224, 40, 40), "green": (40, 180, 60), "blue": (44, 80, 232), "yellow": (244, 212, 40)}
 SHAPES = ("cup", "block", "bottle")
 
-_STROKE = 0.9  # share of a period that the slow stroke takes; the hand brings the object back in the rest
+_STROKE = 1.2  # how far a slider moves in a clip, of the 2 from end to end
+_SWING = 0.3  # how far a shaken object swings to either side
 _SHAKES = 2.2  # periods per second of shaking: below half the rate at which 8 frames sample a one-second clip
-_REACH = 0.18  # of the frame's side: how far from the middle a stroke begins and ends
+_REACH = 0.24  # of the frame's side: how far from the middle a slider at 1 puts the object
 _RADIUS = 0.17  # of the frame's side: the mean radius of an object
-_GROWTH = 0.35  # the radius varies by exp(+-0.35), a factor of 2
+_GROWTH = 0.45  # the radius is exp(0.45 size) times that: inflating multiplies it by 1.7
 
 
 @dataclass(frozen=True)
@@ -35,37 +35,33 @@ class Segment:
     seed: int
 
 
-def stroke(phase):
-    """[-1, 1] over a period of 1: up slowly, back quickly, each at constant speed, so that its values are uniform."""
-    phase = phase % 1.0
-    return np.where(phase < _STROKE, 2 * phase / _STROKE - 1, 1 - 2 * (phase - _STROKE) / (1 - _STROKE))
+def swing(phase):
+    """[-1, 1] over a period of 1: there and back at constant speed, so that its values are uniform."""
+    return 2 * np.abs(2 * (phase % 1.0) - 1) - 1
 
 
 def motion(verb, seconds, duration, rng):
-    """x, y, log size (each in [-1, 1]) and angle (radians) at the `seconds` [T] of a clip that lasts `duration`."""
-    still = rng.uniform(-1, 1, 3)
-    angle = rng.uniform(0, 2 * np.pi)
-    phase, period, turn = rng.uniform(), duration * rng.uniform(1.05, 1.3), rng.uniform(0.6, 0.85)
-    sign = rng.choice((-1.0, 1.0))
-    x, y, size = (np.full(seconds.shape, value) for value in still)
-    orientation = np.full(seconds.shape, angle)
-    forward, backward = stroke(phase + seconds / period), stroke(phase - seconds / period)
+    """x, y, log size and angle (radians) at the `seconds` [T] of a clip that lasts `duration`; sliders are 0 in the middle."""
+    x, y, size = (np.full(seconds.shape, value) for value in rng.uniform(-0.4, 0.4, 3))
+    angle, phase, side = rng.uniform(0, 2 * np.pi), rng.uniform(), rng.choice((-1.0, 1.0))
+    turn = 2 * np.pi * rng.uniform(0.6, 0.85)
+    passed = seconds / duration - 0.5
+    forward = _STROKE * passed
+    # A shaken object is anywhere in its swing; so is every other one, where it stays.
+    x = x + _SWING * swing(phase + (_SHAKES * seconds if verb == 6 else 0 * seconds))
     if verb == 0:
-        x = backward
+        x = x - forward
     elif verb == 1:
-        x = forward
+        x = x + forward
     elif verb == 2:
-        y = backward  # rows grow downwards: lifting is towards smaller y
+        y = y - forward  # rows grow downwards: lifting is towards smaller y
     elif verb == 3:
-        y = forward
+        y = y + forward
     elif verb == 4:
-        size = forward
+        size = size + forward
     elif verb == 5:
-        size = backward
-    elif verb == 6:
-        x = 2 * np.abs(2 * ((phase + _SHAKES * seconds) % 1.0) - 1) - 1
-    elif verb == 7:
-        orientation = angle + sign * 2 * np.pi * turn * seconds
+        size = size - forward
+    orientation = angle + (side * turn * passed if verb == 7 else 0 * seconds)
     return x, y, size, orientation
 
 
