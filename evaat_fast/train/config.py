@@ -40,12 +40,14 @@ class Model:
 @dataclass
 class Data:
     """annotations, videos: folders in EK-100's layout. crop_scale: least share of the frame in a random training crop.
+    jitter: draw each training frame within its segment of the clip, and not its middle.
     positive: the text of a training clip, "own" or a "relevant" one drawn anew each time, as the SMS loss's authors do.
     cache: keep every decoded clip in memory (a small corpus). workers: processes that decode, 0 for none."""
 
     annotations: str = key("", path=True)
     videos: str = key("", path=True)
     crop_scale: float = key(0.5, above=0, most=1)
+    jitter: bool = True
     positive: str = key("own", choices=("own", "relevant"))
     decoder: str = key("decord", choices=("decord", "av"))
     cache: bool = False

@@ -1,5 +1,8 @@
 """What goes into a model: the data sets of a configuration, their batches, their tokens."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -27,6 +30,8 @@ def dataset(config, split):
         split,
         num_frames=config.model.num_frames or wanted.num_frames,
         transform=transform,
+        training=split == "train" and config.data.jitter,
+        on_error="replace" if split == "train" else "raise",
         positive=config.data.positive if split == "train" else "own",
         cache="memory" if config.data.cache else None,
         decoder=config.data.decoder,
@@ -34,9 +39,27 @@ def dataset(config, split):
     )
 
 
+def datasets(config):
+    """{"train": EK100, "test": EK100}."""
+    return {split: dataset(config, split) for split in ("train", "test")}
+
+
 def sampler(config, data):
     """The EpochSampler of the training split."""
     return EpochSampler(data.clip_kind, config.train.batch_size, config.train.seed, config.train.distinct)
+
+
+def decode(data, progress):
+    """Fills a data set's cache with all of its clips, on as many threads as there are cores.
+
+    Args:
+        data: an EK100. progress: a Progress, stepped once a clip.
+    """
+    data.set_epoch(0)
+    data[0]  # makes the cache, which threads must not race for
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(data.__getitem__, range(len(data))):
+            progress.step()
 
 
 def loader(config, data, batches, tokenize, device):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -28,12 +29,13 @@ class Diverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-def train(config, *, resume=False, overwrite=False, quiet=False):
+def train(config, *, resume=False, overwrite=False, quiet=False, datasets=None):
     """Runs the training that `config` describes, from start or from the last checkpoint.
 
     Args:
         config: a Config. resume: continue from `last.pt` in config.train.out where there is one. overwrite: start anew
-            where the folder already holds a run. quiet: print nothing.
+            where the folder already holds a run. quiet: print nothing. datasets: {"train": EK100, "test": EK100} made for
+        `config`, whose caches may be full already; None makes them.
 
     Returns:
         dict(model, metrics, log, checkpoint): the trained model, the last evaluation, and the paths of both files.
@@ -53,8 +55,7 @@ def train(config, *, resume=False, overwrite=False, quiet=False):
         check_same_run(stored["config"], config, last)
     done = stored["epoch"] if stored else 0
 
-    test = inputs.dataset(config, "test")
-    data = inputs.dataset(config, "train")
+    data, test = itemgetter("train", "test")(datasets or inputs.datasets(config))
     sampler, tokenize = inputs.sampler(config, data), inputs.tokenizer(config)
     model = build_model(config, weights=not stored)
     if stored:
@@ -70,6 +71,10 @@ def train(config, *, resume=False, overwrite=False, quiet=False):
         last.unlink(missing_ok=True)
     checkpoint.write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
     log = Log(out / "log.jsonl", keep=done)
+    if config.data.cache and not datasets and not config.data.workers:
+        reading = Progress(len(data), "decoding", quiet)
+        inputs.decode(data, reading)
+        reading.close()
     steps = config.train.epochs * len(sampler)
     progress = Progress(steps - done * len(sampler), out.name, quiet)
     metrics = None
