@@ -8,6 +8,7 @@ from importlib import resources
 
 import torch
 
+from evaat_fast.data.transforms import eval_transform
 from evaat_fast.train.checkpoint import write_atomically
 
 # A placeholder that becomes currentColor: the figure's text and axes follow the page's theme.
@@ -76,7 +77,8 @@ def queries(similarity, data, shown=5):
             for score, caption in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         to_text.append({"strip": strip(clip), "text": data.clips[clip]["text"], "found": found})
-    return {"text_to_video": to_video, "video_to_text": to_text, "frames": data.num_frames}
+    size = data.transform.image_size
+    return {"text_to_video": to_video, "video_to_text": to_text, "frames": data.num_frames, "size": size}
 
 
 def _first_of_each(verbs):
@@ -88,13 +90,17 @@ def _first_of_each(verbs):
 
 
 def _strip(data, clip):
-    """The frames that the model sees of a clip, side by side, as a JPEG data URI."""
+    """The frames that the model is given of a clip, side by side, as a JPEG data URI; sharper than a small model's."""
     try:
         from PIL import Image
     except ImportError:
         raise ImportError("the page's pictures need pillow: pip install 'evaat-fast[train]'") from None
-    data.frames = "ordered"
-    frames = torch.cat(list(data[clip]["video"]), 1)
+    own, data.frames = data.transform, "ordered"
+    data.transform = eval_transform(max(72, own.image_size))
+    try:
+        frames = torch.cat(list(data[clip]["video"]), 1)
+    finally:
+        data.transform = own
     buffer = io.BytesIO()
     Image.fromarray(frames.numpy()).save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -150,7 +156,7 @@ def curves(logs):
                 start = records[-1]["epoch"]
                 axes[2].axvline(start, color=_INK, linewidth=0.8, linestyle=":")
         axes[2].set(title="test clips, percent (dotted: fine-tuning)", xlabel="epoch", ylim=(0, 100))
-        axes[2].legend(handles.values(), handles, frameon=False, loc="upper left", ncols=3, fontsize=9)
+        axes[2].legend(handles.values(), handles, frameon=False, loc="lower right", ncols=3, fontsize=9)
         axes[2].xaxis.get_major_locator().set_params(integer=True)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
