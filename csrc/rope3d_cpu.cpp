@@ -171,9 +171,13 @@ constexpr Layout layout = !interleaved ? kSplit : sizeof(T) == 2 && !std::is_sam
     }                                                                                                                          \
     for (int64_t h = 0; h < block.heads; ++h, in += block.in_h, out += block.out_h) {                                          \
       _Pragma("GCC unroll 8") for (int u = 0; u < U; ++u) {                                                                    \
-        /* The next token, as it will be written to; past the end of memory a prefetch does nothing. */                        \
-        __builtin_prefetch(in + block.in_n + u * (kind == kWords ? 2 : 1) * V::W, 1);                                          \
-        if (kind == kSplit) __builtin_prefetch(in + block.in_n + block.pairs + u * V::W, 1);                                   \
+        /* The next token, first where it goes and then where it comes from, which in place is there by then. Past the end */  \
+        /* of memory a prefetch does nothing. */                                                                               \
+        const int64_t at = u * (kind == kWords ? 2 : 1) * V::W;                                                                \
+        __builtin_prefetch(out + block.out_n + at, 1);                                                                         \
+        __builtin_prefetch(in + block.in_n + at, 0);                                                                           \
+        if (kind == kSplit) __builtin_prefetch(out + block.out_n + block.pairs + at, 1);                                       \
+        if (kind == kSplit) __builtin_prefetch(in + block.in_n + block.pairs + at, 0);                                         \
         if constexpr (kind == kWords) {                                                                                        \
           V::turn_words(in + u * 2 * V::W, out + u * 2 * V::W, x[u], y[u]);                                                    \
         } else if constexpr (kind == kPairs) {                                                                                 \
