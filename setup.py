@@ -75,6 +75,7 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext):
         if sys.platform == "win32":
             return super().build_extension(ext)
+        gencode_flags = gencode(NVCC) if any(s.endswith(".cu") for s in ext.sources) else []
         import pybind11
 
         build = Path(self.build_temp).resolve() / ext.name
@@ -93,11 +94,11 @@ class NinjaBuild(build_ext):
             f"rule cxx\n command = {' '.join(cxx)} -MMD -MF $out.d {' '.join(cxxflags)} "
             f"{os.environ.get('CXXFLAGS', '')} -c $in -o $out\n depfile = $out.d\n deps = gcc\n description = c++ $in",
         ]
-        if any(s.endswith(".cu") for s in ext.sources):
+        if gencode_flags:
             root = toolkit_root(NVCC)
             libraries = next((p for p in (root / "lib64", root / "lib", root / "targets/x86_64-linux/lib") if p.is_dir()))
             ccache = [c for c in [shutil.which("ccache")] if c]
-            flags = ["-O3", "-std=c++17", "-lineinfo", f"-I{ROOT / 'csrc'}", *gencode(NVCC)]
+            flags = ["-O3", "-std=c++17", "-lineinfo", f"-I{ROOT / 'csrc'}", *gencode_flags]
             flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=--warn-on-spills"]
             rules.append(
                 f"rule nvcc\n command = {' '.join([*ccache, NVCC])} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out\n"
