@@ -10,7 +10,6 @@
 namespace evaat {
 namespace {
 
-constexpr int kStrands = 16;
 constexpr int64_t kColumns = 256;
 
 // exp(x) for x <= 0, to 2 units in the last place; below the smallest normal number it stays there instead of reaching 0.
@@ -61,24 +60,15 @@ EVAAT_INLINE double exp_negative(double x) {
 struct RowStats {
   template <class T>
   static EVAAT_INLINE void run(const T* s, int64_t N, T scale, double* largest, double* sum) {
-    constexpr T lowest = -std::numeric_limits<T>::infinity();
-    T top[kStrands];
-    for (int k = 0; k < kStrands; ++k) top[k] = lowest;
-    int64_t i = 0;
-    for (; i + kStrands <= N; i += kStrands)
-      for (int k = 0; k < kStrands; ++k) {
-        const T x = scale * s[i + k];
-        top[k] = x > top[k] ? x : top[k];
-      }
-    for (; i < N; ++i) top[0] = std::max(top[0], scale * s[i]);
-    T most = lowest;
-    for (int k = 0; k < kStrands; ++k) most = std::max(most, top[k]);
-    double strand[kStrands] = {};
-    for (i = 0; i + kStrands <= N; i += kStrands)
-      for (int k = 0; k < kStrands; ++k) strand[k] += double(exp_negative(scale * s[i + k] - most));
-    for (int k = 0; i < N; ++i, ++k) strand[k] += double(exp_negative(scale * s[i] - most));
+    T most = -std::numeric_limits<T>::infinity();
     double whole = 0;
-    for (int k = 0; k < kStrands; ++k) whole += strand[k];
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < N; ++i) {
+      const T x = scale * s[i];
+      most = x > most ? x : most;
+    }
+#pragma omp simd reduction(+ : whole)
+    for (int64_t i = 0; i < N; ++i) whole += double(exp_negative(scale * s[i] - most));
     *largest = double(most);
     *sum = whole;
   }
@@ -111,26 +101,20 @@ struct RowSlopes {
   template <class T>
   static EVAAT_INLINE void run(T* s, int64_t N, int64_t own, T scale, T row_largest, T row_inverse, const T* largest,
                                const T* inverse, double* slope) {
-    double strand[kStrands] = {};
     const T pair = s[own];
-    int64_t i = 0;
-    for (; i + kStrands <= N; i += kStrands)
-      for (int k = 0; k < kStrands; ++k)
-        strand[k] += step(s, i + k, scale, row_largest, row_inverse, largest, inverse);
-    for (int k = 0; i < N; ++i, ++k) strand[k] += step(s, i, scale, row_largest, row_inverse, largest, inverse);
     double whole = 0;
-    for (int k = 0; k < kStrands; ++k) whole += strand[k];
+#pragma omp simd reduction(+ : whole)
+    for (int64_t i = 0; i < N; ++i) {
+      const T x = s[i], logit = scale * x;
+      const T slope_here = exp_negative(logit - row_largest) * row_inverse + exp_negative(logit - largest[i]) * inverse[i];
+      whole += double(slope_here) * double(x);
+      s[i] = slope_here;
+    }
     // (p - 1) + (q - 1), not p + q - 2: both differences are exact where the pair is learned.
     const T from_row = exp_negative(scale * pair - row_largest) * row_inverse - T(1);
     const T from_column = exp_negative(scale * pair - largest[own]) * inverse[own] - T(1);
     s[own] = from_row + from_column;
     *slope = whole - 2.0 * double(pair);
-  }
-  template <class T>
-  static EVAAT_INLINE double step(T* s, int64_t i, T scale, T row_largest, T row_inverse, const T* largest, const T* inverse) {
-    const T x = s[i], logit = scale * x;
-    s[i] = exp_negative(logit - row_largest) * row_inverse + exp_negative(logit - largest[i]) * inverse[i];
-    return double(s[i]) * double(x);
   }
 };
 

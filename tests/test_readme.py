@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import evaat_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
 
@@ -45,6 +47,15 @@ COMMANDS = [line.split("#")[0].strip() for language, code in BLOCKS if language 
 def test_shell_commands(command):
     run = subprocess.run(as_run_here(shlex.split(command)), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("text", [code for language, code in BLOCKS if language == "toml"])
+def test_configurations(text, tmp_path):
+    from evaat_fast.train.config import load
+
+    (tmp_path / "run.toml").write_text(text)
+    config = load(tmp_path / "run.toml")
+    assert config.model.name in evaat_fast.list_models()
 
 
 def test_no_other_languages():
