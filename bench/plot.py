@@ -20,7 +20,12 @@ def results():
 
 
 def label(shape):
-    return " ".join(f"{k}{v}" for k, v in shape.items() if k not in ("Hp", "Wp"))
+    return " ".join(v if isinstance(v, str) else f"{k}{v}" for k, v in shape.items() if k not in ("Hp", "Wp"))
+
+
+def cell(r):
+    peak = f", {r['peak_mib']:.0f} MiB" if "peak_mib" in r else ""
+    return f"{r['ms']['p50']:.2f} ms ({r['ratio']:.2f} x{peak})"
 
 
 def conditions(data):
@@ -38,12 +43,13 @@ def table(data):
         cases.setdefault((label(r["shape"]), r["dtype"], r["mode"]), {})[r["provider"]] = r
     lines = ["| shape | dtype | mode | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
     for (shape, dtype, mode), row in cases.items():
-        cells = [f"{row[c]['ms']['p50']:.2f} ms ({row[c]['ratio']:.2f} x)" if c in row else "–" for c in columns]
+        cells = [cell(row[c]) if c in row else "–" for c in columns]
         lines.append(f"| {shape} | {dtype} | {mode} | " + " | ".join(cells) + " |")
     absent = {r["provider"]: r["absent"] for r in data["records"] if "absent" in r and r["absent"] != "not asked for"}
     failed = sorted({r["provider"] for r in data["records"] if "fail" in r})
     command = f"python bench/{data['op']}.py"
-    note = f"`{command}` on {conditions(data)}. In brackets: time relative to *{data['baseline']}*."
+    peak = ", extra memory at its peak" if any("peak_mib" in r for r in ran) else ""
+    note = f"`{command}` on {conditions(data)}. In brackets: time relative to *{data['baseline']}*{peak}."
     if absent:
         note += " Absent there: " + "; ".join(f"{p} ({why[:60]})" for p, why in absent.items()) + "."
     if failed:
