@@ -87,7 +87,7 @@ class NinjaBuild(build_ext):
         includes = [f"-I{p}" for p in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
         # -ffp-contract=off: a plain C++ path must round as the specification does on every machine.
         # -fno-trapping-math changes no result; with it a loop with a comparison vectorises.
-        cxxflags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-ffp-contract=off", "-fno-trapping-math"]
+        cxxflags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -g0 -Wall -ffp-contract=off -fno-trapping-math".split()
         cxxflags += [*openmp, *includes]
         link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
         link += [*openmp, *os.environ.get("LDFLAGS", "").split()]
@@ -98,7 +98,9 @@ class NinjaBuild(build_ext):
         ]
         if gencode_flags:
             root = toolkit_root(NVCC)
-            libraries = next((p for p in (root / "lib64", root / "lib", root / "targets/x86_64-linux/lib") if p.is_dir()))
+            libraries = next((root / p for p in ("lib64", "lib", "targets/x86_64-linux/lib") if (root / p).is_dir()), None)
+            if libraries is None:
+                raise SystemExit(f"no library folder under the CUDA toolkit {root}: set CUDA_HOME, or EVAAT_FAST_CUDA=0")
             ccache = [c for c in [shutil.which("ccache")] if c]
             flags = ["-O3", "-std=c++17", "-lineinfo", f"-I{ROOT / 'csrc'}", *gencode_flags]
             flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=--warn-on-spills"]

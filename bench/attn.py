@@ -1,7 +1,7 @@
 """RoPE and attention over the tokens of a clip, as the model calls it: python bench/attn.py
 
-Every provider starts from the packed output of the qkv projection [B, N, 3*H*D] and ends with [B, H, N, D] (and, in fwdbwd, with
-the gradient of the packed tensor). FLOPs: 4 B H N^2 D forward, 2.5 times that more backward; the rotation is not counted.
+Every provider starts from the packed output of the qkv projection [B, N, 3*H*D] and ends with [B, H, N, D] (and, in fwdbwd,
+with the gradient of the packed tensor). FLOPs: 4 B H N^2 D forward, 2.5 times that more backward; the rotation is not counted.
 """
 
 import torch
@@ -57,7 +57,7 @@ def split(qkv, heads):
 
 
 def eager_rope(x, inputs):
-    """The rotation as the published code applies it: the spatial one, then the temporal one, each in five elementwise passes."""
+    """The rotation as the published code applies it: spatial, then temporal, each in five elementwise passes."""
     T, Hp, Wp = inputs["grid"]
     freqs = inputs["freqs"].to(torch.promote_types(x.dtype, torch.float32))
     axes = torch.meshgrid(*(torch.arange(n, device=x.device, dtype=freqs.dtype) for n in (T, Hp, Wp)), indexing="ij")

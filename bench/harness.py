@@ -89,7 +89,9 @@ def doubled(inputs):
 
 
 def cloned(inputs):
-    return {n: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()}
+    return {
+        n: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()
+    }
 
 
 def environment(device):
@@ -107,7 +109,11 @@ def environment(device):
     if device == "cuda":
         query = "clocks.sm,clocks.max.sm,driver_version"
         smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
-        info |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clocks": smi.stdout.strip().split("\n")[0]}
+        info |= {
+            "device": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda,
+            "clocks": smi.stdout.strip().split("\n")[0],
+        }
         info["cudnn"] = torch.backends.cudnn.version()
     else:
         from evaat_fast import _cpu
@@ -229,7 +235,9 @@ def measure(bench, shape, dtype, mode, args):
         try:
             ours = [t.detach().clone() for t in provider(cloned(inputs), mode)()]
             record["error"] = max(((o.double() - t).abs().max().item() for o, t in zip(ours, truth, strict=True)), default=0.0)
-            record["torch_error"] = max(((o.double() - t).abs().max().item() for o, t in zip(low, truth, strict=True)), default=0.0)
+            record["torch_error"] = max(
+                ((o.double() - t).abs().max().item() for o, t in zip(low, truth, strict=True)), default=0.0
+            )
             for o, w, t in zip(ours, low, truth, strict=True):
                 close(o, w, t, name) if name.startswith("evaat") else near(o, w, t, name)
             steps[name] = provider

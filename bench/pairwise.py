@@ -1,8 +1,8 @@
 """The SMS and InfoNCE losses over a batch: python bench/pairwise.py
 
 fwdbwd is a step: the loss and the gradients of both features. FLOPs: 2 N^2 E for each matrix product, three for SMS (S, dV, dT)
-and three for InfoNCE (four where the second sweep recomputes S); one forward. The yardstick is those three products alone, into buffers
-that are there. MiB on a CPU: what a step adds to the peak of a fresh process that has run the same at N = 64.
+and three for InfoNCE (four where the second sweep recomputes S); one forward. The yardstick is those three products alone,
+into buffers that are there. MiB on a CPU: what a step adds to the peak of a fresh process that has run the same at N = 64.
 """
 
 import gc
@@ -166,7 +166,9 @@ def peak(shape, dtype, mode, provider):
 
 def print_peak(loss, N, E, dtype, mode, provider):
     def status(name):
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return next(
+            int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+        )
 
     big = inputs({"loss": loss, "N": int(N), "E": int(E)}, DTYPES[dtype], "cpu")
     PROVIDERS[provider](inputs({"loss": loss, "N": 64, "E": int(E)}, DTYPES[dtype], "cpu"), mode)()

@@ -56,9 +56,13 @@ def _versions():
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        lines.append(f"device    {torch.cuda.device_count()} x {', '.join(sorted(names))} (sm {capability}), CUDA {torch.version.cuda}")
+        lines.append(
+            f"device    {torch.cuda.device_count()} x {', '.join(sorted(names))} (sm {capability}), CUDA {torch.version.cuda}"
+        )
     else:
-        lines.append(f"device    no CUDA device (torch built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'})")
+        lines.append(
+            f"device    no CUDA device (torch built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'})"
+        )
     if _dispatch.why_not("cpu") is None:
         from evaat_fast import _cpu
 

@@ -53,7 +53,9 @@ def packed(B=2, H=3, D=32, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("backend", [None, "sdpa", "reference"])
-@pytest.mark.parametrize("rope", [dict(grid=GRID), dict(), dict(positions=torch.randn(N, 3)), dict(grid=GRID, interleaved=False)], ids=str)
+@pytest.mark.parametrize(
+    "rope", [dict(grid=GRID), dict(), dict(positions=torch.randn(N, 3)), dict(grid=GRID, interleaved=False)], ids=str
+)
 def test_packed_equals_unpacked(rope, backend):
     linear, x = packed()
     out = ops.joint_attention_qkv_(linear(x), 3, backend=backend, **rope)
@@ -168,7 +170,11 @@ BAD = [
     (dict(grid=(2, 3, 5)), ValueError, "grid"),
     (dict(grid=None, k_positions=torch.zeros(N, 3)), ValueError, "k_positions: expected together with positions"),
     (dict(grid=None, freqs=ops.joint_freqs(32)), ValueError, "freqs: given, but neither grid nor positions"),
-    (dict(cu_seqlens=torch.zeros(2, dtype=torch.int32)), NotImplementedError, r"joint_attention\(cu_seqlens=...\) is part of the public contract"),
+    (
+        dict(cu_seqlens=torch.zeros(2, dtype=torch.int32)),
+        NotImplementedError,
+        r"joint_attention\(cu_seqlens=...\) is part of the public contract",
+    ),
     (dict(return_lse=True), NotImplementedError, "return_lse=True"),
     (dict(backend="triton"), RuntimeError, "no triton version of joint_attention is built"),
 ]
@@ -180,13 +186,16 @@ def test_bad_input(change, error, message):
         ops.joint_attention(**{**GOOD, **change})
 
 
-@pytest.mark.parametrize("arguments,error,message", [
-    ((torch.zeros(2, N, 100), 3, GRID), ValueError, r"qkv: expected the shape \[B, N, 3 \* 3 \* D\], got \[2, 25, 100\]"),
-    ((torch.zeros(2, N, 288), 0, GRID), ValueError, "num_heads: expected a positive int, got 0"),
-    ((torch.zeros(2, N, 288, dtype=torch.int8), 3, GRID), TypeError, "qkv: expected a floating-point tensor"),
-    ((torch.zeros(2, N, 288), 3, (1, 1, 1)), ValueError, "grid"),
-    ((torch.zeros(2, N, 288, requires_grad=True), 3, GRID), ValueError, "leaf"),
-])
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        ((torch.zeros(2, N, 100), 3, GRID), ValueError, r"qkv: expected the shape \[B, N, 3 \* 3 \* D\], got \[2, 25, 100\]"),
+        ((torch.zeros(2, N, 288), 0, GRID), ValueError, "num_heads: expected a positive int, got 0"),
+        ((torch.zeros(2, N, 288, dtype=torch.int8), 3, GRID), TypeError, "qkv: expected a floating-point tensor"),
+        ((torch.zeros(2, N, 288), 3, (1, 1, 1)), ValueError, "grid"),
+        ((torch.zeros(2, N, 288, requires_grad=True), 3, GRID), ValueError, "leaf"),
+    ],
+)
 def test_bad_packed_input(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.joint_attention_qkv_(*arguments)

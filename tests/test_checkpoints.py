@@ -84,9 +84,7 @@ def test_frames_are_interpolated(tmp_path, frames):
     save_checkpoint(model, path)
     other = create_model(TINY, pretrained=path, **{**SMALL, "num_frames": frames})
     # EVA02-AT's authors use bilinear interpolation of [1, C, T, 1] without aligned corners: the same numbers.
-    expected = F.interpolate(
-        model.visual.temporal_embed.mT.unsqueeze(3), (frames, 1), mode="bilinear", align_corners=False
-    )
+    expected = F.interpolate(model.visual.temporal_embed.mT.unsqueeze(3), (frames, 1), mode="bilinear", align_corners=False)
     torch.testing.assert_close(other.visual.temporal_embed, expected.squeeze(3).mT)
     assert torch.equal(other.visual.pos_embed, model.visual.pos_embed)
 
@@ -197,9 +195,7 @@ def hub(monkeypatch):
             raise answer
         return str(answer)
 
-    errors = types.SimpleNamespace(
-        EntryNotFoundError=EntryNotFoundError, LocalEntryNotFoundError=LocalEntryNotFoundError
-    )
+    errors = types.SimpleNamespace(EntryNotFoundError=EntryNotFoundError, LocalEntryNotFoundError=LocalEntryNotFoundError)
     module = types.SimpleNamespace(hf_hub_download=hf_hub_download, errors=errors)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
@@ -216,9 +212,7 @@ def test_hub(hub, tmp_path):
 def test_tag(hub):
     """A tag of list_pretrained goes to timm's repository."""
     hub["timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"] = ConnectionError("no route to host")
-    with pytest.raises(
-        RuntimeError, match=r"could not download 'timm/eva02_base.* \(no route to host\).*pass its path"
-    ):
+    with pytest.raises(RuntimeError, match=r"could not download 'timm/eva02_base.* \(no route to host\).*pass its path"):
         create_model("eva02_at_base_patch16_224", pretrained="merged2b_s8b_b131k")
 
 

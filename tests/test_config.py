@@ -34,9 +34,7 @@ def file(tmp_path):
 
 
 def test_values_defaults_and_overrides(file, tmp_path):
-    config = load(
-        file(), ["train.epochs=3", "optim.weight_decay = 0", "model.overrides.text_layers=1", "train.device=cpu"]
-    )
+    config = load(file(), ["train.epochs=3", "optim.weight_decay = 0", "model.overrides.text_layers=1", "train.device=cpu"])
     assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
     assert config.optim.weight_decay == 0.0 and config.optim.beta1 == 0.9
     assert config.train.epochs == 3 and config.train.device == "cpu"

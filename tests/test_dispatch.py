@@ -24,11 +24,14 @@ def test_other_devices_get_what_plain_torch_gives():
     assert _dispatch.pick("rope3d", torch.zeros(1, device="meta")) == "reference"
 
 
-@pytest.mark.parametrize("backend,error,message", [
-    ("nonsense", ValueError, "backend: expected one of auto, triton, gluon, cuda, cpu, sdpa, reference, got 'nonsense'"),
-    ("gluon", RuntimeError, "rope3d: backend 'gluon' was asked for but cannot serve this call: no gluon version of rope3d"),
-    ("triton", RuntimeError, "triton takes CUDA tensors"),
-])
+@pytest.mark.parametrize(
+    "backend,error,message",
+    [
+        ("nonsense", ValueError, "backend: expected one of auto, triton, gluon, cuda, cpu, sdpa, reference, got 'nonsense'"),
+        ("gluon", RuntimeError, "rope3d: backend 'gluon' was asked for but cannot serve this call: no gluon version of rope3d"),
+        ("triton", RuntimeError, "triton takes CUDA tensors"),
+    ],
+)
 def test_named_backend_never_falls_back(backend, error, message):
     with pytest.raises(error, match=message):
         _dispatch.pick("rope3d", torch.zeros(1), backend)
@@ -42,12 +45,15 @@ def test_missing_module_is_a_recorded_reason(monkeypatch):
         _dispatch.pick("rope3d", torch.zeros(1), "cpu")
 
 
-@pytest.mark.parametrize("text,expected", [
-    ("", {}),
-    ("auto", {}),
-    ("rope3d=cpu, patchify=reference", {"rope3d": "cpu", "patchify": "reference"}),
-    ("reference", dict.fromkeys(_dispatch.SUPPORT, "reference")),
-])
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("", {}),
+        ("auto", {}),
+        ("rope3d=cpu, patchify=reference", {"rope3d": "cpu", "patchify": "reference"}),
+        ("reference", dict.fromkeys(_dispatch.SUPPORT, "reference")),
+    ],
+)
 def test_environment_variable(text, expected):
     assert _dispatch._read_default(text) == expected
 
@@ -64,7 +70,9 @@ def test_environment_variable_forces_and_never_falls_back():
         "try: ops.patchify(torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8), 16, (0,) * 3, (1,) * 3)\n"
         "except RuntimeError as e: print(e)"
     )
-    run = subprocess.run([sys.executable, "-I", "-c", code], env={"EVAAT_FAST_BACKEND": "cuda", "PATH": ""}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", code], env={"EVAAT_FAST_BACKEND": "cuda", "PATH": ""}, capture_output=True, text=True
+    )
     assert "patchify: backend 'cuda' was asked for" in run.stdout, run.stderr
 
 

@@ -164,10 +164,7 @@ def test_positives(split):
 
 
 def test_controls():
-    shown = {
-        name: [make(frames=name)[i]["video"] for i in range(6)]
-        for name in ("ordered", "shuffled", "reversed", "frozen")
-    }
+    shown = {name: [make(frames=name)[i]["video"] for i in range(6)] for name in ("ordered", "shuffled", "reversed", "frozen")}
     again = make(frames="shuffled")
     again.set_epoch(3)
     for i, clip in enumerate(shown["ordered"]):
@@ -206,9 +203,7 @@ def test_broken_files_are_replaced_in_training(copy, caplog, monkeypatch):
     data = make("train", copy, retries=1)
     tries = []
     read = video.read_clip
-    monkeypatch.setattr(
-        video, "read_clip", lambda path, start, *a, **k: (tries.append(start), read(path, start, *a, **k))[1]
-    )
+    monkeypatch.setattr(video, "read_clip", lambda path, start, *a, **k: (tries.append(start), read(path, start, *a, **k))[1])
     last = max(i for i, c in enumerate(data.clips) if c["start"] < 14)
     with caplog.at_level(logging.WARNING, "evaat_fast"):
         item = data[last]

@@ -46,9 +46,7 @@ def test_clips_cross_chunks_and_one_chunk_is_short():
     import av
 
     made = corpus()
-    spans = [
-        (r["start_timestamp"], r["stop_timestamp"]) for r in table(made.annotations / "EPIC_100_retrieval_train.csv")
-    ]
+    spans = [(r["start_timestamp"], r["stop_timestamp"]) for r in table(made.annotations / "EPIC_100_retrieval_train.csv")]
     seconds = [[float(t[3:5]) * 60 + float(t[6:]) for t in span] for span in spans]
     assert any(start // 15 != stop // 15 for start, stop in seconds)
     lengths = {}
@@ -61,10 +59,7 @@ def test_clips_cross_chunks_and_one_chunk_is_short():
 
 def test_splits_share_no_participant():
     made = corpus()
-    people = [
-        {r["participant_id"] for r in table(made.annotations / f"EPIC_100_retrieval_{s}.csv")}
-        for s in ("train", "test")
-    ]
+    people = [{r["participant_id"] for r in table(made.annotations / f"EPIC_100_retrieval_{s}.csv")} for s in ("train", "test")]
     assert not people[0] & people[1]
 
 

@@ -124,9 +124,7 @@ def test_bad_input(sim, relevancy, error, message):
         mir.evaluate(sim, relevancy)
 
 
-@pytest.mark.skipif(
-    "EVAAT_FAST_EK100" not in os.environ, reason="EVAAT_FAST_EK100 names no folder with the annotations"
-)
+@pytest.mark.skipif("EVAAT_FAST_EK100" not in os.environ, reason="EVAAT_FAST_EK100 names no folder with the annotations")
 def test_real_annotations_give_the_published_numbers():
     from pathlib import Path
 

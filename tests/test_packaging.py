@@ -69,11 +69,14 @@ def test_cuda_module_imports_without_a_driver():
     assert reason is None
 
 
-@pytest.mark.parametrize("variables,message", [
-    ({"EVAAT_FAST_CUDA": "1", "CUDA_HOME": "", "PATH": "/nowhere"}, "EVAAT_FAST_CUDA=1, but there is no nvcc"),
-    ({"EVAAT_FAST_CUDA_ARCHS": "hopper"}, "CUDA architecture 'hopper': expected the form of"),
-    ({"EVAAT_FAST_CUDA_ARCHS": "99.9"}, "knows no architecture '99.9'"),
-])
+@pytest.mark.parametrize(
+    "variables,message",
+    [
+        ({"EVAAT_FAST_CUDA": "1", "CUDA_HOME": "", "PATH": "/nowhere"}, "EVAAT_FAST_CUDA=1, but there is no nvcc"),
+        ({"EVAAT_FAST_CUDA_ARCHS": "hopper"}, "CUDA architecture 'hopper': expected the form of"),
+        ({"EVAAT_FAST_CUDA_ARCHS": "99.9"}, "knows no architecture '99.9'"),
+    ],
+)
 def test_bad_build_settings(variables, message, tmp_path):
     import shutil
 

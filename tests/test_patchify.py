@@ -17,7 +17,9 @@ def video(*shape, device="cpu"):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape,patch", [((2, 3, 28, 42, 3), 14), ((1, 4, 32, 48, 3), 16), ((1, 1, 5, 5, 3), 5), ((2, 1, 4, 6, 3), 1)])
+@pytest.mark.parametrize(
+    "shape,patch", [((2, 3, 28, 42, 3), 14), ((1, 4, 32, 48, 3), 16), ((1, 1, 5, 5, 3), 5), ((2, 1, 4, 6, 3), 1)]
+)
 def test_equals_reference_bitwise(backend, dtype, shape, patch):
     device = "cuda" if backend == "cuda" else "cpu"
     x = video(*shape, device=device)
@@ -35,7 +37,9 @@ def test_is_the_patch_convolution():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("view", [lambda x: x[:, ::2], lambda x: x[:, :, 3:35, 5:37], lambda x: x.flip(1), lambda x: x.transpose(2, 3)])
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, ::2], lambda x: x[:, :, 3:35, 5:37], lambda x: x.flip(1), lambda x: x.transpose(2, 3)]
+)
 def test_views_are_read_in_place(view):
     x = view(video(2, 4, 48, 48, 3))
     x = x[:, :, : x.shape[2] // 16 * 16, : x.shape[3] // 16 * 16]
@@ -61,7 +65,11 @@ def test_empty(shape):
 BAD = [
     (dict(video=torch.zeros(1, 1, 16, 16, 3)), TypeError, "video: expected a uint8 tensor, got torch.float32"),
     (dict(video=[1]), TypeError, "video: expected a uint8 tensor, got list"),
-    (dict(video=torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), ValueError, r"expected the shape \[B, T, H, W, 3\], got \[1, 3, 16, 16\]"),
+    (
+        dict(video=torch.zeros(1, 3, 16, 16, dtype=torch.uint8)),
+        ValueError,
+        r"expected the shape \[B, T, H, W, 3\], got \[1, 3, 16, 16\]",
+    ),
     (dict(patch=7), ValueError, r"multiples of patch=7, got \[16, 16\]"),
     (dict(patch=0), ValueError, "patch: expected a positive int, got 0"),
     (dict(patch=16.0), ValueError, "patch: expected a positive int"),
@@ -70,7 +78,11 @@ BAD = [
     (dict(mean=None), ValueError, "mean: expected three floats"),
     (dict(std=(1.0, 0.0, 1.0)), ValueError, "std: expected three non-zero floats"),
     (dict(backend="cuda"), RuntimeError, "backend 'cuda' was asked for but cannot serve this call"),
-    (dict(backend="opencl"), ValueError, "backend: expected one of auto, triton, gluon, cuda, cpu, sdpa, reference, got 'opencl'"),
+    (
+        dict(backend="opencl"),
+        ValueError,
+        "backend: expected one of auto, triton, gluon, cuda, cpu, sdpa, reference, got 'opencl'",
+    ),
 ]
 
 

@@ -197,7 +197,5 @@ def test_unknown_decoder(whole):
 @DECODERS
 def test_a_missing_decoder_says_what_to_install(whole, monkeypatch, decoder):
     monkeypatch.setitem(sys.modules, decoder, None)
-    with pytest.raises(
-        ImportError, match=rf"decoder '{decoder}' cannot be imported .* pip install evaat-fast\[video\]"
-    ):
+    with pytest.raises(ImportError, match=rf"decoder '{decoder}' cannot be imported .* pip install evaat-fast\[video\]"):
         video.read_clip(whole, 0, 1, 2, decoder=decoder)

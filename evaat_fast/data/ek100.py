@@ -215,9 +215,7 @@ class EK100(Dataset):
         name = f"clip {self.clips[wanted]['id']}"
         if self.on_error == "raise":
             raise videos.VideoError(f"{name}: {error} (tried {1 + self.retries} times)") from error
-        raise videos.VideoError(
-            f"{name} and the next {step} cannot be read" + (f": {error}" if error else "")
-        ) from error
+        raise videos.VideoError(f"{name} and the next {step} cannot be read" + (f": {error}" if error else "")) from error
 
     def _frames(self, index, generator):
         if self._cache is None:

@@ -135,9 +135,7 @@ def _found(root, settings):
         if there == settings:
             return True
         differing = [k for k in settings if not isinstance(there, dict) or there.get(k) != settings[k]]
-        raise FileExistsError(
-            f"root: {root} holds a toy kitchen of another {', '.join(differing)}; remove it or name another"
-        )
+        raise FileExistsError(f"root: {root} holds a toy kitchen of another {', '.join(differing)}; remove it or name another")
     if any(root.iterdir()):
         raise FileExistsError(f"root: {root} is not empty and holds no toy kitchen; name a new or an empty folder")
     return False
@@ -229,8 +227,7 @@ def _annotate(folder, rows):
         for row in table:
             first.setdefault(row["narration"], row)
         sentences = [
-            row
-            | {"verb_classes": row["verb_class"], "nouns": row["all_nouns"], "noun_classes": row["all_noun_classes"]}
+            row | {"verb_classes": row["verb_class"], "nouns": row["all_nouns"], "noun_classes": row["all_noun_classes"]}
             for row in first.values()
         ]
         columns = _TRAIN_SENTENCE_COLUMNS if split == "train" else _TRAIN_SENTENCE_COLUMNS[:2]

@@ -104,9 +104,7 @@ def _chunks(path):
         raise VideoError(f"{path}: no such video")
     chunks = sorted((int(p.stem), p) for p in path.iterdir() if p.stem.isascii() and p.stem.isdigit())
     if not chunks:
-        raise VideoError(
-            f"{path}: a folder without chunks named by their first second (0{path.suffix}, 15{path.suffix}, ...)"
-        )
+        raise VideoError(f"{path}: a folder without chunks named by their first second (0{path.suffix}, 15{path.suffix}, ...)")
     return chunks
 
 

@@ -83,8 +83,7 @@ def _checked(sim, relevancy):
         raise TypeError(f"relevancy: expected float32 or float64, which keep an exact 1 apart, got {relevancy.dtype}")
     if sim.ndim != 2 or sim.shape != relevancy.shape or sim.numel() == 0:
         raise ValueError(
-            "sim, relevancy: expected two matrices of one shape, not empty, "
-            f"got {list(sim.shape)} and {list(relevancy.shape)}"
+            f"sim, relevancy: expected two matrices of one shape, not empty, got {list(sim.shape)} and {list(relevancy.shape)}"
         )
     if sim.isnan().any():
         row, column = sim.isnan().nonzero()[0].tolist()

@@ -61,9 +61,7 @@ def read_checkpoint(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
-        raise ValueError(
-            f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely: {error}"
-        ) from error
+        raise ValueError(f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely: {error}") from error
     config = content.get("model_config") if isinstance(content, dict) else None
     while isinstance(content, dict) and not _is_state(content):
         inner = next((content[k] for k in ("model_ema", "state_dict", "model", "module") if k in content), None)
@@ -176,26 +174,20 @@ def load_state(model, state, *, part="all", fresh_heads=False, source="state dic
         fresh = [k for k in _HEADS if k in own and (k not in state or state[k].shape != own[k].shape)]
         if fresh:
             left = [*(k for k in _HEADS if k in own), *(["logit_scale"] if "logit_scale" in own else [])]
-            _log.warning(
-                "%s: another embedding space than %d: left fresh: %s", source, model.config.embed_dim, ", ".join(left)
-            )
+            _log.warning("%s: another embedding space than %d: left fresh: %s", source, model.config.embed_dim, ", ".join(left))
             state.update({k: own[k] for k in left})
     if "logit_scale" in state and "logit_scale" in own:  # some store it as [1]
         state["logit_scale"] = state["logit_scale"].reshape(own["logit_scale"].shape)
     problems = []
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
-        f"{k} {list(state[k].shape)} for {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{k} {list(state[k].shape)} for {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape
     ]
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if names:
             problems.append(f"{len(names)} {what}: {_some(names)}")
     if missing and all(k.startswith("text.") or k == "logit_scale" for k in missing) and not unexpected:
-        problems.append(
-            "the file holds the vision tower alone: load it with load_checkpoint(model, path, part='visual')"
-        )
+        problems.append("the file holds the vision tower alone: load it with load_checkpoint(model, path, part='visual')")
     if problems:
         raise ValueError(f"checkpoint: {source} does not fit the model; " + "; ".join(problems))
     model.load_state_dict(state, strict=part == "all")
@@ -241,9 +233,7 @@ def download(repo):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
-        raise ImportError(
-            "pretrained='hf-hub:...' needs huggingface_hub: pip install huggingface_hub safetensors"
-        ) from None
+        raise ImportError("pretrained='hf-hub:...' needs huggingface_hub: pip install huggingface_hub safetensors") from None
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
     for name in names:
         try:

@@ -91,9 +91,7 @@ def _large(**changes):
 
 # The tiny model is for CPUs: 0.6 M parameters in the vision blocks. Its text is narrow because the 49,408 rows of
 # CLIP's vocabulary are what an optimiser step on a CPU spends its time on.
-_tiny = dict(
-    vision_width=128, vision_layers=3, vision_heads=2, vision_mlp=320, text_width=64, text_layers=2, text_heads=2
-)
+_tiny = dict(vision_width=128, vision_layers=3, vision_heads=2, vision_mlp=320, text_width=64, text_layers=2, text_heads=2)
 
 CONFIGS = {
     "eva02_at_tiny_patch16_64": _base(image_size=64, rope_grid=4, embed_dim=128, num_frames=8, **_tiny),

@@ -131,9 +131,7 @@ class TextTransformer(nn.Module):
     def _check_range(self, tokens):
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"text: expected token ids from 0 to {self.config.vocab_size - 1}, got {low if low < 0 else high}"
-            )
+            raise ValueError(f"text: expected token ids from 0 to {self.config.vocab_size - 1}, got {low if low < 0 else high}")
 
     def forward(self, tokens):
         """int64 or int32 [B, L], L <= 77, to [B, E].

@@ -97,9 +97,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch = patch
         self.mean, self.std = NORMS[norm]
-        self.proj = nn.Conv2d(
-            3, width, patch, patch
-        )  # for EVA's weight shape and initialisation; its forward is not used
+        self.proj = nn.Conv2d(3, width, patch, patch)  # for EVA's weight shape and initialisation; its forward is not used
 
     def forward(self, video):
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C]."""
@@ -131,9 +129,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, width))
         self.temporal_embed = nn.Parameter(torch.zeros(1, frames, width))
-        self.blocks = nn.ModuleList(
-            Block(width, config.vision_heads, config.vision_mlp) for _ in range(config.vision_layers)
-        )
+        self.blocks = nn.ModuleList(Block(width, config.vision_heads, config.vision_mlp) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width, EPS)
         self.head = nn.Linear(width, config.embed_dim)
         self.register_buffer("freqs", self._make_freqs(), persistent=False)

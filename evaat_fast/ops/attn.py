@@ -1,7 +1,7 @@
 """joint_attention: 3-D RoPE and softmax attention over all tokens of a clip.
 
-`joint_attention` is rope3d followed by torch's scaled_dot_product_attention, on every device; `joint_attention_qkv_` is the same
-on the packed output of the qkv projection, rotated in place.
+`joint_attention` is rope3d followed by torch's scaled_dot_product_attention, on every device; `joint_attention_qkv_` is the
+same on the packed output of the qkv projection, rotated in place.
 """
 
 import torch
@@ -46,7 +46,7 @@ def joint_attention(
     return_lse=False,
     backend=None,
 ):
-    """softmax(R q (R k)^T * scale) v, non-causal, where R is the 3-D rotation of `rope3d` (EVA02-AT, arXiv 2506.14356, eq. 8-10).
+    """softmax(R q (R k)^T * scale) v, non-causal, where R is the 3-D rotation of `rope3d` (arXiv 2506.14356, eq. 8-10).
 
     Args:
         q: [B, H, N, D]; k, v: [B, Hk, M, D] with H a multiple of Hk. One dtype, any strides. Never written to.
@@ -153,7 +153,9 @@ def _refuse(cu_seqlens, max_seqlen, return_lse, deterministic, x):
     if return_lse:
         raise _dispatch.not_built("joint_attention(return_lse=True)", "torch's attention does not return it on every device")
     if deterministic and getattr(x, "is_cuda", False):
-        raise _dispatch.not_built("joint_attention(deterministic=True) on CUDA", "torch.use_deterministic_algorithms governs SDPA")
+        raise _dispatch.not_built(
+            "joint_attention(deterministic=True) on CUDA", "torch.use_deterministic_algorithms governs SDPA"
+        )
 
 
 def _check_qkv(q, k, v):

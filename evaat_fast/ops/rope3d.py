@@ -18,9 +18,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32)
 
 
-def rope3d_reference(
-    q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False
-):
+def rope3d_reference(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False):
     """The specification: (x, y) -> (x cos a - y sin a, y cos a + x sin a) with a = position . freqs[:, pair]."""
     cos, sin = cos_sin(freqs, positions, grid, prefix_tokens, q.shape[-1], q.device)
     if inverse:
@@ -92,9 +90,7 @@ def _shared(table):
     return tuple(table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))
 
 
-_SETTINGS = (
-    "Tensor? freqs, Tensor? positions, SymInt[] grid, SymInt prefix_tokens, bool interleaved, bool inverse, str backend"
-)
+_SETTINGS = "Tensor? freqs, Tensor? positions, SymInt[] grid, SymInt prefix_tokens, bool interleaved, bool inverse, str backend"
 
 
 @register(f"rope3d(Tensor[] x, {_SETTINGS}) -> Tensor[]", lambda xs, *settings: [_empty(x) for x in xs])
@@ -194,9 +190,7 @@ class _RotateQKV(torch.autograd.Function):
         return rotated.view(grad.shape), *[None] * 9
 
 
-def rope3d(
-    q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False, backend=None
-):
+def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False, backend=None):
     """Rotates queries and keys by their tokens' positions in space and time.
 
     Each channel pair (x, y) of a token at position p becomes (x cos a - y sin a, y cos a + x sin a) with
@@ -266,9 +260,7 @@ def rope3d_(
         if x is not None and x.stride(3) != 1:
             raise ValueError(f"{name}: in place needs a contiguous last dimension, got strides {list(x.stride())}")
         if x is not None and _overlaps(x):
-            raise ValueError(
-                f"{name}: in place needs memory of its own for every element, got strides {list(x.stride())}"
-            )
+            raise ValueError(f"{name}: in place needs memory of its own for every element, got strides {list(x.stride())}")
     if k is not None and (k is q or _same_memory(q, k)):
         raise ValueError("k: shares its memory with q, so that in place it would be rotated twice")
     settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, freqs, backend))
@@ -367,9 +359,7 @@ def _check(q, k, grid, freqs, prefix_tokens, positions):
     if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
         raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
     if (grid is None) == (positions is None):
-        raise ValueError(
-            f"grid, positions: expected exactly one of the two, got {'neither' if grid is None else 'both'}"
-        )
+        raise ValueError(f"grid, positions: expected exactly one of the two, got {'neither' if grid is None else 'both'}")
     if freqs is None:
         if D % 4:
             raise ValueError(f"freqs: the default, joint_freqs, needs a head dim that is a multiple of 4, got {D}")

@@ -75,9 +75,7 @@ def main():
         with torch.no_grad():
             pictures = visual(image(name, case["ours"]["image_size"]))
             captions = text(tokens())
-        answers[name] = dict(
-            shapes={**shapes, "logit_scale": []}, image_embed=pictures.tolist(), text_embed=captions.tolist()
-        )
+        answers[name] = dict(shapes={**shapes, "logit_scale": []}, image_embed=pictures.tolist(), text_embed=captions.tolist())
     FILE.write_text(json.dumps(dict(versions=dict(timm=timm.__version__, torch=torch.__version__), models=answers)))
 
 
