@@ -72,14 +72,25 @@ def has_openmp(cxx):
 class NinjaBuild(build_ext):
     """Writes one build.ninja per extension, so that g++ and nvcc run in parallel and a rebuild compiles what changed."""
 
+    def folder(self, name):
+        """Where objects stay from one build to the next: setuptools' own folder is a new one in each editable install."""
+        kept = ROOT.resolve() / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}" / name
+        for folder in (kept, Path(self.build_temp).resolve() / name):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if os.access(folder, os.W_OK):
+                    return folder
+            except OSError:
+                continue
+        raise RuntimeError(f"neither {kept} nor {self.build_temp} can be written")
+
     def build_extension(self, ext):
         if sys.platform == "win32":
             return super().build_extension(ext)
         gencode_flags = gencode(NVCC) if any(s.endswith(".cu") for s in ext.sources) else []
         import pybind11
 
-        build = Path(self.build_temp).resolve() / ext.name
-        build.mkdir(parents=True, exist_ok=True)
+        build = self.folder(ext.name)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         cxx = os.environ.get("CXX", "c++").split()

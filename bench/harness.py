@@ -13,6 +13,7 @@ GPU: a CUDA graph walks over copies of the inputs that together exceed the L2 ca
 
 import argparse
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -41,7 +42,7 @@ class Unavailable(Exception):
 def need(module):
     """The imported module, or Unavailable with the reason."""
     try:
-        return importlib.import_module(module)
+        return of_tests("peers").load(module)
     except Exception as error:
         raise Unavailable(f"{type(error).__name__}: {error}") from None
 
@@ -68,11 +69,13 @@ class Benchmark:
     notes: list = field(default_factory=list)
 
 
-def tolerance_rule():
-    spec = importlib.util.spec_from_file_location("check", HERE.parent / "tests" / "check.py")
+@functools.cache
+def of_tests(name):
+    """A helper module of the tests."""
+    spec = importlib.util.spec_from_file_location(name, HERE.parent / "tests" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.close
+    return module
 
 
 def near(theirs, low, truth, name):
@@ -222,7 +225,7 @@ def measure(bench, shape, dtype, mode, args):
     to_double, everyone = bench.to_double or doubled, {**bench.providers, **bench.yardsticks}
     truth = [t.detach().clone() for t in bench.truth(to_double(cloned(inputs)), mode)()]
     low = [t.detach().clone() for t in (bench.low or bench.truth)(cloned(inputs), mode)()]
-    close, records, steps = bench.check or tolerance_rule(), [], {}
+    close, records, steps = bench.check or of_tests("check").close, [], {}
     for name, provider in everyone.items():
         record = {"shape": shape, "dtype": dtype, "mode": mode, "provider": name}
         records.append(record)
@@ -307,7 +310,8 @@ def main(bench, argv=None):
     parser.add_argument("--quick", action="store_true", help="the first shape only")
     parser.add_argument("--threads", type=int, help="CPU threads (all processors by default)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider and case")
-    parser.add_argument("--json", type=Path, help="where to write (bench/results/DEVICE/OP.json by default)")
+    parser.add_argument("--json", type=Path, help="where to write (build/bench/DEVICE/OP.json by default)")
+    parser.add_argument("--record", action="store_true", help="write to bench/results/DEVICE/OP.json, which is committed")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     if args.device == "cpu":
@@ -328,7 +332,8 @@ def main(bench, argv=None):
             for mode in args.mode or bench.modes:
                 records += measure(bench, shape, dtype, mode, args)
                 print_case(records[-len(bench.providers) - len(bench.yardsticks) :], peak)
-    path = args.json or HERE / "results" / slug(info) / f"{bench.op}.json"
+    folder = HERE / "results" if args.record else HERE.parent / "build" / "bench"
+    path = args.json or folder / slug(info) / f"{bench.op}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     payload = {"op": bench.op, "baseline": bench.baseline, "environment": info, "peak": peak, "records": records}
     path.with_suffix(".part").write_text(json.dumps(payload, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import math
 
+import peers
 import pytest
 import rope3d_cases as cases
 import torch
@@ -225,16 +226,7 @@ def test_split_freqs():
 
 
 def test_spatial_freqs_are_eva02_s():
-    torchvision = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
-        try:
-            torchvision.define(schema)
-        except RuntimeError:
-            pass  # a torchvision that works has defined it
-    try:
-        layers = pytest.importorskip("timm.layers", exc_type=Exception)
-    except Exception as error:
-        pytest.skip(f"timm does not import: {error}")
+    layers = peers.peer("timm.layers")
     rope = layers.RotaryEmbeddingCat(64, in_pixels=False, feat_shape=[14, 14], ref_feat_shape=[16, 16])
     x = torch.randn(1, 2, 196, 64)
     ours = ops.rope3d(x, None, (1, 14, 14), prefix_tokens=0, freqs=ops.spatial_freqs(64, scale=(16 / 14, 16 / 14)))
