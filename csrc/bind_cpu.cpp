@@ -49,6 +49,27 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     }
     check(status, "rope3d");
   });
+  // Each tensor: as above, then the saved tensor's data and its strides of b, h, n.
+  m.attr("ROPE_CHUNK") = evaat::kRopeChunk;
+  m.def("rope3d_freqs", [](int dtype, const std::vector<std::array<int64_t, 13>>& tensors, Pointer cos, Pointer sin, int64_t table_b,
+                           int64_t table_h, Pointer positions, int64_t positions_b, Pointer partial, int64_t B, int64_t N, int64_t D,
+                           int64_t prefix, bool interleaved, bool inverse, int threads) {
+    evaat::RopeTensor grad[2];
+    evaat::RopeSaved x[2];
+    int count = 0;
+    for (const auto& t : tensors) {
+      grad[count] = {as<const void>(Pointer(t[0])), as<void>(Pointer(t[1])), t[2], t[3], t[4], t[5], t[6], t[7], t[8]};
+      x[count++] = {as<const void>(Pointer(t[9])), t[10], t[11], t[12]};
+    }
+    int status;
+    {
+      py::gil_scoped_release release;
+      status = evaat::rope3d_freqs(dtype, grad, x, count, {as<const double>(cos), as<const double>(sin), table_b, table_h},
+                                   {as<const float>(positions), positions_b}, as<double>(partial), B, N, D, prefix, interleaved, inverse,
+                                   threads);
+    }
+    check(status, "rope3d");
+  });
   // Features: (data, row stride) of video and of text. wide: the dtype code of the computation.
   m.def("sms_prepare", [](int dtype, int wide, const std::array<int64_t, 4>& features, int64_t N, int64_t E, Pointer norm_video,
                           Pointer norm_text, Pointer diagonal, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {

@@ -27,4 +27,33 @@ struct RopeTable {
 int rope3d(int dtype, const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, int64_t N, int64_t D, int64_t prefix,
            bool interleaved, bool inverse, int threads);
 
+// The backward pass where frequencies are learnable. grad: `in` is the gradient of the rotated tensor, `out` becomes that of the
+// tensor. x: what was rotated. A pair's angle has the slope a g_b - b g_a, (a, b) of x and (g_a, g_b) of the tensor's gradient
+// before it is rounded; a frequency's is the sum of positions times these. The table is float64, since one of float32 would add
+// more error to the sum than all that torch makes.
+struct RopeTable64 {
+  const double* cos;
+  const double* sin;
+  int64_t stride_b, stride_h;
+};
+
+struct RopeSaved {
+  const void* x;
+  int64_t x_b, x_h, x_n;
+};
+
+struct RopePositions {
+  const float* rows;  // [N - prefix, 3], contiguous; stride_b as in RopeTable
+  int64_t stride_b;
+};
+
+// Tokens of a partial sum. Partial sums depend on the shape alone, so that the result is the same for any number of threads.
+constexpr int64_t kRopeChunk = 64;
+
+// partial: [B * ceil((N - prefix) / kRopeChunk), heads or 1, 3, D/2], to be summed over its first dimension; heads where the
+// table has one for each. Returns a Status.
+int rope3d_freqs(int dtype, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+                 const RopePositions& positions, double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved,
+                 bool inverse, int threads);
+
 }  // namespace evaat

@@ -2,30 +2,14 @@
 // the order it lies in memory. Where tokens lie together (packed projections) heads are the inner loop, so that q and k of a
 // token share its row of the table; where heads lie apart, each (clip, head) is one stream and the table stays in L2.
 // The row kernels are functions of their own, compiled per instruction set, outside the OpenMP region.
-#include "rope3d.h"
+#include "rope3d_cpu.h"
 
 #include <algorithm>
-#include <type_traits>
-
-#include "cpu.h"
-
-#ifdef EVAAT_X86
-#include <immintrin.h>
-#endif
 
 namespace evaat {
 namespace {
 
-// Heads that are turned together where each is a stream of its own: they share a row of the table. Measured on 12 heads of 785
-// tokens: one 1.8 x, two 1.2 x, four 0.85 x, six 0.75 x the time of a copy (bfloat16, in place).
-constexpr int64_t kGroup = 6;
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
+using namespace rope;
 
 // What a row kernel turns: `tokens` rows of the table, and under each of them the same token of `heads` heads.
 struct Block {
@@ -35,13 +19,6 @@ struct Block {
 
 template <class T>
 using Rows = void (*)(const T* in, T* out, const float* cos, const float* sin, const Block& block);
-
-inline float load(const float* p) { return *p; }
-inline float load(const BFloat* p) { return bf16_to_float(p->bits); }
-inline float load(const Half* p) { return half_to_float(p->bits); }
-inline void store(float* p, float x) { *p = x; }
-inline void store(BFloat* p, float x) { p->bits = float_to_bf16(x); }
-inline void store(Half* p, float x) { p->bits = float_to_half(x); }
 
 // Pairs first .. pairs - 1 of one token: the whole of the plain version, the tail of the others.
 template <class T, bool interleaved>
@@ -63,102 +40,6 @@ void rows_plain(const T* in, T* out, const float* cos, const float* sin, const B
 }
 
 #ifdef EVAAT_X86
-#define INLINE inline __attribute__((always_inline))
-
-// One struct per instruction set: W floats, and how elements become floats and back.
-struct Avx512 {
-  static constexpr int W = 16;
-  using F = __m512;
-  EVAAT_AVX512 static INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
-  EVAAT_AVX512 static INLINE F load(const BFloat* p) {
-    __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-  }
-  EVAAT_AVX512 static INLINE F load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-  EVAAT_AVX512 static INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
-  EVAAT_AVX512 static INLINE void store(BFloat* p, F x) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round(x), 16)));
-  }
-  EVAAT_AVX512 static INLINE void store(Half* p, F x) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-  // The upper half of each word becomes the bfloat16, to nearest even. A NaN passes: x86 makes, and bfloat16 inputs carry, NaNs
-  // whose lower half is zero.
-  EVAAT_AVX512 static INLINE __m512i round(F x) {
-    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  }
-  EVAAT_AVX512 static INLINE F flip(F x, uint32_t sign) {
-    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32(int(sign))));
-  }
-  // p[0] p[0] p[1] p[1] ..: one value for both channels of a pair.
-  EVAAT_AVX512 static INLINE F twice(const float* p) {
-    const __m512i order = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    return _mm512_permutexvar_ps(order, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
-  }
-  EVAAT_AVX512 static INLINE F turn_pairs(F x, F c, F s) {
-    return _mm512_fmaddsub_ps(x, c, _mm512_mul_ps(_mm512_permute_ps(x, 0xb1), s));
-  }
-  EVAAT_AVX512 static INLINE F first(F a, F b, F c, F s) { return _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)); }
-  EVAAT_AVX512 static INLINE F second(F a, F b, F c, F s) { return _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)); }
-  // W pairs of bfloat16, one pair in each word: no shuffle is needed.
-  EVAAT_AVX512 static INLINE void turn_words(const BFloat* in, BFloat* out, F c, F s) {
-    const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
-    __m512i words = _mm512_loadu_si512(in);
-    F a = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), b = _mm512_castsi512_ps(_mm512_and_si512(words, upper));
-    __m512i low = _mm512_srli_epi32(round(first(a, b, c, s)), 16);
-    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_and_si512(round(second(a, b, c, s)), upper)));
-  }
-};
-
-struct Avx2 {
-  static constexpr int W = 8;
-  using F = __m256;
-  EVAAT_AVX2 static INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
-  EVAAT_AVX2 static INLINE F load(const BFloat* p) {
-    __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-  }
-  EVAAT_AVX2 static INLINE F load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-  EVAAT_AVX2 static INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
-  EVAAT_AVX2 static INLINE void store(BFloat* p, F x) {
-    __m256i words = _mm256_srli_epi32(round(x), 16);
-    words = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x88);
-    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(words));
-  }
-  EVAAT_AVX2 static INLINE void store(Half* p, F x) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-  EVAAT_AVX2 static INLINE __m256i round(F x) {
-    __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  }
-  EVAAT_AVX2 static INLINE F flip(F x, uint32_t sign) {
-    return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(int(sign))));
-  }
-  EVAAT_AVX2 static INLINE F twice(const float* p) {
-    const __m256i order = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
-    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), order);
-  }
-  EVAAT_AVX2 static INLINE F turn_pairs(F x, F c, F s) {
-    return _mm256_fmaddsub_ps(x, c, _mm256_mul_ps(_mm256_permute_ps(x, 0xb1), s));
-  }
-  EVAAT_AVX2 static INLINE F first(F a, F b, F c, F s) { return _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)); }
-  EVAAT_AVX2 static INLINE F second(F a, F b, F c, F s) { return _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)); }
-  EVAAT_AVX2 static INLINE void turn_words(const BFloat* in, BFloat* out, F c, F s) {
-    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
-    __m256i words = _mm256_loadu_si256((const __m256i*)in);
-    F a = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), b = _mm256_castsi256_ps(_mm256_and_si256(words, upper));
-    __m256i low = _mm256_srli_epi32(round(first(a, b, c, s)), 16);
-    _mm256_storeu_si256((__m256i*)out, _mm256_or_si256(low, _mm256_and_si256(round(second(a, b, c, s)), upper)));
-  }
-};
-
-enum Layout { kSplit, kPairs, kWords };  // half-split | interleaved floats or halves | interleaved bfloat16
-
-template <class T, bool interleaved>
-constexpr Layout layout = !interleaved ? kSplit : sizeof(T) == 2 && !std::is_same<T, Half>::value ? kWords : kPairs;
-
 // U vectors' worth of pairs of one token, for every head: the table's part stays in registers over the heads. Then the loop
 // over tokens. Both once per instruction set, as a target attribute cannot be a template argument.
 #define ROWS(NAME, TARGET, V)                                                                                                  \
@@ -179,7 +60,9 @@ constexpr Layout layout = !interleaved ? kSplit : sizeof(T) == 2 && !std::is_sam
         if (kind == kSplit) __builtin_prefetch(out + block.out_n + block.pairs + at, 1);                                       \
         if (kind == kSplit) __builtin_prefetch(in + block.in_n + block.pairs + at, 0);                                         \
         if constexpr (kind == kWords) {                                                                                        \
-          V::turn_words(in + u * 2 * V::W, out + u * 2 * V::W, x[u], y[u]);                                                    \
+          V::F a, b;                                                                                                           \
+          V::load_words(in + u * 2 * V::W, a, b);                                                                              \
+          V::store_words(out + u * 2 * V::W, V::first(a, b, x[u], y[u]), V::second(a, b, x[u], y[u]));                         \
         } else if constexpr (kind == kPairs) {                                                                                 \
           V::store(out + u * V::W, V::turn_pairs(V::load(in + u * V::W), x[u], y[u]));                                         \
         } else {                                                                                                               \
@@ -248,7 +131,7 @@ void run(const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, in
   }
   // Below some 32 KB a thread, waking it costs more than it saves.
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, B * heads * N * D * int64_t(sizeof(T)) >> 15)));
-  const int64_t group = table.stride_h ? 1 : kGroup;  // heads that share a row of the table
+  const int64_t group = table.stride_h ? 1 : kRopeGroup;  // heads that share a row of the table
   const int64_t groups[2] = {(x[0].heads + group - 1) / group, tensors > 1 ? (x[1].heads + group - 1) / group : 0};
   const int64_t streams = together ? B : B * (groups[0] + groups[1]);
   const int64_t wanted = std::max<int64_t>(1, (4 * threads + streams - 1) / streams);

@@ -15,6 +15,8 @@ def close(ours, low, truth, what="output"):
         return
     truth = truth.double()
     rounding = ((low + 0.3 - 0.3) - low).double().abs().max()
+    # Of a handful of elements that may find none that rounds: at least half a unit in the last place of the largest.
+    rounding = rounding.clamp(min=torch.finfo(low.dtype).eps / 2 * low.double().abs().max())
     error, allowed = (ours.double() - truth).abs(), 2 * (low.double() - truth).abs().max() + 2 * rounding
     worst = error.flatten().argmax()
     place = [int(i) for i in torch.unravel_index(worst, error.shape)]
@@ -26,4 +28,9 @@ def close(ours, low, truth, what="output"):
     rms, rms_low = error.square().mean().sqrt(), (low.double() - truth).square().mean().sqrt()
     # Where torch is exact or nearly so, a 16th of one rounding of the dtype is allowed: float32 sums differ in their order.
     floor = torch.finfo(ours.dtype).eps / 16 * truth.square().mean().sqrt()
-    assert rms <= 1.1 * rms_low + floor, f"{what}: rms error {rms:.3e} > 1.1 x torch's {rms_low:.3e}"
+    # Both are estimates, of n errors uncertain by 1/sqrt(2n): too much for a few, and worth a margin below a thousand.
+    n = int(truth.count_nonzero())
+    if n < 64:
+        return
+    most = 1.1 if n >= 1000 else 1.1 * (1 + 3 / (2 * n) ** 0.5)
+    assert rms <= most * rms_low + floor, f"{what}: rms error {rms:.3e} > {most:.2f} x torch's {rms_low:.3e}"

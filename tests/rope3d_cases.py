@@ -101,6 +101,41 @@ def check_gradients(backend, q, k, grid=None, **options):
         close(a, b, c, f"gradient of {name}")
 
 
+def check_learnable(backend, q, k, grid=None, *, freqs, **options):
+    """Gradients of q, k and freqs against autograd through the specification; k may be None."""
+    inputs = [x for x in (q, k) if x is not None]
+    grads = [torch.randn(x.shape).to(x.dtype).to(x.device) for x in inputs]
+
+    def run(function, cast):
+        leaves = [cast(x.detach()).requires_grad_() for x in inputs] + [freqs.detach().clone().requires_grad_()]
+        out = function(*leaves[:-1], *[None] * (2 - len(inputs)), grid, freqs=leaves[-1], **options)
+        return torch.autograd.grad(out, leaves, [cast(g) for g in grads])
+
+    ours = run(lambda *a, **o: ops.rope3d(*a, backend=backend, **o), lambda x: x)
+    low, truth = run(rope3d_reference, lambda x: x), run(rope3d_reference, lambda x: x.double())
+    for name, a, b, c in zip(("q", "k")[: len(inputs)] + ("freqs",), ours, low, truth, strict=True):
+        close(a, b, c, f"gradient of {name}")
+    again = run(lambda *a, **o: ops.rope3d(*a, backend=backend, **o), lambda x: x)
+    assert all(map(torch.equal, ours, again)), "two runs differ"
+
+
+def check_learnable_packed(backend, B, N, H, D, dtype, device, grid=None, *, freqs, **options):
+    """rope3d_qkv_ in training with learnable freqs is rope3d's, to the last bit."""
+    qkv, grad = (torch.randn(B, N, 3 * H * D).to(dtype).to(device) for _ in range(2))
+
+    def split(x):
+        return x.unflatten(2, (3, H, D)).permute(2, 0, 3, 1, 4)
+
+    leaf, learned = qkv.clone().requires_grad_(), freqs.detach().clone().requires_grad_()
+    out = ops.rope3d_qkv_(leaf * 1, H, grid, freqs=learned, backend=backend, **options)
+    ours = torch.autograd.grad(out, (leaf, learned), grad)
+    leaves = [x.detach().requires_grad_() for x in split(qkv)[:2]]
+    apart = ops.rope3d(*leaves, grid, freqs=learned, backend=backend, **options)
+    assert all(map(torch.equal, split(out), (*apart, split(qkv)[2])))
+    theirs = torch.autograd.grad(apart, (*leaves, learned), tuple(split(grad)[:2]))
+    assert all(map(torch.equal, (*split(ours[0]), ours[1]), (*theirs[:2], split(grad)[2], theirs[2])))
+
+
 def random_call(seed, backend, device, dtypes, largest=1.0):
     """One random valid call, checked."""
     r = random.Random(seed)
@@ -130,3 +165,6 @@ def random_call(seed, backend, device, dtypes, largest=1.0):
     if k is not None:
         check_gradients(backend, q, k, grid, **options)
     check_packed(backend, B, N, Hq, D, dtype, device, grid, **options)
+    if "freqs" in options and D >= 64:  # with a handful of frequencies, torch's own error is a matter of luck
+        check_learnable(backend, q, k, grid, **options)
+        check_learnable_packed(backend, B, N, Hq, D, dtype, device, grid, **options)

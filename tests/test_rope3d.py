@@ -94,6 +94,40 @@ def test_frequencies_per_head(backend):
 
 
 @backends
+@dtypes
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_learnable_frequencies(backend, dtype, interleaved, per_head):
+    device = device_of(backend)
+    freqs = torch.randn((4, 3, 32) if per_head else (3, 32), device=device) / 4
+    q, k = make("contiguous", 3, 4, N, 64, dtype, device), make("packed", 3, 4, N, 64, dtype, device)
+    cases.check_learnable(backend, q, k, GRID, freqs=freqs, interleaved=interleaved)
+    cases.check_learnable(backend, k, None, GRID, freqs=freqs, interleaved=interleaved, inverse=True)
+    positions = torch.randn(3, N, 3, device=device) * 10
+    cases.check_learnable(backend, k, q, positions=positions, freqs=freqs, prefix_tokens=0, interleaved=interleaved)
+    if backend != "reference":
+        cases.check_learnable_packed(backend, 2, N, 4, 64, dtype, device, GRID, freqs=freqs, interleaved=interleaved)
+
+
+@dtypes
+@pytest.mark.parametrize("D", [2, 30, 80, 256])
+def test_learnable_frequencies_of_every_instruction_set(isa, dtype, D):
+    for interleaved in (True, False):
+        q, k = make("tokens first", 2, 7, 133, D, dtype, "cpu"), make("contiguous", 2, 3, 133, D, dtype, "cpu")
+        cases.check_learnable("cpu", q, k, (3, 4, 11), freqs=torch.randn(3, D // 2), interleaved=interleaved)
+
+
+@backends
+def test_learnable_frequencies_of_no_tokens(backend):
+    q, freqs = make("contiguous", 2, 2, 4, 8, torch.float32, device_of(backend)), torch.randn(3, 4)
+    q, freqs = q.requires_grad_(), freqs.to(q.device).requires_grad_()
+    for x, prefix in ((q, 4), (q[:0], 1), (q[:, :0], 1)):
+        out = ops.rope3d(x, None, positions=torch.zeros(4, 3, device=q.device), freqs=freqs, prefix_tokens=prefix, backend=backend)
+        (of_freqs,) = torch.autograd.grad(out.sum(), freqs, allow_unused=True)
+        assert of_freqs is None or not of_freqs.any()
+
+
+@backends
 def test_kept_tables_follow_their_tensors(backend):
     q, freqs = make("contiguous", 1, 2, N, 32, torch.float32, device_of(backend)), torch.randn(3, 16)
     freqs, positions = freqs.to(q.device), torch.randn(N, 3).to(q.device)
@@ -166,6 +200,10 @@ def test_threads(threads, layout):
     try:
         torch.set_num_threads(threads)
         assert all(map(torch.equal, ops.rope3d(q, q, GRID, backend="cpu"), one))
+        freqs, x = ops.joint_freqs(64).requires_grad_(), torch.randn(2, 3, 785, 64)
+        slopes = torch.autograd.grad(ops.rope3d(x, None, (4, 14, 14), freqs=freqs, backend="cpu").square().sum() * 3, freqs)
+        torch.set_num_threads(before)
+        assert torch.equal(torch.autograd.grad(ops.rope3d(x, None, (4, 14, 14), freqs=freqs).square().sum() * 3, freqs)[0], slopes[0])
     finally:
         torch.set_num_threads(before)
 

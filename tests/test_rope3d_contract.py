@@ -94,14 +94,17 @@ def test_a_tensor_saved_before_is_known_to_have_changed():
             y.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
-def test_freqs_that_require_grad(backend):
-    q, freqs = qk()[0], ops.joint_freqs(16).requires_grad_()
-    if backend == "reference":
-        assert ops.rope3d(q, None, GRID, freqs=freqs, backend=backend).requires_grad
-        return
-    with pytest.raises((NotImplementedError, RuntimeError), match="gradient of freqs on backend 'cpu'|triton"):
-        ops.rope3d(q, None, GRID, freqs=freqs, backend=backend)
+def test_frequencies_learn_where_nothing_else_does():
+    q, k = qk()
+    freqs = ops.joint_freqs(16).requires_grad_()
+    slopes = [
+        torch.autograd.grad(sum(x.pow(3).sum() for x in ops.rope3d(q, k, GRID, freqs=freqs, backend=b)), freqs)[0]
+        for b in ("cpu", "reference")
+    ]
+    torch.testing.assert_close(*slopes)
+    a, b = ops.rope3d(q, k, GRID, freqs=freqs)
+    alone = torch.autograd.grad(b.pow(3).sum(), freqs)[0]
+    torch.testing.assert_close(alone, torch.autograd.grad(ops.rope3d(k, None, GRID, freqs=freqs).pow(3).sum(), freqs)[0])
 
 
 def test_double_backward_is_an_error():
@@ -128,6 +131,8 @@ def test_opcheck():
         torch.library.opcheck(raw.rope3d_.default, ([q, k], *arguments))
         torch.library.opcheck(raw.rope3d_qkv.default, (torch.randn(2, N, 48), 1, *arguments))
         torch.library.opcheck(raw.rope3d_qkv_.default, (torch.randn(2, N, 48), 1, *arguments))
+    torch.library.opcheck(raw.rope3d_freqs.default, ([q, k], [q.clone(), k.clone()], *per_call))
+    torch.library.opcheck(raw.rope3d_qkv_freqs.default, (torch.randn(2, N, 48), torch.randn(2, N, 32), 1, *per_call))
 
 
 def test_compiles_with_gradients():
@@ -136,6 +141,15 @@ def test_compiles_with_gradients():
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k), function(q, k))
     torch.testing.assert_close(torch.autograd.grad(compiled(q, k), (q, k)), torch.autograd.grad(function(q, k), (q, k)))
+
+
+def test_compiles_with_learnable_frequencies():
+    linear, x, freqs = torch.nn.Linear(8, 96), torch.randn(2, N, 8), ops.joint_freqs(16).requires_grad_()
+    packed = lambda x: ops.rope3d_qkv_(linear(x), 2, GRID, freqs=freqs).pow(3).sum()  # noqa: E731
+    apart = lambda x: sum(y.pow(3).sum() for y in ops.rope3d(x, x, GRID, freqs=freqs))  # noqa: E731
+    for function, x in ((packed, x), (apart, torch.randn(2, 4, N, 16))):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(*(torch.autograd.grad(f(x), freqs) for f in (compiled, function)))
 
 
 def test_compiles_packed_with_gradients():

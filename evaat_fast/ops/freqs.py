@@ -130,6 +130,12 @@ def grid_positions(grid, device=None):
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
 
 
+def rows_of(positions, grid, prefix_tokens, device):
+    """float32 [1 or B, N - prefix, 3], contiguous: the positions of all tokens that are rotated."""
+    rows = grid_positions(grid, device) if positions is None else positions[..., prefix_tokens:, :]
+    return (rows if rows.ndim == 3 else rows[None]).float().contiguous()
+
+
 def cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device):
     """cos and sin of all angles, [1 or B, 1 or H, N - prefix, D/2]; in float64, as time stamps may be large."""
     freqs = _joint(head_dim, device=device) if freqs is None else freqs
@@ -140,33 +146,34 @@ def cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device):
     return angles.cos(), angles.sin()
 
 
-# A table costs more than the rotation by it, and a model asks for the same in every layer. At most 8 x 8 MB are kept.
+# A table costs more than the rotation by it, and a model asks for the same in every layer, or in both passes of each. The ones
+# used last are kept, up to 64 MB.
 _TABLES = OrderedDict()
-_MOST_TABLES, _MOST_ELEMENTS = 8, 2**21
+_MOST_BYTES = 2**26
 
 
-def table_of(freqs, positions, grid, prefix_tokens, head_dim, device):
-    """float32 [2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
-    arguments = (freqs, positions, grid, prefix_tokens, head_dim)
+def table_of(freqs, positions, grid, prefix_tokens, head_dim, device, dtype=torch.float32):
+    """[2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
+    arguments = (freqs, positions, grid, prefix_tokens, head_dim, dtype)
     user = tuple(x for x in (freqs, positions) if x is not None)
     # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
     # counters do not see writes through .data. A CUDA graph replays the addresses it captured, so it owns its table.
     if device.type != "cpu" and (user or device.type != "cuda" or torch.cuda.is_current_stream_capturing()):
         return _new_table(*arguments, device)
-    key = (*grid, None if positions is None else prefix_tokens, head_dim, device, freqs is None)
-    key += tuple((x.shape, x.dtype) for x in user)
+    key = (*grid, None if positions is None else prefix_tokens, head_dim, dtype, device, freqs is None)
+    key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
     kept = _TABLES.get(key)
     if kept is not None and all(map(torch.equal, kept[0], user)):
+        _TABLES[key] = _TABLES.pop(key, kept)  # now the last used; another thread may have dropped it
         return kept[1]
     # Made on the CPU and copied: the copy waits, so that every CUDA stream may read the table afterwards.
     table = _new_table(*arguments, torch.device("cpu")).to(device)
-    if table.numel() <= _MOST_ELEMENTS:
-        _TABLES[key] = (tuple(x.detach().clone() for x in user), table)
-        while len(_TABLES) > _MOST_TABLES:
-            _TABLES.popitem(last=False)
+    _TABLES[key] = (tuple(x.detach().clone() for x in user), table)
+    while _TABLES and sum(t.nbytes for _, t in list(_TABLES.values())) > _MOST_BYTES:
+        _TABLES.popitem(last=False)
     return table
 
 
-def _new_table(freqs, positions, grid, prefix_tokens, head_dim, device):
+def _new_table(freqs, positions, grid, prefix_tokens, head_dim, dtype, device):
     with torch.no_grad():
-        return torch.stack(cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device)).float()
+        return torch.stack(cos_sin(freqs, positions, grid, prefix_tokens, head_dim, device)).to(dtype)

@@ -10,12 +10,10 @@ from torch.autograd.function import once_differentiable
 
 from evaat_fast import _dispatch
 from evaat_fast._register import register
-from evaat_fast.ops.freqs import cos_sin, joint_freqs, spatial_freqs, split_freqs, table_of
+from evaat_fast.ops.freqs import cos_sin, joint_freqs, rows_of, spatial_freqs, split_freqs, table_of
+from evaat_fast.ops.rope3d_check import check, overlaps, same_memory, wrong
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32)
 
 
 def rope3d_reference(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False):
@@ -47,7 +45,7 @@ def _empty(x):
 
 def _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend):
     """Writes the rotated xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
-    if xs[0].numel() == 0:
+    if all(x.numel() == 0 for x in xs):
         return
     if backend == "reference":
         cos, sin = table
@@ -63,31 +61,46 @@ def _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend):
         from evaat_fast import _cpu
 
         B, _, N, D = xs[0].shape
-        tensors = [
-            (x.data_ptr(), out.data_ptr(), x.shape[1], *x.stride()[:3], *out.stride()[:3])
-            for x, out in zip(xs, outs, strict=True)
-        ]
-        cos, stride_b, stride_h = table.data_ptr(), *_shared(table)
-        _cpu.rope3d(
-            _dispatch.DTYPE_CODE[xs[0].dtype],
-            tensors,
-            cos,
-            cos + 4 * table.stride(0),
-            stride_b,
-            stride_h,
-            B,
-            N,
-            D,
-            prefix_tokens,
-            interleaved,
-            inverse,
-            torch.get_num_threads(),
-        )
+        settings = (B, N, D, prefix_tokens, interleaved, inverse, torch.get_num_threads())
+        _cpu.rope3d(_dispatch.DTYPE_CODE[xs[0].dtype], _pointers(xs, outs), *_table(table), *settings)
 
 
-def _shared(table):
-    """Strides of a table's clips and heads, 0 where there is one for all."""
-    return tuple(table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))
+def _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend):
+    """Writes the rotated gradients to outs and returns the gradient of the frequencies, float32 [1 or H, 3, D/2].
+
+    xs are the tensors that the forward pass rotated the other way, rows their positions float32 [1 or B, N - prefix, 3].
+    """
+    B, H, N, D = xs[0].shape
+    heads = table.shape[2]
+    if backend == "triton":
+        from evaat_fast.kernels.rope3d import rotate_with_freqs
+
+        partial = rotate_with_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse)
+    else:
+        from evaat_fast import _cpu
+
+        # One sum per 64 tokens, whatever the number of threads, in float64 as torch's.
+        partial = xs[0].new_empty((B, -(-(N - prefix_tokens) // _cpu.ROPE_CHUNK), heads, 3, D // 2), dtype=torch.float64)
+        saved = [(x.data_ptr(), *x.stride()[:3]) for x in xs]
+        tensors = [a + b for a, b in zip(_pointers(grads, outs), saved, strict=True)]
+        at = (rows.data_ptr(), rows.stride(0) if rows.shape[0] > 1 else 0, partial.data_ptr())
+        settings = (B, N, D, prefix_tokens, interleaved, inverse, torch.get_num_threads())
+        _cpu.rope3d_freqs(_dispatch.DTYPE_CODE[xs[0].dtype], tensors, *_table(table), *at, *settings)
+    # The kernels sum the slopes of the angles of the forward pass, which turned by -angle where this one turns by it.
+    total = partial.sum((0, 1), dtype=torch.float64)
+    return (total if inverse else -total).float()
+
+
+def _pointers(xs, outs):
+    """Per tensor: in, out, heads, then the strides of b, h, n of in and of out."""
+    pairs = zip(xs, outs, strict=True)
+    return [(x.data_ptr(), out.data_ptr(), x.shape[1], *x.stride()[:3], *out.stride()[:3]) for x, out in pairs]
+
+
+def _table(table):
+    """Cosines, sines, and the strides of a table's clips and heads, 0 where there is one for all."""
+    shared = (table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))
+    return table.data_ptr(), table[1].data_ptr(), *shared
 
 
 _SETTINGS = "Tensor? freqs, Tensor? positions, SymInt[] grid, SymInt prefix_tokens, bool interleaved, bool inverse, str backend"
@@ -110,6 +123,26 @@ def _rotate_(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, ba
             torch.autograd.graph.increment_version(x)
 
 
+def _freqs_fake(grads, xs, freqs, *settings):
+    return [_empty(g) for g in grads], freqs.new_empty(freqs.shape)
+
+
+@register(f"rope3d_freqs(Tensor[] grad, Tensor[] x, {_SETTINGS}) -> (Tensor[], Tensor)", _freqs_fake)
+def _rotate_freqs(grads, xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
+    outs = [_empty(g) for g in grads]
+    return outs, _freqs_gradient(grads, outs, xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend)
+
+
+def _freqs_gradient(grads, outs, xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
+    if prefix_tokens == xs[0].shape[2] or all(x.numel() == 0 for x in xs):
+        for out, grad in zip(outs, grads, strict=True):
+            out.copy_(grad)
+        return torch.zeros_like(freqs)
+    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device, torch.float64)
+    rows = rows_of(positions, grid, prefix_tokens, xs[0].device)
+    return _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend).view(freqs.shape)
+
+
 def _split(qkv, num_heads):
     """[B, N, 3*H*D] -> a view [B, 3*H, N, D] of it."""
     B, N, width = qkv.shape
@@ -117,7 +150,7 @@ def _split(qkv, num_heads):
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's transpose is its inverse, so the backward pass needs the positions only."""
+    """A rotation's transpose is its inverse: only the gradient of freqs needs more than the positions."""
 
     @staticmethod
     def forward(q, k, *settings):
@@ -125,21 +158,25 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, freqs, positions, *ctx.settings = inputs
-        ctx.save_for_backward(freqs, positions)
+        q, k, freqs, positions, *ctx.settings = inputs
+        saved = (q, k) if freqs is not None and freqs.requires_grad else (None, None)
+        ctx.save_for_backward(freqs, positions, *saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        freqs, positions = ctx.saved_tensors
+        freqs, positions, *saved = ctx.saved_tensors
         grid, prefix_tokens, interleaved, inverse, backend = ctx.settings
-        rows = [_rows(g) for g in grads if g is not None]
-        if rows:
-            rows = _rotate(rows, freqs, positions, grid, prefix_tokens, interleaved, not inverse, backend)
-        rows = iter(rows)
-        grads = [None if g is None else next(rows) for g in grads] + [None] * (2 - len(grads))
-        return *grads, *[None] * 7
+        settings = (freqs, positions, grid, prefix_tokens, interleaved, not inverse, backend)
+        given = [i for i, g in enumerate(grads) if g is not None]
+        rows, of_freqs = [_rows(grads[i]) for i in given], None
+        if rows and ctx.needs_input_grad[2]:
+            rows, of_freqs = _rotate_freqs(rows, [saved[i] for i in given], *settings)
+        elif rows:
+            rows = _rotate(rows, *settings)
+        rows = dict(zip(given, rows, strict=True))
+        return rows.get(0), rows.get(1), of_freqs, *[None] * 6
 
 
 def _rows(x):
@@ -166,28 +203,45 @@ def _rotate_qkv(qkv, num_heads, freqs, positions, grid, prefix_tokens, interleav
     return out
 
 
+@register(
+    f"rope3d_qkv_freqs(Tensor grad, Tensor x, SymInt num_heads, {_SETTINGS}) -> (Tensor, Tensor)",
+    lambda grad, x, num_heads, freqs, *settings: (grad.new_empty(grad.shape), freqs.new_empty(freqs.shape)),
+)
+def _rotate_qkv_freqs(grad, x, num_heads, *settings):
+    out = grad.new_empty(grad.shape)
+    dq, dk, dv = _split(grad, num_heads).chunk(3, 1)
+    new_q, new_k, new_v = _split(out, num_heads).chunk(3, 1)
+    new_v.copy_(dv)
+    q, k = x.unflatten(2, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return out, _freqs_gradient([dq, dk], [new_q, new_k], [q, k], *settings)
+
+
 class _RotateQKV(torch.autograd.Function):
     """In place forward; the backward pass writes a new gradient, since the one it is given may have other readers."""
 
     @staticmethod
-    def forward(qkv, shape, num_heads, *settings):
+    def forward(qkv, saved, shape, num_heads, *settings):
         _rotate_qkv_(qkv.view(shape), num_heads, *settings)
         return qkv
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        qkv, ctx.shape, ctx.num_heads, freqs, positions, *ctx.settings = inputs
+        qkv, saved, ctx.shape, ctx.num_heads, freqs, positions, *ctx.settings = inputs
         ctx.mark_dirty(qkv)
-        ctx.save_for_backward(freqs, positions)
+        ctx.save_for_backward(freqs, positions, saved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        freqs, positions = ctx.saved_tensors
+        freqs, positions, saved = ctx.saved_tensors
         grid, prefix_tokens, interleaved, inverse, backend = ctx.settings
         settings = (freqs, positions, grid, prefix_tokens, interleaved, not inverse, backend)
-        rotated = _rotate_qkv(grad.contiguous().view(ctx.shape), ctx.num_heads, *settings)
-        return rotated.view(grad.shape), *[None] * 9
+        packed, of_freqs = grad.contiguous().view(ctx.shape), None
+        if ctx.needs_input_grad[4]:
+            rotated, of_freqs = _rotate_qkv_freqs(packed, saved, ctx.num_heads, *settings)
+        else:
+            rotated = _rotate_qkv(packed, ctx.num_heads, *settings)
+        return rotated.view(grad.shape), None, None, None, of_freqs, *[None] * 6
 
 
 def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False, backend=None):
@@ -201,8 +255,8 @@ def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None,
             contiguous last dimension it is read in place, so views of a packed qkv cost no copy.
         k: [B, Hk, N, D] of q's dtype and device, or None. Hk may differ from Hq.
         grid: (T, Hp, Wp); the tokens after the prefix are its cells in row-major order, N = prefix_tokens + T*Hp*Wp.
-        freqs: float32 [3, D/2], or [Hq, 3, D/2] per head (then Hk = Hq); None: `joint_freqs(D)`. A gradient for freqs
-            is computed by the reference only, which "auto" then chooses.
+        freqs: float32 [3, D/2], or [Hq, 3, D/2] per head (then Hk = Hq); None: `joint_freqs(D)`. Learnable: where freqs
+            requires a gradient, the backward pass sums it in the same order on every run.
         prefix_tokens: number of leading tokens that are not rotated (the class token).
         positions: [N, 3] or [B, N, 3], integers or float32, instead of grid; the prefix tokens' rows are ignored.
         interleaved: pairs are channels (2c, 2c + 1), as in EVA-02; False: (c, c + D/2), as in GPT-NeoX.
@@ -215,19 +269,19 @@ def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None,
 
     Raises:
         TypeError, ValueError: the argument, what was expected and what came.
-        NotImplementedError: freqs requires a gradient and another backend than the reference was asked for; vmap.
+        NotImplementedError: vmap.
 
     Source: EVA02-AT (arXiv 2506.14356), section 3.2; RoFormer (arXiv 2104.09864).
     """
-    grid = _check(q, k, grid, freqs, prefix_tokens, positions)
-    backend = _backend(q, freqs, backend)
+    grid = check(q, k, grid, freqs, prefix_tokens, positions)
+    backend = _backend(q, backend)
     if backend == "reference":
         grid = grid or None
         options = dict(freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
         return rope3d_reference(q, k, grid, **options, inverse=inverse)
     q, k = _rows(q), k if k is None else _rows(k)
     settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, backend)
-    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, freqs)):
         out = _Rotate.apply(q, k, *settings)
     else:
         out = _rotate([q] if k is None else [q, k], *settings)
@@ -248,7 +302,7 @@ def rope3d_(
     Raises:
         as `rope3d`; ValueError also if q, k or freqs requires a gradient, or if memory overlaps.
     """
-    grid = _check(q, k, grid, freqs, prefix_tokens, positions)
+    grid = check(q, k, grid, freqs, prefix_tokens, positions)
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("freqs", freqs)):
             if x is not None and x.requires_grad:
@@ -259,11 +313,11 @@ def rope3d_(
     for name, x in (("q", q), ("k", k)):
         if x is not None and x.stride(3) != 1:
             raise ValueError(f"{name}: in place needs a contiguous last dimension, got strides {list(x.stride())}")
-        if x is not None and _overlaps(x):
+        if x is not None and overlaps(x):
             raise ValueError(f"{name}: in place needs memory of its own for every element, got strides {list(x.stride())}")
-    if k is not None and (k is q or _same_memory(q, k)):
+    if k is not None and (k is q or same_memory(q, k)):
         raise ValueError("k: shares its memory with q, so that in place it would be rotated twice")
-    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, freqs, backend))
+    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, backend))
     _rotate_([q] if k is None else [q, k], *settings)
     return q if k is None else (q, k)
 
@@ -283,7 +337,7 @@ def rope3d_qkv_(
     """Rotates the queries and keys of a packed projection in place, also in training.
 
     A linear layer's backward pass does not need its output, so nothing is kept twice, and autograd sees one in-place
-    operation. Use the tensor that is returned.
+    operation. Use the tensor that is returned. Where freqs requires a gradient, a copy of q and k is kept for it.
 
     Args:
         qkv: contiguous [B, N, 3 * num_heads * D], columns in the order (q, k, v), (head), (channel). Where a gradient
@@ -299,7 +353,7 @@ def rope3d_qkv_(
         as `rope3d`; ValueError also if qkv is not contiguous, or requires a gradient and is a leaf or a partial view.
     """
     if not isinstance(qkv, torch.Tensor) or qkv.ndim != 3:
-        raise _wrong("qkv", "a tensor [B, N, 3 * num_heads * D]", qkv)
+        raise wrong("qkv", "a tensor [B, N, 3 * num_heads * D]", qkv)
     if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"num_heads: expected a positive int such that 3 * num_heads divides {qkv.shape[2]}, got {num_heads!r}"
@@ -307,20 +361,24 @@ def rope3d_qkv_(
     if not qkv.is_contiguous():
         raise ValueError(f"qkv: expected a contiguous tensor, got strides {list(qkv.stride())}")
     q = _split(qkv.detach(), num_heads)[:, :num_heads]
-    grid = _check(q, None, grid, freqs, prefix_tokens, positions)
-    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, freqs, backend))
+    grid = check(q, None, grid, freqs, prefix_tokens, positions)
+    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, backend))
     if not torch.is_grad_enabled() or not (qkv.requires_grad or (freqs is not None and freqs.requires_grad)):
         _rotate_qkv_(qkv, num_heads, *settings)
         return qkv
     if qkv.is_leaf and qkv.requires_grad:
         raise ValueError("qkv: a leaf that requires a gradient cannot be changed in place; use rope3d")
+    saved = None
     if freqs is not None and freqs.requires_grad:
-        q, k, v = _split(qkv.clone(), num_heads).chunk(3, 1)
-        options = dict(freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
-        q, k = rope3d_reference(q, k, grid or None, **options, inverse=inverse)
-        return qkv.copy_(torch.cat((q, k, v), 1).transpose(1, 2).flatten(2))
+        if settings[-1] == "reference":
+            q, k, v = _split(qkv.clone(), num_heads).chunk(3, 1)
+            options = dict(freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
+            q, k = rope3d_reference(q, k, grid or None, **options, inverse=inverse)
+            return qkv.copy_(torch.cat((q, k, v), 1).transpose(1, 2).flatten(2))
+        # What is left in place is rounded: in bfloat16 it would make the gradient of freqs 0.3 % noise, torch's has none.
+        saved = qkv.detach()[..., : qkv.shape[2] // 3 * 2].clone()
     if torch.compiler.is_compiling() or not qkv._is_view():
-        return _RotateQKV.apply(qkv, qkv.shape, num_heads, *settings)
+        return _RotateQKV.apply(qkv, saved, qkv.shape, num_heads, *settings)
     base = qkv._base
     if base.numel() != qkv.numel() or not base.is_contiguous():
         raise ValueError(
@@ -328,106 +386,11 @@ def rope3d_qkv_(
             "pass the linear layer's own output, or use rope3d"
         )
     # Changing the base replaces one node of the graph; changing the view would copy the gradient three times.
-    return _RotateQKV.apply(base, qkv.shape, num_heads, *settings).view(qkv.shape)
+    return _RotateQKV.apply(base, saved, qkv.shape, num_heads, *settings).view(qkv.shape)
 
 
-def _wrong(name, expected, got):
-    kind = TypeError if not isinstance(got, torch.Tensor) else ValueError
-    shown = f"{got.dtype} {list(got.shape)}" if isinstance(got, torch.Tensor) else repr(got)
-    return kind(f"{name}: expected {expected}, got {shown}")
-
-
-def _check(q, k, grid, freqs, prefix_tokens, positions):
-    """Every check of the arguments; returns the grid as a list, empty where positions are given."""
-    for name, x in (("q", q), ("k", k)) if k is not None else (("q", q),):
-        if not isinstance(x, torch.Tensor) or x.ndim != 4:
-            raise _wrong(name, "a tensor [B, H, N, D]", x)
-        if _is_batched(x):
-            raise NotImplementedError(f"{name}: rope3d has no vmap rule; put the batch into dimension 0")
-    if q.dtype not in _FLOATS:
-        raise TypeError(f"q: expected float32, bfloat16, float16 or float64, got {q.dtype}")
-    B, Hq, N, D = q.shape
-    if D % 2 or not 2 <= D <= 256:
-        raise ValueError(f"q: expected an even head dim from 2 to 256, got {D}")
-    if k is not None:
-        if k.dtype != q.dtype:
-            raise TypeError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
-        if k.device != q.device:
-            raise ValueError(f"k: expected q's device {q.device}, got {k.device}")
-        if k.shape[0] != B or k.shape[2] != N or k.shape[3] != D:
-            raise ValueError(f"k: expected the shape [{B}, Hk, {N}, {D}], got {list(k.shape)}")
-    if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
-        raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
-    if (grid is None) == (positions is None):
-        raise ValueError(f"grid, positions: expected exactly one of the two, got {'neither' if grid is None else 'both'}")
-    if freqs is None:
-        if D % 4:
-            raise ValueError(f"freqs: the default, joint_freqs, needs a head dim that is a multiple of 4, got {D}")
-    else:
-        if not isinstance(freqs, torch.Tensor) or freqs.dtype != torch.float32:
-            got = freqs.dtype if isinstance(freqs, torch.Tensor) else type(freqs).__name__
-            raise TypeError(f"freqs: expected a float32 tensor, got {got}")
-        if freqs.shape != (3, D // 2) and freqs.shape != (Hq, 3, D // 2):
-            raise ValueError(f"freqs: expected the shape [3, {D // 2}] or [{Hq}, 3, {D // 2}], got {list(freqs.shape)}")
-        if freqs.ndim == 3 and k is not None and k.shape[1] != Hq:
-            raise ValueError(f"k: expected {Hq} heads, as freqs are per head, got {k.shape[1]}")
-        if freqs.device != q.device:
-            raise ValueError(f"freqs: expected q's device {q.device}, got {freqs.device}")
-    if positions is not None:
-        if not isinstance(positions, torch.Tensor) or positions.dtype not in _POSITIONS:
-            got = positions.dtype if isinstance(positions, torch.Tensor) else type(positions).__name__
-            raise TypeError(f"positions: expected a tensor of integers or float32, got {got}")
-        if positions.shape != (N, 3) and positions.shape != (B, N, 3):
-            raise ValueError(f"positions: expected the shape [{N}, 3] or [{B}, {N}, 3], got {list(positions.shape)}")
-        if positions.device != q.device:
-            raise ValueError(f"positions: expected q's device {q.device}, got {positions.device}")
-        if prefix_tokens > N:
-            raise ValueError(f"prefix_tokens: expected at most N = {N}, got {prefix_tokens}")
-        return []
-    try:
-        T, Hp, Wp = grid
-    except (TypeError, ValueError):
-        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}") from None
-    if not all(isinstance(n, (int, torch.SymInt)) and n >= 1 for n in (T, Hp, Wp)):
-        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}")
-    if N != prefix_tokens + T * Hp * Wp:
-        raise ValueError(
-            f"grid: {T} x {Hp} x {Wp} cells and prefix_tokens={prefix_tokens} make {prefix_tokens + T * Hp * Wp} "
-            f"tokens, but q has N = {N}"
-        )
-    return [T, Hp, Wp]
-
-
-# A private name, hence the getattr: without it a batched tensor fails further down, with a less clear error.
-_is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda x: False)
-
-
-def _backend(q, freqs, backend):
-    """The backend that serves the call; only the reference computes a gradient for freqs."""
+def _backend(q, backend):
     chosen = _dispatch.pick("rope3d", q, backend)
     if chosen == "cpu" and not q.is_cpu:
         raise RuntimeError(f"rope3d: backend 'cpu' was asked for but cannot serve this call: q is on {q.device}")
-    if chosen != "reference" and freqs is not None and freqs.requires_grad and torch.is_grad_enabled():
-        if backend not in (None, "auto") or (backend is None and _dispatch._DEFAULT.get("rope3d")):
-            raise _dispatch.not_built(
-                f"rope3d: the gradient of freqs on backend {chosen!r}", 'use backend="reference" or "auto"'
-            )
-        return "reference"
     return chosen
-
-
-def _same_memory(q, k):
-    if torch.compiler.is_compiling():
-        return False
-    return q.storage_offset() == k.storage_offset() and q.numel() > 0 and torch._C._is_alias_of(q, k)
-
-
-def _overlaps(x):
-    """Whether two elements of x may lie at one address."""
-    end = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride < end:
-                return True
-            end = (size - 1) * stride + end
-    return False
