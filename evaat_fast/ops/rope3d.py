@@ -282,7 +282,8 @@ def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None,
     q, k = _rows(q), k if k is None else _rows(k)
     settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, freqs)):
-        out = _Rotate.apply(q, k, *settings)
+        # Dynamo takes no tensor twice.
+        out = _Rotate.apply(q, q.view_as(q) if k is q else k, *settings)
     else:
         out = _rotate([q] if k is None else [q, k], *settings)
     return out[0] if k is None else (out[0], out[1])
