@@ -13,11 +13,12 @@ import triton.language as tl
 
 HEADS = 4
 NUM_WARPS = 4
+BLOCK_ELEMENTS = 2048  # of one head in a program: 16 a thread, two loads of 16 bytes in bfloat16
 
 
 def block_n(head_dim):
-    """Tokens of a program: 2048 elements, which is 16 a thread, two loads of 16 bytes in bfloat16."""
-    return max(1, 2048 // triton.next_power_of_2(head_dim))
+    """Tokens of a program."""
+    return max(1, BLOCK_ELEMENTS // triton.next_power_of_2(head_dim))
 
 
 @triton.jit

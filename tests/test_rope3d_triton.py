@@ -55,3 +55,20 @@ def test_prefix_rows_that_are_not_finite_pass_unchanged():
 def test_fuzz():
     for seed in range(16):
         cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.6)
+
+
+@dtypes
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_learnable_frequencies(dtype, interleaved, per_head):
+    freqs = torch.randn((5, 3, 32) if per_head else (3, 32)) / 4
+    q, k = make("contiguous", 2, 5, N, 64, dtype, "cpu"), make("packed", 2, 5, N, 64, dtype, "cpu")
+    cases.check_learnable("triton", q, k, GRID, freqs=freqs, interleaved=interleaved)
+    cases.check_learnable("triton", k, None, positions=torch.randn(2, N, 3), freqs=freqs, interleaved=interleaved, inverse=True)
+    cases.check_learnable_packed("triton", 2, N, 5, 64, dtype, "cpu", GRID, freqs=freqs, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("D", [2, 30, 80, 256])
+def test_learnable_frequencies_of_any_head_dim(D):
+    q, k = make("tokens first", 2, 6, N, D, torch.float32, "cpu"), make("sliced", 2, 3, N, D, torch.float32, "cpu")
+    cases.check_learnable("triton", q, k, GRID, freqs=torch.randn(3, D // 2))

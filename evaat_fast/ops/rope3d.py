@@ -73,7 +73,7 @@ def _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inve
     B, H, N, D = xs[0].shape
     heads = table.shape[2]
     if backend == "triton":
-        from evaat_fast.kernels.rope3d import rotate_with_freqs
+        from evaat_fast.kernels.rope3d_freqs import rotate_with_freqs
 
         partial = rotate_with_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse)
     else:
