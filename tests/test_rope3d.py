@@ -122,7 +122,9 @@ def test_learnable_frequencies_of_no_tokens(backend):
     q, freqs = make("contiguous", 2, 2, 4, 8, torch.float32, device_of(backend)), torch.randn(3, 4)
     q, freqs = q.requires_grad_(), freqs.to(q.device).requires_grad_()
     for x, prefix in ((q, 4), (q[:0], 1), (q[:, :0], 1)):
-        out = ops.rope3d(x, None, positions=torch.zeros(4, 3, device=q.device), freqs=freqs, prefix_tokens=prefix, backend=backend)
+        out = ops.rope3d(
+            x, None, positions=torch.zeros(4, 3, device=q.device), freqs=freqs, prefix_tokens=prefix, backend=backend
+        )
         (of_freqs,) = torch.autograd.grad(out.sum(), freqs, allow_unused=True)
         assert of_freqs is None or not of_freqs.any()
 
@@ -203,7 +205,9 @@ def test_threads(threads, layout):
         freqs, x = ops.joint_freqs(64).requires_grad_(), torch.randn(2, 3, 785, 64)
         slopes = torch.autograd.grad(ops.rope3d(x, None, (4, 14, 14), freqs=freqs, backend="cpu").square().sum() * 3, freqs)
         torch.set_num_threads(before)
-        assert torch.equal(torch.autograd.grad(ops.rope3d(x, None, (4, 14, 14), freqs=freqs).square().sum() * 3, freqs)[0], slopes[0])
+        assert torch.equal(
+            torch.autograd.grad(ops.rope3d(x, None, (4, 14, 14), freqs=freqs).square().sum() * 3, freqs)[0], slopes[0]
+        )
     finally:
         torch.set_num_threads(before)
 
