@@ -10,8 +10,12 @@ import contextlib
 import torch
 import triton
 import triton.language as tl
-
 from evaat_fast.kernels.rope3d import HEADS, NUM_WARPS, _turn, block_n
+
+
+def tokens(head_dim):
+    """Tokens of a program: half as many as the rotation alone takes, at which registers would spill or halve occupancy."""
+    return max(1, block_n(head_dim) // 2)
 
 
 @triton.jit
@@ -71,7 +75,7 @@ def rope3d_freqs_kernel(
     D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """table: float64; positions: float32 [.., N - prefix, 3]; partial: float64 [programs of axis 0, programs of axis 1, 3, D/2]."""
+    """table: float64; positions: float32 [.., N - prefix, 3]; partial: float64 [programs, groups of heads, 3, D/2]."""
     blocks = tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,7 +120,7 @@ def rotate_with_freqs(grads, outs, xs, table, positions, prefix_tokens, interlea
     k_heads = grads[1].shape[1] if len(grads) == 2 else 0
     per_head = table.shape[2] > 1
     heads = 1 if per_head else HEADS
-    BLOCK_N = block_n(D)
+    BLOCK_N = tokens(D)
     grid = (B * triton.cdiv(N, BLOCK_N), triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads))
     partial = torch.empty((*grid, 3, D // 2), dtype=torch.float64, device=table.device)
     pairs = [x for both in (grads, outs, xs) for x in (both[0], both[-1])]

@@ -44,6 +44,32 @@ def test_rope3d_moves_16_bytes_per_access(arch, interleaved):
     assert aot.global_access(code) == {"load": {128}, "store": {128}}
 
 
+def rope3d_freqs(arch, dtype, D, interleaved=True, heads=None):
+    import triton
+    from evaat_fast.kernels import rope3d as kernels
+    from evaat_fast.kernels.rope3d_freqs import rope3d_freqs_kernel, tokens
+
+    pairs = [f"{x}_{y}" for x in ("grad", "out", "x") for y in "qk"]
+    strides = [f"{x}_{d}" for x in pairs for d in "bhn"]
+    pointers = dict.fromkeys(pairs, f"*{dtype}") | {"table": "*fp64", "positions": "*fp32", "partial": "*fp64"}
+    aligned = ["table_half", "table_b", "table_h", *strides]
+    integers = dict.fromkeys([*aligned, "positions_b", "q_heads", "k_heads", "N", "prefix"], "i32")
+    constants = dict(D=D, INTERLEAVED=interleaved, INVERSE=True, HEADS=heads or kernels.HEADS, BLOCK_N=tokens(D))
+    constants["BLOCK_C"] = triton.next_power_of_2(D // 2)
+    return aot.build(rope3d_freqs_kernel, pointers | integers, constants, arch, aligned=aligned, num_warps=kernels.NUM_WARPS)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("dtype,D,heads", [("bf16", 64, None), ("fp16", 128, None), ("fp32", 64, None), ("bf16", 64, 1)])
+def test_rope3d_freqs_fits(arch, dtype, D, interleaved, heads):
+    compiled = rope3d_freqs(arch, dtype, D, interleaved, heads)
+    used = aot.resources(compiled)
+    assert used["stack"] == 0, used
+    assert used["shared"] <= aot.SHARED_LIMIT[arch], used
+    assert used["registers"] <= 128, used
+
+
 def test_rope3d_per_head_and_inverse_fit():
     used = aot.resources(rope3d(90, "bf16", 64, inverse=True, per_head=True))
     assert used["stack"] == 0, used

@@ -147,9 +147,9 @@ def test_compiles_with_learnable_frequencies():
     linear, x, freqs = torch.nn.Linear(8, 96), torch.randn(2, N, 8), ops.joint_freqs(16).requires_grad_()
     packed = lambda x: ops.rope3d_qkv_(linear(x), 2, GRID, freqs=freqs).pow(3).sum()  # noqa: E731
     apart = lambda x: sum(y.pow(3).sum() for y in ops.rope3d(x, x, GRID, freqs=freqs))  # noqa: E731
-    for function, x in ((packed, x), (apart, torch.randn(2, 4, N, 16))):
+    for function, y in ((packed, x), (apart, torch.randn(2, 4, N, 16))):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(*(torch.autograd.grad(f(x), freqs) for f in (compiled, function)))
+        torch.testing.assert_close(*(torch.autograd.grad(f(y), freqs) for f in (compiled, function)))
 
 
 def test_compiles_packed_with_gradients():
