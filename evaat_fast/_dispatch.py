@@ -158,6 +158,8 @@ def pick(op, tensor, backend=None, dtype=None):
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
     reason = unusable(op, named, tensor.is_cuda, dtype)
+    if reason is None and named == "cpu" and not tensor.is_cpu:
+        reason = f"the cpu backend takes CPU tensors, not {tensor.device}"
     if reason is not None:
         raise RuntimeError(f"{op}: backend {named!r} was asked for but cannot serve this call: {reason}")
     return named

@@ -281,7 +281,7 @@ BAD_FREQS = [
     (lambda: ops.joint_freqs(64.0), "head_dim: expected a positive multiple of 4, got 64.0"),
     (lambda: ops.joint_freqs(64, theta=0), "theta: expected a positive number, got 0"),
     (lambda: ops.joint_freqs(64, scale=(1, 1)), r"scale: expected 3 finite numbers, got \(1, 1\)"),
-    (lambda: ops.joint_freqs(64, scale=1), "scale: expected 3 numbers, got 1"),
+    (lambda: ops.joint_freqs(64, scale=1), "scale: expected 3 finite numbers, got 1"),
     (lambda: ops.spatial_freqs(64, scale=(1, math.nan)), "scale: expected 2 finite numbers"),
     (lambda: ops.split_freqs(7, (2, 2, 2)), "head_dim: expected a positive multiple of 2, got 7"),
     (lambda: ops.split_freqs(8, (2, 3, 2)), r"dims: expected three even numbers .* at most 8, got \(2, 3, 2\)"),

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import _dispatch
+from evaat_fast._check import number
 from evaat_fast.ops.rope3d import rope3d, rope3d_qkv_
 
 
@@ -70,9 +71,13 @@ def joint_attention(
     backend = _dispatch.pick("joint_attention", q, backend)
     rotation = dict(freqs=freqs, prefix_tokens=prefix_tokens, interleaved=interleaved, backend=_rope_backend(backend))
     if k_positions is not None:
-        if positions is None:
-            raise ValueError("k_positions: expected together with positions, which is None")
-        q, k = rope3d(q, positions=positions, **rotation), rope3d(k, positions=k_positions, **rotation)
+        if positions is None or grid is not None:
+            raise ValueError("k_positions: expected together with positions, and without grid")
+        q = rope3d(q, positions=positions, **rotation)
+        try:
+            k = rope3d(k, positions=k_positions, **rotation)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"k_{error}" if str(error).startswith("positions:") else str(error)) from None
     elif grid is not None or positions is not None:
         q, k = rope3d(q, k, grid, positions=positions, **rotation)
     elif freqs is not None:
@@ -106,9 +111,9 @@ def joint_attention_qkv_(
     _refuse(None, None, return_lse, deterministic, qkv)
     if not isinstance(qkv, torch.Tensor) or not qkv.is_floating_point():
         raise TypeError(f"qkv: expected a floating-point tensor, got {getattr(qkv, 'dtype', type(qkv).__name__)}")
-    if not isinstance(num_heads, int) or num_heads < 1:
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
         raise ValueError(f"num_heads: expected a positive int, got {num_heads!r}")
-    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads):
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
         raise ValueError(f"qkv: expected the shape [B, N, 3 * {num_heads} * D], got {list(qkv.shape)}")
     (qkv,) = _autocast(qkv)
     backend = _dispatch.pick("joint_attention", qkv, backend)
@@ -135,7 +140,7 @@ def _rope_backend(backend):
 
 
 def _scale(scale, head_dim):
-    return head_dim**-0.5 if scale is None else float(scale)
+    return head_dim**-0.5 if scale is None else number("scale", scale)
 
 
 def _autocast(*tensors):
@@ -162,11 +167,15 @@ def _check_qkv(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
         if x.ndim != 4:
             raise ValueError(f"{name}: expected the shape [B, H, N, D], got {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
     B, H, _, D = q.shape
+    if D == 0:
+        raise ValueError(f"q: expected a head dim of at least 1, got the shape {list(q.shape)}")
     if k.shape[0] != B or k.shape[3] != D or k.shape[1] == 0 or H % k.shape[1]:
         raise ValueError(f"k: expected [{B}, a divisor of {H}, M, {D}] to go with q {list(q.shape)}, got {list(k.shape)}")
     if v.shape != k.shape:

@@ -6,10 +6,11 @@ A token at position p = (t, h, w) turns its channel pair c by the angle p . F[:,
 is linear in the position is such an F, so one kernel serves them all. A zero leaves an axis out.
 """
 
-import math
 from collections import OrderedDict
 
 import torch
+
+from evaat_fast._check import number
 
 
 def joint_freqs(head_dim, theta=10000.0, scale=(1.0, 1.0, 1.0)):
@@ -110,16 +111,18 @@ def _ladder(channels, theta, device=None):
 def _check(head_dim, multiple, theta):
     if not isinstance(head_dim, int) or isinstance(head_dim, bool) or head_dim < 1 or head_dim % multiple:
         raise ValueError(f"head_dim: expected a positive multiple of {multiple}, got {head_dim!r}")
-    if not theta > 0:
+    if not number("theta", theta) > 0:
         raise ValueError(f"theta: expected a positive number, got {theta!r}")
 
 
 def _numbers(name, values, count):
     try:
-        numbers = [float(v) for v in values]
+        if isinstance(values, str):
+            raise TypeError
+        numbers = [number(name, v) for v in values]
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected {count} numbers, got {values!r}") from None
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name}: expected {count} finite numbers, got {values!r}") from None
+    if len(numbers) != count:
         raise ValueError(f"{name}: expected {count} finite numbers, got {values!r}")
     return numbers
 

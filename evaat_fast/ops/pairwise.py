@@ -6,10 +6,13 @@
 The references below are the specification; they build the [N, N] matrix.
 """
 
+import contextlib
+
 import torch
 from torch.nn.functional import cross_entropy
 
 from evaat_fast import _dispatch
+from evaat_fast._check import memory_of, number
 from evaat_fast.ops.pairwise_cpu import Clip, Sms, clip_step, sms_step
 from evaat_fast.ops.relevancy import (
     FLOATS,
@@ -19,7 +22,6 @@ from evaat_fast.ops.relevancy import (
     VerbNounPositives,
     VerbNounRelevancy,
     as_labels,
-    finite,
     no_gradient,
 )
 
@@ -130,22 +132,22 @@ def sms_loss(
 
     Source: EVA02-AT (arXiv 2506.14356), section 3.3, and the authors' SMS-Loss code.
     """
-    _check_features("sms_loss", video, text)
+    video, text = _check_features("sms_loss", video, text)
     _check_common("sms_loss", reduction, group, grad_mode)
     if rule == "charades":
         raise _dispatch.not_built('sms_loss(rule="charades")', 'use rule="code" or "paper"')
-    if rule not in _EPS:
+    if not isinstance(rule, str) or rule not in _EPS:
         raise ValueError(f'rule: expected "code", "paper" or "charades", got {rule!r}')
     labels = as_labels(relevancy, video.shape[0], video.device)
     if self_relevancy is not None:
-        _check_self(self_relevancy, video)
-    relaxation = finite("relaxation", relaxation)
+        self_relevancy = _check_self(self_relevancy, video)
+    relaxation = number("relaxation", relaxation)
     if relaxation < 0:
         raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
-    eps = _EPS[rule] if eps is None else finite("eps", eps)
+    eps = _EPS[rule] if eps is None else number("eps", eps)
     if validate or (validate is None and video.is_cpu and not torch.compiler.is_compiling()):
         labels.check_indices()
-    settings = (finite("margin", margin), relaxation, eps)
+    settings = (number("margin", margin), relaxation, eps)
     return _max_margin("sms_loss", video, text, labels, self_relevancy, settings, rule, reduction, backend)
 
 
@@ -159,6 +161,8 @@ def _max_margin(op, video, text, labels, self_relevancy, settings, rule, reducti
         return Sms.apply(video, text, *arguments) if any(needs) else sms_step(video, text, *arguments)[0]
     wide = torch.promote_types(video.dtype, torch.float32)
     w = labels.diagonal(wide) if self_relevancy is None else self_relevancy.to(wide)
+    if video.shape[0] == 1:
+        video, text = _no_pair(video, text)
     with _no_autocast(video):
         return sms_loss_reference(video, text, labels.matrix(wide), w, *settings, rule, reduction)
 
@@ -171,7 +175,7 @@ def mi_mm_loss(video, text, *, margin=0.2, reduction="mean", group=None, grad_mo
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    _check_features("mi_mm_loss", video, text)
+    video, text = _check_features("mi_mm_loss", video, text)
     w = video.new_ones(1, dtype=torch.promote_types(video.dtype, torch.float32)).expand(video.shape[0])
     return _first_branch("mi_mm_loss", video, text, w, margin, reduction, group, grad_mode, backend)
 
@@ -186,8 +190,8 @@ def adaptive_mi_mm_loss(
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    _check_features("adaptive_mi_mm_loss", video, text)
-    _check_self(self_relevancy, video)
+    video, text = _check_features("adaptive_mi_mm_loss", video, text)
+    self_relevancy = _check_self(self_relevancy, video)
     return _first_branch("adaptive_mi_mm_loss", video, text, self_relevancy, margin, reduction, group, grad_mode, backend)
 
 
@@ -195,7 +199,7 @@ def _first_branch(op, video, text, self_relevancy, margin, reduction, group, gra
     _check_common(op, reduction, group, grad_mode)
     N = video.shape[0]
     zeros = self_relevancy.new_zeros((1, 1)).expand(N, N)
-    settings = (finite("margin", margin), 0.0, -torch.inf)  # every d is above eps
+    settings = (number("margin", margin), 0.0, -torch.inf)  # every d is above eps
     return _max_margin(op, video, text, Labels(zeros), self_relevancy, settings, "code", reduction, backend)
 
 
@@ -224,7 +228,7 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
-    _check_features("clip_loss", video, text)
+    video, text = _check_features("clip_loss", video, text)
     _check_common("clip_loss", reduction, group, grad_mode)
     logit_scale = _check_scale(logit_scale, video)
     if _backend("clip_loss", video, reduction, backend) == "cpu":
@@ -232,6 +236,8 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
         text = text.view_as(text) if text is video else text
         arguments = (video, text, logit_scale, *needs)
         return Clip.apply(*arguments) if any(needs) else clip_step(*arguments)[0]
+    if video.shape[0] == 1:
+        video, text, logit_scale = _no_pair(video, text, logit_scale)
     with _no_autocast(video):
         return clip_loss_reference(video, text, logit_scale, reduction)
 
@@ -256,6 +262,7 @@ def _check_self(x, video):
     if x.device != device:
         raise ValueError(f"self_relevancy: expected the features' device {device}, got {x.device}")
     no_gradient("self_relevancy", x)
+    return memory_of("the loss", "self_relevancy", x)
 
 
 def _check_features(op, video, text):
@@ -263,8 +270,6 @@ def _check_features(op, video, text):
         if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
             got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
             raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor [N, E], got {got}")
-        if _is_batched(x):
-            raise NotImplementedError(f"{name}: {op} has no vmap rule; call it once per batch")
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(f"{name}: expected the shape [N, E] with E > 0, got {list(x.shape)}")
     if text.dtype != video.dtype:
@@ -273,6 +278,7 @@ def _check_features(op, video, text):
         raise ValueError(f"text: expected video's device {video.device}, got {text.device}")
     if text.shape != video.shape:
         raise ValueError(f"text: expected video's shape {list(video.shape)}, got {list(text.shape)}")
+    return memory_of(op, "video", video), memory_of(op, "text", text)
 
 
 def _check_common(op, reduction, group, grad_mode):
@@ -288,20 +294,23 @@ def _check_scale(scale, video):
     """logit_scale as a tensor [] in the dtype of the computation."""
     wide = torch.promote_types(video.dtype, torch.float32)
     if not isinstance(scale, torch.Tensor):
-        return torch.full((), finite("logit_scale", scale), dtype=wide, device=video.device)
+        return torch.full((), number("logit_scale", scale), dtype=wide, device=video.device)
     if scale.dtype not in FLOATS:
         raise TypeError(f"logit_scale: expected a float or a float tensor, got {scale.dtype}")
     if scale.numel() != 1:
         raise ValueError(f"logit_scale: expected one element, got the shape {list(scale.shape)}")
     if scale.device != video.device:
         raise ValueError(f"logit_scale: expected the features' device {video.device}, got {scale.device}")
-    return scale.reshape(()).to(wide)
+    return memory_of("clip_loss", "logit_scale", scale).reshape(()).to(wide)
 
 
-# A private name, hence the getattr: without it a batched tensor fails further down, with a less clear error.
-_is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda x: False)
+def _no_pair(*tensors):
+    """What the reference is given for N = 1: there is no pair, so a NaN in the features must not reach loss or gradient."""
+    return [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in tensors]
 
 
 def _no_autocast(x):
     """Products are computed in the dtype the reference names, also where the caller trains under autocast."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

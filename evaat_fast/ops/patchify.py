@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from evaat_fast import _dispatch
+from evaat_fast._check import memory_of, number
 from evaat_fast._register import register
 
 
@@ -85,6 +86,7 @@ def patchify(video, patch, mean, std, dtype=torch.float32, *, backend=None):
     if not isinstance(video, torch.Tensor) or video.dtype != torch.uint8:
         got = video.dtype if isinstance(video, torch.Tensor) else type(video).__name__
         raise TypeError(f"video: expected a uint8 tensor, got {got}")
+    video = memory_of("patchify", "video", video)
     if video.ndim != 5 or video.shape[-1] != 3:
         raise ValueError(f"video: expected the shape [B, T, H, W, 3], got {list(video.shape)}")
     if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
@@ -101,8 +103,10 @@ def patchify(video, patch, mean, std, dtype=torch.float32, *, backend=None):
 
 def _three(name, values):
     try:
-        values = [float(v) for v in values]
-    except (TypeError, ValueError):
+        if isinstance(values, str):
+            raise TypeError
+        values = [number(name, v) for v in values]
+    except TypeError:
         raise ValueError(f"{name}: expected three floats in units of 0..255, got {values!r}") from None
     if len(values) != 3:
         raise ValueError(f"{name}: expected three floats in units of 0..255, got {len(values)}")

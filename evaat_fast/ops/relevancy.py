@@ -7,6 +7,7 @@ to float32 (float64 for float64 features) before anything is computed with them,
 import torch
 
 from evaat_fast import _dispatch
+from evaat_fast._check import memory_of, number
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
@@ -23,10 +24,11 @@ class DenseRelevancy:
     def __init__(self, codes, scale):
         if not isinstance(codes, torch.Tensor) or codes.dtype != torch.uint8:
             raise TypeError(f"codes: expected a uint8 tensor, got {_kind(codes)}")
+        memory_of("DenseRelevancy", "codes", codes)
         if codes.ndim != 2:
             raise ValueError(f"codes: expected the shape [N, N], got {list(codes.shape)}")
         self.codes = codes
-        self.scale = finite("scale", scale)
+        self.scale = number("scale", scale)
 
 
 class IndexedRelevancy:
@@ -42,6 +44,7 @@ class IndexedRelevancy:
         for name, index in (("video_index", video_index), ("caption_index", caption_index)):
             if not isinstance(index, torch.Tensor) or index.dtype not in _INDICES:
                 raise TypeError(f"{name}: expected a tensor of int64 or int32, got {_kind(index)}")
+            memory_of("IndexedRelevancy", name, index)
             if index.ndim != 1:
                 raise ValueError(f"{name}: expected the shape [N], got {list(index.shape)}")
             if index.device != table.device:
@@ -52,6 +55,7 @@ class IndexedRelevancy:
             )
         if caption_index is video_index:
             caption_index = caption_index.view(-1)  # torch.compile takes no tensor twice
+        table = memory_of("IndexedRelevancy", "table", table)
         self.table, self.video_index, self.caption_index = table, video_index, caption_index
 
 
@@ -135,6 +139,7 @@ def as_labels(relevancy, N, device):
     else:
         name, table = "relevancy", relevancy
         _check_table("relevancy", table, f"[{N}, {N}], IndexedRelevancy or DenseRelevancy")
+        table = memory_of("the loss", "relevancy", table)
         labels = Labels(table)
     if labels.video_index is None and table.shape != (N, N):
         raise ValueError(f"{name}: expected the shape [{N}, {N}], got {list(table.shape)}")
@@ -147,17 +152,6 @@ def as_labels(relevancy, N, device):
 def no_gradient(name, x):
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, and the losses compute none for labels; pass it detached")
-
-
-def finite(name, x):
-    """x as a finite Python float."""
-    try:
-        value = float(x)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a float, got {x!r}") from None
-    if isinstance(x, bool) or not -1e300 < value < 1e300:
-        raise ValueError(f"{name}: expected a finite float, got {x!r}")
-    return value
 
 
 def _check_table(name, x, shape):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from evaat_fast import _dispatch
 from evaat_fast._register import register
 from evaat_fast.ops.freqs import cos_sin, joint_freqs, rows_of, spatial_freqs, split_freqs, table_of
-from evaat_fast.ops.rope3d_check import check, overlaps, same_memory, wrong
+from evaat_fast.ops.rope3d_check import check, flags, overlaps, readable, share_memory, writable, wrong
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
 
@@ -273,8 +273,10 @@ def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None,
 
     Source: EVA02-AT (arXiv 2506.14356), section 3.2; RoFormer (arXiv 2104.09864).
     """
+    q, k, freqs, positions = readable(q=q, k=k, freqs=freqs, positions=positions)
+    interleaved, inverse = flags(interleaved=interleaved, inverse=inverse)
     grid = check(q, k, grid, freqs, prefix_tokens, positions)
-    backend = _backend(q, backend)
+    backend = _backend(q, positions, backend)
     if backend == "reference":
         grid = grid or None
         options = dict(freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
@@ -303,6 +305,9 @@ def rope3d_(
     Raises:
         as `rope3d`; ValueError also if q, k or freqs requires a gradient, or if memory overlaps.
     """
+    writable("q", q), writable("k", k)
+    freqs, positions = readable(freqs=freqs, positions=positions)
+    interleaved, inverse = flags(interleaved=interleaved, inverse=inverse)
     grid = check(q, k, grid, freqs, prefix_tokens, positions)
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("freqs", freqs)):
@@ -316,9 +321,9 @@ def rope3d_(
             raise ValueError(f"{name}: in place needs a contiguous last dimension, got strides {list(x.stride())}")
         if x is not None and overlaps(x):
             raise ValueError(f"{name}: in place needs memory of its own for every element, got strides {list(x.stride())}")
-    if k is not None and (k is q or same_memory(q, k)):
+    if k is not None and (k is q or share_memory(q, k)):
         raise ValueError("k: shares its memory with q, so that in place it would be rotated twice")
-    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, backend))
+    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, positions, backend))
     _rotate_([q] if k is None else [q, k], *settings)
     return q if k is None else (q, k)
 
@@ -355,6 +360,9 @@ def rope3d_qkv_(
     """
     if not isinstance(qkv, torch.Tensor) or qkv.ndim != 3:
         raise wrong("qkv", "a tensor [B, N, 3 * num_heads * D]", qkv)
+    writable("qkv", qkv)
+    freqs, positions = readable(freqs=freqs, positions=positions)
+    interleaved, inverse = flags(interleaved=interleaved, inverse=inverse)
     if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"num_heads: expected a positive int such that 3 * num_heads divides {qkv.shape[2]}, got {num_heads!r}"
@@ -363,7 +371,7 @@ def rope3d_qkv_(
         raise ValueError(f"qkv: expected a contiguous tensor, got strides {list(qkv.stride())}")
     q = _split(qkv.detach(), num_heads)[:, :num_heads]
     grid = check(q, None, grid, freqs, prefix_tokens, positions)
-    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, backend))
+    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, positions, backend))
     if not torch.is_grad_enabled() or not (qkv.requires_grad or (freqs is not None and freqs.requires_grad)):
         _rotate_qkv_(qkv, num_heads, *settings)
         return qkv
@@ -390,8 +398,8 @@ def rope3d_qkv_(
     return _RotateQKV.apply(base, saved, qkv.shape, num_heads, *settings).view(qkv.shape)
 
 
-def _backend(q, backend):
+def _backend(q, positions, backend):
     chosen = _dispatch.pick("rope3d", q, backend)
-    if chosen == "cpu" and not q.is_cpu:
-        raise RuntimeError(f"rope3d: backend 'cpu' was asked for but cannot serve this call: q is on {q.device}")
+    if chosen != "reference" and positions is not None and positions.requires_grad and torch.is_grad_enabled():
+        raise ValueError('positions: requires a gradient, which only backend="reference" computes; pass it detached')
     return chosen

@@ -1,6 +1,10 @@
 """What the public functions of rope3d accept: every check of their arguments, and the errors."""
 
+import reprlib
+
 import torch
+
+from evaat_fast._check import memory_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32)
@@ -8,8 +12,25 @@ _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, to
 
 def wrong(name, expected, got):
     kind = TypeError if not isinstance(got, torch.Tensor) else ValueError
-    shown = f"{got.dtype} {list(got.shape)}" if isinstance(got, torch.Tensor) else repr(got)
+    shown = f"{got.dtype} {list(got.shape)}" if isinstance(got, torch.Tensor) else reprlib.repr(got)
     return kind(f"{name}: expected {expected}, got {shown}")
+
+
+def readable(**tensors):
+    """The arguments in memory that a kernel can read; what is no tensor is left to `check`."""
+    return [memory_of("rope3d", n, x) if isinstance(x, torch.Tensor) else x for n, x in tensors.items()]
+
+
+def flags(**values):
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return values.values()
+
+
+def writable(name, x):
+    if isinstance(x, torch.Tensor) and memory_of("rope3d", name, x) is not x:
+        raise ValueError(f"{name}: in place needs a tensor with memory of its own, got a lazily negated or zero one")
 
 
 def check(q, k, grid, freqs, prefix_tokens, positions):
@@ -17,8 +38,6 @@ def check(q, k, grid, freqs, prefix_tokens, positions):
     for name, x in (("q", q), ("k", k)) if k is not None else (("q", q),):
         if not isinstance(x, torch.Tensor) or x.ndim != 4:
             raise wrong(name, "a tensor [B, H, N, D]", x)
-        if _is_batched(x):
-            raise NotImplementedError(f"{name}: rope3d has no vmap rule; put the batch into dimension 0")
     if q.dtype not in _FLOATS:
         raise TypeError(f"q: expected float32, bfloat16, float16 or float64, got {q.dtype}")
     B, Hq, N, D = q.shape
@@ -63,7 +82,7 @@ def check(q, k, grid, freqs, prefix_tokens, positions):
         T, Hp, Wp = grid
     except (TypeError, ValueError):
         raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}") from None
-    if not all(isinstance(n, (int, torch.SymInt)) and n >= 1 for n in (T, Hp, Wp)):
+    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in (T, Hp, Wp)):
         raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}")
     if N != prefix_tokens + T * Hp * Wp:
         raise ValueError(
@@ -73,14 +92,33 @@ def check(q, k, grid, freqs, prefix_tokens, positions):
     return [T, Hp, Wp]
 
 
-# A private name, hence the getattr: without it a batched tensor fails further down, with a less clear error.
-_is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda x: False)
-
-
-def same_memory(q, k):
-    if torch.compiler.is_compiling():
+def share_memory(q, k):
+    """Whether an element of q and one of k may lie at one address. Views of one packed tensor are told apart exactly."""
+    if torch.compiler.is_compiling() or q.numel() == 0 or k.numel() == 0 or not torch._C._is_alias_of(q, k):
         return False
-    return q.storage_offset() == k.storage_offset() and q.numel() > 0 and torch._C._is_alias_of(q, k)
+    reach = [sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) for x in (q, k)]
+    apart = k.storage_offset() - q.storage_offset()
+    if apart > reach[0] or -apart > reach[1]:
+        return False
+    steps = []
+    for i in range(4):
+        if q.shape[i] > 1 or k.shape[i] > 1:
+            strides = {x.stride(i) for x in (q, k) if x.shape[i] > 1}
+            if len(strides) > 1:
+                return True
+            steps.append((strides.pop(), q.shape[i], k.shape[i]))
+    return _reachable(apart, sorted(steps, reverse=True))
+
+
+def _reachable(apart, steps):
+    """Whether sum(stride * (i_q - i_k)) = apart for some indices; steps: (stride, size in q, size in k), largest first."""
+    if not steps:
+        return apart == 0
+    stride, q_size, k_size = steps[0]
+    if stride == 0:
+        return _reachable(apart, steps[1:])
+    near = apart // stride
+    return any(-k_size < d < q_size and _reachable(apart - d * stride, steps[1:]) for d in (near, near + 1))
 
 
 def overlaps(x):
