@@ -11,6 +11,7 @@ _LAZY = {
     "create_model": "evaat_fast.model",
     "create_model_and_transforms": "evaat_fast.data.transforms",
     "list_models": "evaat_fast.model",
+    "list_pretrained": "evaat_fast.model",
     "get_tokenizer": "evaat_fast.model",
 }
 _SUBMODULES = ("ops", "model", "data", "eval", "train", "kernels")

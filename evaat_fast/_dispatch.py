@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,10 @@ FLOATS = ("float32", *LOW)
 
 # What the C++ kernels call the dtypes (csrc/cpu.h).
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve the call."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,16 @@ def why_not(backend):
                 importlib.import_module(_MODULE[backend])
             _reasons[backend] = None
         except Exception as error:  # a broken install must become a reason, whatever it raises
-            _reasons[backend] = f"{type(error).__name__}: {error}"
+            _reasons[backend] = f"{type(error).__name__}: {error}" + _hint(backend)
     return _reasons[backend]
+
+
+def _hint(backend):
+    """A clone in the current folder hides the installed package and has no modules of its own, unless installed with -e."""
+    source = Path(__file__).resolve().parents[1]
+    if backend != "cpu" or not (source / "setup.py").exists():
+        return ""
+    return f" (not built in the source tree {source}: pip install -e . there, or run from another folder)"
 
 
 @_constant
@@ -146,7 +159,7 @@ _DEFAULT = _read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
 def pick(op, tensor, backend=None, dtype=None):
     """The backend that serves `op` for `tensor`; `dtype` where the tensor's own is not the one that decides.
 
-    Raises ValueError for an unknown name and RuntimeError with the reason for a named backend that cannot serve.
+    Raises ValueError for an unknown name and BackendError, a RuntimeError, with the reason for one that cannot serve.
     """
     dtype = dtype or tensor.dtype
     named = _DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
@@ -161,7 +174,8 @@ def pick(op, tensor, backend=None, dtype=None):
     if reason is None and named == "cpu" and not tensor.is_cpu:
         reason = f"the cpu backend takes CPU tensors, not {tensor.device}"
     if reason is not None:
-        raise RuntimeError(f"{op}: backend {named!r} was asked for but cannot serve this call: {reason}")
+        source = "" if backend is not None else " (EVAAT_FAST_BACKEND; op=backend,... names ops singly)"
+        raise BackendError(f"{op}: backend {named!r} was asked for but cannot serve this call: {reason}{source}")
     return named
 
 

@@ -4,7 +4,10 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
+
+from evaat_fast import __version__
 
 EXIT_MISTAKE = 2  # what the user can mend; argparse's own code
 
@@ -18,21 +21,42 @@ def main(argv=None):
     Returns:
         0, or 2 where the input was wrong: the message is one line on stderr then. Other failures raise.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command == "train" and arguments.config is None and not arguments.keys:
+        parser.error("train: expected CONFIG.toml; --keys prints one to start from")
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted" + ("; --resume continues" if arguments.command == "train" else ""), file=sys.stderr)
+        return 130
+
+
+def _run(arguments):
+    try:
+        from evaat_fast._dispatch import BackendError
+    except ValueError as error:  # EVAAT_FAST_BACKEND
+        return _complain(arguments, error)
+    from evaat_fast.data.video import VideoError
     from evaat_fast.train.config import ConfigError
 
     try:
         return arguments.run(arguments) or 0
-    except (ConfigError, FileNotFoundError, FileExistsError, PermissionError, ImportError, _Mistake) as error:
-        if isinstance(error, ImportError) and "pip install" not in str(error):
+    except (ConfigError, VideoError, BackendError, NotImplementedError, OSError, ImportError, _Mistake) as error:
+        if isinstance(error, BrokenPipeError) or (isinstance(error, ImportError) and "pip install" not in str(error)):
             raise  # ours name the extra to install; any other is a fault
-        # torch's reasons run over many lines, the first of which says it.
-        print(f"evaat-fast {arguments.command}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _complain(arguments, error)
+
+
+def _complain(arguments, error):
+    # torch's reasons run over many lines, the first of which says it.
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    print(f"evaat-fast {arguments.command or 'doctor'}: {text}", file=sys.stderr)
+    return EXIT_MISTAKE
 
 
 class _Mistake(Exception):
@@ -43,6 +67,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="evaat-fast", description="Train and evaluate EVA02-AT; without a command: what works here, and why not."
     )
+    parser.add_argument("--version", action="version", version=f"evaat-fast {__version__}")
     parser.set_defaults(run=_doctor, command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -56,8 +81,9 @@ def _parser():
     _add_set(command, "for both stages")
     command.set_defaults(run=_demo)
 
-    command = commands.add_parser("train", help="train as a TOML file says")
-    command.add_argument("config", metavar="CONFIG.toml")
+    command = commands.add_parser("train", help="train as a TOML file says; --keys lists what it can say")
+    command.add_argument("config", metavar="CONFIG.toml", nargs="?")
+    command.add_argument("--keys", action="store_true", help="print every key with its default and meaning, as a TOML file")
     _add_set(command)
     group = command.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if there is one")
@@ -76,28 +102,29 @@ def _parser():
     command.add_argument("dir", metavar="DIR")
     command.add_argument("--train-clips", type=int, default=1536)
     command.add_argument("--test-clips", type=int, default=192)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.set_defaults(run=_make_kitchen)
     return parser
 
 
-def _add_set(command, note="a value in TOML, or a bare word"):
+def _add_set(command, note="a value in TOML, or a bare word; can be given again"):
     command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help=note)
 
 
 def _seed(text):
     try:
-        if (seed := int(text)) >= 0:
+        if 0 <= (seed := int(text)) < 2**31:
             return seed
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2147483647, got {text!r}")
 
 
 def _doctor(arguments):
     from evaat_fast import doctor
 
-    print(doctor.report())
+    print(doctor.report(), flush=True)
+    return 0 if doctor.healthy() else 1
 
 
 def _demo(arguments):
@@ -109,6 +136,11 @@ def _demo(arguments):
 def _train(arguments):
     from evaat_fast.train import Diverged, load, train
 
+    if arguments.keys:
+        from evaat_fast.train.config import template
+
+        print(template())
+        return
     config = load(arguments.config, arguments.overrides)
     try:
         result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
@@ -126,6 +158,8 @@ def _eval(arguments):
     config = load(arguments.config, arguments.overrides, training=False)
     if arguments.json:
         trainer.check_folder(Path(arguments.json).parent, "--json")
+        if Path(arguments.json).is_dir():
+            raise _Mistake(f"--json: {arguments.json!r} is a folder; expected a file to write")
     device = trainer.choose_device(config)
     config.train.init = arguments.checkpoint
     if not Path(arguments.checkpoint).is_file():
@@ -181,3 +215,4 @@ def _make_kitchen(arguments):
     except ValueError as error:
         raise _Mistake(error) from None
     print(f"annotations {corpus.annotations}\nvideos      {corpus.videos}")
+    print("in a TOML file: [data] annotations = ..., videos = ...; evaat-fast train --keys prints one to start from")

@@ -18,6 +18,11 @@ def report():
     return "\n".join([*_versions(), "", *_backends(), "", *_table()])
 
 
+def healthy():
+    """Whether the C++ kernels, which every install has, can be used."""
+    return _dispatch.why_not("cpu") is None
+
+
 def matrix():
     """The op x backend table as Markdown: what the README shows. It does not depend on the machine."""
     columns = [b for b in _dispatch.BACKENDS if any(b in row for row in _dispatch.SUPPORT.values())]
@@ -82,14 +87,19 @@ def _backends():
 
 def _table():
     cuda = torch.cuda.is_available()
-    lines = [f"op x backend for {'CUDA' if cuda else 'CPU'} tensors (auto takes the one marked *)"]
+    lines = [f"op x backend for {'CUDA' if cuda else 'CPU'} tensors (* serves a call that names none)"]
     for op, row in _dispatch.SUPPORT.items():
         if not row:
             lines.append(f"  {op:<20}not built yet")
             continue
-        order = _dispatch.AUTO[op, cuda]
+        named = _dispatch._DEFAULT.get(op)
+        order = (named,) if named else _dispatch.AUTO[op, cuda]
         reasons = {b: _dispatch.unusable(op, b, cuda, torch.float32) for b in row}
-        served = next((b for b in order if reasons[b] is None), None)
+        served = next((b for b in order if b in reasons and reasons[b] is None), None)
+        if named and served is None:
+            why = reasons.get(named) or f"there is no {named} version of it"
+            lines.append(f"  {op:<20}! EVAAT_FAST_BACKEND asks for {named}, which cannot serve: {why}")
+            continue
         for i, (backend, support) in enumerate(row.items()):
             mark = "*" if backend == served else " "
             state = reasons[backend] or ("serves" if mark == "*" else "by name")

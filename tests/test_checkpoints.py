@@ -233,3 +233,39 @@ def test_missing_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         evaat_fast.create_model(TINY, pretrained="hf-hub:owner/name")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"logit_scale": torch.ones(2)}, r"logit_scale \[2\]"),
+        (
+            {"logit_scale": torch.ones((), dtype=torch.bool)},
+            "expected dense floating-point weights, got logit_scale torch.bool",
+        ),
+        ({"visual.pos_embed": torch.ones(1, 0, 128)}, "visual.pos_embed"),
+        ({"visual.cls_token": torch.ones(1, 1, 128, dtype=torch.complex64)}, "got visual.cls_token torch.complex64"),
+        ({"visual.cls_token": torch.ones(1, 1, 128).to_sparse()}, "got visual.cls_token torch.sparse_coo"),
+        ({"visual.cls_token": torch.ones(1, 1, 128, device="meta")}, "on meta"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_none(change, message):
+    model = evaat_fast.create_model(TINY)
+    with pytest.raises(ValueError, match=message):
+        load_state(model, {**model.state_dict(), **change})
+
+
+def test_files_that_hold_no_weights(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"garbage")
+    torch.save({1: torch.ones(1)}, tmp_path / "numbered.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name, message in (
+        ("a.safetensors", "not a .safetensors file that can be read"),
+        ("numbered.pt", "no state dict"),
+        ("empty.pt", r"not a file of weights that torch can read safely \(EOFError\)"),
+    ):
+        if name.endswith("s"):
+            pytest.importorskip("safetensors")
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(tmp_path / name)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from corpus import corpus
 
+from evaat_fast import _dispatch
 from evaat_fast.cli import main
+from evaat_fast.train import load
 
 TINY = """
 [model]
@@ -72,6 +74,16 @@ def test_train_then_eval(toml, tmp_path, capsys):
         (["make-kitchen", "/dev/null/kitchen"], "/dev/null/kitchen"),
         (["make-kitchen", "TMP/kitchen", "--train-clips", "0"], "train_clips"),
         (["make-kitchen", "TMP"], "is not empty"),
+        (["make-kitchen", "TMP/" + "k" * 300], "DIR: the folder"),
+        (["demo", "--out", "TMP/" + "d" * 300], "--out: the folder"),
+        (["train", "TOML", "--set", "train.out=TMP/" + "r" * 300], "cannot be written to: File name too long"),
+        (["train", "TOML", "--set", "train.init=/nowhere.pt"], "train.init: there is no"),
+        (["train", "TOML", "--set", "loss.name=sms", "--set", "loss.rule=charades"], "loss.rule: 'charades' is not built yet"),
+        (["train", "TOML", "--set", "lr=1"], "did you mean 'optim.lr'"),
+        (["train", "TOML", "--set", "optim.lr=fast"], "optim.lr: expected a number, got 'fast'"),
+        (["train", "TOML", "--set", "train.seed=9223372036854775807"], "train.seed: expected a value of at most 2147483647"),
+        (["train", "TOML", "--set", "model.overrides.embed_dim=100000000"], "model: cannot be built"),
+        (["eval", "TOML", "--checkpoint", "TOML", "--json", "TMP"], "is a folder; expected a file to write"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(toml, tmp_path, arguments, message, capsys):
@@ -84,7 +96,9 @@ def test_mistakes_are_one_line_and_leave_nothing(toml, tmp_path, arguments, mess
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["train"], ["demo", "--seed", "-1"], ["eval", "x.toml"]])
+@pytest.mark.parametrize(
+    "arguments", [["fly"], ["train"], ["demo", "--seed", "-1"], ["demo", "--seed", "9" * 20], ["eval", "x.toml"]]
+)
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -114,6 +128,37 @@ def test_doctor_is_what_no_arguments_print(capsys):
     plain = capsys.readouterr().out
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out == plain and f"torch {torch.__version__}" in plain
+
+
+def test_keys_are_a_file_with_every_default(tmp_path, capsys):
+    assert main(["train", "--keys"]) == 0
+    path = tmp_path / "keys.toml"
+    path.write_text(capsys.readouterr().out)
+    places = ["data.annotations=a", "data.videos=v", "train.out=o"]
+    (tmp_path / "none.toml").write_text("")
+    assert load(path, places).to_dict() == load(tmp_path / "none.toml", places).to_dict()
+
+
+def test_a_named_backend_that_cannot_serve_is_one_line(toml, capsys, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_DEFAULT", {"joint_attention": "cpu"})
+    assert main(["train", toml]) == 2
+    assert "joint_attention: backend 'cpu' was asked for" in capsys.readouterr().err
+    assert main(["doctor"]) == 0
+    assert "! EVAAT_FAST_BACKEND asks for cpu" in capsys.readouterr().out
+
+
+def test_a_bad_environment_variable_is_one_line(tmp_path):
+    environment = {"PATH": "/usr/bin", "EVAAT_FAST_BACKEND": "bogus"}
+    command = [sys.executable, "-m", "evaat_fast", "doctor"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith("evaat-fast doctor: EVAAT_FAST_BACKEND='bogus': expected one of auto")
+
+
+def test_output_may_be_cut_short(tmp_path):
+    command = f"{sys.executable} -m evaat_fast | head -c 1"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stderr == ""
 
 
 def test_module_and_script_are_one_command_line(tmp_path):

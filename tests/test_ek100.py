@@ -253,12 +253,10 @@ def test_bad_num_frames():
 def test_missing_folders_and_files(copy):
     with pytest.raises(FileNotFoundError, match="annotations: there is no folder '/nowhere'"):
         EK100("/nowhere", copy.videos, "test", num_frames=4)
-    with pytest.raises(FileNotFoundError, match="video_root: there is no folder '/nowhere'"):
+    with pytest.raises(FileNotFoundError, match="videos: there is no folder '/nowhere'"):
         EK100(copy.annotations, "/nowhere", "test", num_frames=4)
     shutil.rmtree(copy.videos / "P02")
-    with pytest.raises(
-        FileNotFoundError, match="video_root: 1 of the 1 videos of the test split are missing, first .*P02_00.MP4"
-    ):
+    with pytest.raises(FileNotFoundError, match="videos: 1 of the 1 videos of the test split are missing, first .*P02_00.MP4"):
         make(where=copy)
     (copy.annotations / "EPIC_100_retrieval_train_sentence.csv").unlink()
     with pytest.raises(FileNotFoundError, match="annotations: there is no file .*train_sentence.csv"):

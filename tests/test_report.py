@@ -60,7 +60,7 @@ def test_the_configurations_are_real_ones(run):
     out, _ = run
     for stage in demo.STAGES:
         config = load(out / f"{stage}.toml")
-        assert config.train.out == str(out / stage) and config.data.videos == str(out / "corpus/videos")
+        assert config.train.out == str(out / stage) and config.data.videos == str(out / "corpus-quick/videos")
     assert config.train.init == str(out / "pretrain/last.pt") and config.loss.name == "sms"
 
 
@@ -82,7 +82,10 @@ def test_queries_mark_what_is_right(run):
     out, _ = run
     from evaat_fast.train import inputs
 
-    test = inputs.dataset(load(out / "pretrain.toml", demo.quick_overrides("pretrain", out / "corpus-quick")), "test")
+    # The file says what was run: the small corpus, few epochs, the seed, and what was overridden.
+    config = load(out / "pretrain.toml")
+    assert (config.train.epochs, config.train.seed, config.model.num_frames) == (2, 0, 4)
+    test = inputs.dataset(config, "test")
     found = report.queries(test.relevancy.double(), test)
     for query in found["text_to_video"]:
         assert [f["right"] for f in query["found"]].count(True) == min(5, query["matching"])

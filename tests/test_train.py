@@ -122,6 +122,27 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(configure):
     assert_same(first, weights(train(config, overwrite=True, quiet=True)["checkpoint"]))
 
 
+def test_an_old_run_stands_until_the_new_one_has_a_checkpoint(configure, monkeypatch):
+    old = train(configure(), quiet=True)["checkpoint"]
+    before = old.read_bytes()
+    monkeypatch.setattr(trainer, "batch_loss", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(configure(), overwrite=True, quiet=True)
+    assert old.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"config": 3}, {"optimizer": {}}, {"rng": {}}, {"epoch": "x"}, {"epoch": -3}, {"state_dict": {}}, {"rng": {"cpu": 1}}],
+    ids=str,
+)
+def test_a_damaged_checkpoint_is_not_resumed(configure, damage):
+    path = train(configure("train.epochs=1"), quiet=True)["checkpoint"]
+    torch.save({**torch.load(path, weights_only=True), **damage}, path)
+    with pytest.raises(ValueError, match="last.pt' (is damaged|cannot be continued)"):
+        train(configure("train.epochs=1"), resume=True, quiet=True)
+
+
 def test_resuming_another_run_is_an_error(configure):
     train(configure("train.epochs=1"), quiet=True)
     with pytest.raises(ConfigError, match="made with optim.lr = 0.001, this run has 0.01"):
@@ -219,6 +240,9 @@ def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match="not a checkpoint that torch can read safely"):
         checkpoint.read(tmp_path / "text.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of a run, but a Tensor"):
+        checkpoint.read(tmp_path / "tensor.pt")
     torch.save({"state_dict": {}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="it lacks model_config, optimizer, epoch, config, rng"):
         checkpoint.read(tmp_path / "weights.pt")

@@ -30,6 +30,8 @@ _SLOTS = 256  # counters of replaced clips: one for the main process, one for ea
 
 def kinds_relevancy(kinds):
     """float32 [K, K]: relevancy between K kinds, pairs (verb class, set of noun classes); exactly 1 where equal."""
+    if any(n < 0 for _, nouns in kinds for n in nouns):
+        raise ValueError("kinds: expected noun classes from 0")
     verbs = torch.tensor([verb for verb, _ in kinds])
     width = 1 + max((n for _, nouns in kinds for n in nouns), default=0)
     hot = torch.zeros(len(kinds), width)
@@ -105,6 +107,11 @@ class EK100(Dataset):
         _choice("decoder", decoder, videos.DECODERS)
         _choice("on_error", on_error, ("replace", "raise"))
         videos.frame_ids(0, 1, num_frames)  # num_frames must be a positive int
+        for name, value in (("retries", retries), ("seed", seed)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+                raise ValueError(f"{name}: expected an int from 0, got {value!r}")
+        if transform is not None and not callable(transform):
+            raise TypeError(f"transform: expected a function of a clip, got {transform!r}")
         self.split, self.num_frames, self.transform = split, num_frames, transform
         self.sampler, self.positive, self.threshold, self.frames = sampler, positive, threshold, frames
         self.decoder, self.retries, self.on_error, self.seed = decoder, retries, on_error, seed
@@ -131,6 +138,16 @@ class EK100(Dataset):
         A batch's labels are ops.IndexedRelevancy(data.relevancy_table, batch["kind"], batch["text_kind"]).
         """
         return kinds_relevancy(self.kinds)
+
+    @property
+    def frames(self):
+        """What is shown of each clip; can be set."""
+        return self._shown
+
+    @frames.setter
+    def frames(self, name):
+        _choice("frames", name, FRAMES)
+        self._shown = name
 
     @property
     def relevancy(self):

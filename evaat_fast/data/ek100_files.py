@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import math
 
 _COLUMNS = (
     "narration_id",
@@ -38,7 +39,7 @@ def read_captions(folder, split, clips):
 def find_videos(root, clips, split):
     """{video: path of its file or of its folder of chunks}."""
     if not root.is_dir():
-        raise FileNotFoundError(f"video_root: there is no folder {str(root)!r}")
+        raise FileNotFoundError(f"videos: there is no folder {str(root)!r}")
     paths, missing = {}, []
     for name, participant in {c["video"]: c["participant"] for c in clips}.items():
         places = [root / participant / f"{name}{suffix}" for suffix in (".MP4", ".mp4")]
@@ -48,7 +49,7 @@ def find_videos(root, clips, split):
         paths[name] = path
     if missing:
         count = f"{len(missing)} of the {len(paths)} videos of the {split} split"
-        raise FileNotFoundError(f"video_root: {count} are missing, first {missing[0]!r}")
+        raise FileNotFoundError(f"videos: {count} are missing, first {missing[0]!r}")
     return paths
 
 
@@ -60,12 +61,26 @@ def _clip(row):
         "start": _seconds(row["start_timestamp"]),
         "stop": _seconds(row["stop_timestamp"]),
         "text": row["narration"],
-        "verb": int(row["verb_class"]),
-        "nouns": frozenset(int(n) for n in ast.literal_eval(row["all_noun_classes"])),
+        "verb": _class("verb_class", ast.literal_eval(row["verb_class"].strip())),
+        "nouns": frozenset(_class("all_noun_classes", n) for n in _list(ast.literal_eval(row["all_noun_classes"]))),
     }
+    if not math.isfinite(clip["stop"]):
+        raise ValueError(f"stop_timestamp {row['stop_timestamp']} is no time")
     if not 0 <= clip["start"] <= clip["stop"]:
         raise ValueError(f"stop_timestamp {row['stop_timestamp']} lies before start_timestamp {row['start_timestamp']}")
     return clip
+
+
+def _list(value):
+    if not isinstance(value, (list, tuple, set)):
+        raise ValueError(f"all_noun_classes: expected a list of class numbers, got {value!r}")
+    return value
+
+
+def _class(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError(f"{name}: expected a class number from 0, got {str(value)[:40]}")
+    return value
 
 
 def _seconds(text):
@@ -79,6 +94,13 @@ def _read(path, columns, parse):
         raise FileNotFoundError(f"annotations: there is no folder {str(path.parent)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"annotations: there is no file {str(path)!r}")
+    try:
+        return _parsed(path, columns, parse)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
+
+
+def _parsed(path, columns, parse):
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = [c for c in columns if c not in (reader.fieldnames or ())]

@@ -23,7 +23,7 @@ from evaat_fast.data.kitchen_render import COLOURS, SHAPES, VERBS, Segment, enco
 
 __all__ = ["COLOURS", "SHAPES", "VERBS", "Kitchen", "generate"]
 
-_VERSION = 2  # of the pictures: a corpus of another version is made anew
+_VERSION = 3  # of the pictures: a corpus of another version is made anew
 _STAMP = "kitchen.json"
 _CLIPS_PER_VIDEO = 48
 _MARGIN = 2  # frames between a segment's border and the narrated clip, so that no rounding shows the neighbour
@@ -95,14 +95,18 @@ def generate(
         raise ImportError(f"making videos needs PyAV ({error}): pip install evaat-fast[video]") from error
     root.parent.mkdir(parents=True, exist_ok=True)
     made_root = not root.exists()
-    # Beside its final place, so that the renaming at the end is atomic.
-    staging = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    # Beside its final place, so that the renaming at the end is atomic; inside it where an empty folder is there already,
+    # which may be a mount point or somebody's current folder, and whose stamp is moved last.
+    place = root.parent if made_root else root
+    staging = Path(tempfile.mkdtemp(prefix=f".{root.name[:100]}-", dir=place))
     try:
         _make(staging, settings, workers, progress)
         (staging / _STAMP).write_text(json.dumps(settings, indent=1) + "\n")
         staging.chmod(0o777 & ~_umask())
         if not made_root:
-            root.rmdir()  # empty: _found made sure; raises if something moved in meanwhile
+            for path in sorted(staging.iterdir(), key=lambda p: p.name == _STAMP):
+                path.rename(root / path.name)
+            return corpus
         try:
             staging.rename(root)
         except OSError:

@@ -106,6 +106,7 @@ def _check_size(image_size):
 
 def _check(clip):
     if not isinstance(clip, torch.Tensor) or clip.dtype != torch.uint8:
-        raise TypeError(f"clip: expected a uint8 tensor, got {getattr(clip, 'dtype', type(clip).__name__)}")
+        got = clip.dtype if isinstance(clip, torch.Tensor) else type(clip).__name__
+        raise TypeError(f"clip: expected a uint8 tensor, got {got}")
     if clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
         raise ValueError(f"clip: expected the shape [T, H, W, 3] without a 0, got {list(clip.shape)}")

@@ -71,6 +71,8 @@ def read_clip(path, start, stop, num_frames, *, sampler="avion", jitter=False, g
     """
     if not (math.isfinite(start) and start >= 0):
         raise ValueError(f"start: expected a time of 0 seconds or later, got {start!r}")
+    if not (math.isfinite(stop) and stop >= start):
+        raise ValueError(f"stop: expected a time not before start={start!r}, got {stop!r}")
     reader_of = _reader(decoder)
     chunks = _chunks(Path(path))
     seconds = np.array([second for second, _ in chunks])
@@ -159,13 +161,13 @@ class _Av:
         self.path = path
         try:
             self._container = av.open(str(path))
-        except (av.FFmpegError, OSError) as error:
+        except Exception as error:  # a damaged file makes PyAV raise FFmpegError, OSError or UnicodeDecodeError
             raise VideoError(f"{path}: {_reason(path, error)}") from error
         try:
             self._stream = self._container.streams.video[0]
             self._stream.codec_context.thread_count = 1
             self.fps, self.length = float(self._stream.average_rate or 0), self._stream.frames
-        except (av.FFmpegError, IndexError) as error:
+        except Exception as error:  # no stream: IndexError; one that its build cannot decode: AttributeError
             self.close()
             raise VideoError(f"{path}: no video stream ({error})") from error
         if self.length == 0 or not self.fps > 0:
@@ -173,8 +175,6 @@ class _Av:
             raise VideoError(f"{path}: {self.length} frames at {self.fps} frames per second")
 
     def read(self, indices):
-        import av
-
         stream, base = self._stream, float(self._stream.time_base)
         begin = stream.start_time or 0
         wanted, found = set(indices), {}
@@ -188,10 +188,10 @@ class _Av:
                 if number >= max(indices):
                     break
             return np.stack([found[i] for i in indices])
-        except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self.path}: {_reason(self.path, error)}") from error
         except KeyError as error:
             raise VideoError(f"{self.path}: frame {error} of {self.length} cannot be decoded") from None
+        except Exception as error:
+            raise VideoError(f"{self.path}: {_reason(self.path, error)}") from error
 
     def close(self):
         self._container.close()

@@ -75,8 +75,18 @@ def per_row(sim, relevancy):
     return _per_row(*_checked(sim, relevancy))
 
 
+def _matrix(name, x):
+    try:
+        x = torch.as_tensor(x).detach()
+    except Exception:  # whatever torch or numpy say of what is no array
+        raise TypeError(f"{name}: expected a tensor or an array of numbers, got {type(x).__name__}") from None
+    if x.layout is not torch.strided or x.is_meta:
+        raise TypeError(f"{name}: expected a dense tensor with values, got a {x.layout} one on {x.device}")
+    return x
+
+
 def _checked(sim, relevancy):
-    sim, relevancy = torch.as_tensor(sim).detach(), torch.as_tensor(relevancy).detach()
+    sim, relevancy = _matrix("sim", sim), _matrix("relevancy", relevancy)
     if not sim.is_floating_point():
         raise TypeError(f"sim: expected floating point, got {sim.dtype}")
     if relevancy.dtype not in (torch.float32, torch.float64):
@@ -89,6 +99,8 @@ def _checked(sim, relevancy):
         row, column = sim.isnan().nonzero()[0].tolist()
         raise ValueError(f"sim: {int(sim.isnan().sum())} NaN, the first at row {row}, column {column}")
     if not ((relevancy >= 0) & (relevancy <= 1)).all():
+        if relevancy.isnan().any():
+            raise ValueError(f"relevancy: {int(relevancy.isnan().sum())} NaN")
         low, high = relevancy.min().item(), relevancy.max().item()
         raise ValueError(f"relevancy: expected values from 0 to 1, got {low} to {high}")
     return sim, relevancy.to(sim.device)

@@ -113,5 +113,5 @@ def get_tokenizer(name=None, context_length=None):
         ValueError: no such model. ImportError: tokenizers, ftfy or regex is missing.
     """
     if name is not None:
-        context_length = context_length or get_config(name).context_length
-    return CLIPTokenizer(context_length or 77)
+        context_length = get_config(name).context_length if context_length is None else context_length
+    return CLIPTokenizer(77 if context_length is None else context_length)

@@ -57,11 +57,17 @@ def read_checkpoint(path):
             from safetensors.torch import load_file
         except ImportError:
             raise ImportError("reading .safetensors files needs safetensors: pip install safetensors") from None
-        return load_file(path), None
+        try:
+            return load_file(path), None
+        except Exception as error:  # safetensors has an error of its own
+            raise ValueError(f"checkpoint: {str(path)!r} is not a .safetensors file that can be read: {error}") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
-        raise ValueError(f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely: {error}") from error
+        # Not torch's own message: it recommends to load the file unsafely.
+        raise ValueError(
+            f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely ({type(error).__name__})"
+        ) from error
     config = content.get("model_config") if isinstance(content, dict) else None
     while isinstance(content, dict) and not _is_state(content):
         inner = next((content[k] for k in ("model_ema", "state_dict", "model", "module") if k in content), None)
@@ -74,7 +80,7 @@ def read_checkpoint(path):
 
 
 def _is_state(content):
-    return bool(content) and all(isinstance(v, torch.Tensor) for v in content.values())
+    return bool(content) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items())
 
 
 def convert_state(state):
@@ -132,7 +138,7 @@ def inflate(state, config):
         resized = F.interpolate(temporal.float().mT, frames, mode="linear", align_corners=False)
         state["visual.temporal_embed"] = resized.mT.to(temporal.dtype)
         _log.info("temporal_embed interpolated from %d to %d frames", temporal.shape[1], frames)
-    side = round((spatial.shape[1] - 1) ** 0.5)
+    side = round(max(spatial.shape[1] - 1, 0) ** 0.5)
     if side * side == spatial.shape[1] - 1 and (side, side) != (rows, columns):
         grid = spatial[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True, align_corners=False)
@@ -165,7 +171,14 @@ def load_checkpoint(model, path, *, part="all", fresh_heads=False):
 
 def load_state(model, state, *, part="all", fresh_heads=False, source="state dict"):
     """`load_checkpoint` from a dict of tensors."""
-    state = inflate(convert_state(state), model.config)
+    odd = [f"{k} {x.dtype}" for k, x in state.items() if not x.is_floating_point() and not _CONSTANTS.search(k)]
+    odd += [f"{k} {x.layout} on {x.device}" for k, x in state.items() if x.layout is not torch.strided or x.is_meta]
+    if odd:
+        raise ValueError(f"checkpoint: {source}: expected dense floating-point weights, got {_some(odd)}")
+    try:
+        state = inflate(convert_state(state), model.config)
+    except (RuntimeError, TypeError) as error:  # parts to be joined or resized that do not go together
+        raise ValueError(f"checkpoint: {source} does not fit the model: {str(error).splitlines()[0]}") from None
     own = model.state_dict()
     if part == "visual":
         own = {k: v for k, v in own.items() if k.startswith("visual.")}
@@ -176,7 +189,7 @@ def load_state(model, state, *, part="all", fresh_heads=False, source="state dic
             left = [*(k for k in _HEADS if k in own), *(["logit_scale"] if "logit_scale" in own else [])]
             _log.warning("%s: another embedding space than %d: left fresh: %s", source, model.config.embed_dim, ", ".join(left))
             state.update({k: own[k] for k in left})
-    if "logit_scale" in state and "logit_scale" in own:  # some store it as [1]
+    if "logit_scale" in state and "logit_scale" in own and state["logit_scale"].numel() == 1:  # some store it as [1]
         state["logit_scale"] = state["logit_scale"].reshape(own["logit_scale"].shape)
     problems = []
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -201,7 +214,7 @@ def check_config(stored, config, source):
     """Raises ValueError unless weights stored with the configuration `stored` (a dict) mean the same under `config`."""
     free = {"num_frames", "image_size", "temperature"}
     for name, ours in dataclasses.asdict(config).items():
-        if name in stored and name not in free and stored[name] != ours:
+        if name in stored and name not in free and (type(stored[name]) is not type(ours) or stored[name] != ours):
             raise ValueError(f"checkpoint: {source} was made with {name}={stored[name]!r}, the model has {ours!r}")
 
 

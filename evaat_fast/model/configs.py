@@ -50,8 +50,8 @@ class ModelConfig:
             kinds = (int, float) if field.type is float else field.type
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise TypeError(f"{field.name}: expected {field.type.__name__}, got {value!r}")
-            if field.type is not str and not value > 0:
-                raise ValueError(f"{field.name}: expected a positive number, got {value!r}")
+            if field.type is not str and not 0 < value < 1e9:
+                raise ValueError(f"{field.name}: expected a positive number below 1e9, got {value!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size={self.patch_size}, got {self.image_size}")
         for tower, multiple in (("vision", 4), ("text", 1)):
@@ -59,6 +59,10 @@ class ModelConfig:
             if width % (heads * multiple):
                 wanted = f"{tower}_heads={heads}" + f" times {multiple}" * (multiple > 1)
                 raise ValueError(f"{tower}_width: expected a multiple of {wanted}, got {width}")
+        if self.vision_width // self.vision_heads > 256:
+            raise ValueError(
+                f"vision_heads: expected heads of at most 256 channels, got {self.vision_width // self.vision_heads}"
+            )
         if self.norm not in NORMS:
             raise ValueError(f"norm: {unknown(self.norm, NORMS)}")
 

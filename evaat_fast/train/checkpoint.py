@@ -60,12 +60,34 @@ def read(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely: {reason}") from None
+        raise ValueError(
+            f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely ({type(error).__name__})"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run, but a {type(content).__name__}")
     missing = [k for k in ("state_dict", "model_config", "optimizer", "epoch", "config", "rng") if k not in content]
     if missing:
         raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run: it lacks {', '.join(missing)}")
+    kinds = {"state_dict": dict, "optimizer": dict, "epoch": int, "config": dict, "rng": dict}
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind) or (kind is int and content[name] < 0):
+            raise ValueError(f"checkpoint: {str(path)!r} is damaged: its {name} is {str(content[name])[:40]!r}")
     return content
+
+
+def restore(stored, model, optimizer, path):
+    """Puts a checkpoint's weights, moments and random state in their places.
+
+    Raises:
+        ValueError: they do not fit, so the file is damaged or another version wrote it.
+    """
+    try:
+        model.load_state_dict(stored["state_dict"])
+        optimizer.load_state_dict(stored["optimizer"])
+        restore_rng(stored["rng"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint: {str(path)!r} cannot be continued: {reason}") from None
 
 
 def restore_rng(rng):

@@ -9,7 +9,10 @@ the current folder.
 
 import dataclasses
 import difflib
+import json
 import math
+import reprlib
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +34,7 @@ class Model:
     "" for none. overrides: fields of ModelConfig."""
 
     name: str = "eva02_at_base_patch16_224"
-    num_frames: int = key(0, least=0)
+    num_frames: int = key(0, least=0, most=4096)
     pretrained: str = ""
     overrides: dict = field(default_factory=dict)
     grad_checkpointing: bool = False
@@ -102,7 +105,7 @@ class Train:
     epochs: int = key(1, least=1)
     batch_size: int = key(64, least=2)
     distinct: bool = False
-    seed: int = key(0, least=0)
+    seed: int = key(0, least=0, most=2**31 - 1)
     device: str = "auto"
     precision: str = key("auto", choices=("auto", "float32", "bfloat16"))
     processes: int = key(1, least=1)
@@ -134,6 +137,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config)}
 KEYS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
@@ -176,6 +180,45 @@ def load(path, overrides=(), *, training=True, base=None):
     return config
 
 
+def template():
+    """A TOML file of every key with its default, and what the sections' docstrings say of them."""
+    lines = ["# Every key with its default. data.annotations, data.videos and train.out have none."]
+    for name, section in SECTIONS.items():
+        lines += [
+            "",
+            f"[{name}]",
+            *textwrap.wrap(" ".join(section.__doc__.split()), 110, initial_indent="# ", subsequent_indent="# "),
+        ]
+        for f in dataclasses.fields(section):
+            value = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            limits = f.metadata
+            note = " | ".join(limits["choices"]) if limits.get("choices") else ""
+            lines.append(f"{f.name} = {toml_value(value)}" + (f"   # {note}" if note else ""))
+    return "\n".join(lines)
+
+
+def toml_value(value):
+    """A value of a configuration as TOML."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    return json.dumps(value)
+
+
+def with_values(text, config, names):
+    """The text of a configuration file with the values that `config` has for the keys `names`; all else is kept."""
+    lines = text.split("\n")
+    for name in names:
+        section, leaf = name.split(".")
+        line = f"{leaf} = {toml_value(getattr(getattr(config, section), leaf))}"
+        start = lines.index(f"[{section}]") + 1
+        end = next((i for i in range(start, len(lines)) if lines[i].startswith("[")), len(lines))
+        place = next((i for i in range(start, end) if lines[i].partition("=")[0].strip() == leaf), None)
+        lines[place or start : (place or start) + (place is not None)] = [line]
+    return "\n".join(lines)
+
+
 def parse_override(text):
     """ "a.b=1" -> ("a.b", 1).
 
@@ -183,8 +226,8 @@ def parse_override(text):
         ConfigError: no "=", or a value that is neither TOML nor a bare word for a string.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not name:
-        raise ConfigError(f"--set {text}: expected section.key=value")
+    if not equals or not name or "\n" in text:
+        raise ConfigError(f"--set {text!r}: expected section.key=value")
     try:
         parsed = _toml().loads(f"value = {value}")
         if list(parsed) != ["value"]:
@@ -193,7 +236,8 @@ def parse_override(text):
     except ValueError:
         if value and (name not in KEYS or KEYS[name].type is str) and not set(value) & set("\"'\n"):
             return name, value
-        raise ConfigError(f"--set {text}: {value!r} is not a TOML value") from None
+        wanted = f"{_NAMES[KEYS[name].type]}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
+        raise ConfigError(f"--set {name}: expected {wanted}") from None
 
 
 def _toml():
@@ -212,13 +256,14 @@ def _unknown(name):
     section, _, leaf = name.rpartition(".")
     if not section:
         near, known = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.4), "section"
+        near = [k for k in KEYS if k.split(".")[1] == name] or near
     else:
         known = "key"
         near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.75)
         elsewhere = [k for k in KEYS if k.split(".")[1] == leaf]
         own = difflib.get_close_matches(leaf, [k.split(".")[1] for k in KEYS if k.startswith(f"{section}.")], n=1)
         near = elsewhere or [f"{section}.{leaf}" for leaf in own] or near
-        near = near or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.3)
+        near = near or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     return f"{name}: there is no such {known}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
@@ -229,12 +274,13 @@ def _set(config, name, value, source, base):
     if name not in KEYS:
         raise ConfigError(f"{source}: {_unknown(name)}")
     wanted = KEYS[name].type
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
-        raise ConfigError(f"{source}: {name}: expected {names[wanted]}, got {value!r}")
+        raise ConfigError(f"{source}: {name}: expected {_NAMES[wanted]}, got {reprlib.repr(value)}")
     if KEYS[name].metadata.get("path") and value:
+        if "\0" in value:
+            raise ConfigError(f"{source}: {name}: expected a path, got {value!r}")
         value = str(base / Path(value).expanduser())
     section, leaf = name.split(".")
     setattr(getattr(config, section), leaf, value)
@@ -272,6 +318,8 @@ def check(config, source="config", *, training=True):
             f"{source}: schedule.warmup_epochs: expected at most train.epochs={config.train.epochs}, "
             f"got {config.schedule.warmup_epochs}"
         )
+    if config.loss.name == "sms" and config.loss.rule == "charades":
+        raise ConfigError(f"{source}: loss.rule: 'charades' is not built yet; use 'code' or 'paper'")
     if training and config.train.init and config.model.pretrained:
         raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")
     for name in ("start_lr", "end_lr"):
@@ -286,9 +334,9 @@ def _check_model(model, source):
     from evaat_fast.model.configs import get_config
 
     overrides = dict(model.overrides)
-    for name in ("num_frames", "temperature"):
+    for name in ("name", "num_frames", "temperature"):
         if name in overrides:
-            place = "model.num_frames" if name == "num_frames" else "loss.temperature"
+            place = "loss.temperature" if name == "temperature" else f"model.{name}"
             raise ConfigError(f"{source}: model.overrides.{name}: set {place} instead")
     if model.num_frames:
         overrides["num_frames"] = model.num_frames

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ import torch
 import evaat_fast
 from evaat_fast.train import evaluation, inputs, trainer
 from evaat_fast.train.checkpoint import write_atomically
-from evaat_fast.train.config import FRAMES, load
+from evaat_fast.train.config import FRAMES, KEYS, load, parse_override, with_values
 from evaat_fast.train.log import Progress, read
 
 STAGES = ("pretrain", "finetune")
@@ -152,10 +153,24 @@ def _configs(out, seed, quick, overrides):
     """The two configurations, their paths in `out`, and the texts of their files."""
     configs, texts = {"corpus": "corpus-quick" if quick else "corpus"}, {}
     for stage in STAGES:
-        changes = [f"train.seed={seed}"] + (quick_overrides(stage, out / configs["corpus"]) if quick else [])
+        changes = [f"train.seed={seed}"] + (quick_overrides(stage, out / configs["corpus"]) if quick else []) + [*overrides]
         with resources.as_file(resources.files("evaat_fast.train").joinpath(f"{stage}.toml")) as path:
-            configs[stage], texts[stage] = load(path, [*changes, *overrides], base=out), path.read_bytes()
+            configs[stage] = load(path, changes, base=out)
+            # What was changed stands in the file, with absolute paths: it can be moved, and repeats the stage by itself.
+            names = dict.fromkeys(".".join(parse_override(text)[0].split(".")[:2]) for text in changes)
+            texts[stage] = with_values(path.read_text(), absolute(configs[stage], names), names).encode()
     return configs, texts
+
+
+def absolute(config, names):
+    """A copy of the configuration in which those of the keys that are paths are absolute."""
+    config = copy.deepcopy(config)
+    for name in names:
+        section, leaf = name.split(".")
+        value = getattr(getattr(config, section), leaf)
+        if KEYS[name].metadata.get("path") and value:
+            setattr(getattr(config, section), leaf, str(Path(value).resolve()))
+    return config
 
 
 def quick_overrides(stage, corpus):

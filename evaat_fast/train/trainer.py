@@ -6,6 +6,7 @@ A run's folder holds `log.jsonl`, `last.pt` and `config.json`. Everything random
 that is interrupted and resumed ends where an uninterrupted one ends.
 """
 
+import errno
 import json
 import math
 import os
@@ -58,17 +59,13 @@ def train(config, *, resume=False, overwrite=False, quiet=False, datasets=None):
     data, test = itemgetter("train", "test")(datasets or inputs.datasets(config))
     sampler, tokenize = inputs.sampler(config, data), inputs.tokenizer(config)
     model = build_model(config, weights=not stored)
-    if stored:
-        model.load_state_dict(stored["state_dict"])
     model.to(device)
     optimizer = build_optimizer(model, config)
     if stored:
-        optimizer.load_state_dict(stored["optimizer"])
-        checkpoint.restore_rng(stored["rng"])
+        checkpoint.restore(stored, model, optimizer, last)
 
+    # An old last.pt stands until the new run's first one takes its place.
     out.mkdir(parents=True, exist_ok=True)
-    if not stored:
-        last.unlink(missing_ok=True)
     checkpoint.write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
     log = Log(out / "log.jsonl", keep=done)
     if config.data.cache and not datasets and not config.data.workers:
@@ -216,9 +213,11 @@ def check_folder(path, name="train.out"):
         ConfigError: neither.
     """
     path = Path(path)
-    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists() or p.is_symlink())
-    probe = nearest / f".write-test.{os.getpid()}"
     try:
+        if any(len(os.fsencode(part)) > 200 for part in path.parts):  # names may have 255 bytes, and ours are longer
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists() or p.is_symlink())
+        probe = nearest / f".write-test.{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -235,7 +234,10 @@ def check_same_run(stored, config, source):
         section, name = key.split(".")
         theirs = stored.get(section, {}).get(name)
         if theirs != ours[section][name]:
-            raise ConfigError(f"{source} was made with {key} = {theirs!r}, this run has {ours[section][name]!r}")
+            raise ConfigError(
+                f"{source} was made with {key} = {theirs!r}, this run has {ours[section][name]!r}; to start another run from "
+                "its weights, give that a folder of its own and set train.init"
+            )
 
 
 def build_model(config, weights=True):
@@ -246,13 +248,20 @@ def build_model(config, weights=True):
     """
     torch.manual_seed(config.train.seed)
     pretrained = (config.train.init or config.model.pretrained or None) if weights else None
-    model = evaat_fast.create_model(
-        config.model.name,
-        config.model.num_frames or None,
-        pretrained,
-        temperature=config.loss.temperature,
-        **config.model.overrides,
-    )
+    try:
+        model = evaat_fast.create_model(
+            config.model.name,
+            config.model.num_frames or None,
+            pretrained,
+            temperature=config.loss.temperature,
+            **config.model.overrides,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        if config.train.init and str(error).startswith("pretrained: "):
+            raise type(error)(f"train.init: {str(error).removeprefix('pretrained: ')}") from None
+        raise
+    except (RuntimeError, MemoryError) as error:  # sizes that no memory holds
+        raise ConfigError(f"model: cannot be built: {str(error).splitlines()[0] if str(error) else 'out of memory'}") from None
     with torch.no_grad():
         model.logit_scale.fill_(math.log(1 / config.loss.temperature))
     model.logit_scale.requires_grad_(config.loss.learnable_temperature)
