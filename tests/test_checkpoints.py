@@ -241,7 +241,7 @@ def test_missing_hub(monkeypatch):
         ({"logit_scale": torch.ones(2)}, r"logit_scale \[2\]"),
         (
             {"logit_scale": torch.ones((), dtype=torch.bool)},
-            "expected dense floating-point weights, got logit_scale torch.bool",
+            "dense floating-point weights, got logit_scale torch.bool",
         ),
         ({"visual.pos_embed": torch.ones(1, 0, 128)}, "visual.pos_embed"),
         ({"visual.cls_token": torch.ones(1, 1, 128, dtype=torch.complex64)}, "got visual.cls_token torch.complex64"),

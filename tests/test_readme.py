@@ -29,8 +29,8 @@ def as_run_here(words):
     match words:
         case ["make", target]:
             return ["make", "-n", target]
-        case ["pip", "install", what]:
-            return [python, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", "-q", what]
+        case ["pip", "install", *what]:
+            return [python, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", "-q", *what]
         case ["python", "-m", "evaat_fast", *rest]:
             return [python, "-m", "evaat_fast", *rest]
         case ["evaat-fast", *rest]:
