@@ -50,7 +50,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     check(status, "rope3d");
   });
   // Each tensor: as above, then the saved tensor's data and its strides of b, h, n.
-  m.attr("ROPE_CHUNK") = evaat::kRopeChunk;
   m.def("rope3d_freqs", [](int dtype, const std::vector<std::array<int64_t, 13>>& tensors, Pointer cos, Pointer sin, int64_t table_b,
                            int64_t table_h, Pointer positions, int64_t positions_b, Pointer partial, int64_t B, int64_t N, int64_t D,
                            int64_t prefix, bool interleaved, bool inverse, int threads) {

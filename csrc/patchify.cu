@@ -1,7 +1,6 @@
 // One block per (clip, frame, row of patches); the table lies in shared memory (3 or 1.5 KB). A thread takes output
 // elements in order, so stores coalesce; the bytes of a patch row are re-read three times, from L1.
-#include <cuda_runtime.h>
-
+#include "launch.h"
 #include "patchify.h"
 
 namespace evaat {
@@ -32,14 +31,12 @@ int patchify_cuda(const uint8_t* video, const void* table, void* out, int elemen
   const int Hp = int(H / patch), Wp = int(W / patch);
   const int64_t blocks = B * T * Hp;
   if (blocks == 0 || Wp == 0) return cudaSuccess;
-  auto s = static_cast<cudaStream_t>(stream);
+  const dim3 grid{unsigned(blocks)}, block{256};
   if (element_size == 4)
-    patchify_kernel<<<unsigned(blocks), 256, 0, s>>>(video, (const uint32_t*)table, (uint32_t*)out, int(T), Hp, Wp, int(patch),
-                                                     stride_b, stride_t, stride_h);
-  else
-    patchify_kernel<<<unsigned(blocks), 256, 0, s>>>(video, (const uint16_t*)table, (uint16_t*)out, int(T), Hp, Wp, int(patch),
-                                                     stride_b, stride_t, stride_h);
-  return int(cudaGetLastError());
+    return launch(patchify_kernel<uint32_t>, grid, block, stream, video, (const uint32_t*)table, (uint32_t*)out, int(T), Hp, Wp,
+                  int(patch), stride_b, stride_t, stride_h);
+  return launch(patchify_kernel<uint16_t>, grid, block, stream, video, (const uint16_t*)table, (uint16_t*)out, int(T), Hp, Wp,
+                int(patch), stride_b, stride_t, stride_h);
 }
 
 }  // namespace evaat

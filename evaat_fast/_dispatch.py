@@ -43,6 +43,7 @@ _ALL = (*FLOATS, "float64")
 SUPPORT = {
     "rope3d": {
         "triton": Support(FLOATS, note=_UNMEASURED),
+        "cuda": Support(FLOATS, note=_BY_NAME),
         "cpu": Support(FLOATS),
         "reference": Support(_ALL),
     },

@@ -74,12 +74,36 @@ def _tools():
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+def module_resources(path):
+    """{(arch, kernel): {"registers", "stack"}} for every kernel of a built CUDA module; arch as in "sm_90a"."""
+    found, arch, name = {}, None, None
+    for line in _run("-res-usage", path).splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found[arch, name] = {"registers": int(match[1]), "stack": int(match[2]) + int(match[3])}
+    return found
+
+
+def module_instructions(path, arch, name):
+    """The machine code of one kernel of a built CUDA module, as `instructions`."""
+    listing = _run("-sass", "-arch", arch, "-fun", name, path)
+    code = [m[1] for m in re.finditer(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", listing)]
+    return [re.sub(r"^@!?U?P\w+\s+", "", line) for line in code]
+
+
 def _cuobjdump(flag, cubin):
-    """Runs the cuobjdump of Triton's own wheel, which needs its nvdisasm on PATH."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        environment = {**os.environ, "PATH": f"{_tools()}{os.pathsep}{os.environ.get('PATH', '')}"}
-        command = [str(_tools() / "cuobjdump"), flag, file.name]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return _run(flag, file.name)
+
+
+def _run(*arguments):
+    """Runs the cuobjdump of Triton's own wheel, which needs its nvdisasm on PATH."""
+    environment = {**os.environ, "PATH": f"{_tools()}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(_tools() / "cuobjdump"), *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return run.stdout + run.stderr

@@ -1,5 +1,7 @@
 """The shipped GPU kernels compile for every architecture without spills, and move 16 bytes per access. Needs no GPU."""
 
+import importlib.util
+
 import aot
 import pytest
 
@@ -73,3 +75,19 @@ def test_rope3d_freqs_fits(arch, dtype, D, interleaved, heads):
 def test_rope3d_per_head_and_inverse_fit():
     used = aot.resources(rope3d(90, "bf16", 64, inverse=True, per_head=True))
     assert used["stack"] == 0, used
+
+
+@pytest.mark.skipif(importlib.util.find_spec("evaat_fast._cuda") is None, reason="built without nvcc")
+def test_cuda_kernels_fit_and_move_16_bytes_per_access():
+    from evaat_fast import _cuda
+
+    kernels = aot.module_resources(_cuda.__file__)
+    rope = {name: used for name, used in kernels.items() if "rope3d" in name[1]}
+    assert len(rope) >= 2 * 12 and all(used["stack"] == 0 for used in kernels.values())
+    # 256 threads a block: two blocks an SM at least.
+    assert all(used["registers"] <= 128 for used in rope.values()), rope
+    for arch, name in [k for k in kernels if "rope3d_kernelI13__nv_bfloat16Lb1ELi4E" in k[1]]:
+        code = aot.module_instructions(_cuda.__file__, arch, name)
+        assert aot.global_access(code) == {"load": {128}, "store": {128}}
+        first_store = next(i for i, line in enumerate(code) if line.startswith("STG"))
+        assert not any(line.startswith("LDG") for line in code[first_store:]), "a load waits for a store"

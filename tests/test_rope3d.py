@@ -14,13 +14,13 @@ from evaat_fast.ops.rope3d import rope3d_reference
 
 GRID, N = (3, 4, 5), 61
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["cpu", "reference", pytest.param("triton", marks=pytest.mark.gpu)]
+BACKENDS = ["cpu", "reference", *(pytest.param(b, marks=pytest.mark.gpu) for b in ("triton", "cuda"))]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def device_of(backend):
-    return "cuda" if backend == "triton" else "cpu"
+    return "cuda" if backend in ("triton", "cuda") else "cpu"
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
@@ -224,9 +224,10 @@ def test_fuzz_cpu_long():
 
 
 @pytest.mark.gpu
-def test_fuzz_triton():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_fuzz_gpu(backend):
     for seed in range(300):
-        cases.random_call(seed, "triton", "cuda", DTYPES, 2.0)
+        cases.random_call(seed, backend, "cuda", DTYPES, 2.0)
 
 
 # Frequencies

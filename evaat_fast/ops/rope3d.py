@@ -16,6 +16,9 @@ from evaat_fast.ops.rope3d_check import check, flags, overlaps, readable, share_
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
 
 
+_ROPE_CHUNK = 64  # kRopeChunk of csrc/rope3d.h
+
+
 def rope3d_reference(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False):
     """The specification: (x, y) -> (x cos a - y sin a, y cos a + x sin a) with a = position . freqs[:, pair]."""
     cos, sin = cos_sin(freqs, positions, grid, prefix_tokens, q.shape[-1], q.device)
@@ -58,11 +61,24 @@ def _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend):
 
         rotate(xs, outs, table, prefix_tokens, interleaved, inverse)
     else:
+        B, _, N, D = xs[0].shape
+        settings = (B, N, D, prefix_tokens, interleaved, inverse)
+        _call("rope3d", backend, xs[0], _pointers(xs, outs), *_table(table), *settings)
+
+
+def _call(name, backend, x, *arguments):
+    """Calls a function of the C++ or the CUDA module for the dtype and device of x."""
+    if backend == "cpu":
         from evaat_fast import _cpu
 
-        B, _, N, D = xs[0].shape
-        settings = (B, N, D, prefix_tokens, interleaved, inverse, torch.get_num_threads())
-        _cpu.rope3d(_dispatch.DTYPE_CODE[xs[0].dtype], _pointers(xs, outs), *_table(table), *settings)
+        return getattr(_cpu, name)(_dispatch.DTYPE_CODE[x.dtype], *arguments, torch.get_num_threads())
+    from evaat_fast import _cuda
+
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        error = getattr(_cuda, name)(_dispatch.DTYPE_CODE[x.dtype], *arguments, stream)
+    if error:
+        raise RuntimeError(f"{name}: CUDA error {error} at shape {list(x.shape)}")
 
 
 def _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend):
@@ -77,15 +93,14 @@ def _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inve
 
         partial = rotate_with_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse)
     else:
-        from evaat_fast import _cpu
-
-        # One sum per 64 tokens, whatever the number of threads, in float64 as torch's.
-        partial = xs[0].new_empty((B, -(-(N - prefix_tokens) // _cpu.ROPE_CHUNK), heads, 3, D // 2), dtype=torch.float64)
+        # One sum for every so many tokens, whatever the number of threads, in float64 as torch's.
+        chunks = -(-(N - prefix_tokens) // _ROPE_CHUNK)
+        partial = xs[0].new_empty((B, chunks, heads, 3, D // 2), dtype=torch.float64)
         saved = [(x.data_ptr(), *x.stride()[:3]) for x in xs]
         tensors = [a + b for a, b in zip(_pointers(grads, outs), saved, strict=True)]
         at = (rows.data_ptr(), rows.stride(0) if rows.shape[0] > 1 else 0, partial.data_ptr())
-        settings = (B, N, D, prefix_tokens, interleaved, inverse, torch.get_num_threads())
-        _cpu.rope3d_freqs(_dispatch.DTYPE_CODE[xs[0].dtype], tensors, *_table(table), *at, *settings)
+        settings = (B, N, D, prefix_tokens, interleaved, inverse)
+        _call("rope3d_freqs", backend, xs[0], tensors, *_table(table), *at, *settings)
     # The kernels sum the slopes of the angles of the forward pass, which turned by -angle where this one turns by it.
     total = partial.sum((0, 1), dtype=torch.float64)
     return (total if inverse else -total).float()

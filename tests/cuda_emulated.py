@@ -1,0 +1,52 @@
+"""The CUDA C++ kernels on a CPU: csrc/*.cu compiled by the C++ compiler against tests/cuda_on_cpu, as evaat_fast._cuda."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import subprocess
+import sysconfig
+import tempfile
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaat_fast import _dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def module():
+    """The compiled module; skips where there is no compiler with OpenMP."""
+    pybind11 = pytest.importorskip("pybind11")
+    folder = Path(tempfile.mkdtemp())
+    target = folder / "_cuda.so"
+    includes = [ROOT / "tests/cuda_on_cpu", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    flags = ["-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w", *(f"-I{p}" for p in includes)]
+    sources = [str(ROOT / "csrc/bind_cuda.cpp"), "-x", "c++", *map(str, sorted((ROOT / "csrc").glob("*.cu")))]
+    command = [*os.environ.get("CXX", "c++").split(), *flags, *sources, "-o", str(target)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode and "fopenmp" in run.stderr:
+        pytest.skip("the compiler has no OpenMP")
+    assert run.returncode == 0, run.stderr[-3000:]
+    spec = importlib.util.spec_from_file_location("_cuda", target)
+    compiled = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compiled)
+    return compiled
+
+
+@contextlib.contextmanager
+def emulated(monkeypatch):
+    """Within, backend="cuda" serves CPU tensors."""
+    import evaat_fast
+
+    compiled, unusable = module(), _dispatch.unusable
+    with monkeypatch.context() as patch:
+        patch.setattr(evaat_fast, "_cuda", compiled, raising=False)
+        patch.setattr(_dispatch, "unusable", lambda op, b, *rest: None if b == "cuda" else unusable(op, b, *rest))
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+        yield
