@@ -50,8 +50,10 @@ class ModelConfig:
             kinds = (int, float) if field.type is float else field.type
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise TypeError(f"{field.name}: expected {field.type.__name__}, got {value!r}")
-            if field.type is not str and not 0 < value < 1e9:
-                raise ValueError(f"{field.name}: expected a positive number below 1e9, got {value!r}")
+            if field.type is not str and not value > 0:
+                raise ValueError(f"{field.name}: expected a positive number, got {value!r}")
+            if field.type is not str and value > 1e9:
+                raise ValueError(f"{field.name}: expected at most 1e9, got {value!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size={self.patch_size}, got {self.image_size}")
         for tower, multiple in (("vision", 4), ("text", 1)):
