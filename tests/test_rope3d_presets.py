@@ -1,4 +1,4 @@
-"""rope3d as the rotary embedding of published video models: each against that model's own formula, written out in plain torch."""
+"""rope3d as the rotary embedding of published video models: each against that model's own formula in plain torch."""
 
 import pytest
 import torch

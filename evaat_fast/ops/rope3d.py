@@ -259,6 +259,45 @@ class _RotateQKV(torch.autograd.Function):
         return rotated.view(grad.shape), None, None, None, of_freqs, *[None] * 6
 
 
+@register(
+    "rope3d_table(Tensor x, Tensor table, SymInt prefix_tokens, bool interleaved, bool inverse, str backend) -> Tensor",
+    lambda x, *settings: _empty(x),
+)
+def _rotate_table(x, table, *settings):
+    out = _empty(x)
+    _launch([x], [out], table, *settings)
+    return out
+
+
+class _RotateByTable(torch.autograd.Function):
+    @staticmethod
+    def forward(x, table, *settings):
+        prefix_tokens, interleaved, backend = settings
+        return _rotate_table(x, table, prefix_tokens, interleaved, False, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, table, *ctx.settings = inputs
+        ctx.save_for_backward(table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        prefix_tokens, interleaved, backend = ctx.settings
+        return _rotate_table(_rows(grad), *ctx.saved_tensors, prefix_tokens, interleaved, True, backend), None, None, None, None
+
+
+def rotate_by_table(x, table, prefix_tokens, interleaved):
+    """rope3d by cosines and sines that somebody else made, for integrations: no check, and no gradient for the table.
+
+    x: [B, H, N, D]. table: float32 [2, 1 or B, 1 or H, N - prefix_tokens, D/2], contiguous: cosines, then sines.
+    """
+    backend = _dispatch.pick("rope3d", x)
+    if backend == "reference":
+        return _rotate_reference(x, *table, prefix_tokens, interleaved)
+    return _RotateByTable.apply(_rows(x), table, prefix_tokens, interleaved, backend)
+
+
 def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False, backend=None):
     """Rotates queries and keys by their tokens' positions in space and time.
 

@@ -1,0 +1,15 @@
+"""Our ops in other people's models.
+
+from evaat_fast.integrations import timm
+timm.accelerate(model)
+"""
+
+import importlib
+
+__all__ = ["timm"]
+
+
+def __getattr__(name):
+    if name in __all__:
+        return importlib.import_module(f"evaat_fast.integrations.{name}")
+    raise AttributeError(f"module 'evaat_fast.integrations' has no attribute {name!r}")
