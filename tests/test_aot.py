@@ -91,3 +91,15 @@ def test_cuda_kernels_fit_and_move_16_bytes_per_access():
         assert aot.global_access(code) == {"load": {128}, "store": {128}}
         first_store = next(i for i, line in enumerate(code) if line.startswith("STG"))
         assert not any(line.startswith("LDG") for line in code[first_store:]), "a load waits for a store"
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize("out,grid", [("fp32", False), ("fp64", True)])
+def test_rope3d_table_fits(arch, out, grid):
+    from evaat_fast.kernels.rope3d_table import BLOCK, rope3d_table_kernel
+
+    pointers = {"freqs": "*fp32", "positions": "*fp32", "out": f"*{out}"}
+    integers = "freqs_h positions_b positions_n positions_axis out_half out_b out_h M Hp Wp".split()
+    constants = dict(C=32, GRID=grid, BLOCK_M=BLOCK // 32, BLOCK_C=32)
+    used = aot.resources(aot.build(rope3d_table_kernel, pointers | dict.fromkeys(integers, "i32"), constants, arch))
+    assert used["stack"] == 0 and used["registers"] <= 128, used

@@ -72,3 +72,25 @@ def test_learnable_frequencies(dtype, interleaved, per_head):
 def test_learnable_frequencies_of_any_head_dim(D):
     q, k = make("tokens first", 2, 6, N, D, torch.float32, "cpu"), make("sliced", 2, 3, N, D, torch.float32, "cpu")
     cases.check_learnable("triton", q, k, GRID, freqs=torch.randn(3, D // 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_tables(dtype):
+    from evaat_fast.ops.freqs import _new_table, _triton_table, joint_freqs
+
+    rows = torch.rand(2, 9, 3) * torch.tensor([1e6, 50.0, -50.0])
+    cases = [
+        (None, rows, (), 1, 32),
+        (torch.randn(3, 3, 10), rows[0], (), 0, 20),
+        (joint_freqs(64), None, (3, 4, 5), 1, 64),
+        (None, torch.randint(-(10**9), 10**9, (7, 3)), (), 2, 8),
+        (None, torch.randint(0, 255, (7, 3), dtype=torch.uint8), (), 0, 8),
+        (None, rows[:, :1], (), 1, 8),
+    ]
+    for case in cases:
+        ours, expected = (make(*case, dtype, torch.device("cpu")) for make in (_triton_table, _new_table))
+        assert ours.shape == expected.shape and ours.dtype == dtype
+        # An angle of 1e9 in float64 is itself uncertain by 1e-7.
+        largest = case[1].double().abs().max().item() if case[1] is not None else 10
+        exact = max(4e-16, largest * 4e-16) if dtype == torch.float64 else max(6e-8, largest * 4e-16)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=exact)

@@ -6,7 +6,9 @@ A token at position p = (t, h, w) turns its channel pair c by the angle p . F[:,
 is linear in the position is such an F, so one kernel serves them all. A zero leaves an axis out.
 """
 
+import math
 from collections import OrderedDict
+from functools import lru_cache
 
 import torch
 
@@ -155,14 +157,14 @@ _TABLES = OrderedDict()
 _MOST_BYTES = 2**26
 
 
-def table_of(freqs, positions, grid, prefix_tokens, head_dim, device, dtype=torch.float32):
+def table_of(freqs, positions, grid, prefix_tokens, head_dim, device, backend, dtype=torch.float32):
     """[2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
     arguments = (freqs, positions, grid, prefix_tokens, head_dim, dtype)
     user = tuple(x for x in (freqs, positions) if x is not None)
     # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
     # counters do not see writes through .data. A CUDA graph replays the addresses it captured, so it owns its table.
     if device.type != "cpu" and (user or device.type != "cuda" or torch.cuda.is_current_stream_capturing()):
-        return _new_table(*arguments, device)
+        return (_triton_table if backend == "triton" else _new_table)(*arguments, device)
     key = (*grid, None if positions is None else prefix_tokens, head_dim, dtype, device, freqs is None)
     key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
     kept = _TABLES.get(key)
@@ -175,6 +177,30 @@ def table_of(freqs, positions, grid, prefix_tokens, head_dim, device, dtype=torc
     while _TABLES and sum(t.nbytes for _, t in list(_TABLES.values())) > _MOST_BYTES:
         _TABLES.popitem(last=False)
     return table
+
+
+def _triton_table(freqs, positions, grid, prefix_tokens, head_dim, dtype, device):
+    """`_new_table` in one launch."""
+    from evaat_fast.kernels.rope3d_table import fill
+
+    with torch.no_grad():
+        if freqs is None:
+            captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            freqs = _joint(head_dim, device=device) if captured else _kept_joint(head_dim, device)
+        freqs = (freqs if freqs.ndim == 3 else freqs[None]).contiguous()
+        rows = None if positions is None else positions[..., prefix_tokens:, :]
+        rows = rows if rows is None or rows.ndim == 3 else rows[None]
+        clips, tokens = (1, math.prod(grid)) if rows is None else rows.shape[:2]
+        table = torch.empty((2, clips, len(freqs), tokens, head_dim // 2), dtype=dtype, device=device)
+        if table.numel():
+            fill(table, freqs, rows, grid)
+    return table
+
+
+@lru_cache(maxsize=64)
+def _kept_joint(head_dim, device):
+    """`joint_freqs` on a device, where nobody but the kernels sees them."""
+    return _joint(head_dim).to(device)
 
 
 def _new_table(freqs, positions, grid, prefix_tokens, head_dim, dtype, device):

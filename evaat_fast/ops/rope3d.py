@@ -123,7 +123,7 @@ _SETTINGS = "Tensor? freqs, Tensor? positions, SymInt[] grid, SymInt prefix_toke
 
 @register(f"rope3d(Tensor[] x, {_SETTINGS}) -> Tensor[]", lambda xs, *settings: [_empty(x) for x in xs])
 def _rotate(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
-    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device)
+    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device, backend)
     outs = [_empty(x) for x in xs]
     _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend)
     return outs
@@ -131,7 +131,7 @@ def _rotate(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, bac
 
 @register(f"rope3d_(Tensor(a!)[] x, {_SETTINGS}) -> ()", lambda *arguments: None)
 def _rotate_(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
-    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device)
+    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device, backend)
     _launch(xs, xs, table, prefix_tokens, interleaved, inverse, backend)
     for x in xs:
         if not x.is_inference():
@@ -153,7 +153,7 @@ def _freqs_gradient(grads, outs, xs, freqs, positions, grid, prefix_tokens, inte
         for out, grad in zip(outs, grads, strict=True):
             out.copy_(grad)
         return torch.zeros_like(freqs)
-    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device, torch.float64)
+    table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device, backend, torch.float64)
     rows = rows_of(positions, grid, prefix_tokens, xs[0].device)
     return _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend).view(freqs.shape)
 
@@ -212,7 +212,7 @@ def _rotate_qkv(qkv, num_heads, freqs, positions, grid, prefix_tokens, interleav
     out = qkv.new_empty(qkv.shape)
     q, k, v = _split(qkv, num_heads).chunk(3, 1)
     new_q, new_k, new_v = _split(out, num_heads).chunk(3, 1)
-    table = table_of(freqs, positions, grid, prefix_tokens, q.shape[3], q.device)
+    table = table_of(freqs, positions, grid, prefix_tokens, q.shape[3], q.device, backend)
     _launch([q, k], [new_q, new_k], table, prefix_tokens, interleaved, inverse, backend)
     new_v.copy_(v)
     return out
