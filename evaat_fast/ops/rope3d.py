@@ -438,7 +438,7 @@ def rope3d_qkv_(
             options = dict(freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
             q, k = rope3d_reference(q, k, grid or None, **options, inverse=inverse)
             return qkv.copy_(torch.cat((q, k, v), 1).transpose(1, 2).flatten(2))
-        # What is left in place is rounded: in bfloat16 it would make the gradient of freqs 0.3 % noise, torch's has none.
+        # What is left in place is rounded: in bfloat16 that would put 0.2 % of noise into the gradient of freqs.
         saved = qkv.detach()[..., : qkv.shape[2] // 3 * 2].clone()
     if torch.compiler.is_compiling() or not qkv._is_view():
         return _RotateQKV.apply(qkv, saved, qkv.shape, num_heads, *settings)
