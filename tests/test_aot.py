@@ -86,7 +86,9 @@ def test_cuda_kernels_fit_and_move_16_bytes_per_access():
     assert len(rope) >= 2 * 12 and all(used["stack"] == 0 for used in kernels.values())
     # 256 threads a block: two blocks an SM at least.
     assert all(used["registers"] <= 128 for used in rope.values()), rope
-    for arch, name in [k for k in kernels if "rope3d_kernelI13__nv_bfloat16Lb1ELi4E" in k[1]]:
+    packed = [k for k in kernels if "rope3d_kernelI13__nv_bfloat16Lb1ELi4E" in k[1]]
+    assert packed, "the name of the kernel for interleaved bfloat16 has changed"
+    for arch, name in packed:
         code = aot.module_instructions(_cuda.__file__, arch, name)
         assert aot.global_access(code) == {"load": {128}, "store": {128}}
         first_store = next(i for i, line in enumerate(code) if line.startswith("STG"))

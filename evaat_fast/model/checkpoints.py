@@ -118,7 +118,7 @@ def convert_state(state):
 
 def inflate(state, config):
     """Fits the positional embeddings of `state` to a clip: frames by linear interpolation (no temporal embedding:
-    zeros, so that an image model starts out frame by frame), the patch grid by bicubic interpolation.
+    zeros), the patch grid by bicubic interpolation.
 
     Args:
         state: name -> tensor, our names. Not changed.
