@@ -12,11 +12,9 @@ from evaat_fast import _dispatch
 from evaat_fast._register import register
 from evaat_fast.ops.freqs import cos_sin, joint_freqs, rows_of, spatial_freqs, split_freqs, table_of
 from evaat_fast.ops.rope3d_check import check, flags, overlaps, readable, share_memory, writable, wrong
+from evaat_fast.ops.rope3d_launch import empty, launch, launch_freqs
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
-
-
-_ROPE_CHUNK = 64  # kRopeChunk of csrc/rope3d.h
 
 
 def rope3d_reference(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None, interleaved=True, inverse=False):
@@ -38,93 +36,23 @@ def _rotate_reference(x, cos, sin, prefix_tokens, interleaved):
     return torch.cat((x[:, :, :prefix_tokens], rows.to(x.dtype)), 2)
 
 
-def _empty(x):
-    """For the rotated x [B, H, N, D]: contiguous, or in the memory order [B, N, H, D] where x lies in that order."""
-    B, H, N, D = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((B, N, H, D)).transpose(1, 2)
-    return x.new_empty((B, H, N, D))
-
-
 def _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend):
     """Writes the rotated xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
-    if all(x.numel() == 0 for x in xs):
-        return
-    if backend == "reference":
-        cos, sin = table
-        for x, out in zip(xs, outs, strict=True):
-            first = prefix_tokens if out is x else 0
-            rotated = _rotate_reference(x, cos, -sin if inverse else sin, prefix_tokens, interleaved)
-            out[:, :, first:] = rotated[:, :, first:]
-    elif backend == "triton":
-        from evaat_fast.kernels.rope3d import rotate
-
-        rotate(xs, outs, table, prefix_tokens, interleaved, inverse)
-    else:
-        B, _, N, D = xs[0].shape
-        settings = (B, N, D, prefix_tokens, interleaved, inverse)
-        _call("rope3d", backend, xs[0], _pointers(xs, outs), *_table(table), *settings)
-
-
-def _call(name, backend, x, *arguments):
-    """Calls a function of the C++ or the CUDA module for the dtype and device of x."""
-    if backend == "cpu":
-        from evaat_fast import _cpu
-
-        return getattr(_cpu, name)(_dispatch.DTYPE_CODE[x.dtype], *arguments, torch.get_num_threads())
-    from evaat_fast import _cuda
-
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        error = getattr(_cuda, name)(_dispatch.DTYPE_CODE[x.dtype], *arguments, stream)
-    if error:
-        raise RuntimeError(f"{name}: CUDA error {error} at shape {list(x.shape)}")
-
-
-def _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend):
-    """Writes the rotated gradients to outs and returns the gradient of the frequencies, float32 [1 or H, 3, D/2].
-
-    xs are the tensors that the forward pass rotated the other way, rows their positions float32 [1 or B, N - prefix, 3].
-    """
-    B, H, N, D = xs[0].shape
-    heads = table.shape[2]
-    if backend == "triton":
-        from evaat_fast.kernels.rope3d_freqs import rotate_with_freqs
-
-        partial = rotate_with_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse)
-    else:
-        # One sum for every so many tokens, whatever the number of threads, in float64 as torch's.
-        chunks = -(-(N - prefix_tokens) // _ROPE_CHUNK)
-        partial = xs[0].new_empty((B, chunks, heads, 3, D // 2), dtype=torch.float64)
-        saved = [(x.data_ptr(), *x.stride()[:3]) for x in xs]
-        tensors = [a + b for a, b in zip(_pointers(grads, outs), saved, strict=True)]
-        at = (rows.data_ptr(), rows.stride(0) if rows.shape[0] > 1 else 0, partial.data_ptr())
-        settings = (B, N, D, prefix_tokens, interleaved, inverse)
-        _call("rope3d_freqs", backend, xs[0], tensors, *_table(table), *at, *settings)
-    # The kernels sum the slopes of the angles of the forward pass, which turned by -angle where this one turns by it.
-    total = partial.sum((0, 1), dtype=torch.float64)
-    return (total if inverse else -total).float()
-
-
-def _pointers(xs, outs):
-    """Per tensor: in, out, heads, then the strides of b, h, n of in and of out."""
-    pairs = zip(xs, outs, strict=True)
-    return [(x.data_ptr(), out.data_ptr(), x.shape[1], *x.stride()[:3], *out.stride()[:3]) for x, out in pairs]
-
-
-def _table(table):
-    """Cosines, sines, and the strides of a table's clips and heads, 0 where there is one for all."""
-    shared = (table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))
-    return table.data_ptr(), table[1].data_ptr(), *shared
+    if backend != "reference":
+        return launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend)
+    cos, sin = table
+    for x, out in zip(xs, outs, strict=True):
+        first = prefix_tokens if out is x else 0
+        out[:, :, first:] = _rotate_reference(x, cos, -sin if inverse else sin, prefix_tokens, interleaved)[:, :, first:]
 
 
 _SETTINGS = "Tensor? freqs, Tensor? positions, SymInt[] grid, SymInt prefix_tokens, bool interleaved, bool inverse, str backend"
 
 
-@register(f"rope3d(Tensor[] x, {_SETTINGS}) -> Tensor[]", lambda xs, *settings: [_empty(x) for x in xs])
+@register(f"rope3d(Tensor[] x, {_SETTINGS}) -> Tensor[]", lambda xs, *settings: [empty(x) for x in xs])
 def _rotate(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
     table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device, backend)
-    outs = [_empty(x) for x in xs]
+    outs = [empty(x) for x in xs]
     _launch(xs, outs, table, prefix_tokens, interleaved, inverse, backend)
     return outs
 
@@ -139,12 +67,12 @@ def _rotate_(xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, ba
 
 
 def _freqs_fake(grads, xs, freqs, *settings):
-    return [_empty(g) for g in grads], freqs.new_empty(freqs.shape)
+    return [empty(g) for g in grads], freqs.new_empty(freqs.shape)
 
 
 @register(f"rope3d_freqs(Tensor[] grad, Tensor[] x, {_SETTINGS}) -> (Tensor[], Tensor)", _freqs_fake)
 def _rotate_freqs(grads, xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
-    outs = [_empty(g) for g in grads]
+    outs = [empty(g) for g in grads]
     return outs, _freqs_gradient(grads, outs, xs, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend)
 
 
@@ -155,7 +83,7 @@ def _freqs_gradient(grads, outs, xs, freqs, positions, grid, prefix_tokens, inte
         return torch.zeros_like(freqs)
     table = table_of(freqs, positions, grid, prefix_tokens, xs[0].shape[3], xs[0].device, backend, torch.float64)
     rows = rows_of(positions, grid, prefix_tokens, xs[0].device)
-    return _launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend).view(freqs.shape)
+    return launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend).view(freqs.shape)
 
 
 def _split(qkv, num_heads):
@@ -261,10 +189,10 @@ class _RotateQKV(torch.autograd.Function):
 
 @register(
     "rope3d_table(Tensor x, Tensor table, SymInt prefix_tokens, bool interleaved, bool inverse, str backend) -> Tensor",
-    lambda x, *settings: _empty(x),
+    lambda x, *settings: empty(x),
 )
 def _rotate_table(x, table, *settings):
-    out = _empty(x)
+    out = empty(x)
     _launch([x], [out], table, *settings)
     return out
 
