@@ -6,11 +6,11 @@ with the gradient of the packed tensor). FLOPs: 4 B H N^2 D forward, 2.5 times t
 
 import torch
 from harness import Benchmark, Unavailable, need, run
+from rope3d import published
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
 from evaat_fast.ops.attn import attention_reference
-from evaat_fast.ops.rope3d import joint_freqs
 
 
 def shape(T, B, H, D, patches=14):
@@ -29,7 +29,6 @@ def inputs(shape, dtype, device):
     return {
         "qkv": make(B, N, 3 * H * D).requires_grad_(),
         "grad": make(B, H, N, D),
-        "freqs": joint_freqs(D).to(device),
         "heads": H,
         "grid": (shape["T"], shape["Hp"], shape["Wp"]),
     }
@@ -56,24 +55,11 @@ def split(qkv, heads):
     return (x.transpose(1, 2) for x in qkv.unflatten(2, (3, heads, -1)).unbind(2))
 
 
-def eager_rope(x, inputs):
-    """The rotation as the published code applies it: spatial, then temporal, each in five elementwise passes."""
-    T, Hp, Wp = inputs["grid"]
-    freqs = inputs["freqs"].to(torch.promote_types(x.dtype, torch.float32))
-    axes = torch.meshgrid(*(torch.arange(n, device=x.device, dtype=freqs.dtype) for n in (T, Hp, Wp)), indexing="ij")
-    t, h, w = (a.flatten()[:, None] for a in axes)
-    prefix, x = x[:, :, :1], x[:, :, 1:]
-    for angle in (h * freqs[1] + w * freqs[2], t * freqs[0]):
-        cos, sin = (f(angle).repeat_interleave(2, -1).to(x.dtype) for f in (torch.cos, torch.sin))
-        half = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-        x = x * cos + half * sin
-    return torch.cat((prefix, x), 2)
-
-
 def with_eager_rope(core):
     def forward(qkv, inputs):
         q, k, v = split(qkv, inputs["heads"])
-        return core(eager_rope(q, inputs), eager_rope(k, inputs), v)
+        turn = published(inputs["grid"], q.shape[-1], q.dtype, q.device)
+        return core(turn(q), turn(k), v)
 
     return forward
 

@@ -1,10 +1,10 @@
 """What every benchmark shares: check, then time, then one table and one JSON.
 
 A benchmark names its shapes, a function that makes inputs, and providers. A provider is a function
-`(inputs, mode) -> step`; `step()` does the work once and returns the tensors to check. One that cannot run raises
-Unavailable with the reason, which the table shows. A provider of ours (its name begins with "evaat") is held to the tolerance
-rule of tests/check.py, a peer to eight times torch's own largest error, since some round more often by design; one that fails
-gets FAIL and no speed.
+`(inputs, mode) -> step`; `step()` does the work once and returns the tensors to check (`step.results()`, if it has that, does
+both, for a library that orders channels in its own way). One that cannot run raises Unavailable with the reason, which the
+table shows. A provider of ours (its name begins with "evaat") is held to the tolerance rule of tests/check.py, a peer to eight
+times torch's own largest error, since some round more often by design; one that fails gets FAIL and no speed.
 
 CPU: providers take turns within one run, medians are printed, and the ratio is the median of the ratios turn by turn: on a
 machine with neighbours only those hold. Freed memory stays with the process, as it does in a training loop of steady shapes.
@@ -236,7 +236,8 @@ def measure(bench, shape, dtype, mode, args):
             record["yardstick"], steps[name] = True, provider
             continue
         try:
-            ours = [t.detach().clone() for t in provider(cloned(inputs), mode)()]
+            step = provider(cloned(inputs), mode)
+            ours = [t.detach().clone() for t in getattr(step, "results", step)()]
             record["error"] = max(((o.double() - t).abs().max().item() for o, t in zip(ours, truth, strict=True)), default=0.0)
             record["torch_error"] = max(
                 ((o.double() - t).abs().max().item() for o, t in zip(low, truth, strict=True)), default=0.0
@@ -248,6 +249,10 @@ def measure(bench, shape, dtype, mode, args):
             record["absent"] = str(why)
         except AssertionError as wrong:
             record["fail"] = str(wrong)
+        except Exception as error:
+            if name.startswith("evaat"):
+                raise
+            record["absent"] = f"{type(error).__name__}: {error}"
     if args.device == "cpu":
         times = time_cpu({n: p(cloned(inputs), mode) for n, p in steps.items()}, args.seconds) if steps else {}
         for record in records:
