@@ -50,9 +50,35 @@ def resources(compiled):
 
 def instructions(compiled):
     """The machine code (SASS) as a list of "OPCODE.MODIFIERS operands"."""
-    listing = _cuobjdump("-sass", compiled.asm["cubin"])
-    code = [m[1] for m in re.finditer(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", listing)]
-    return [re.sub(r"^@!?U?P\w+\s+", "", line) for line in code]
+    return [code for _, code in listing(compiled)]
+
+
+def listing(compiled):
+    """The machine code as [(address, "OPCODE.MODIFIERS operands")]."""
+    return _listing(_cuobjdump("-sass", compiled.asm["cubin"]))
+
+
+def _listing(text):
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)
+    return [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", code)) for address, code in found]
+
+
+def loops(code):
+    """The loops of a listing as (first, last) indices, innermost or not: every branch backwards to another address."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    found = []
+    for i, (address, line) in enumerate(code):
+        target = re.match(r"BRA\S*\s.*?(0x[0-9a-f]+)", line)
+        if target and int(target[1], 16) < address:
+            found.append((at[int(target[1], 16)], i))
+    return found
+
+
+def cell(used, code):
+    """One cell of golden/resources.md, from `resources` and `listing`."""
+    count = sum(not line.startswith("NOP") for _, line in code)
+    longest = max((1 + last - first for first, last in loops(code)), default=0)
+    return f"{used['registers']} / {used['shared']} / {count} / {longest}"
 
 
 def global_access(code):
@@ -75,23 +101,34 @@ def _tools():
 
 
 def module_resources(path):
-    """{(arch, kernel): {"registers", "stack"}} for every kernel of a built CUDA module; arch as in "sm_90a"."""
+    """{(arch, kernel): {"registers", "stack", "shared"}} for every kernel of a built CUDA module; arch as in "sm_90a"."""
     found, arch, name = {}, None, None
     for line in _run("-res-usage", path).splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
             arch = match[1]
         elif match := re.search(r"Function (\S+):", line):
             name = match[1]
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
-            found[arch, name] = {"registers": int(match[1]), "stack": int(match[2]) + int(match[3])}
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            found[arch, name] = {"registers": registers, "stack": stack + local, "shared": shared}
     return found
 
 
-def module_instructions(path, arch, name):
-    """The machine code of one kernel of a built CUDA module, as `instructions`."""
-    listing = _run("-sass", "-arch", arch, "-fun", name, path)
-    code = [m[1] for m in re.finditer(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", listing)]
-    return [re.sub(r"^@!?U?P\w+\s+", "", line) for line in code]
+@functools.cache
+def module_listings(path):
+    """{(arch, kernel): listing} of a built CUDA module."""
+    found, arch, parts = {}, None, re.split(r"(?m)^\s*(?:Function : (\S+)|arch = (sm_\w+)).*$", _run("-sass", path))
+    for name, named_arch, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        arch = named_arch or arch
+        if name:
+            found[arch, name] = _listing(text)
+    return found
+
+
+def plain_name(mangled):
+    """The template and its arguments, of a mangled name: rope3d_kernel<__nv_bfloat16, true, 4>."""
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"^void |evaat::|\(anonymous namespace\)::|\(.*$", "", re.sub(r"\((bool|int)\)", "", name))
 
 
 def _cuobjdump(flag, cubin):

@@ -136,6 +136,11 @@ def check_learnable_packed(backend, B, N, H, D, dtype, device, grid=None, *, fre
     assert all(map(torch.equal, (*split(ours[0]), ours[1]), (*theirs[:2], split(grad)[2], theirs[2])))
 
 
+def seeds_of(block):
+    """The seeds of one of eight blocks of the 2,000 random calls that every backend must pass."""
+    return range(1000 + 250 * block, 1250 + 250 * block)
+
+
 def random_call(seed, backend, device, dtypes, largest=1.0):
     """One random valid call, checked."""
     r = random.Random(seed)

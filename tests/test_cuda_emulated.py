@@ -66,6 +66,13 @@ def test_rope3d_fuzz():
         cases.random_call(seed, "cuda", "cpu", DTYPES, 0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(8))
+def test_rope3d_fuzz_long(block):
+    for seed in cases.seeds_of(block):
+        cases.random_call(seed, "cuda", "cpu", DTYPES, 0.4)
+
+
 @dtypes
 def test_patchify(dtype):
     video = torch.randint(0, 256, (2, 3, 40, 48, 3), dtype=torch.uint8)

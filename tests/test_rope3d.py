@@ -218,8 +218,9 @@ def test_fuzz_cpu():
 
 
 @pytest.mark.slow
-def test_fuzz_cpu_long():
-    for seed in range(1000, 3000):
+@pytest.mark.parametrize("block", range(8))
+def test_fuzz_cpu_long(block):
+    for seed in cases.seeds_of(block):
         cases.random_call(seed, "cpu", "cpu", DTYPES, 1.5)
 
 
@@ -227,6 +228,15 @@ def test_fuzz_cpu_long():
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_fuzz_gpu(backend):
     for seed in range(300):
+        cases.random_call(seed, backend, "cuda", DTYPES, 2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_fuzz_gpu_long(backend, block):
+    for seed in cases.seeds_of(block):
         cases.random_call(seed, backend, "cuda", DTYPES, 2.0)
 
 

@@ -57,6 +57,14 @@ def test_fuzz():
         cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.6)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", range(8))
+def test_fuzz_long(block):
+    for seed in cases.seeds_of(block):
+        cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.4)
+
+
 @dtypes
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 @pytest.mark.parametrize("per_head", [False, True])

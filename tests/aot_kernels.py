@@ -1,0 +1,69 @@
+"""The shipped configurations of the GPU kernels: name -> what compiles it for an architecture."""
+
+import functools
+
+import aot
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False):
+    import triton
+    from evaat_fast.kernels import rope3d as kernels
+
+    strides = [f"{x}_{d}" for x in ("q", "k", "out_q", "out_k") for d in "bhn"]
+    aligned = ["table_half", "table_b", "table_h", *strides]
+    pointers = {name: f"*{dtype}" for name in ("q", "k", "out_q", "out_k")} | {"table": "*fp32"}
+    integers = dict.fromkeys([*aligned, "q_heads", "k_heads", "N", "prefix", "first"], "i32")
+    constants = dict(D=D, INTERLEAVED=interleaved, INVERSE=inverse, TABLE_PER_HEAD=per_head, HEADS=kernels.HEADS)
+    constants |= dict(BLOCK_N=kernels.block_n(D), BLOCK_C=triton.next_power_of_2(D // 2))
+    options = dict(aligned=aligned, num_warps=kernels.NUM_WARPS)
+    return aot.build(kernels.rope3d_kernel, pointers | integers, constants, arch, **options)
+
+
+def rope3d_freqs(arch, dtype, D, interleaved=True, heads=None):
+    import triton
+    from evaat_fast.kernels import rope3d as kernels
+    from evaat_fast.kernels.rope3d_freqs import rope3d_freqs_kernel, tokens
+
+    pairs = [f"{x}_{y}" for x in ("grad", "out", "x") for y in "qk"]
+    aligned = ["table_half", "table_b", "table_h", *(f"{x}_{d}" for x in pairs for d in "bhn")]
+    pointers = dict.fromkeys(pairs, f"*{dtype}") | {"table": "*fp64", "positions": "*fp32", "partial": "*fp64"}
+    integers = dict.fromkeys([*aligned, "positions_b", "q_heads", "k_heads", "N", "prefix"], "i32")
+    constants = dict(D=D, INTERLEAVED=interleaved, INVERSE=True, HEADS=heads or kernels.HEADS, BLOCK_N=tokens(D))
+    constants["BLOCK_C"] = triton.next_power_of_2(D // 2)
+    options = dict(aligned=aligned, num_warps=kernels.NUM_WARPS)
+    return aot.build(rope3d_freqs_kernel, pointers | integers, constants, arch, **options)
+
+
+def rope3d_table(arch, out, grid):
+    from evaat_fast.kernels.rope3d_table import BLOCK, rope3d_table_kernel
+
+    pointers = {"freqs": "*fp32", "positions": "*fp32", "out": f"*{out}"}
+    integers = "freqs_h positions_b positions_n positions_axis out_half out_b out_h M Hp Wp".split()
+    constants = dict(C=32, GRID=grid, BLOCK_M=BLOCK // 32, BLOCK_C=32)
+    return aot.build(rope3d_table_kernel, pointers | dict.fromkeys(integers, "i32"), constants, arch)
+
+
+def _shipped():
+    pairs = {"interleaved": True, "half-split": False}
+    for dtype, D in [*((d, 64) for d in DTYPES), ("bf16", 80), ("bf16", 128)]:
+        for name, interleaved in pairs.items():
+            yield f"rope3d {dtype} D{D} {name}", functools.partial(rope3d, dtype=dtype, D=D, interleaved=interleaved)
+    inverse = functools.partial(rope3d, dtype="bf16", D=64, inverse=True, per_head=True)
+    yield "rope3d bf16 D64 interleaved, inverse, per head", inverse
+    for dtype, D, heads in [("bf16", 64, None), ("fp16", 128, None), ("fp32", 64, None), ("bf16", 64, 1)]:
+        for name, interleaved in pairs.items():
+            of_head = ", per head" if heads else ""
+            build = functools.partial(rope3d_freqs, dtype=dtype, D=D, interleaved=interleaved, heads=heads)
+            yield f"rope3d_freqs {dtype} D{D} {name}{of_head}", build
+    yield "rope3d_table of a grid, fp64", functools.partial(rope3d_table, out="fp64", grid=True)
+    yield "rope3d_table of positions, fp32", functools.partial(rope3d_table, out="fp32", grid=False)
+
+
+SHIPPED = dict(_shipped())
+
+
+@functools.cache
+def compiled(name, arch):
+    return SHIPPED[name](arch)

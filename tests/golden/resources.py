@@ -1,0 +1,73 @@
+"""What the compilers make of the GPU kernels, as a table.
+
+    cd tests && python -m golden.resources
+
+writes resources.md beside this file. A cell is registers per thread / bytes of shared memory per block / machine
+instructions / instructions of the longest loop. No kernel has a stack. The numbers are those of one version of Triton and
+of one nvcc; tests/test_aot.py compares them where the versions are the same.
+"""
+
+import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
+
+import aot
+from aot_kernels import SHIPPED, compiled
+
+TABLE = Path(__file__).with_suffix(".md")
+
+
+def triton_version():
+    return f"Triton {importlib.metadata.version('triton')}"
+
+
+def nvcc_version():
+    """The nvcc of the machine, which built `_cuda` if there is one; None without."""
+    try:
+        listing = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"nvcc {re.search(r'V([0-9.]+)', listing)[1]}"
+
+
+def triton_cell(name, arch):
+    kernel = compiled(name, arch)
+    return aot.cell(aot.resources(kernel), aot.listing(kernel))
+
+
+def cuda_rows():
+    """{kernel: {"sm_90": cell}} of the CUDA C++ kernels, for the architectures that they were built for."""
+    from evaat_fast import _cuda
+
+    rows, listings = {}, aot.module_listings(_cuda.__file__)
+    for (arch, name), used in aot.module_resources(_cuda.__file__).items():
+        rows.setdefault(aot.plain_name(name), {})[arch.rstrip("a")] = aot.cell(used, listings[arch, name])
+    return dict(sorted(rows.items()))
+
+
+def read():
+    """{compiler: {kernel: {"sm_90": cell}}} of the committed table."""
+    tables, rows = {}, {}
+    for line in TABLE.read_text().splitlines():
+        if line.startswith("## "):
+            rows = tables.setdefault(line[3:], {})
+        elif line.startswith("| ") and not line.startswith("| kernel"):
+            name, *cells = (x.strip() for x in line.strip("|").split(" | "))
+            rows[name] = {f"sm_{a}": c for a, c in zip(aot.ARCHS, cells, strict=True)}
+    return tables
+
+
+def main():
+    heads = [f"sm_{arch}" for arch in aot.ARCHS]
+    triton = {name: {f"sm_{arch}": triton_cell(name, arch) for arch in aot.ARCHS} for name in SHIPPED}
+    lines = ["# What the compilers make of the GPU kernels", ""]
+    lines += ["Registers per thread / bytes of shared memory per block / machine instructions / those of the longest loop.", ""]
+    for compiler, rows in ((triton_version(), triton), (nvcc_version(), cuda_rows())):
+        lines += [f"## {compiler}", "", f"| kernel | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+        lines += [f"| {name} | {' | '.join(cells[head] for head in heads)} |" for name, cells in rows.items()] + [""]
+    TABLE.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
