@@ -240,6 +240,36 @@ def test_fuzz_gpu_long(backend, block):
         cases.random_call(seed, backend, "cuda", DTYPES, 2.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("learnable", [True, False])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph(backend, learnable):
+    """Forward and backward captured once, replayed on other numbers and frequencies."""
+    freqs = ops.joint_freqs(64).cuda().requires_grad_(learnable)
+    q, qkv = torch.randn(2, 3, N, 64, device="cuda"), torch.randn(2, N, 3 * 3 * 64, device="cuda")
+    q.requires_grad_(), qkv.requires_grad_()
+    leaves = (q, qkv, freqs) if learnable else (q, qkv)
+
+    def step():
+        out = ops.rope3d(q, None, GRID, freqs=freqs, backend=backend)
+        packed = ops.rope3d_qkv_(qkv * 1, 3, GRID, freqs=freqs, backend=backend)
+        return *(x.detach() for x in (out, packed)), *torch.autograd.grad(out.pow(3).sum() + packed.pow(3).sum(), leaves)
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        outs = step()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            q.normal_(), qkv.normal_(), freqs.mul_(1.5)
+        graph.replay()
+        assert all(map(torch.equal, outs, step()))
+
+
 # Frequencies
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from evaat_fast import ops
 
@@ -80,6 +81,23 @@ def test_packed_behind_a_linear_layer(bias):
         node = node.next_functions[0][0] if node.next_functions else None
     assert not any("CopySlices" in n or "AsStrided" in n for n in names), names
     torch.testing.assert_close(torch.autograd.grad(out.pow(3).sum(), linear.weight)[0], expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("learnable", [True, False])
+def test_checkpointed_in_place(reentrant, learnable):
+    """What is rotated in place is recomputed in the backward pass, and rotated again."""
+    linear, x = torch.nn.Linear(8, 3 * 2 * 16), torch.randn(2, N, 8, requires_grad=True)
+    freqs = ops.joint_freqs(16).requires_grad_(learnable)
+    block = lambda x, freqs: ops.rope3d_qkv_(linear(x), 2, GRID, freqs=freqs).pow(3).sum()  # noqa: E731
+    wanted = [x, linear.weight, freqs] if learnable else [x, linear.weight]
+    grads = []
+    for loss in (block(x, freqs), checkpoint(block, x, freqs, use_reentrant=reentrant)):
+        for leaf in wanted:
+            leaf.grad = None
+        loss.backward()
+        grads.append([leaf.grad for leaf in wanted])
+    assert all(map(torch.equal, *grads))
 
 
 def test_a_tensor_saved_before_is_known_to_have_changed():
