@@ -3,6 +3,10 @@
 A program takes BLOCK_N tokens of one clip and up to HEADS heads of q or of k. It loads its rows of the table of cosines
 and sines once and turns every head with them, so that the table, which stays in L2, is read once for HEADS heads. Both
 channels of a pair lie in one thread: interleaved rows are loaded whole, 16 bytes a thread, and split in registers.
+
+The table has a row per token, not per axis. At D = 64 a program reads 256 bytes of it per token from L2, beside 1,024 bytes
+of four bfloat16 heads from and to DRAM. Three axis tables would fit into L1, but two more complex products per pair (8 FMA,
+each of the three angles composed in float32) are as many instructions as the rotation of two heads, and cost exact angles.
 """
 
 import contextlib
