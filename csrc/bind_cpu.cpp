@@ -81,18 +81,18 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     }
     check(status, "sms_loss");
   });
-  // labels: table, dtype code, the strides of rows and columns, video_index, caption_index, values (0: none).
+  // labels: table, dtype code, the strides of halves, rows and columns, video_index, caption_index, verb, values (0: none).
   m.def("sms_panel", [](int wide, int dtype, Pointer s, int64_t rows, int64_t N, int64_t first, Pointer row_scale, Pointer col_scale,
-                        Pointer diagonal, Pointer self, const std::array<int64_t, 7>& labels, double margin, double relaxation,
-                        double eps, bool paper, bool write, Pointer row_loss, Pointer row_sum, Pointer col_sum, int threads) {
+                        Pointer diagonal, Pointer self, const std::array<int64_t, 9>& labels, double margin, double relaxation,
+                        double eps, int rule, bool write, Pointer row_loss, Pointer row_sum, Pointer col_sum, int threads) {
     int status;
     {
       py::gil_scoped_release release;
-      const evaat::PairLabels from = {as<const void>(Pointer(labels[0])), int(labels[1]), labels[2], labels[3],
-                                      as<const int64_t>(Pointer(labels[4])), as<const int64_t>(Pointer(labels[5])),
-                                      as<const void>(Pointer(labels[6]))};
+      const evaat::PairLabels from = {as<const void>(Pointer(labels[0])), int(labels[1]), labels[2], labels[3], labels[4],
+                                      as<const int64_t>(Pointer(labels[5])), as<const int64_t>(Pointer(labels[6])),
+                                      as<const int64_t>(Pointer(labels[7])), as<const void>(Pointer(labels[8]))};
       status = evaat::sms_panel({wide, dtype, as<void>(s), rows, N, first, as<const void>(row_scale), as<const void>(col_scale),
-                                 as<const void>(diagonal), as<const void>(self), from, margin, relaxation, eps, paper, write,
+                                 as<const void>(diagonal), as<const void>(self), from, margin, relaxation, eps, rule, write,
                                  as<double>(row_loss), as<int32_t>(row_sum), as<int32_t>(col_sum)},
                                 threads);
     }

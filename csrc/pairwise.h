@@ -9,12 +9,13 @@ namespace evaat {
 
 constexpr int kCodes = 4;  // beside the Dtypes: uint8 codes, read through a table of 256 values
 
-// relevancy[j, i] = table[video_index ? video_index[j] : j, caption_index ? caption_index[i] : i], strides in elements.
+// relevancy[j, i] = table[verb && verb[j] == verb[i], video_index ? video_index[j] : j, caption_index ? caption_index[i] : i],
+// strides in elements; verb comes with indices.
 struct PairLabels {
   const void* table;
   int dtype;
-  int64_t stride_row, stride_col;
-  const int64_t *video_index, *caption_index;
+  int64_t stride_half, stride_row, stride_col;
+  const int64_t *video_index, *caption_index, *verb;
   const void* values;  // float [256], for codes only
 };
 
@@ -29,6 +30,8 @@ struct PairFeatures {
 int sms_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int64_t N, int64_t E, void* norm_video, void* norm_text,
                 void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads);
 
+enum Rule { kCode, kPaper, kCharades };  // which penalty a difference of labels gets: evaat_fast/ops/pairwise.py
+
 struct SmsPanel {
   int wide, dtype;  // dtype of s: `wide`, or bfloat16 for products of raw rows, which row_scale and col_scale turn into cosines
   void* s;          // in: similarities; out, if write: the slopes g1 + g2 in {-2 .. 2}, with 0 on the diagonal
@@ -37,7 +40,8 @@ struct SmsPanel {
   const void *diagonal, *self;        // float [N]: cosine and relevancy of each pair itself
   PairLabels labels;
   double margin, relaxation, eps;
-  bool paper, write;
+  int rule;
+  bool write;
   double* row_loss;   // [N]: sum of both penalties over each row's pairs
   int32_t* row_sum;   // [N]: sum of g2 (anchored at the row's video)
   int32_t* col_sum;   // [threads, N], accumulated: sums of g1 (anchored at the column's caption)

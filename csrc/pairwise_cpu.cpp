@@ -42,18 +42,19 @@ struct Block {
 };
 
 // One pair from one side: the penalty is added to loss, the slope returned.
-template <class T, bool paper>
+template <class T, int rule>
 inline T side(T self, T c, T own, T s, T margin, T relaxation, T eps, double& loss) {
   const T d = self - c, gap = own - s, m = margin * d - gap;
-  const bool equal = std::abs(d) < eps, more = paper ? d >= eps : d > eps;
-  const T near = paper ? -gap : m;
+  const bool equal = std::abs(d) < eps, more = rule == kCode ? d > eps : d >= eps;
+  const T near = rule == kCode ? m : -gap;
+  if (rule == kCharades && d <= -eps) return 0;
   const T penalty = equal ? std::abs(near) - relaxation : more ? m : -m;
   if (penalty <= 0) return 0;  // false for NaN, which must reach the loss
   loss += double(penalty);
   return std::signbit(equal ? near : m) ? T(-1) : T(1);
 }
 
-template <class T, class S, bool write, bool paper>
+template <class T, class S, bool write, int rule>
 void block_plain(Block<T, S>& b, int64_t begin) {
   for (int r = 0; r < b.rows; ++r) {
     double loss = 0;
@@ -66,8 +67,8 @@ void block_plain(Block<T, S>& b, int64_t begin) {
       T s = widen(b.s[r][i]);
       if (b.col_scale) s = s * b.row_scale[r] * b.col_scale[i];
       const T c = b.label[r][i - b.begin];
-      const T g1 = side<T, paper>(b.self[i], c, b.diagonal[i], s, b.margin, b.relaxation, b.eps, loss);
-      const T g2 = side<T, paper>(b.row_self[r], c, b.row_diagonal[r], s, b.margin, b.relaxation, b.eps, loss);
+      const T g1 = side<T, rule>(b.self[i], c, b.diagonal[i], s, b.margin, b.relaxation, b.eps, loss);
+      const T g2 = side<T, rule>(b.row_self[r], c, b.row_diagonal[r], s, b.margin, b.relaxation, b.eps, loss);
       b.col_sum[i] += int32_t(g1);
       sum += int32_t(g2);
       if (write) narrow(b.s[r][i], g1 + g2);
@@ -79,15 +80,16 @@ void block_plain(Block<T, S>& b, int64_t begin) {
 
 #ifdef EVAAT_X86
 
-template <bool paper>
+template <int rule>
 EVAAT_AVX512 inline __m512 side512(__m512 self, __m512 c, __m512 own, __m512 s, __m512 margin, __m512 relaxation, __m512 eps,
                                    __mmask16 keep, __m512& loss) {
   const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
   const __m512 d = _mm512_sub_ps(self, c), gap = _mm512_sub_ps(own, s);
   __m512 m = _mm512_sub_ps(_mm512_mul_ps(margin, d), gap);
   const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_abs_ps(d), eps, _CMP_LT_OQ);
-  const __mmask16 less = _mm512_cmp_ps_mask(d, eps, paper ? _CMP_NGE_UQ : _CMP_NGT_UQ);
-  if (paper) m = _mm512_mask_xor_ps(m, equal, gap, sign);
+  const __mmask16 less = _mm512_cmp_ps_mask(d, eps, rule == kCode ? _CMP_NGT_UQ : _CMP_NGE_UQ);
+  if (rule == kCharades) keep &= ~_mm512_cmp_ps_mask(d, _mm512_xor_ps(eps, sign), _CMP_LE_OQ);
+  if (rule != kCode) m = _mm512_mask_xor_ps(m, equal, gap, sign);
   __m512 penalty = _mm512_mask_xor_ps(m, less, m, sign);
   penalty = _mm512_mask_sub_ps(penalty, equal, _mm512_abs_ps(m), relaxation);
   const __mmask16 active = _mm512_mask_cmp_ps_mask(keep, penalty, _mm512_setzero_ps(), _CMP_NLE_UQ);  // NaN too
@@ -106,7 +108,7 @@ EVAAT_AVX512 inline void store512(BFloat* p, __mmask16 k, __m512 g) {  // small 
   _mm256_mask_storeu_epi16(p, k, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(g), 16)));
 }
 
-template <class S, bool write, bool paper, int rows>
+template <class S, bool write, int rule, int rows>
 EVAAT_AVX512 void block_avx512(Block<float, S>& b) {
   const __m512 margin = _mm512_set1_ps(b.margin), relaxation = _mm512_set1_ps(b.relaxation), eps = _mm512_set1_ps(b.eps);
   __m512 loss[rows], sum[rows];
@@ -128,8 +130,8 @@ EVAAT_AVX512 void block_avx512(Block<float, S>& b) {
       if (b.col_scale)
         s = _mm512_mul_ps(_mm512_mul_ps(s, _mm512_set1_ps(b.row_scale[r])), load512(b.col_scale + i, inside));
       const __m512 c = load512(b.label[r] + (i - b.begin), inside);
-      const __m512 g1 = side512<paper>(self, c, diagonal, s, margin, relaxation, eps, keep, loss[r]);
-      const __m512 g2 = side512<paper>(_mm512_set1_ps(b.row_self[r]), c, _mm512_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
+      const __m512 g1 = side512<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, loss[r]);
+      const __m512 g2 = side512<rule>(_mm512_set1_ps(b.row_self[r]), c, _mm512_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
                                        eps, keep, loss[r]);
       column = _mm512_add_ps(column, g1);
       sum[r] = _mm512_add_ps(sum[r], g2);
@@ -144,15 +146,16 @@ EVAAT_AVX512 void block_avx512(Block<float, S>& b) {
   }
 }
 
-template <bool paper>
+template <int rule>
 EVAAT_AVX2 inline __m256 side256(__m256 self, __m256 c, __m256 own, __m256 s, __m256 margin, __m256 relaxation, __m256 eps,
                                  __m256 keep, __m256& loss) {
   const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
   const __m256 d = _mm256_sub_ps(self, c), gap = _mm256_sub_ps(own, s);
   __m256 m = _mm256_sub_ps(_mm256_mul_ps(margin, d), gap);
   const __m256 equal = _mm256_cmp_ps(_mm256_andnot_ps(sign, d), eps, _CMP_LT_OQ);
-  const __m256 less = _mm256_cmp_ps(d, eps, paper ? _CMP_NGE_UQ : _CMP_NGT_UQ);
-  if (paper) m = _mm256_blendv_ps(m, _mm256_xor_ps(gap, sign), equal);
+  const __m256 less = _mm256_cmp_ps(d, eps, rule == kCode ? _CMP_NGT_UQ : _CMP_NGE_UQ);
+  if (rule == kCharades) keep = _mm256_andnot_ps(_mm256_cmp_ps(d, _mm256_xor_ps(eps, sign), _CMP_LE_OQ), keep);
+  if (rule != kCode) m = _mm256_blendv_ps(m, _mm256_xor_ps(gap, sign), equal);
   __m256 penalty = _mm256_xor_ps(m, _mm256_and_ps(less, sign));
   penalty = _mm256_blendv_ps(penalty, _mm256_sub_ps(_mm256_andnot_ps(sign, m), relaxation), equal);
   const __m256 active = _mm256_and_ps(keep, _mm256_cmp_ps(penalty, _mm256_setzero_ps(), _CMP_NLE_UQ));
@@ -178,7 +181,7 @@ EVAAT_AVX2 inline float sum256(__m256 x) {
 }
 
 // As block_avx512; the last columns, fewer than eight, are left to block_plain.
-template <class S, bool write, bool paper, int rows>
+template <class S, bool write, int rule, int rows>
 EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
   const __m256 margin = _mm256_set1_ps(b.margin), relaxation = _mm256_set1_ps(b.relaxation), eps = _mm256_set1_ps(b.eps);
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), ones = _mm256_set1_epi32(-1);
@@ -196,8 +199,8 @@ EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
       __m256 s = load256(b.s[r] + i);
       if (b.col_scale) s = _mm256_mul_ps(_mm256_mul_ps(s, _mm256_set1_ps(b.row_scale[r])), load256(b.col_scale + i));
       const __m256 c = load256(b.label[r] + (i - b.begin));
-      const __m256 g1 = side256<paper>(self, c, diagonal, s, margin, relaxation, eps, keep, loss[r]);
-      const __m256 g2 = side256<paper>(_mm256_set1_ps(b.row_self[r]), c, _mm256_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
+      const __m256 g1 = side256<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, loss[r]);
+      const __m256 g2 = side256<rule>(_mm256_set1_ps(b.row_self[r]), c, _mm256_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
                                        eps, keep, loss[r]);
       column = _mm256_add_ps(column, g1);
       sum[r] = _mm256_add_ps(sum[r], g2);
@@ -210,33 +213,47 @@ EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
     b.loss[r] += double(sum256(loss[r]));
     b.row_sum[r] += int32_t(sum256(sum[r]));
   }
-  if (i < b.end) block_plain<float, S, write, paper>(b, i);
+  if (i < b.end) block_plain<float, S, write, rule>(b, i);
 }
 
 #endif  // EVAAT_X86
 
-template <class S, bool write, bool paper>
+template <class S, bool write, int rule>
 void block(Block<double, S>& b) {
-  block_plain<double, S, write, paper>(b, b.begin);
+  block_plain<double, S, write, rule>(b, b.begin);
 }
 
-template <class S, bool write, bool paper>
+template <class S, bool write, int rule>
 void block(Block<float, S>& b) {
 #ifdef EVAAT_X86
   const int level = isa();
-  if (level == kAvx512 && b.rows == kRows) return block_avx512<S, write, paper, kRows>(b);
-  if (level == kAvx2 && b.rows == kRows) return block_avx2<S, write, paper, kRows>(b);
+  if (level == kAvx512 && b.rows == kRows) return block_avx512<S, write, rule, kRows>(b);
+  if (level == kAvx2 && b.rows == kRows) return block_avx2<S, write, rule, kRows>(b);
 #endif
-  block_plain<float, S, write, paper>(b, b.begin);
+  block_plain<float, S, write, rule>(b, b.begin);
+}
+
+template <class T>
+T label_of(const uint8_t* from, const T* values) {
+  return values[*from];
+}
+template <class T, class L>
+T label_of(const L* from, const T*) {
+  return T(widen(*from));
 }
 
 template <class T, class L>
-void read_labels(const PairLabels& labels, int64_t row, int64_t begin, int64_t end, T* out) {
+void read_labels(const PairLabels& labels, int64_t j, int64_t row, int64_t begin, int64_t end, T* out) {
   const L* from = static_cast<const L*>(labels.table) + row * labels.stride_row;
-  if (const int64_t* index = labels.caption_index)
-    for (int64_t i = begin; i < end; ++i) out[i - begin] = T(widen(from[index[i] * labels.stride_col]));
+  const T* values = static_cast<const T*>(labels.values);
+  const int64_t *index = labels.caption_index, *verb = labels.verb;
+  if (verb)
+    for (int64_t i = begin; i < end; ++i)
+      out[i - begin] = label_of<T>(from + index[i] * labels.stride_col + (verb[i] == verb[j] ? labels.stride_half : 0), values);
+  else if (index)
+    for (int64_t i = begin; i < end; ++i) out[i - begin] = label_of<T>(from + index[i] * labels.stride_col, values);
   else
-    for (int64_t i = begin; i < end; ++i) out[i - begin] = T(widen(from[i * labels.stride_col]));
+    for (int64_t i = begin; i < end; ++i) out[i - begin] = label_of<T>(from + i * labels.stride_col, values);
 }
 
 // The labels of row j in columns begin .. end - 1: where they lie, or gathered into `out`.
@@ -246,20 +263,16 @@ const T* labels_of(const PairLabels& labels, int wide_dtype, int64_t j, int64_t 
   if (labels.dtype == wide_dtype && labels.stride_col == 1 && !labels.caption_index)
     return static_cast<const T*>(labels.table) + row * labels.stride_row + begin;
   switch (labels.dtype) {
-    case kFloat32: read_labels<T, float>(labels, row, begin, end, out); break;
-    case kFloat64: read_labels<T, double>(labels, row, begin, end, out); break;
-    case kBFloat16: read_labels<T, BFloat>(labels, row, begin, end, out); break;
-    case kFloat16: read_labels<T, Half>(labels, row, begin, end, out); break;
-    default: {
-      const uint8_t* from = static_cast<const uint8_t*>(labels.table) + row * labels.stride_row;
-      const T* values = static_cast<const T*>(labels.values);
-      for (int64_t i = begin; i < end; ++i) out[i - begin] = values[from[i * labels.stride_col]];
-    }
+    case kFloat32: read_labels<T, float>(labels, j, row, begin, end, out); break;
+    case kFloat64: read_labels<T, double>(labels, j, row, begin, end, out); break;
+    case kBFloat16: read_labels<T, BFloat>(labels, j, row, begin, end, out); break;
+    case kFloat16: read_labels<T, Half>(labels, j, row, begin, end, out); break;
+    default: read_labels<T, uint8_t>(labels, j, row, begin, end, out);
   }
   return out;
 }
 
-template <class T, class S, bool write, bool paper>
+template <class T, class S, bool write, int rule>
 void panel_rows(const SmsPanel& p, int threads) {
   const int64_t groups = (p.rows + kRows - 1) / kRows;
 #pragma omp parallel num_threads(threads)
@@ -290,7 +303,7 @@ void panel_rows(const SmsPanel& p, int threads) {
       for (b.begin = 0; b.begin < p.N; b.begin = b.end) {
         b.end = std::min(p.N, b.begin + kColumns);
         for (int r = 0; r < b.rows; ++r) b.label[r] = labels_of<T>(p.labels, p.wide, b.own[r], b.begin, b.end, gathered[r]);
-        block<S, write, paper>(b);
+        block<S, write, rule>(b);
       }
       for (int r = 0; r < b.rows; ++r) p.row_loss[b.own[r]] = b.loss[r], p.row_sum[b.own[r]] = b.row_sum[r];
     }
@@ -299,10 +312,11 @@ void panel_rows(const SmsPanel& p, int threads) {
 
 template <class T, class S>
 void panel_of(const SmsPanel& p, int threads) {
-  if (p.write)
-    p.paper ? panel_rows<T, S, true, true>(p, threads) : panel_rows<T, S, true, false>(p, threads);
-  else
-    p.paper ? panel_rows<T, S, false, true>(p, threads) : panel_rows<T, S, false, false>(p, threads);
+  switch (p.rule) {
+    case kPaper: return p.write ? panel_rows<T, S, true, kPaper>(p, threads) : panel_rows<T, S, false, kPaper>(p, threads);
+    case kCharades: return p.write ? panel_rows<T, S, true, kCharades>(p, threads) : panel_rows<T, S, false, kCharades>(p, threads);
+    default: p.write ? panel_rows<T, S, true, kCode>(p, threads) : panel_rows<T, S, false, kCode>(p, threads);
+  }
 }
 
 }  // namespace

@@ -29,6 +29,8 @@ def penalties(x, c, w, margin, relaxation, eps, rule="code"):
     out[first] = m[first].clamp_min(0)
     out[equal] = (near[equal].abs() - relaxation).clamp_min(0)
     rest = ~first & ~equal
+    if rule == "charades":  # pairs of a higher label do not count
+        out[rest], rest = 0.0, rest & d.isnan()
     out[rest] = (-m[rest]).clamp_min(0)
     return out
 
@@ -62,8 +64,10 @@ def slopes(x, c, w, margin, relaxation, eps, rule="code"):
                 near = m if rule == "code" else float(x[i, j] - x[anchor, anchor])
                 if abs(d) < eps:
                     g = (near > relaxation) - (near < -relaxation)
-                elif d > eps or (rule == "paper" and d == eps):
+                elif d > eps or (rule != "code" and d == eps):
                     g = int(m > 0)
+                elif rule == "charades":
+                    g = 0
                 else:
                     g = -int(m < 0)
                 total[i, j] += g

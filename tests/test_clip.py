@@ -170,12 +170,16 @@ def test_fake_tensors(name, dtype):
 def test_opcheck():
     video, text = batch(24, 8)
     c, index = torch.rand(24, 24), torch.randint(0, 24, (24,))
-    settings = (0.0, None, 0.6, 0.1, 0.005, False, True, True)
+    weight, settings = torch.rand(24), (0.6, 0.1, 0.005, "code")
     check = torch.library.opcheck
-    check(torch.ops.evaat_fast.sms_step.default, (video, text, c, None, None, *settings))
-    check(torch.ops.evaat_fast.sms_step.default, (video.bfloat16(), text.bfloat16(), c, index, index, *settings[:-1], False))
-    check(torch.ops.evaat_fast.clip_step.default, (video, text, torch.tensor(9.0), True, True, True))
-    check(torch.ops.evaat_fast.clip_step.default, (video[:1], text[:1], torch.tensor(9.0), False, True, False))
+    sms, clip = torch.ops.evaat_fast.sms_step.default, torch.ops.evaat_fast.clip_step.default
+    check(sms, (video, text, c, *[None] * 6, *settings, False, True, True, "cpu"))
+    check(sms, (video.bfloat16(), text.bfloat16(), c, index, index, *[None] * 4, *settings, False, True, False, "cpu"))
+    check(sms, (video, text, c, *[None] * 6, *settings, True, False, False, "cpu"))
+    check(sms, (video, text, c, *[None] * 4, c[0], weight, *settings, False, True, True, "cpu"))
+    check(clip, (video, text, torch.tensor(9.0), False, None, True, True, True, "cpu"))
+    check(clip, (video[:1], text[:1], torch.tensor(9.0), False, None, False, True, False, "cpu"))
+    check(clip, (video, text, torch.tensor(9.0), False, weight, True, True, True, "cpu"))
 
 
 @pytest.mark.parametrize("name", losses())

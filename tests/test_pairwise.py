@@ -1,5 +1,7 @@
 """sms_loss and its max-margin siblings: against a dense float64 oracle, slopes exactly, and by what must hold."""
 
+import functools
+
 import pairwise_oracle as oracle
 import pytest
 import torch
@@ -7,13 +9,13 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
-from evaat_fast.ops import pairwise_cpu
+from evaat_fast.ops import pairwise_cpu, pairwise_each
 from evaat_fast.ops.pairwise import sms_loss_reference
-from evaat_fast.ops.pairwise_cpu import sms_step
+from evaat_fast.ops.pairwise_step import sms_step
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (128, 64), (129, 200), (129, 1)]
-RULES = ["code", "paper"]
+RULES = ["code", "paper", "charades"]
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
@@ -88,7 +90,7 @@ def run_panels(x, c, w, settings, rule, dtype, rows, threads, write=True):
     ones = torch.ones(N)
     scales = [ones.data_ptr()] * 2 if dtype == BF16 else [0, 0]
     code = {F32: 0, BF16: 1, F64: 3}
-    labels = (c.data_ptr(), code[wide], N, 1, 0, 0, 0)
+    labels = (c.data_ptr(), code[wide], 0, N, 1, 0, 0, 0, 0)
     for first in range(0, N, rows):
         part = s[first : first + rows]
         where = (
@@ -104,7 +106,7 @@ def run_panels(x, c, w, settings, rule, dtype, rows, threads, write=True):
             labels,
         )
         sums = (row_loss.data_ptr(), row_sum.data_ptr(), col_sum.data_ptr())
-        _cpu.sms_panel(*where, *settings, rule == "paper", write, *sums, threads)
+        _cpu.sms_panel(*where, *settings, RULES.index(rule), write, *sums, threads)
     return s, row_sum, col_sum.sum(0), row_loss
 
 
@@ -158,7 +160,7 @@ def off_diagonal(gradient, x, slope_x, other):
 def test_off_diagonal_part_of_the_gradients(dtype, N, bound, small_panels, monkeypatch):
     monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 128)
     video, text, c = batch(N, 64, dtype)
-    _, *ours = sms_step(video, text, c, None, None, 0.0, None, 0.6, 0.1, 1.1 / 240, False, True, True)
+    _, *ours = sms_step(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")
     v, t = video.double(), text.double()
     x = (oracle.unit(t) @ oracle.unit(v).T).requires_grad_()
     slope = gradients(lambda x: oracle.penalties(x, c.double(), c.double().diag(), 0.6, 0.1, 1.1 / 240).mean(), x)[1]
@@ -285,7 +287,7 @@ def test_the_gradients_are_all_that_is_saved():
 def test_scaled_backward(dtype):
     """A power of two as the loss scale scales the gradients exactly, before they are rounded."""
     video, text, c = batch(33, 16, dtype)
-    plain = sms_step(video, text, c, None, None, 0.0, None, 0.6, 0.1, 1.1 / 240, False, True, True)[1:]
+    plain = sms_step(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")[1:]
     scaled = gradients(lambda v, t: ops.sms_loss(v, t, c) * 1024, video, text)[1:]
     assert all(torch.equal((1024 * p).to(dtype), s) for p, s in zip(plain, scaled, strict=True))
     loss = ops.sms_loss(video.requires_grad_(), text, c)
@@ -347,12 +349,15 @@ def test_siblings(op, labels, backend, dtype):
         assert (a.double() - b).norm() <= {F32: 1e-6, F64: 1e-13, BF16: 4e-3}[dtype] * b.norm()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("op", [
     lambda v, t, c, **k: ops.sms_loss(v, t, c, **k),
+    lambda v, t, c, **k: ops.sms_loss(v, t, c, rule="charades", **k),
     lambda v, t, c, **k: ops.mi_mm_loss(v, t, **k),
 ])  # fmt: skip
-def test_reduction_none(op):
+def test_reduction_none(op, backend):
     video, text, c = batch(30, 8, F64)
+    op = functools.partial(op, backend=backend)
     entries = op(video, text, c, reduction="none")
     assert entries.shape == (30,)
     torch.testing.assert_close(entries.mean(), op(video, text, c), rtol=1e-13, atol=0)
@@ -360,6 +365,31 @@ def test_reduction_none(op):
     video[7] += 10
     other = op(video, text, c, reduction="none") - entries
     assert other[7].abs() > 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("N,E", SIZES)
+def test_reduction_none_has_the_reference_s_gradients(N, E, rule, monkeypatch):
+    """Any weights of the entries, in panels of a few rows, on one side and on both."""
+    monkeypatch.setattr(pairwise_each, "_PANEL", 7 * N * 8)
+    video, text, c = batch(N, E, F64)
+    weight = torch.randn(N, dtype=F64)
+
+    def run(backend):
+        def loss(v, t):
+            return (ops.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend) * weight).sum()
+
+        return *gradients(loss, video, text), gradients(lambda v: loss(v, text), video)[1]
+
+    for ours, theirs in zip(run("cpu"), run("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_reduction_none_saves_no_matrix():
+    video, text, c = batch(300, 8)
+    out = ops.sms_loss(video.requires_grad_(), text, c, reduction="none", backend="cpu")
+    saved = sum(x.numel() for x in out.grad_fn.saved_tensors if x is not None)
+    assert saved == 300 * 300 + 2 * 300 * 8  # the caller's own labels, and the features
 
 
 def test_reduction_none_is_row_i_and_column_i():

@@ -8,7 +8,6 @@ import torch
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
-from evaat_fast.ops import pairwise_cpu
 
 N = 50
 # 0.5 [same verb] + 0.5 IoU of noun sets with a union of up to seven: a superset of EK-100's 29 relevancies, with 1/14 and 5/6.
@@ -100,6 +99,55 @@ def test_codes_at_every_level():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def verb_noun(dtype, distinct):
+    """(relevancy, the same matrix in float64): noun sets of up to five classes, or arbitrary overlaps."""
+    sets = (torch.rand(23, 12) < 0.2).double()
+    union = (sets[:, None] + sets > 0).sum(2).clamp_min(1)
+    iou = (sets @ sets.T / union) if distinct == "few" else torch.rand(23, 23, dtype=torch.float64)
+    verb, noun = torch.randint(0, 4, (N,)), torch.randint(0, 23, (N,))
+    iou = iou.to(dtype)
+    matrix = 0.5 * (verb[:, None] == verb) + 0.5 * iou.double()[noun[:, None], noun]
+    return ops.VerbNounRelevancy(verb, noun, iou), matrix
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("distinct", ["few", "many"])
+def test_verbs_and_nouns_give_the_bits_of_their_matrix(features, stored, distinct):
+    relevancy, matrix = verb_noun(stored, distinct)
+    assert (relevancy.table.dtype == torch.uint8) == (distinct == "few")
+    video, text = torch.randn(N, 16).to(features), torch.randn(N, 16).to(features)
+    for options in ({}, {"backend": "reference"}, {"rule": "paper"}):
+        ours, want = results(relevancy, video, text, **options), results(matrix, video, text, **options)
+        assert all(map(torch.equal, ours, want))
+
+
+def test_the_table_of_verbs_and_nouns_is_made_once_and_follows_its_tensor():
+    iou, verb, noun = torch.eye(5), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2])
+    first, second = (ops.VerbNounRelevancy(verb, noun, iou) for _ in range(2))
+    assert first.table is second.table
+    iou[1, 2] = 0.5
+    third = ops.VerbNounRelevancy(verb, noun, iou)
+    video, text = torch.randn(2, 3, 8)
+    matrix = torch.tensor([[1.0, 0, 0], [0, 1, 0.75], [0, 0.5, 1]])
+    assert all(map(torch.equal, results(third, video, text), results(matrix, video, text)))
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.float64], ids=str)
+def test_quantised_labels_are_the_authors(features):
+    """Their class: torch.tensor(matrix * 240, dtype=uint8), gathered, / 240."""
+    matrix = torch.tensor([float(EK100[i]) for i in torch.randint(0, len(EK100), (70 * 60,))], dtype=torch.float64).view(70, 60)
+    codes, values = ops.quantize_relevancy(matrix)
+    assert torch.equal(codes, torch.tensor(matrix.numpy() * 240, dtype=torch.uint8))
+    assert ops.quantize_relevancy(torch.tensor([0.5 + 0.5 * (2 / 3)], dtype=torch.float64))[0].item() == 199
+    rows, columns, w = torch.randint(0, 70, (N,)), torch.randint(0, 60, (N,)), torch.rand(N, dtype=features)
+    theirs = codes[rows][:, columns].double() / 240
+    video, text = torch.randn(N, 16, dtype=features), torch.randn(N, 16, dtype=features)
+    want = results(theirs, video, text, self_relevancy=w)
+    for source in (ops.IndexedRelevancy(codes, rows, columns, values), ops.DenseRelevancy(codes[rows][:, columns], values)):
+        assert all(map(torch.equal, results(source, video, text, self_relevancy=w), want))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_self_relevancy(backend):
     c, video, text = torch.rand(N, N), torch.randn(N, 8), torch.randn(N, 8)
@@ -155,6 +203,9 @@ def clip(**change):
     return ops.clip_loss(**{**dict(video=VIDEO, text=TEXT, logit_scale=2.0), **change})
 
 
+ID, CODES = torch.arange(3), torch.zeros(3, 3, dtype=torch.uint8)
+
+
 def indexed(table=None, video_index=None, caption_index=None):
     default = (torch.rand(9, 7), torch.arange(3), torch.arange(3))
     given = (table, video_index, caption_index)
@@ -182,8 +233,8 @@ BAD = [
      ValueError, r"relevancy.codes: .*\[3, 3\]"),
     (lambda: sms(relevancy=indexed(video_index=torch.arange(2), caption_index=torch.arange(2))), ValueError,
      "relevancy.video_index: expected 3 entries, one for each pair, got 2"),
-    (lambda: indexed(table=[1]), TypeError, r"table: expected a float tensor \[V, C\], got list"),
-    (lambda: indexed(table=torch.ones(3)), ValueError, r"table: expected the shape \[V, C\], got \[3\]"),
+    (lambda: indexed(table=[1]), TypeError, r"table: expected a float tensor \[V, C\], or uint8 codes .* got list"),
+    (lambda: indexed(table=torch.ones(3)), ValueError, r"table: expected the shape \[V, C\], .* got \[3\]"),
     (lambda: indexed(video_index=torch.ones(3)),
      TypeError, "video_index: expected a tensor of int64 or int32, got torch.float32"),
     (lambda: indexed(caption_index=torch.zeros(3, 1).long()),
@@ -206,9 +257,7 @@ BAD = [
     (lambda: sms(relaxation=-1.0), ValueError, "relaxation: expected a float >= 0, got -1.0"),
     (lambda: sms(eps=float("inf")), ValueError, "eps: expected a finite float, got inf"),
     (lambda: sms(rule="new"), ValueError, "rule: expected \"code\", \"paper\" or \"charades\", got 'new'"),
-    (lambda: sms(rule="charades"), NotImplementedError, "charades.* not built yet"),
     (lambda: sms(reduction="sum"), ValueError, "reduction: expected \"mean\" or \"none\", got 'sum'"),
-    (lambda: sms(reduction="none", backend="cpu"), NotImplementedError, "none.* on backend 'cpu' .* not built yet"),
     (lambda: sms(group=object()), NotImplementedError, r"sms_loss\(group=...\) .* not built yet"),
     (lambda: sms(grad_mode="mean"), ValueError, "grad_mode: expected \"ddp\" or \"sum\", got 'mean'"),
     (lambda: sms(backend="triton"), RuntimeError, "sms_loss: backend 'triton' was asked for but cannot serve"),
@@ -224,10 +273,22 @@ BAD = [
     (lambda: clip(logit_scale=torch.ones((), device="meta")), ValueError, "logit_scale: expected the features' device cpu"),
     (lambda: clip(text=torch.randn(2, 4)), ValueError, "text: expected video's shape"),
     (lambda: clip(group=object()), NotImplementedError, r"clip_loss\(group=...\) .* not built yet"),
-    (lambda: clip(reduction="none", backend="cpu"), NotImplementedError, "not built yet"),
     (lambda: clip(backend="gluon"), RuntimeError, "clip_loss: backend 'gluon' was asked for but cannot serve"),
     (lambda: ops.ego_nce_loss(None, None, None), NotImplementedError, "ego_nce_loss .* not built yet"),
-    (lambda: ops.VerbNounRelevancy(None, None, None), NotImplementedError, "VerbNounRelevancy .* not built yet"),
+    (lambda: ops.VerbNounRelevancy(ID, ID, None), TypeError, r"noun_iou: expected a float tensor \[S, S\], got NoneType"),
+    (lambda: ops.VerbNounRelevancy(ID, ID, torch.rand(3, 4)), ValueError, r"noun_iou: expected the shape \[S, S\], got .*4"),
+    (lambda: ops.VerbNounRelevancy(ID.float(), ID, torch.rand(3, 3)), TypeError, "verb: expected a tensor of int64 or int32"),
+    (lambda: ops.VerbNounRelevancy(ID, ID[:2], torch.rand(3, 3)), ValueError, "noun_set: expected 3 entries as verb, got 2"),
+    (lambda: sms(relevancy=ops.VerbNounRelevancy(ID, ID + 2, torch.rand(3, 3))),
+     IndexError, "noun_set: expected 0 <= index < 3"),
+    (lambda: sms(relevancy=ops.VerbNounRelevancy(ID[:2], ID[:2], torch.rand(3, 3))),
+     ValueError, r"relevancy.noun_set: expected 3 entries, one for each pair, got 2"),
+    (lambda: ops.IndexedRelevancy(torch.rand(3, 3), ID, ID, 0.1), TypeError, r"table: expected uint8 codes .*float32"),
+    (lambda: ops.IndexedRelevancy(CODES, ID, ID, torch.rand(9)), ValueError, r"scale: expected a float, or .* got .* \[9\]"),
+    (lambda: ops.quantize_relevancy([0.5]), TypeError, "relevancy: expected a float tensor, got list"),
+    (lambda: ops.quantize_relevancy(torch.tensor([1.1])), ValueError, "relevancy: expected values from 0 to 255 / 240"),
+    (lambda: ops.quantize_relevancy(torch.tensor([-0.1])), ValueError, "relevancy: expected values from 0 to 255 / 240"),
+    (lambda: ops.quantize_relevancy(torch.rand(2), 0), ValueError, "steps: expected a positive integer, got 0"),
     (lambda: ops.VerbNounPositives(), NotImplementedError, "VerbNounPositives .* not built yet"),
     (lambda: torch.vmap(lambda v: sms(video=v))(torch.randn(2, 3, 4)), NotImplementedError, "video: sms_loss has no vmap rule"),
     (lambda: torch.vmap(lambda v: clip(text=v))(torch.randn(2, 3, 4)), NotImplementedError, "text: clip_loss has no vmap rule"),
@@ -247,8 +308,7 @@ def test_threads_do_not_change_the_result():
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            arguments = (c, None, None, 0.0, None, 0.6, 0.1, 1.1 / 240, False, False, False)
-            every.append(pairwise_cpu.sms_step(video, text, *arguments)[0])
+            every.append(ops.sms_loss(video, text, c, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, every[0]) for x in every)

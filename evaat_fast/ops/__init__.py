@@ -14,6 +14,7 @@ from evaat_fast.ops.pairwise import (
     clip_loss,
     ego_nce_loss,
     mi_mm_loss,
+    quantize_relevancy,
     sms_loss,
 )
 from evaat_fast.ops.patchify import patchify
@@ -32,6 +33,7 @@ __all__ = [
     "joint_freqs",
     "mi_mm_loss",
     "patchify",
+    "quantize_relevancy",
     "rope3d",
     "rope3d_",
     "rope3d_qkv_",

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from evaat_fast import _dispatch
 from evaat_fast._check import memory_of, number
-from evaat_fast.ops.pairwise_cpu import Clip, Sms, clip_step, sms_step
+from evaat_fast.ops.pairwise_step import clip_loss_step, sms_loss_step
 from evaat_fast.ops.relevancy import (
     FLOATS,
     DenseRelevancy,
@@ -23,6 +23,7 @@ from evaat_fast.ops.relevancy import (
     VerbNounRelevancy,
     as_labels,
     no_gradient,
+    quantize_relevancy,
 )
 
 __all__ = [
@@ -35,11 +36,12 @@ __all__ = [
     "clip_loss_reference",
     "ego_nce_loss",
     "mi_mm_loss",
+    "quantize_relevancy",
     "sms_loss",
     "sms_loss_reference",
 ]
 
-_EPS = {"code": 1.1 / 240, "paper": 0.1}
+_EPS = {"code": 1.1 / 240, "paper": 0.1, "charades": 0.1}
 
 
 def unit_rows(x):
@@ -63,17 +65,21 @@ def sms_loss_reference(video, text, relevancy, self_relevancy, margin, relaxatio
     for anchor in (1, 0):  # text i stands in the rows, video j in the columns
         d = self_relevancy.unsqueeze(anchor) - relevancy.T
         gap = x.diagonal().unsqueeze(anchor) - x
-        terms.append(_penalty(d, gap, margin, relaxation, eps, rule).masked_fill(diagonal, 0.0))
+        terms.append(penalty(d, gap, margin, relaxation, eps, rule).masked_fill(diagonal, 0.0))
     entries = (terms[0].sum(1) + terms[1].sum(0)) / max(2 * (N - 1), 1)
     return entries if reduction == "none" else entries.sum() / max(N, 1)
 
 
-def _penalty(d, gap, margin, relaxation, eps, rule):
-    """f(m, d) of one side. The rules differ in what d == eps means, and in whether equal labels keep their margin * d."""
+def penalty(d, gap, margin, relaxation, eps, rule):
+    """f(m, d) of one side. The rules differ in what d == eps means, in whether equal labels keep their margin * d, and in
+    whether a pair of a higher label than the anchor's own counts."""
     m = margin * d - gap
     equal, more = d.abs() < eps, (d > eps if rule == "code" else d >= eps)
     near = m if rule == "code" else -gap
-    return torch.where(equal, (near.abs() - relaxation).relu(), torch.where(more, m.relu(), (-m).relu()))
+    less = (-m).relu()
+    if rule == "charades":
+        less = less.masked_fill(d <= -eps, 0.0)
+    return torch.where(equal, (near.abs() - relaxation).relu(), torch.where(more, m.relu(), less))
 
 
 def clip_loss_reference(video, text, logit_scale, reduction="mean"):
@@ -111,18 +117,20 @@ def sms_loss(
     Args:
         video, text: [N, E], one dtype of float32, bfloat16, float16 and float64, any strides; normalised inside (eps 1e-8). The
             gradient of a row whose norm is below 1e-8 is zero.
-        relevancy: float [N, N], rows = videos and columns = captions, or an IndexedRelevancy or DenseRelevancy. Converted to
+        relevancy: float [N, N], rows = videos and columns = captions, or an IndexedRelevancy, VerbNounRelevancy or
+            DenseRelevancy. Converted to
             float32 (float64 for float64 features) before anything is computed with it. No gradient.
         self_relevancy: float [N], w; None: the diagonal of relevancy.
         margin, relaxation: floats; relaxation >= 0.
-        eps: labels that differ by less count as equal; None: 1.1 / 240 for rule "code", 0.1 for "paper".
+        eps: labels that differ by less count as equal; None: 1.1 / 240 for rule "code", 0.1 for the others.
         rule: "code", the authors' code; "paper", its equation 16: d == eps belongs to the first branch, and equal labels have
-            no margin (m = x_ij - x_ii).
+            no margin (m = x_ij - x_ii); "charades", equation 17 for labels of 0 and 1: as "paper", and pairs of a higher label
+            than the anchor's own do not count. The paper trains it with margin 0.3.
         reduction: "mean", or "none": [N], entry i = row i of text->video plus column i of video->text, scaled so that their
-            mean is the loss. "none" is served by the reference, which builds [N, N].
+            mean is the loss; its backward pass computes the similarities again.
         group: a torch.distributed group; not built yet. grad_mode: "ddp" or "sum", how gradients add up over it.
         validate: False skips the check of IndexedRelevancy's indices where that would wait for a GPU; None: check on CPU only.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         A scalar, float32, or float64 for float64 features. N = 0 and N = 1 give 0.
@@ -134,8 +142,6 @@ def sms_loss(
     """
     video, text = _check_features("sms_loss", video, text)
     _check_common("sms_loss", reduction, group, grad_mode)
-    if rule == "charades":
-        raise _dispatch.not_built('sms_loss(rule="charades")', 'use rule="code" or "paper"')
     if not isinstance(rule, str) or rule not in _EPS:
         raise ValueError(f'rule: expected "code", "paper" or "charades", got {rule!r}')
     labels = as_labels(relevancy, video.shape[0], video.device)
@@ -152,13 +158,9 @@ def sms_loss(
 
 
 def _max_margin(op, video, text, labels, self_relevancy, settings, rule, reduction, backend):
-    backend = _backend(op, video, reduction, backend)
-    if backend == "cpu":
-        needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text)]
-        source = (labels.table, labels.video_index, labels.caption_index, labels.scale, self_relevancy)
-        text = text.view_as(text) if text is video else text  # torch.compile takes no tensor twice
-        arguments = (*source, *settings, rule == "paper", *needs)
-        return Sms.apply(video, text, *arguments) if any(needs) else sms_step(video, text, *arguments)[0]
+    backend = _dispatch.pick(op, video, backend)
+    if backend != "reference":
+        return sms_loss_step(video, text, labels, self_relevancy, settings, rule, reduction, backend)
     wide = torch.promote_types(video.dtype, torch.float32)
     w = labels.diagonal(wide) if self_relevancy is None else self_relevancy.to(wide)
     if video.shape[0] == 1:
@@ -215,8 +217,8 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
         video, text: [N, E], one dtype of float32, bfloat16, float16 and float64, any strides. Not normalised inside.
         logit_scale: the multiplier of the products itself (already exponentiated): a float, or a float tensor of one element on
             the features' device, which may require a gradient.
-        reduction: "mean", or "none": [N], entry i = half the sum of row i of text->video and column i of video->text. "none" is
-            served by the reference, which builds [N, N].
+        reduction: "mean", or "none": [N], entry i = half the sum of row i of text->video and column i of video->text;
+            its backward pass computes the products again.
         group: a torch.distributed group; not built yet. grad_mode: "ddp" or "sum", how gradients add up over it.
         backend: "auto", "cpu" or "reference".
 
@@ -231,25 +233,13 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
     video, text = _check_features("clip_loss", video, text)
     _check_common("clip_loss", reduction, group, grad_mode)
     logit_scale = _check_scale(logit_scale, video)
-    if _backend("clip_loss", video, reduction, backend) == "cpu":
-        needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text, logit_scale)]
-        text = text.view_as(text) if text is video else text
-        arguments = (video, text, logit_scale, *needs)
-        return Clip.apply(*arguments) if any(needs) else clip_step(*arguments)[0]
+    backend = _dispatch.pick("clip_loss", video, backend)
+    if backend != "reference":
+        return clip_loss_step(video, text, logit_scale, reduction, backend)
     if video.shape[0] == 1:
         video, text, logit_scale = _no_pair(video, text, logit_scale)
     with _no_autocast(video):
         return clip_loss_reference(video, text, logit_scale, reduction)
-
-
-def _backend(op, video, reduction, backend):
-    """The backend that serves the call; only the reference keeps the losses of single pairs apart."""
-    chosen = _dispatch.pick(op, video, backend)
-    if chosen != "reference" and reduction == "none":
-        if backend not in (None, "auto"):
-            raise _dispatch.not_built(f'{op}(reduction="none") on backend {chosen!r}', 'use backend="reference" or "auto"')
-        return "reference"
-    return chosen
 
 
 def _check_self(x, video):

@@ -7,9 +7,9 @@ nothing but the diagonal of the similarities.
 import torch
 
 from evaat_fast._dispatch import DTYPE_CODE
-from evaat_fast._register import register
-from evaat_fast.ops.relevancy import Labels, code_values
 
+_RULES = {"code": 0, "paper": 1, "charades": 2}  # Rule of csrc/pairwise.h
+_CODES = 4  # kCodes
 # Bytes of a panel, and its least rows. With one thread 4 to 16 MB are alike (1.05 x the bare products); with two, every product
 # waits for the slower thread, so fewer and larger ones win wherever something else runs.
 _PANEL = 16 << 20
@@ -36,46 +36,12 @@ def _pointer(x):
     return 0 if x is None else x.data_ptr()
 
 
-def _fake_sms(video, text, table, video_index, caption_index, scale, self_relevancy, *settings):
-    wide = torch.promote_types(video.dtype, torch.float32)
-    need_video, need_text = settings[-2:]
-    gradients = [video.new_empty(video.shape if need else (0,), dtype=wide) for need in (need_video, need_text)]
-    return video.new_empty((), dtype=wide), *gradients
-
-
-@register(
-    "sms_step(Tensor video, Tensor text, Tensor table, Tensor? video_index, Tensor? caption_index, float scale, "
-    "Tensor? self_relevancy, float margin, float relaxation, float eps, bool paper, bool need_video, bool need_text) "
-    "-> (Tensor, Tensor, Tensor)",
-    _fake_sms,
-)
-@torch.no_grad()
-def sms_step(
-    video,
-    text,
-    table,
-    video_index,
-    caption_index,
-    scale,
-    self_relevancy,
-    margin,
-    relaxation,
-    eps,
-    paper,
-    need_video,
-    need_text,
-):
-    """The loss and the gradients asked for (empty otherwise), in float32, or float64 for float64 features."""
+def sms(video, text, labels, self_relevancy, weight, settings, rule, each, need_video, need_text):
+    """As `sms_step`, the mean."""
     from evaat_fast import _cpu
 
     N, E = video.shape
-    wide = torch.promote_types(video.dtype, torch.float32)
-    labels = Labels(table, video_index, caption_index, scale)
-    labels.check_indices()
-    if N < 2:
-        return tuple(x.zero_() for x in _fake_sms(video, text, *[None] * 5, need_video, need_text))
-    self_relevancy = labels.diagonal(wide) if self_relevancy is None else self_relevancy.to(wide)
-    self_relevancy = self_relevancy.contiguous()
+    wide = self_relevancy.dtype
     video, text = _rows(video), _rows(text)
     low = video.dtype == torch.bfloat16 and N >= _BF16_ROWS and _native_bf16()
     panel_dtype = torch.bfloat16 if low else wide
@@ -115,10 +81,8 @@ def sms_step(
             diagonal.data_ptr(),
             self_relevancy.data_ptr(),
             source[0],
-            margin,
-            relaxation,
-            eps,
-            paper,
+            *settings,
+            _RULES[rule],
             need_video or need_text,
             row_loss.data_ptr(),
             row_sum.data_ptr(),
@@ -156,61 +120,19 @@ def _add_product(total, a, b, part, begin):
 def _label_source(labels, wide):
     """The labels as the kernel takes them, and the tensors that must live as long."""
     table = labels.table
-    kept = [None if x is None else x.long().contiguous() for x in (labels.video_index, labels.caption_index)]
-    codes = table.dtype == torch.uint8
-    kept.append(code_values(labels.scale, wide) if codes else None)
-    code = 4 if codes else DTYPE_CODE[table.dtype]
-    return (table.data_ptr(), code, *table.stride(), *(_pointer(x) for x in kept)), kept
+    kept = [None if x is None else x.long().contiguous() for x in (labels.video_index, labels.caption_index, labels.verb)]
+    kept.append(None if labels.values is None else labels.values.to(wide).contiguous())
+    code = DTYPE_CODE[table.dtype] if labels.values is None else _CODES
+    half = table.stride(0) if table.ndim == 3 else 0
+    return (table.data_ptr(), code, half, *table.stride()[-2:], *(_pointer(x) for x in kept)), kept
 
 
-def _refuse_double_backward():
-    # Grad mode is on in a backward pass only under create_graph=True. torch's once_differentiable would let it pass where the
-    # incoming gradient is a constant, and a gradient penalty would silently be none.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError('the losses have no double backward (create_graph=True) on backend "cpu"; use backend="reference"')
-
-
-class Sms(torch.autograd.Function):
-    """Saves the two gradients and nothing else. They stay in float32 until the factor of the backward pass is known, so that a
-    loss scale reaches them before float16 rounds them."""
-
-    @staticmethod
-    def forward(ctx, video, text, *arguments):
-        loss, *gradients = sms_step(video, text, *arguments)
-        ctx.save_for_backward(*gradients)
-        ctx.dtype, ctx.needs = video.dtype, arguments[-2:]
-        return loss
-
-    @staticmethod
-    def backward(ctx, factor):
-        _refuse_double_backward()
-        gradients = (
-            (gradient * factor).to(ctx.dtype) if need else None
-            for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        )
-        return *gradients, *[None] * 11
-
-
-def _fake_clip(video, text, logit_scale, need_video, need_text, need_scale):
-    wide = torch.promote_types(video.dtype, torch.float32)
-    gradients = [video.new_empty(video.shape if need else (0,), dtype=wide) for need in (need_video, need_text)]
-    return video.new_empty((), dtype=wide), *gradients, video.new_empty((), dtype=wide)
-
-
-@register(
-    "clip_step(Tensor video, Tensor text, Tensor logit_scale, bool need_video, bool need_text, bool need_scale) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_clip,
-)
-@torch.no_grad()
-def clip_step(video, text, logit_scale, need_video, need_text, need_scale):
-    """The loss and the gradients asked for, in float32, or float64 for float64 features. logit_scale: [] of that dtype."""
+def clip(video, text, logit_scale, each, weight, need_video, need_text, need_scale):
+    """As `clip_step`, the mean."""
     from evaat_fast import _cpu
 
     N, E = video.shape
     wide = torch.promote_types(video.dtype, torch.float32)
-    if N < 2:  # the softmax of one is one, whatever the logit
-        return tuple(x.zero_() for x in _fake_clip(video, text, logit_scale, need_video, need_text, need_scale))
     # Narrow features are widened: rounding logits of 100 to bfloat16 would be an error of 0.25 in the exponent.
     video, text = video.to(wide), text.to(wide)
     scale, threads, wide_code = float(logit_scale), torch.get_num_threads(), DTYPE_CODE[wide]
@@ -240,23 +162,3 @@ def clip_step(video, text, logit_scale, need_video, need_text, need_scale):
         for gradient in (grad_video, grad_text):
             gradient.mul_(scale / (2 * N))
     return loss.to(wide), grad_video, grad_text, (row_slope.sum() / (2 * N)).to(wide)
-
-
-class Clip(torch.autograd.Function):
-    """Saves the gradients of both features and of the scale."""
-
-    @staticmethod
-    def forward(ctx, video, text, logit_scale, *needs):
-        loss, *gradients = clip_step(video, text, logit_scale, *needs)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes, ctx.needs = (video.dtype, text.dtype, logit_scale.dtype), needs
-        return loss
-
-    @staticmethod
-    def backward(ctx, factor):
-        _refuse_double_backward()
-        gradients = (
-            (gradient * factor).to(dtype) if need else None
-            for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-        )
-        return *gradients, None, None, None

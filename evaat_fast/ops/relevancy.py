@@ -5,6 +5,7 @@ to float32 (float64 for float64 features) before anything is computed with them,
 """
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from evaat_fast import _dispatch
 from evaat_fast._check import memory_of, number
@@ -18,7 +19,8 @@ class DenseRelevancy:
 
     Args:
         codes: uint8 [N, N], rows = videos, columns = captions.
-        scale: a finite float, the value of one step (1 / 240 for codes that are 240 times the relevancy).
+        scale: a finite float, the value of one step (1 / 240 for codes that are 240 times the relevancy), or a float tensor
+            [256], the value of each code, as `quantize_relevancy` gives it.
     """
 
     def __init__(self, codes, scale):
@@ -28,42 +30,94 @@ class DenseRelevancy:
         if codes.ndim != 2:
             raise ValueError(f"codes: expected the shape [N, N], got {list(codes.shape)}")
         self.codes = codes
-        self.scale = number("scale", scale)
+        self.values = _values(scale, codes.device)
 
 
 class IndexedRelevancy:
     """Rows and columns of a larger table: relevancy[j, i] = table[video_index[j], caption_index[i]], never built as [N, N].
 
     Args:
-        table: [V, C] float32, float64, bfloat16 or float16, any strides.
+        table: [V, C] float32, float64, bfloat16, float16, or uint8 codes with a scale; any strides.
         video_index, caption_index: int64 or int32 [N], the table's row of each video and column of each caption.
+        scale: of codes, as for `DenseRelevancy`; None for a table of floats.
     """
 
-    def __init__(self, table, video_index, caption_index):
-        _check_table("table", table, "[V, C]")
-        for name, index in (("video_index", video_index), ("caption_index", caption_index)):
-            if not isinstance(index, torch.Tensor) or index.dtype not in _INDICES:
-                raise TypeError(f"{name}: expected a tensor of int64 or int32, got {_kind(index)}")
-            memory_of("IndexedRelevancy", name, index)
-            if index.ndim != 1:
-                raise ValueError(f"{name}: expected the shape [N], got {list(index.shape)}")
-            if index.device != table.device:
-                raise ValueError(f"{name}: expected the table's device {table.device}, got {index.device}")
-        if video_index.shape != caption_index.shape:
-            raise ValueError(
-                f"caption_index: expected {video_index.shape[0]} entries as video_index, got {caption_index.shape[0]}"
-            )
+    def __init__(self, table, video_index, caption_index, scale=None):
+        if scale is None:
+            _check_table("table", table, "[V, C], or uint8 codes with a scale")
+        elif not isinstance(table, torch.Tensor) or table.dtype != torch.uint8 or table.ndim != 2:
+            got = f"{_kind(table)} {list(table.shape)}" if isinstance(table, torch.Tensor) else _kind(table)
+            raise TypeError(f"table: expected uint8 codes [V, C] beside a scale, got {got}")
+        _check_ids("IndexedRelevancy", table.device, video_index=video_index, caption_index=caption_index)
         if caption_index is video_index:
             caption_index = caption_index.view(-1)  # torch.compile takes no tensor twice
         table = memory_of("IndexedRelevancy", "table", table)
         self.table, self.video_index, self.caption_index = table, video_index, caption_index
+        self.values = None if scale is None else _values(scale, table.device)
 
 
 class VerbNounRelevancy:
-    """0.5 [same verb] + 0.5 IoU(noun sets), from class ids: part of the contract, not built yet."""
+    """EPIC-Kitchens' relevancy, 0.5 [same verb class] + 0.5 IoU(noun classes), from class ids: no matrix over clips at all.
+
+    Args:
+        verb: int64 or int32 [N], each pair's verb class.
+        noun_set: int64 or int32 [N], each pair's set of noun classes, as a row of noun_iou.
+        noun_iou: float [S, S], the intersection over union of each two sets; constant over the batches of a training run, so
+            that what is made of it is made once.
+
+    A label is 0.5 * noun_iou, plus 0.5 for the same verb, in float64, rounded once: the same number that a matrix computed in
+    float64 holds.
+    """
 
     def __init__(self, verb, noun_set, noun_iou):
-        raise _dispatch.not_built("VerbNounRelevancy", "pass the [N, N] matrix, or IndexedRelevancy")
+        _check_table("noun_iou", noun_iou, "[S, S]")
+        if noun_iou.shape[0] != noun_iou.shape[1]:
+            raise ValueError(f"noun_iou: expected the shape [S, S], got {list(noun_iou.shape)}")
+        no_gradient("noun_iou", noun_iou)
+        _check_ids("VerbNounRelevancy", noun_iou.device, verb=verb, noun_set=noun_set)
+        self.verb, self.noun_set = verb, noun_set
+        self.table, self.values = _verb_noun_table(memory_of("VerbNounRelevancy", "noun_iou", noun_iou))
+
+
+_VERB_NOUN = WeakIdKeyDictionary()
+
+
+def _verb_noun_table(noun_iou):
+    """([2, S, S], values): labels of pairs of another verb and of the same, as codes where 256 values suffice."""
+    version, *made = _VERB_NOUN.get(noun_iou, (None,))
+    if version is None or version != noun_iou._version:
+        half = 0.5 * noun_iou.double()
+        table, values = torch.stack((half, half + 0.5)), None
+        distinct = torch.unique(table)
+        if 0 < distinct.numel() <= 256:
+            table = torch.searchsorted(distinct, table).to(torch.uint8)
+            values = torch.nn.functional.pad(distinct, (0, 256 - distinct.numel()))
+        made = table, values
+        _VERB_NOUN[noun_iou] = (noun_iou._version, *made)
+    return made
+
+
+def quantize_relevancy(relevancy, steps=240):
+    """Labels as uint8 codes: (codes, values) with codes = trunc(steps * relevancy) and values[c] = c / steps.
+
+    With 240 steps these are the codes of the authors' SMS-Loss, computed in the dtype of `relevancy` as theirs are: in float64,
+    5/6 becomes 199. `DenseRelevancy(codes, values)` and `IndexedRelevancy(codes, rows, columns, values)` take them.
+
+    Args:
+        relevancy: float tensor of any shape, 0 <= relevancy <= 255 / steps.
+        steps: a positive integer.
+
+    Returns:
+        uint8, the shape of relevancy; float64 [256].
+    """
+    if not isinstance(relevancy, torch.Tensor) or relevancy.dtype not in FLOATS:
+        raise TypeError(f"relevancy: expected a float tensor, got {_kind(relevancy)}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected a positive integer, got {steps!r}")
+    scaled = relevancy.detach() * steps
+    if scaled.numel() and not bool(((scaled >= 0) & (scaled < 256)).all()):
+        raise ValueError(f"relevancy: expected values from 0 to 255 / {steps}, got {relevancy.min()} to {relevancy.max()}")
+    return scaled.to(torch.uint8), torch.arange(256, dtype=torch.float64, device=relevancy.device) / steps
 
 
 class VerbNounPositives:
@@ -74,71 +128,94 @@ class VerbNounPositives:
 
 
 class Labels:
-    """What the kernels are given for any source: the stored tensor, the indices into it or None, and the scale of codes."""
+    """What the kernels are given for any source: the stored tensor [V, C], or [2, V, C] with the verbs that choose between the
+    two; the indices into it or None; the value of each code, float [256], where it holds codes."""
 
-    def __init__(self, table, video_index=None, caption_index=None, scale=0.0):
-        self.table, self.video_index, self.caption_index, self.scale = table, video_index, caption_index, scale
+    def __init__(self, table, video_index=None, caption_index=None, verb=None, values=None):
+        self.table, self.video_index, self.caption_index, self.verb, self.values = (
+            table,
+            video_index,
+            caption_index,
+            verb,
+            values,
+        )
+
+    def tensors(self):
+        """What the constructor takes."""
+        return self.table, self.video_index, self.caption_index, self.verb, self.values
+
+    def rows(self, first, last, dtype):
+        """[last - first, N] in `dtype`: the labels of videos first .. last - 1. An index out of range reads NaN."""
+        if self.video_index is None:
+            return self._decode(self.table[first:last], dtype)
+        verb = None if self.verb is None else self.verb[first:last, None] == self.verb
+        return self._pick(self.video_index[first:last, None], self.caption_index[None, :], verb, dtype)
 
     def matrix(self, dtype):
-        """Contiguous [N, N] in `dtype` (torch's sums depend on the layout), rows = videos. An index out of range reads NaN."""
-        if self.video_index is None:
-            return _decode(self.table, self.scale, dtype).contiguous()
-        return self._pick(self.video_index[:, None], self.caption_index[None, :], dtype)
+        """Contiguous [N, N] in `dtype` (torch's sums depend on the layout), rows = videos."""
+        N = self.table.shape[0] if self.video_index is None else self.video_index.shape[0]
+        return self.rows(0, N, dtype).contiguous()
 
     def diagonal(self, dtype):
         """[N] in `dtype`: each pair's own label."""
         if self.video_index is None:
-            return _decode(self.table.diagonal(), self.scale, dtype)
-        return self._pick(self.video_index, self.caption_index, dtype)
+            return self._decode(self.table.diagonal(), dtype)
+        same = None if self.verb is None else torch.ones_like(self.verb, dtype=torch.bool)
+        return self._pick(self.video_index, self.caption_index, same, dtype)
 
     def check_indices(self):
         """IndexError naming the index that does not fit the table. Waits for the device."""
-        for name, index, size in (
-            ("video_index", self.video_index, self.table.shape[0]),
-            ("caption_index", self.caption_index, self.table.shape[1]),
-        ):
+        names = ("noun_set", "noun_set") if self.verb is not None else ("video_index", "caption_index")
+        V, C = self.table.shape[-2:]
+        for name, index, size in ((names[0], self.video_index, V), (names[1], self.caption_index, C)):
             if index is not None and index.numel():
                 low, high = (int(x) for x in torch.aminmax(index))
                 if low < 0 or high >= size:
                     raise IndexError(
-                        f"{name}: expected 0 <= index < {size}, as the table is {list(self.table.shape)}, got "
-                        f"{low if low < 0 else high}"
+                        f"{name}: expected 0 <= index < {size}, as the table is {[V, C]}, got {low if low < 0 else high}"
                     )
 
-    def _pick(self, rows, columns, dtype):
-        V, C = self.table.shape
+    def _pick(self, rows, columns, same, dtype):
+        V, C = self.table.shape[-2:]
         if V == 0 or C == 0:
             shape = torch.broadcast_shapes(rows.shape, columns.shape)
             return torch.full(shape, float("nan"), dtype=dtype, device=self.table.device)
         inside = (rows >= 0) & (rows < V) & (columns >= 0) & (columns < C)
-        picked = self.table[rows.long().clamp(0, V - 1), columns.long().clamp(0, C - 1)].to(dtype)
-        return picked.masked_fill(~inside, float("nan"))
+        at = (rows.long().clamp(0, V - 1), columns.long().clamp(0, C - 1))
+        picked = self.table[at if same is None else (same.long(), *at)]
+        return self._decode(picked, dtype).masked_fill(~inside, float("nan"))
+
+    def _decode(self, x, dtype):
+        return x.to(dtype) if self.values is None else self.values.to(dtype)[x.long()]
 
 
-def _decode(x, scale, dtype):
-    if x.dtype == torch.uint8:
-        return code_values(scale, dtype).to(x.device)[x.long()]
-    return x.to(dtype)
-
-
-def code_values(scale, dtype):
-    """[256]: the label that each code stands for."""
-    return (torch.arange(256, dtype=torch.float64) * scale).to(dtype)
+def _values(scale, device):
+    """float [256]: the label that each code stands for."""
+    if not isinstance(scale, torch.Tensor):
+        return torch.arange(256, dtype=torch.float64, device=device) * number("scale", scale)
+    if scale.dtype not in FLOATS or scale.shape != (256,):
+        raise ValueError(f"scale: expected a float, or a float tensor [256], got {scale.dtype} {list(scale.shape)}")
+    no_gradient("scale", scale)
+    return memory_of("the labels", "scale", scale).to(device)
 
 
 def as_labels(relevancy, N, device):
     """Checks a loss's `relevancy` argument against the batch and returns its Labels."""
-    if isinstance(relevancy, IndexedRelevancy):
-        name, table, size = "relevancy.table", relevancy.table, relevancy.video_index.shape[0]
+    if isinstance(relevancy, (IndexedRelevancy, VerbNounRelevancy)):
+        indexed = isinstance(relevancy, IndexedRelevancy)
+        index = relevancy.video_index if indexed else relevancy.noun_set
+        name, table, size = "relevancy.table" if indexed else "relevancy.noun_iou", relevancy.table, index.shape[0]
         if size != N:
-            raise ValueError(f"relevancy.video_index: expected {N} entries, one for each pair, got {size}")
-        labels = Labels(table, relevancy.video_index, relevancy.caption_index)
+            field = "video_index" if indexed else "noun_set"
+            raise ValueError(f"relevancy.{field}: expected {N} entries, one for each pair, got {size}")
+        others = (relevancy.caption_index, None) if indexed else (index.view(-1), relevancy.verb)
+        labels = Labels(table, index, *others, relevancy.values)
     elif isinstance(relevancy, DenseRelevancy):
         name, table = "relevancy.codes", relevancy.codes
-        labels = Labels(table, scale=relevancy.scale)
+        labels = Labels(table, values=relevancy.values)
     else:
         name, table = "relevancy", relevancy
-        _check_table("relevancy", table, f"[{N}, {N}], IndexedRelevancy or DenseRelevancy")
+        _check_table("relevancy", table, f"[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy")
         table = memory_of("the loss", "relevancy", table)
         labels = Labels(table)
     if labels.video_index is None and table.shape != (N, N):
@@ -152,6 +229,21 @@ def as_labels(relevancy, N, device):
 def no_gradient(name, x):
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, and the losses compute none for labels; pass it detached")
+
+
+def _check_ids(op, device, **ids):
+    """Two tensors of indices or class ids, one for each pair."""
+    (first, a), (second, b) = ids.items()
+    for name, x in ids.items():
+        if not isinstance(x, torch.Tensor) or x.dtype not in _INDICES:
+            raise TypeError(f"{name}: expected a tensor of int64 or int32, got {_kind(x)}")
+        memory_of(op, name, x)
+        if x.ndim != 1:
+            raise ValueError(f"{name}: expected the shape [N], got {list(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected the table's device {device}, got {x.device}")
+    if a.shape != b.shape:
+        raise ValueError(f"{second}: expected {a.shape[0]} entries as {first}, got {b.shape[0]}")
 
 
 def _check_table(name, x, shape):

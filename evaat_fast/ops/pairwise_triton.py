@@ -1,0 +1,87 @@
+"""The max-margin losses on a GPU: Triton's kernels make panels of slopes, torch's products turn them into gradients.
+
+Scratch is one panel, unit rows in the features' dtype and a few vectors; nothing waits for the GPU.
+"""
+
+import functools
+
+import torch
+
+# Bytes of a panel, which should stay in L2 between the kernel that writes it and the two products that read it; from N = 128k
+# its 128 rows, the least a product is efficient with, take more.
+_PANEL = 32 << 20
+_LEAST_ROWS = 128
+
+
+def _panel_rows(N, size):
+    return min(N, max(_LEAST_ROWS, _PANEL // (N * size) // _LEAST_ROWS * _LEAST_ROWS))
+
+
+@functools.cache
+def _has_out_dtype():
+    """Whether torch multiplies 16-bit matrices into a float32 result (2.8 and later, CUDA)."""
+    return hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def multiply(a, b, out, begin=True):
+    """out (+)= a @ b in float32; 16-bit products are rounded once each where torch cannot keep their sums."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out) if begin else out.addmm_(a, b)
+    elif a.is_cuda and _has_out_dtype():
+        torch.mm(a, b, out_dtype=out.dtype, out=out) if begin else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        product = torch.mm(a, b)
+        out.copy_(product) if begin else out.add_(product)
+
+
+def _rows(x):
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def sms(video, text, labels, own, weight, settings, rule, each, need_video, need_text):
+    """As `sms_step`."""
+    from evaat_fast.kernels import pairwise as kernels
+
+    N, E = video.shape
+    dtype, device = video.dtype, video.device
+    video, text, need = _rows(video), _rows(text), need_video or need_text
+    norms, inverses = torch.empty((2, 2, N), dtype=torch.float32, device=device)
+    diagonal = torch.empty(N, dtype=torch.float32, device=device)
+    unit_video, unit_text = torch.empty((2, N, E), dtype=dtype, device=device)
+    kernels.prepare(video, text, unit_video, unit_text, norms, inverses)
+    kernels.own_cosines(video, text, inverses, diagonal)
+
+    rows = _panel_rows(N, dtype.itemsize)
+    down, across = kernels.tiles(rows, N)
+    panel = torch.empty((rows, N), dtype=dtype, device=device) if need else None
+    sums = torch.zeros((2, N), dtype=torch.int32, device=device)
+    losses = torch.zeros((2, N) if each else (), dtype=torch.float64, device=device)
+    part = torch.empty((across, rows) if each else (down * across,), dtype=torch.float32, device=device)
+    part_col = torch.empty((down, N), dtype=torch.float32, device=device) if each else None
+    grads = [torch.empty((N, E) if x else (0,), dtype=torch.float32, device=device) for x in (need_video, need_text)]
+    weight = None if weight is None else weight.float()
+    source = labels.tensors()[:4] + (None if labels.values is None else labels.values.float(),)
+    for first in range(0, N, rows):
+        last = min(first + rows, N)
+        slopes = panel[: last - first] if need else None
+        down, across = kernels.tiles(last - first, N)
+        here = part.flatten()[: across * (last - first) if each else down * across]
+        parts = (here, part_col)
+        kernels.sms_panel(
+            (video, text, inverses), (diagonal, own), source, weight, slopes, parts, sums, first, last, settings, rule
+        )
+        if each:
+            losses[0, first:last] = here.view(across, last - first).sum(0, dtype=torch.float64)
+            losses[1] += part_col[:down].sum(0, dtype=torch.float64)
+        else:
+            losses += here.sum(dtype=torch.float64)
+        if need_video:
+            multiply(slopes, unit_text, grads[0][first:last])
+        if need_text:
+            multiply(slopes.T, unit_video[first:last], grads[1], first == 0)
+    if need:
+        factor = 1 / (2 * (N - 1)) if weight is not None else 1 / (2 * N * (N - 1))
+        wanted = [g if x else None for g, x in zip(grads, (need_video, need_text), strict=True)]
+        kernels.finish(video, text, norms, sums, weight, *wanted, factor)
+    losses = losses.sum(0) / (2 * (N - 1)) if each else losses / (2 * N * (N - 1))
+    return losses.float(), *grads

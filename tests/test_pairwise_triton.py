@@ -1,0 +1,212 @@
+"""The Triton kernels of the pairwise losses in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
+
+import pairwise_oracle as oracle
+import pytest
+import torch
+from check import close
+from pairwise_oracle import gradients
+
+from evaat_fast import ops
+from evaat_fast.ops import pairwise_triton
+from evaat_fast.ops.pairwise import sms_loss_reference
+
+pytestmark = pytest.mark.interpret
+F32, F16, F64 = torch.float32, torch.float16, torch.float64
+RULES = ["code", "paper", "charades"]
+dtypes = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+rules = pytest.mark.parametrize("rule", RULES)
+
+
+def batch(N, E, dtype=F32):
+    """Features that agree somewhat, and relevancies in tenths with ties."""
+    video = torch.randn(N, E)
+    return video.to(dtype), (0.7 * video + torch.randn(N, E)).to(dtype), torch.randint(0, 11, (N, N)) / 10
+
+
+@pytest.fixture(params=[False, True], ids=["one panel", "panels"])
+def panels(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(pairwise_triton, "_PANEL", 0)
+
+
+def sms(video, text, c, **options):
+    return gradients(lambda v, t: ops.sms_loss(v, t, c, backend="triton", **options), video, text)
+
+
+@rules
+@dtypes
+@pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (31, 63), (128, 64), (129, 8), (260, 96)])
+def test_equals_oracle(N, E, dtype, rule, panels):
+    video, text, c = batch(N, E, dtype)
+    eps = 1.1 / 240 if rule == "code" else 0.1
+    reference = lambda v, t: sms_loss_reference(v, t, c, c.diag(), 0.6, 0.1, eps, rule)  # noqa: E731
+    low = gradients(reference, video, text)
+    truth = gradients(lambda v, t: oracle.sms(v, t, c, rule=rule), video.double(), text.double())
+    for name, ours, a, b in zip(("loss", "video", "text"), sms(video, text, c, rule=rule), low, truth, strict=True):
+        if name == "loss" or dtype == F32:
+            close(ours, a, b, what=name)
+        else:  # unit rows are rounded once more before the products of the slopes
+            assert (ours.double() - b).norm() <= 1.6 * (a.double() - b).norm() + 2e-4 * b.norm(), name
+
+
+def panel_of(video, text, c, w, settings, rule, weight=None, rows=None):
+    """(slopes, sums of both sides, losses of both sides) of the kernel, panel by panel."""
+    from evaat_fast.kernels import pairwise as kernels
+
+    N, E = video.shape
+    norms, inverses = torch.empty(2, 2, N)
+    units, diagonal, sums = torch.empty(2, N, E), torch.empty(N), torch.zeros(2, N, dtype=torch.int32)
+    kernels.prepare(video, text, *units, norms, inverses)
+    kernels.own_cosines(video, text, inverses, diagonal)
+    slopes, entries = torch.full((N, N), torch.nan), torch.zeros(2, N)
+    for first in range(0, N, rows or N):
+        last = min(first + (rows or N), N)
+        down, across = kernels.tiles(last - first, N)
+        parts = torch.full((across, last - first), torch.nan), torch.full((down, N), torch.nan)
+        arguments = (diagonal, w), (c, None, None, None, None), weight, slopes[first:last], parts, sums
+        kernels.sms_panel((video, text, inverses), *arguments, first, last, settings, rule)
+        entries[0, first:last] = parts[0].sum(0)
+        entries[1] += parts[1].sum(0)
+    return slopes, sums, entries
+
+
+@rules
+@pytest.mark.parametrize("rows", [None, 50])
+def test_slopes_are_exact_on_kinks_and_ties(rule, rows):
+    """Rows of four signs: cosines are halves, and with quarters as labels every m is exact, kinks and ties frequent."""
+    N, settings = 150, (0.5, 0.25, 0.25)
+    video, text = (torch.randint(0, 2, (N, 4)) * 2.0 - 1 for _ in range(2))
+    c, w = torch.randint(0, 5, (N, N)) / 4, torch.randint(0, 5, (N,)) / 4
+    slopes, sums, entries = panel_of(video, text, c, w, settings, rule, rows=rows)
+    x = text @ video.T / 4
+    truth = oracle.slopes(x, c, w, *settings, rule)
+    assert torch.equal(slopes.long(), (truth - torch.diag(truth.diag())).T) and torch.equal(slopes, slopes.round())
+    assert torch.equal(-sums.sum(0).long(), truth.diag())
+    assert entries.sum() == oracle.penalties(x.double(), c.double(), w.double(), *settings, rule).sum()
+
+
+def test_duplicate_pairs_are_ties():
+    """The same clip and caption twice, in tiles far apart: cosines equal to the last bit, so that no slope is made of noise."""
+    N = 200
+    video, text, _ = batch(N, 48)
+    video[150], text[150] = video[3], text[3]
+    c = torch.zeros(N, N)
+    slopes, _, _ = panel_of(video, text, c, torch.zeros(N), (0.6, 0.0, 0.1), "code")
+    assert slopes[150, 3] == 0 and slopes[3, 150] == 0
+
+
+def sources(dtype):
+    """One matrix from every source of labels, dense first."""
+    N = 40
+    iou = torch.randint(0, 5, (9, 9)) / 4
+    verb, noun = torch.randint(0, 3, (N,)), torch.randint(0, 9, (N,))
+    matrix = (0.5 * (verb[:, None] == verb) + 0.5 * iou[noun[:, None], noun]).to(dtype)
+    table, rows, columns = torch.zeros(60, 50, dtype=dtype), torch.randperm(60)[:N], torch.randperm(50)[:N]
+    table[rows[:, None], columns] = matrix
+    codes = (matrix * 8).to(torch.uint8)
+    return {
+        "dense": matrix,
+        "transposed": matrix.T.contiguous().T,
+        "codes": ops.DenseRelevancy(codes, 1 / 8),
+        "indexed": ops.IndexedRelevancy(table, rows, columns.int()),
+        "indexed codes": ops.IndexedRelevancy((table * 8).to(torch.uint8), rows, columns, 1 / 8),
+        "verbs and nouns": ops.VerbNounRelevancy(verb, noun.int(), iou),
+    }
+
+
+@dtypes
+def test_equal_values_give_equal_bits(dtype):
+    every = sources(dtype)
+    video, text, _ = batch(40, 16, dtype)
+    want = sms(video, text, every["dense"])
+    for name, source in every.items():
+        assert all(map(torch.equal, sms(video, text, source), want)), name
+
+
+def test_an_index_out_of_range_makes_the_loss_nan(monkeypatch):
+    """What CUDA tensors get, whose indices are not read back."""
+    monkeypatch.setattr("evaat_fast.ops.relevancy.Labels.check_indices", lambda self: None)
+    video, text, _ = batch(5, 8)
+    index = torch.arange(5)
+    for bad in (-1, 5):
+        labels = ops.IndexedRelevancy(torch.rand(5, 5), index, index.index_fill(0, torch.tensor([2]), bad))
+        assert ops.sms_loss(video, text, labels, backend="triton").isnan()
+
+
+@dtypes
+@rules
+def test_reduction_none(rule, dtype, panels):
+    video, text, c = batch(140, 24, dtype)
+    weight = torch.randn(140)
+
+    def run(backend, *features):
+        def loss(v, t):
+            entries = ops.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend)
+            return (entries * weight.to(entries.dtype)).sum()
+
+        return gradients(loss, *features)
+
+    ours, truth = run("triton", video, text), run("reference", video.double(), text.double())
+    for a, b in zip(ours, truth, strict=True):
+        assert (a.double() - b).norm() <= {F32: 1e-5, F16: 2e-3}[dtype] * b.norm()
+    entries = ops.sms_loss(video, text, c, rule=rule, reduction="none", backend="triton")
+    want = ops.sms_loss(video.double(), text.double(), c, rule=rule, reduction="none", backend="reference")
+    torch.testing.assert_close(entries.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["mi_mm_loss", "adaptive_mi_mm_loss"])
+def test_siblings(op):
+    video, text, _ = batch(33, 20)
+    arguments = (torch.rand(33),) if op.startswith("adaptive") else ()
+    results = []
+    for cast, backend in ((lambda x: x, "triton"), (lambda x: x.double(), "reference")):
+        loss = lambda v, t, b=backend: getattr(ops, op)(v, t, *arguments, backend=b)  # noqa: E731
+        results.append(gradients(loss, cast(video), cast(text)))
+    for a, b in zip(*results, strict=True):
+        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("view", [
+    lambda x: x.T.contiguous().T,
+    lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+    lambda x: x.repeat_interleave(2, 0)[::2],
+])  # fmt: skip
+def test_views(view):
+    video, text, c = batch(20, 24)
+    assert all(map(torch.equal, sms(view(video), view(text), c), sms(video, text, c)))
+
+
+def test_one_sided_gradients():
+    video, text, c = batch(40, 16)
+    _, both_video, both_text = sms(video, text, c)
+    loss = lambda v, t: ops.sms_loss(v, t, c, backend="triton")  # noqa: E731
+    assert torch.equal(gradients(lambda v: loss(v, text), video)[1], both_video)
+    assert torch.equal(gradients(lambda t: loss(video, t), text)[1], both_text)
+    with torch.no_grad():
+        assert torch.equal(loss(video, text), loss(video.clone().requires_grad_(), text))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_the_loss(bad):
+    for where in (0, 1):
+        features = list(batch(20, 8)[:2])
+        features[where][7, 3] = bad
+        assert not ops.sms_loss(*features, torch.rand(20, 20), backend="triton").isfinite()
+    labels = torch.rand(20, 20)
+    labels[3, 4] = torch.nan
+    assert ops.sms_loss(*batch(20, 8)[:2], labels, backend="triton").isnan()
+
+
+@dtypes
+def test_rows_without_a_direction_get_no_gradient(dtype):
+    video, text, c = batch(20, 8, dtype)
+    video[3] = 0
+    loss, grad_video, grad_text = sms(video, text, c)
+    assert loss.isfinite() and grad_video.isfinite().all() and grad_text.isfinite().all()
+    assert not grad_video[3].any() and grad_video[4].any()
+
+
+def test_no_pairs():
+    for N in (0, 1):
+        loss, *grads = sms(torch.full((N, 8), torch.nan), torch.ones(N, 8), torch.ones(N, N))
+        assert loss == 0 and not any(g.any() for g in grads)
