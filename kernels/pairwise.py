@@ -14,29 +14,39 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128  # rows and columns of a tile; two programs of 8 warps share an SM, so that one multiplies while the other compares
 GROUP = 8  # tiles of rows that share a column of tiles in L2
-NUM_WARPS = 8
-NUM_STAGES = 3
 RULES = {"code": 0, "paper": 1, "charades": 2}
 
 
-def block_k(dtype):
-    """Features of a step of the product: 3 stages of two operands within the shared memory of an SM of an A100, halved."""
-    return 32 if dtype.itemsize == 4 else 64
+def plan(dtype):
+    """Tiles and launch of the kernels that multiply features of `dtype`.
+
+    16 bits: 128 x 128 in 8 warps, about 230 registers, none spilled. float32 is multiplied in three TF32 products, which keep
+    its bits (in one where torch's own matmul may); their operands leave registers for 64 x 64 in 4 warps.
+    """
+    wide = dtype == torch.float32
+    return {
+        "BLOCK": 64 if wide else 128,
+        "BLOCK_K": 32 if wide else 64,
+        "PRECISION": "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+        "num_warps": 4 if wide else 8,
+        "num_stages": 3,
+        "enable_fp_fusion": False,
+    }
 
 
-def precision(dtype):
-    """How float32 tiles are multiplied: as torch's matmul would, or in three TF32 products that keep float32's bits."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+def tiles(rows, N, dtype):
+    """(down, across): how many tiles a panel has."""
+    block = plan(dtype)["BLOCK"]
+    return triton.cdiv(rows, block), triton.cdiv(N, block)
 
 
 @triton.jit
-def _cosines(
-    video, text, video_n, text_n, inv_video, inv_text, m, n, N, E,
+def _products(
+    video, text, video_n, text_n, m, n, N, E,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_M, BLOCK_N]: cosines of videos m and captions n; computed nowhere else, so that ties are exact."""
+    """float32 [BLOCK_M, BLOCK_N]: raw videos m times captions n; computed nowhere else, so that ties are exact."""
     k = tl.arange(0, BLOCK_K)
     a = video + m.to(tl.int64)[:, None] * video_n + k[None, :]
     b = text + n.to(tl.int64)[None, :] * text_n + k[:, None]
@@ -47,9 +57,13 @@ def _cosines(
         total = tl.dot(x, y, total, input_precision=PRECISION)
         a += BLOCK_K
         b += BLOCK_K
-    row = tl.load(inv_video + m, mask=m < N, other=0.0)
-    column = tl.load(inv_text + n, mask=n < N, other=0.0)
-    return total * row[:, None] * column[None, :]
+    return total
+
+
+@triton.jit
+def _halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -89,9 +103,11 @@ def diagonal_kernel(
 ):  # fmt: skip
     """float32 [N]: each pair's own cosine, as a tile of the whole matrix gives it."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s = _cosines(video, text, video_n, text_n, inv_video, inv_text, n, n, N, E, BLOCK, BLOCK, BLOCK_K, PRECISION)
+    s = _products(video, text, video_n, text_n, n, n, N, E, BLOCK, BLOCK, BLOCK_K, PRECISION)
     i = tl.arange(0, BLOCK)
-    tl.store(diagonal + n, tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1), mask=n < N)
+    own = tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
+    row, column = tl.load(inv_video + n, mask=n < N, other=0.0), tl.load(inv_text + n, mask=n < N, other=0.0)
+    tl.store(diagonal + n, own * row * column, mask=n < N)
 
 
 @triton.jit
@@ -118,7 +134,7 @@ def _labels(
 
 
 @triton.jit
-def _side(self, label, own, s, margin, relaxation, eps, keep, RULE: tl.constexpr):
+def _side(self, label, own, s, margin, relaxation, eps, keep, RULE: tl.constexpr, MASKED: tl.constexpr):
     """(penalty, slope) of pairs from one side; self, own: the anchor's relevancy and cosine. RULE: see RULES."""
     d = self - label
     gap = own - s
@@ -129,11 +145,47 @@ def _side(self, label, own, s, margin, relaxation, eps, keep, RULE: tl.constexpr
     else:
         more, near = d >= eps, -gap
     penalty = tl.where(equal, tl.abs(near) - relaxation, tl.where(more, m, -m))
+    idle = penalty <= 0.0  # not NaN
     if RULE == 2:
-        keep = keep & ~(d <= -eps)
-    active = keep & ~(penalty <= 0.0)  # NaN too
-    slope = tl.where(tl.where(equal, near, m) < 0.0, -1.0, 1.0)
-    return tl.where(active, penalty, 0.0), tl.where(active, slope, 0.0)
+        idle = idle | (d <= -eps)
+    if MASKED:
+        idle = idle | ~keep
+    source = tl.where(equal, near, m) if RULE != 0 else m
+    sign = source.to(tl.int32, bitcast=True) & -2147483648 | 0x3F800000  # of 1.0
+    return tl.where(idle, 0.0, penalty), tl.where(idle, 0.0, sign.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _strip(
+    s, m, n, inv_m, own_m, self_m, weight_m, inv_text, diagonal, self_relevancy, weight,
+    table, table_row, table_col, table_half, video_index, caption_index, verb, values, V, C,
+    panel, col_loss, col_sum, first, last, N, margin, relaxation, eps,
+    INDEXED: tl.constexpr, CODES: tl.constexpr, RULE: tl.constexpr, WRITE: tl.constexpr, EACH: tl.constexpr,
+    WEIGHTED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Everything after the product, for the columns n of a tile; returns losses and slopes that count for the rows."""
+    in_m, in_n = m < last, n < N
+    own_n, self_n = tl.load(diagonal + n, mask=in_n, other=0.0), tl.load(self_relevancy + n, mask=in_n, other=0.0)
+    s = s * inv_m[:, None] * tl.load(inv_text + n, mask=in_n, other=0.0)[None, :]
+    label = _labels(
+        table, table_row, table_col, table_half, video_index, caption_index, verb, values, m, n, N, V, C, INDEXED, CODES
+    )  # fmt: skip
+    keep = in_m[:, None] & in_n[None, :] & (m[:, None] != n[None, :])
+    loss_n, slope_n = _side(self_n[None, :], label, own_n[None, :], s, margin, relaxation, eps, keep, RULE, MASKED)
+    loss_m, slope_m = _side(self_m[:, None], label, own_m[:, None], s, margin, relaxation, eps, keep, RULE, MASKED)
+    if EACH:
+        tl.store(col_loss + n, tl.sum(loss_n, 0), mask=in_n)
+    else:
+        loss_m += loss_n
+    row_slope = slope_m
+    if WRITE:
+        tl.atomic_add(col_sum + n, tl.sum(slope_n, 0).to(tl.int32), mask=in_n, sem="relaxed")
+        if WEIGHTED:
+            slope_m *= weight_m[:, None]
+            slope_n *= tl.load(weight + n, mask=in_n, other=0.0)[None, :]
+        at = panel + (m - first).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(at, (slope_m + slope_n).to(panel.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    return loss_m, row_slope
 
 
 @triton.jit
@@ -142,8 +194,7 @@ def sms_kernel(
     table, table_row, table_col, table_half, video_index, caption_index, verb, values, V, C,
     weight, panel, row_loss, col_loss, row_sum, col_sum, first, last, N, E, margin, relaxation, eps,
     INDEXED: tl.constexpr, CODES: tl.constexpr, RULE: tl.constexpr, WRITE: tl.constexpr, EACH: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Videos first .. last - 1 and all captions.
 
@@ -151,33 +202,48 @@ def sms_kernel(
     col_sum: int32 [N], sums of the slopes of the video's and of the caption's side. row_loss: float32 [tiles]; with EACH
     [across, last - first] and col_loss [down, N], sums of the video's and of the caption's side.
     """
-    tile_m, tile_n = _place(tl.program_id(0), last - first, N, BLOCK_M, BLOCK_N, GROUP)
-    m = first + tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    s = _cosines(video, text, video_n, text_n, inv_video, inv_text, m, n, N, E, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-    label = _labels(
-        table, table_row, table_col, table_half, video_index, caption_index, verb, values, m, n, N, V, C, INDEXED, CODES
-    )  # fmt: skip
-    in_m, in_n = m < last, n < N
-    keep = in_m[:, None] & in_n[None, :] & (m[:, None] != n[None, :])
-    own_m, own_n = tl.load(diagonal + m, mask=in_m, other=0.0), tl.load(diagonal + n, mask=in_n, other=0.0)
-    self_m = tl.load(self_relevancy + m, mask=in_m, other=0.0)
-    self_n = tl.load(self_relevancy + n, mask=in_n, other=0.0)
-    loss_n, slope_n = _side(self_n[None, :], label, own_n[None, :], s, margin, relaxation, eps, keep, RULE)
-    loss_m, slope_m = _side(self_m[:, None], label, own_m[:, None], s, margin, relaxation, eps, keep, RULE)
+    tile_m, tile_n = _place(tl.program_id(0), last - first, N, BLOCK, BLOCK, GROUP)
+    m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
+    n = tile_n * BLOCK + tl.arange(0, BLOCK)
+    s = _products(video, text, video_n, text_n, m, n, N, E, BLOCK, BLOCK, BLOCK_K, PRECISION)
+    in_m = m < last
+    inv_m, own_m = tl.load(inv_video + m, mask=in_m, other=0.0), tl.load(diagonal + m, mask=in_m, other=0.0)
+    self_m, weight_m = tl.load(self_relevancy + m, mask=in_m, other=0.0), inv_m
+    if WEIGHTED:
+        weight_m = tl.load(weight + m, mask=in_m, other=0.0)
     if EACH:
-        tl.store(row_loss + tile_n.to(tl.int64) * (last - first) + (m - first), tl.sum(loss_m, 1), mask=in_m)
-        tl.store(col_loss + tile_m.to(tl.int64) * N + n, tl.sum(loss_n, 0), mask=in_n)
-    else:
-        tl.store(row_loss + tile_m * tl.cdiv(N, BLOCK_N) + tile_n, tl.sum(tl.sum(loss_n + loss_m, 1), 0))
+        col_loss += tile_m.to(tl.int64) * N
+    # A strip of a quarter of the columns at a time: the whole tile's labels, losses and slopes would not fit into registers.
+    left, right = _halves(s, BLOCK, BLOCK)
+    strips = _halves(left, BLOCK, BLOCK // 2) + _halves(right, BLOCK, BLOCK // 2)
+    losses, slopes = tl.zeros((BLOCK, BLOCK // 4), tl.float32), tl.zeros((BLOCK, BLOCK // 4), tl.float32)
+    # Within a row every kept pair but the own one counts, and few tiles have a row or a column beyond the end.
+    masked = (tile_n * BLOCK + BLOCK > N) | (first + tile_m * BLOCK + BLOCK > last)
+    masked = masked | (first + tile_m * BLOCK < tile_n * BLOCK + BLOCK) & (tile_n * BLOCK < first + tile_m * BLOCK + BLOCK)
+    for i in tl.static_range(4):
+        n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        if masked:
+            loss, slope = _strip(
+                strips[i], m, n, inv_m, own_m, self_m, weight_m, inv_text, diagonal, self_relevancy, weight,
+                table, table_row, table_col, table_half, video_index, caption_index, verb, values, V, C,
+                panel, col_loss, col_sum, first, last, N, margin, relaxation, eps,
+                INDEXED, CODES, RULE, WRITE, EACH, WEIGHTED, True,
+            )  # fmt: skip
+        else:
+            loss, slope = _strip(
+                strips[i], m, n, inv_m, own_m, self_m, weight_m, inv_text, diagonal, self_relevancy, weight,
+                table, table_row, table_col, table_half, video_index, caption_index, verb, values, V, C,
+                panel, col_loss, col_sum, first, last, N, margin, relaxation, eps,
+                INDEXED, CODES, RULE, WRITE, EACH, WEIGHTED, False,
+            )  # fmt: skip
+        losses += loss
+        slopes += slope
     if WRITE:
-        tl.atomic_add(row_sum + m, tl.sum(slope_m.to(tl.int32), 1), mask=in_m, sem="relaxed")
-        tl.atomic_add(col_sum + n, tl.sum(slope_n.to(tl.int32), 0), mask=in_n, sem="relaxed")
-        if WEIGHTED:
-            slope_m *= tl.load(weight + m, mask=in_m, other=0.0)[:, None]
-            slope_n *= tl.load(weight + n, mask=in_n, other=0.0)[None, :]
-        at = panel + (m - first).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(at, (slope_m + slope_n).to(panel.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+        tl.atomic_add(row_sum + m, tl.sum(slopes, 1).to(tl.int32), mask=in_m, sem="relaxed")
+    if EACH:
+        tl.store(row_loss + tile_n.to(tl.int64) * (last - first) + (m - first), tl.sum(losses, 1), mask=in_m)
+    else:
+        tl.store(row_loss + tile_m * tl.cdiv(N, BLOCK) + tile_n, tl.sum(tl.sum(losses, 1), 0))
 
 
 @triton.jit
@@ -224,16 +290,9 @@ def own_cosines(video, text, inverses, diagonal):
     """diagonal: float32 [N]."""
     N, E = video.shape
     with on(video):
-        diagonal_kernel[(triton.cdiv(N, BLOCK),)](
-            video, text, video.stride(0), text.stride(0), inverses[0], inverses[1], diagonal, N, E,
-            BLOCK=BLOCK, BLOCK_K=block_k(video.dtype), PRECISION=precision(video.dtype),
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-def tiles(rows, N):
-    """(down, across): how many tiles a panel has."""
-    return triton.cdiv(rows, BLOCK), triton.cdiv(N, BLOCK)
+        diagonal_kernel[(tiles(N, N, video.dtype)[0],)](
+            video, text, video.stride(0), text.stride(0), inverses[0], inverses[1], diagonal, N, E, **plan(video.dtype)
+        )
 
 
 def sms_panel(features, vectors, labels, weight, panel, losses, sums, first, last, settings, rule):
@@ -244,7 +303,7 @@ def sms_panel(features, vectors, labels, weight, panel, losses, sums, first, las
     video, text, inverses = features
     table, video_index, caption_index, verb, values = labels
     N, E = video.shape
-    down, across = tiles(last - first, N)
+    down, across = tiles(last - first, N, video.dtype)
     nothing = video  # stands for a pointer that is not read
     pick = lambda x: nothing if x is None else x  # noqa: E731
     with on(video):
@@ -254,9 +313,7 @@ def sms_panel(features, vectors, labels, weight, panel, losses, sums, first, las
             pick(video_index), pick(caption_index), pick(verb), pick(values), *table.shape[-2:],
             pick(weight), pick(panel), losses[0], pick(losses[1]), sums[0], sums[1], first, last, N, E, *settings,
             INDEXED=video_index is not None, CODES=values is not None, RULE=RULES[rule], WRITE=panel is not None,
-            EACH=losses[1] is not None, WEIGHTED=weight is not None, BLOCK_M=BLOCK, BLOCK_N=BLOCK,
-            BLOCK_K=block_k(video.dtype), GROUP=GROUP, PRECISION=precision(video.dtype),
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES, enable_fp_fusion=False,
+            EACH=losses[1] is not None, WEIGHTED=weight is not None, GROUP=GROUP, **plan(video.dtype),
         )  # fmt: skip
 
 

@@ -45,6 +45,29 @@ def rope3d_table(arch, out, grid):
     return aot.build(rope3d_table_kernel, pointers | dict.fromkeys(integers, "i32"), constants, arch)
 
 
+def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=False, each=False):
+    from evaat_fast.kernels import pairwise as kernels
+    from torch import bfloat16, float16, float32
+
+    plan = kernels.plan({"bf16": bfloat16, "fp16": float16, "fp32": float32}[dtype])
+    types = dict.fromkeys(["video", "text", "panel"], f"*{dtype}") | {"table": f"*{table}"}
+    types |= dict.fromkeys(["inv_video", "inv_text", "diagonal", "self_relevancy", "values", "weight"], "*fp32")
+    types |= dict.fromkeys(["row_loss", "col_loss"], "*fp32") | dict.fromkeys(["row_sum", "col_sum"], "*i32")
+    types |= dict.fromkeys(["video_index", "caption_index", "verb"], "*i64")
+    types |= dict.fromkeys(["margin", "relaxation", "eps"], "fp32")
+    aligned = ["video_n", "text_n", "N", "E", "table_row", "first", "last"]
+    types |= dict.fromkeys([*aligned, "V", "C"], "i32")
+    # Triton makes a constant of an integer that is 1.
+    constants = {"table_col": 1, "INDEXED": indexed, "CODES": table == "u8", "RULE": kernels.RULES[rule], "WRITE": write}
+    constants |= {"EACH": each, "WEIGHTED": False, "GROUP": kernels.GROUP}
+    constants |= {name: plan.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
+    if half:
+        types["table_half"] = "i32"
+    else:
+        constants["table_half"] = 0
+    return aot.build(kernels.sms_kernel, types, constants, arch, aligned=aligned, **plan)
+
+
 def _shipped():
     pairs = {"interleaved": True, "half-split": False}
     for dtype, D in [*((d, 64) for d in DTYPES), ("bf16", 80), ("bf16", 128)]:
@@ -59,6 +82,14 @@ def _shipped():
             yield f"rope3d_freqs {dtype} D{D} {name}{of_head}", build
     yield "rope3d_table of a grid, fp64", functools.partial(rope3d_table, out="fp64", grid=True)
     yield "rope3d_table of positions, fp32", functools.partial(rope3d_table, out="fp32", grid=False)
+
+    for dtype in DTYPES:
+        yield f"sms {dtype}, dense labels", functools.partial(sms, dtype=dtype)
+    yield "sms bf16, dense labels, the loss alone", functools.partial(sms, dtype="bf16", write=False)
+    yield "sms bf16, codes", functools.partial(sms, dtype="bf16", table="u8")
+    yield "sms bf16, indexed codes", functools.partial(sms, dtype="bf16", table="u8", indexed=True)
+    yield "sms bf16, verbs and nouns", functools.partial(sms, dtype="bf16", table="u8", indexed=True, half=True)
+    yield "sms bf16, dense labels, each pair", functools.partial(sms, dtype="bf16", write=False, each=True)
 
 
 SHIPPED = dict(_shipped())

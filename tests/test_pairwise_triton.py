@@ -61,7 +61,7 @@ def panel_of(video, text, c, w, settings, rule, weight=None, rows=None):
     slopes, entries = torch.full((N, N), torch.nan), torch.zeros(2, N)
     for first in range(0, N, rows or N):
         last = min(first + (rows or N), N)
-        down, across = kernels.tiles(last - first, N)
+        down, across = kernels.tiles(last - first, N, video.dtype)
         parts = torch.full((across, last - first), torch.nan), torch.full((down, N), torch.nan)
         arguments = (diagonal, w), (c, None, None, None, None), weight, slopes[first:last], parts, sums
         kernels.sms_panel((video, text, inverses), *arguments, first, last, settings, rule)

@@ -52,7 +52,7 @@ def sms(video, text, labels, own, weight, settings, rule, each, need_video, need
     kernels.own_cosines(video, text, inverses, diagonal)
 
     rows = _panel_rows(N, dtype.itemsize)
-    down, across = kernels.tiles(rows, N)
+    down, across = kernels.tiles(rows, N, dtype)
     panel = torch.empty((rows, N), dtype=dtype, device=device) if need else None
     sums = torch.zeros((2, N), dtype=torch.int32, device=device)
     losses = torch.zeros((2, N) if each else (), dtype=torch.float64, device=device)
@@ -64,7 +64,7 @@ def sms(video, text, labels, own, weight, settings, rule, each, need_video, need
     for first in range(0, N, rows):
         last = min(first + rows, N)
         slopes = panel[: last - first] if need else None
-        down, across = kernels.tiles(last - first, N)
+        down, across = kernels.tiles(last - first, N, dtype)
         here = part.flatten()[: across * (last - first) if each else down * across]
         parts = (here, part_col)
         kernels.sms_panel(
