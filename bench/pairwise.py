@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from harness import DTYPES, Benchmark, Unavailable, need, run
 
 from evaat_fast import ops
-from evaat_fast.ops.pairwise import clip_loss_reference, sms_loss_reference
+from evaat_fast.ops.pairwise import sms_loss_reference
+from evaat_fast.ops.pairwise_contrast import clip_loss_reference
 
 CPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (4096, 1024) for loss in ("sms", "clip")]
 GPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (256, 4096, 16384) for loss in ("sms", "clip")]

@@ -52,10 +52,10 @@ SUPPORT = {
         "reference": Support(_ALL),
     },
     "sms_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
-    "clip_loss": {"cpu": Support(_ALL), "reference": Support(_ALL)},
+    "clip_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
     "mi_mm_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
     "adaptive_mi_mm_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
-    "ego_nce_loss": {},
+    "ego_nce_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
     "patchify": {
         "cuda": Support(FLOATS, backward=False, note=_BY_NAME),
         "cpu": Support(FLOATS, backward=False),
@@ -76,7 +76,9 @@ AUTO = {
     ("adaptive_mi_mm_loss", False): ("cpu", "reference"),
     ("adaptive_mi_mm_loss", True): ("triton", "reference"),
     ("clip_loss", False): ("cpu", "reference"),
-    ("clip_loss", True): ("reference",),
+    ("clip_loss", True): ("triton", "reference"),
+    ("ego_nce_loss", False): ("cpu", "reference"),
+    ("ego_nce_loss", True): ("triton", "reference"),
     ("patchify", False): ("cpu", "reference"),
     ("patchify", True): ("reference",),
 }

@@ -68,6 +68,45 @@ def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=
     return aot.build(kernels.sms_kernel, types, constants, arch, aligned=aligned, **plan)
 
 
+def contrast(arch, dtype, sweep, positives="OWN"):
+    from evaat_fast.kernels import pairwise, pairwise_contrast
+    from torch import bfloat16, float32
+
+    kind = getattr(pairwise_contrast, positives)
+    plan = pairwise_contrast.contrast_plan({"bf16": bfloat16, "fp32": float32}[dtype], kind)
+    types = dict.fromkeys(["video", "text"], f"*{dtype}") | {"dense": "*i1", "verbs": "*i32", "nouns": "*i32"}
+    types |= dict.fromkeys(["inverses", "scale"], "*fp32")
+    aligned = ["video_n", "text_n", "N", "E", "dense_row", "first", "last"]
+    types |= dict.fromkeys(aligned, "i32")
+    constants = {"dense_col": 1, "NORMALISE": positives != "OWN", "POSITIVES": kind}
+    # EgoVLP's 118 verbs and 582 nouns.
+    constants |= {"VERB_WORDS": 4, "NOUN_WORDS": 19, "GROUP": pairwise.GROUP}
+    constants |= {name: plan.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
+    if sweep == "stats":
+        return aot.build(
+            pairwise_contrast.contrast_stats_kernel, types | dict.fromkeys(["rows", "columns"], "*fp32"), constants, arch,
+            aligned=aligned, **plan,
+        )  # fmt: skip
+    types |= dict.fromkeys(["row_totals", "col_totals", "weight", "scale_slope"], "*fp32") | {"panel": f"*{dtype}"}
+    constants["WEIGHTED"] = False
+    return aot.build(pairwise_contrast.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **plan)
+
+
+def rows(arch, name):
+    """The kernels of the pairwise losses that take a row a program, E = 256 in bfloat16."""
+    from evaat_fast.kernels import pairwise
+
+    types = {"video": "*bf16", "text": "*bf16", "norms": "*fp32", **dict.fromkeys(["video_n", "text_n", "N", "E"], "i32")}
+    constants = {"BLOCK_E": 256}
+    if name == "prepare":
+        types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32"}
+    else:
+        types |= dict.fromkeys(["row_sum", "col_sum"], "*i32") | {"factor": "fp32"}
+        types |= dict.fromkeys(["weight", "grad_video", "grad_text"], "*fp32")
+        constants |= {"WEIGHTED": False, "NEED_VIDEO": True, "NEED_TEXT": True}
+    return aot.build(getattr(pairwise, f"{name}_kernel"), types, constants, arch, aligned=["video_n", "text_n", "E"])
+
+
 def _shipped():
     pairs = {"interleaved": True, "half-split": False}
     for dtype, D in [*((d, 64) for d in DTYPES), ("bf16", 80), ("bf16", 128)]:
@@ -90,6 +129,15 @@ def _shipped():
     yield "sms bf16, indexed codes", functools.partial(sms, dtype="bf16", table="u8", indexed=True)
     yield "sms bf16, verbs and nouns", functools.partial(sms, dtype="bf16", table="u8", indexed=True, half=True)
     yield "sms bf16, dense labels, each pair", functools.partial(sms, dtype="bf16", write=False, each=True)
+    for dtype in ("bf16", "fp32"):
+        for sweep in ("stats", "slopes"):
+            yield f"clip {dtype}, {sweep}", functools.partial(contrast, dtype=dtype, sweep=sweep)
+    for sweep in ("stats", "slopes"):
+        for name, positives in (("a matrix", "DENSE"), ("verbs and nouns", "SHARED")):
+            build = functools.partial(contrast, dtype="bf16", sweep=sweep, positives=positives)
+            yield f"ego_nce bf16, {sweep}, {name}", build
+    for name in ("prepare", "finish"):
+        yield f"pairwise {name}", functools.partial(rows, name=name)
 
 
 SHIPPED = dict(_shipped())

@@ -23,7 +23,7 @@ def test_triton_kernels_fit(name, arch):
         assert used["registers"] <= 128, used  # of a memory-bound kernel: 16 warps and more on an SM
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("sms ")])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith(("sms ", "clip ", "ego_nce "))])
 def test_products_are_wgmma_on_hopper(name):
     assert any("GMMA" in line for line in aot.instructions(compiled(name, 90)))
 

@@ -78,7 +78,7 @@ def test_train_then_eval(toml, tmp_path, capsys):
         (["demo", "--out", "TMP/" + "d" * 300], "--out: the folder"),
         (["train", "TOML", "--set", "train.out=TMP/" + "r" * 300], "cannot be written to: File name too long"),
         (["train", "TOML", "--set", "train.init=/nowhere.pt"], "train.init: there is no"),
-        (["train", "TOML", "--set", "loss.name=sms", "--set", "loss.rule=charades"], "loss.rule: 'charades' is not built yet"),
+        (["train", "TOML", "--set", "loss.name=sms", "--set", "loss.rule=ego4d"], "loss.rule: expected one of code, paper"),
         (["train", "TOML", "--set", "lr=1"], "did you mean 'optim.lr'"),
         (["train", "TOML", "--set", "optim.lr=fast"], "optim.lr: expected a number, got 'fast'"),
         (["train", "TOML", "--set", "train.seed=9223372036854775807"], "train.seed: expected a value of at most 2147483647"),

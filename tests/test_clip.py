@@ -11,7 +11,7 @@ from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
 from evaat_fast.ops import pairwise_cpu
-from evaat_fast.ops.pairwise import clip_loss_reference
+from evaat_fast.ops.pairwise_contrast import clip_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (129, 200), (300, 64)]
@@ -172,14 +172,17 @@ def test_opcheck():
     c, index = torch.rand(24, 24), torch.randint(0, 24, (24,))
     weight, settings = torch.rand(24), (0.6, 0.1, 0.005, "code")
     check = torch.library.opcheck
-    sms, clip = torch.ops.evaat_fast.sms_step.default, torch.ops.evaat_fast.clip_step.default
+    sms, contrast = torch.ops.evaat_fast.sms_step.default, torch.ops.evaat_fast.contrast_step.default
     check(sms, (video, text, c, *[None] * 6, *settings, False, True, True, "cpu"))
     check(sms, (video.bfloat16(), text.bfloat16(), c, index, index, *[None] * 4, *settings, False, True, False, "cpu"))
     check(sms, (video, text, c, *[None] * 6, *settings, True, False, False, "cpu"))
     check(sms, (video, text, c, *[None] * 4, c[0], weight, *settings, False, True, True, "cpu"))
-    check(clip, (video, text, torch.tensor(9.0), False, None, True, True, True, "cpu"))
-    check(clip, (video[:1], text[:1], torch.tensor(9.0), False, None, False, True, False, "cpu"))
-    check(clip, (video, text, torch.tensor(9.0), False, weight, True, True, True, "cpu"))
+    scale, none, hot = torch.tensor(9.0), [None] * 4, torch.ones(24, 1, dtype=torch.int32)
+    check(contrast, (video, text, scale, *none, False, False, True, True, True, "cpu"))
+    check(contrast, (video[:1], text[:1], scale, *none, False, False, False, True, False, "cpu"))
+    check(contrast, (video, text, scale, None, None, None, weight, False, False, True, True, True, "cpu"))
+    check(contrast, (video, text, scale, c > 0.5, *none[1:], True, False, True, True, False, "cpu"))
+    check(contrast, (video, text, scale, None, hot, hot, None, True, True, False, False, False, "cpu"))
 
 
 @pytest.mark.parametrize("name", losses())

@@ -210,3 +210,79 @@ def test_no_pairs():
     for N in (0, 1):
         loss, *grads = sms(torch.full((N, 8), torch.nan), torch.ones(N, 8), torch.ones(N, N))
         assert loss == 0 and not any(g.any() for g in grads)
+
+
+def contrast_batch(N, E, dtype):
+    video, text, _ = batch(N, E)
+    unit = torch.nn.functional.normalize
+    verbs, nouns = torch.rand(N, 40) < 0.05, torch.rand(N, 33) < 0.1
+    return unit(video, dim=1).to(dtype), unit(text, dim=1).to(dtype), verbs, nouns
+
+
+def agree(ours, low, truth, dtype):
+    """Gradients of 16-bit features come from slopes that are rounded to 16 bits once before they are added up."""
+    for a, b, c in zip(ours, low, truth, strict=True):
+        if dtype == F32:
+            assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + 1e-6 * c.norm()
+        else:
+            assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + 5e-4 * c.norm()
+
+
+@dtypes
+@pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (65, 63), (129, 8), (260, 40)])
+def test_clip_equals_the_reference(N, E, dtype, panels):
+    video, text, _, _ = contrast_batch(N, E, dtype)
+    scale = torch.tensor(14.0)
+    run = lambda backend: lambda v, t, s: ops.clip_loss(v, t, s, backend=backend)  # noqa: E731
+    ours, low = gradients(run("triton"), video, text, scale), gradients(run("reference"), video, text, scale)
+    truth = gradients(run("reference"), video.double(), text.double(), scale.double())
+    assert abs(ours[0] - truth[0]) <= 14 * 2e-7 and abs(ours[3] - truth[3]) <= 14 * 2e-7
+    agree(ours[1:3], low[1:3], truth[1:3], dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("source", ["matrix", "bits", "own"])
+@pytest.mark.parametrize("N,E", [(2, 1), (65, 63), (140, 24)])
+def test_ego_nce_equals_the_reference(N, E, source, dtype, panels):
+    video, text, verbs, nouns = contrast_batch(N, E, dtype)
+    dense = (verbs.double() @ verbs.double().T) * (nouns.double() @ nouns.double().T) > 0
+    dense &= source != "own"
+    positives = ops.VerbNounPositives(verbs, nouns) if source == "bits" else dense
+    ours = gradients(lambda v, t: ops.ego_nce_loss(v, t, positives, backend="triton"), 3 * video, text)
+    run = lambda v, t: ops.ego_nce_loss(v, t, dense, backend="reference")  # noqa: E731
+    low, truth = gradients(run, 3 * video, text), gradients(run, (3 * video).double(), text.double())
+    assert abs(ours[0] - truth[0]) <= 20 * 4e-7
+    agree(ours[1:], low[1:], truth[1:], dtype)
+
+
+@pytest.mark.parametrize("op", ["clip_loss", "ego_nce_loss"])
+def test_contrast_reduction_none(op, panels):
+    video, text, verbs, nouns = contrast_batch(140, 24, F32)
+    weight, other = torch.randn(140), 9.0 if op == "clip_loss" else ops.VerbNounPositives(verbs, nouns)
+
+    def run(backend, *features):
+        def loss(v, t):
+            entries = getattr(ops, op)(v, t, other, reduction="none", backend=backend)
+            return (entries * weight.to(entries.dtype)).sum()
+
+        return gradients(loss, *features)
+
+    for a, b in zip(run("triton", video, text), run("reference", video.double(), text.double()), strict=True):
+        assert (a.double() - b).norm() <= 3e-6 * b.norm()
+
+
+@pytest.mark.parametrize("scale", [1000.0, -1000.0, 0.0])
+def test_contrast_is_stable_with_logits_of_a_thousand(scale):
+    video, text, _, _ = contrast_batch(40, 16, F32)
+    ours = gradients(lambda v, t: ops.clip_loss(v, t, scale, backend="triton"), video, text)
+    truth = gradients(lambda v, t: oracle.clip(v, t, scale), video.double(), text.double())
+    for a, b in zip(ours, truth, strict=True):
+        assert a.isfinite().all() and (a.double() - b).norm() <= 3e-4 * b.norm().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_contrast_lets_nan_and_inf_reach_the_loss(bad):
+    video, text, _, _ = contrast_batch(20, 8, F32)
+    video[7, 3] = bad
+    assert not ops.clip_loss(video, text, 5.0, backend="triton").isfinite()
+    assert not ops.ego_nce_loss(video, text, torch.zeros(20, 20).bool(), backend="triton").isfinite()

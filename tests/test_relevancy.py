@@ -274,7 +274,6 @@ BAD = [
     (lambda: clip(text=torch.randn(2, 4)), ValueError, "text: expected video's shape"),
     (lambda: clip(group=object()), NotImplementedError, r"clip_loss\(group=...\) .* not built yet"),
     (lambda: clip(backend="gluon"), RuntimeError, "clip_loss: backend 'gluon' was asked for but cannot serve"),
-    (lambda: ops.ego_nce_loss(None, None, None), NotImplementedError, "ego_nce_loss .* not built yet"),
     (lambda: ops.VerbNounRelevancy(ID, ID, None), TypeError, r"noun_iou: expected a float tensor \[S, S\], got NoneType"),
     (lambda: ops.VerbNounRelevancy(ID, ID, torch.rand(3, 4)), ValueError, r"noun_iou: expected the shape \[S, S\], got .*4"),
     (lambda: ops.VerbNounRelevancy(ID.float(), ID, torch.rand(3, 3)), TypeError, "verb: expected a tensor of int64 or int32"),
@@ -289,7 +288,6 @@ BAD = [
     (lambda: ops.quantize_relevancy(torch.tensor([1.1])), ValueError, "relevancy: expected values from 0 to 255 / 240"),
     (lambda: ops.quantize_relevancy(torch.tensor([-0.1])), ValueError, "relevancy: expected values from 0 to 255 / 240"),
     (lambda: ops.quantize_relevancy(torch.rand(2), 0), ValueError, "steps: expected a positive integer, got 0"),
-    (lambda: ops.VerbNounPositives(), NotImplementedError, "VerbNounPositives .* not built yet"),
     (lambda: torch.vmap(lambda v: sms(video=v))(torch.randn(2, 3, 4)), NotImplementedError, "video: sms_loss has no vmap rule"),
     (lambda: torch.vmap(lambda v: clip(text=v))(torch.randn(2, 3, 4)), NotImplementedError, "text: clip_loss has no vmap rule"),
 ]  # fmt: skip

@@ -8,15 +8,13 @@ from evaat_fast.ops.attn import joint_attention, joint_attention_qkv_
 from evaat_fast.ops.pairwise import (
     DenseRelevancy,
     IndexedRelevancy,
-    VerbNounPositives,
     VerbNounRelevancy,
     adaptive_mi_mm_loss,
-    clip_loss,
-    ego_nce_loss,
     mi_mm_loss,
     quantize_relevancy,
     sms_loss,
 )
+from evaat_fast.ops.pairwise_contrast import VerbNounPositives, clip_loss, ego_nce_loss
 from evaat_fast.ops.patchify import patchify
 from evaat_fast.ops.rope3d import joint_freqs, rope3d, rope3d_, rope3d_qkv_, spatial_freqs, split_freqs
 

@@ -127,8 +127,8 @@ def _label_source(labels, wide):
     return (table.data_ptr(), code, half, *table.stride()[-2:], *(_pointer(x) for x in kept)), kept
 
 
-def clip(video, text, logit_scale, each, weight, need_video, need_text, need_scale):
-    """As `clip_step`, the mean."""
+def clip(video, text, logit_scale, need_video, need_text, need_scale):
+    """As `contrast_step`, the mean of InfoNCE."""
     from evaat_fast import _cpu
 
     N, E = video.shape

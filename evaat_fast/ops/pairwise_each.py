@@ -53,44 +53,71 @@ def sms(video, text, labels, own, weight, settings, rule, each, need_video, need
         slope = slope_text + slope_video
         grad_video[first:last] = slope.T @ unit_text
         grad_text += slope @ unit_video[first:last]
-    none, pairs = functools.partial(video.new_empty, (0,)), 2 * (N - 1)
+    none = functools.partial(video.new_empty, (0,))
     if weight is None:
-        return entries / pairs, none(), none()
-    grads = []
-    for grad, unit, other, norm, need in (
-        (grad_video, unit_video, unit_text, norms[0], need_video),
-        (grad_text, unit_text, unit_video, norms[1], need_text),
-    ):
-        grad = (grad + own_slope[:, None] * other) / pairs
-        grad = (grad - unit * (grad * unit).sum(1, keepdim=True)) / norm
-        grads.append(grad.masked_fill(norm < 1e-8, 0.0) if need else none())
+        return entries / (2 * (N - 1)), none(), none()
+    grads = (
+        through_unit((grad + own_slope[:, None] * other) / (2 * (N - 1)), unit, norm) if need else none()
+        for grad, unit, other, norm, need in (
+            (grad_video, unit_video, unit_text, norms[0], need_video),
+            (grad_text, unit_text, unit_video, norms[1], need_text),
+        )
+    )
     return own.new_zeros(()), *grads
 
 
-def clip(video, text, logit_scale, each, weight, need_video, need_text, need_scale):
-    """As `clip_step`, without a mean."""
+def through_unit(grad, unit, norm):
+    """The gradient of rows from that of their unit rows; norm: [N, 1]."""
+    grad = (grad - unit * (grad * unit).sum(1, keepdim=True)) / norm
+    return grad.masked_fill(norm < 1e-8, 0.0)
+
+
+def contrast(video, text, scale, positives, weight, normalise, each, need_video, need_text, need_scale):
+    """As `contrast_step`, for any positives and reduction."""
     N, wide = video.shape[0], torch.promote_types(video.dtype, torch.float32)
     video, text = video.to(wide), text.to(wide)
-    panels = _panels(N, wide.itemsize)
-    rows, columns = (torch.full((N,), -torch.inf, dtype=wide, device=video.device) for _ in range(2))
-    for first, last in panels:
-        s = logit_scale * (video[first:last] @ text.T)
-        rows[first:last] = s.logsumexp(1)
-        columns = torch.logaddexp(columns, s.logsumexp(0))
-    none = functools.partial(video.new_empty, (0,))
-    if weight is None:
-        target = logit_scale * (video * text).sum(1)
-        return (rows + columns) / 2 - target, none(), none(), video.new_zeros(())
-    grad_video, grad_text, grad_scale = torch.zeros_like(video), torch.zeros_like(text), video.new_zeros(())
-    for first, last in panels:
+    if normalise:
+        norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (video, text)]
+        video, text = (x / norm.clamp_min(1e-8) for x, norm in zip((video, text), norms, strict=True))
+    panels, share = _panels(N, wide.itemsize), 1.0 if normalise else 0.5
+    # In float64: a panel after the other, float32 would round a logarithm of 20 by 1e-6 each time.
+    totals = torch.full((4, N), -torch.inf, dtype=torch.float64, device=video.device)
+    row_all, row_positive, col_all, col_positive = totals
+
+    def logits(first, last):
+        """(products, logits, whether positive)"""
         x = video[first:last] @ text.T
-        s = logit_scale * x
-        slope = (s - rows[first:last, None]).exp() * weight[first:last, None] + (s - columns).exp() * weight
-        own = torch.arange(first, last, device=s.device)
-        slope[own - first, own] -= 2 * weight[first:last]
-        grad_scale += (slope * x).sum() / 2
-        slope *= logit_scale / 2
+        own = torch.arange(first, last, device=x.device)[:, None] == torch.arange(N, device=x.device)
+        return x, scale * x, own | positives.rows(first, last) if normalise else own
+
+    for first, last in panels:
+        _, s, positive = logits(first, last)
+        only = s.masked_fill(~positive, -torch.inf)
+        row_all[first:last], row_positive[first:last] = s.logsumexp(1), only.logsumexp(1)
+        torch.logaddexp(col_all, s.logsumexp(0).double(), out=col_all)
+        torch.logaddexp(col_positive, only.logsumexp(0).double(), out=col_positive)
+    entries, none = share * ((row_all - row_positive) + (col_all - col_positive)), functools.partial(video.new_empty, (0,))
+    loss = (entries if each else entries.sum() / N).to(wide)
+    row_all, row_positive, col_all, col_positive = totals.to(wide)
+    grad_scale = video.new_zeros(())
+    if not (need_video or need_text or need_scale):
+        return loss, none(), none(), grad_scale
+    grad_video, grad_text = torch.zeros_like(video), torch.zeros_like(text)
+    weight = torch.full_like(row_all, 1 / N) if weight is None else weight
+    for first, last in panels:
+        x, s, positive = logits(first, last)
+        slope = torch.zeros_like(s)
+        for everything, only, counts in (
+            (row_all[first:last, None], row_positive[first:last, None], weight[first:last, None]),
+            (col_all, col_positive, weight),
+        ):
+            slope += ((s - everything).exp() - (s - only).exp().masked_fill(~positive, 0.0)) * counts
+        slope *= share
+        grad_scale += (slope * x).sum()
+        slope *= scale
         grad_video[first:last] = slope @ text
         grad_text += slope.T @ video[first:last]
-    grads = (g if need else none() for g, need in ((grad_video, need_video), (grad_text, need_text)))
-    return video.new_zeros(()), *grads, grad_scale
+    grads = [grad_video, grad_text]
+    if normalise:
+        grads = [through_unit(*three) for three in zip(grads, (video, text), norms, strict=True)]
+    return loss, *(g if need else none() for g, need in zip(grads, (need_video, need_text), strict=True)), grad_scale

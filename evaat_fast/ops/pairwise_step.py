@@ -3,6 +3,7 @@
 import torch
 
 from evaat_fast._register import register
+from evaat_fast.ops.positives import Positives
 from evaat_fast.ops.relevancy import Labels
 
 
@@ -119,39 +120,49 @@ def sms_loss_step(video, text, labels, self_relevancy, settings, rule, reduction
     return (SmsEach if each else Sms).apply(video, text, *arguments)
 
 
-def _fake_clip(video, text, logit_scale, each, weight, need_video, need_text, need_scale, backend):
+def _fake_contrast(video, text, scale, dense, verbs, nouns, weight, normalise, each, need_video, need_text, *others):
     wide = torch.promote_types(video.dtype, torch.float32)
     gradients = [video.new_empty(video.shape if need else (0,), dtype=wide) for need in (need_video, need_text)]
     return video.new_empty(video.shape[:1] if each else (), dtype=wide), *gradients, video.new_empty((), dtype=wide)
 
 
 @register(
-    "clip_step(Tensor video, Tensor text, Tensor logit_scale, bool each, Tensor? weight, bool need_video, bool need_text, "
-    "bool need_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_clip,
+    "contrast_step(Tensor video, Tensor text, Tensor scale, Tensor? dense, Tensor? verbs, Tensor? nouns, Tensor? weight, "
+    "bool normalise, bool each, bool need_video, bool need_text, bool need_scale, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_contrast,
 )
 @torch.no_grad()
-def clip_step(video, text, logit_scale, each, weight, need_video, need_text, need_scale, backend):
-    """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features. logit_scale: [] of that dtype;
-    each, weight: as `sms_step`."""
-    arguments = (video, text, logit_scale, each, weight, need_video, need_text, need_scale)
+def contrast_step(video, text, scale, dense, verbs, nouns, weight, normalise, each, need_video, need_text, need_scale, backend):
+    """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features. scale: [] of that dtype.
+
+    normalise: EgoNCE, of cosines and with both directions added; else InfoNCE, of products and their mean. each, weight: as
+    `sms_step`.
+    """
+    needs = (need_video, need_text, need_scale)
     if video.shape[0] < 2:  # the softmax of one is one, whatever the logit
-        return tuple(x.zero_() for x in _fake_clip(*arguments, backend))
-    if each or weight is not None:
-        from evaat_fast.ops.pairwise_each import clip
+        fakes = _fake_contrast(video, text, scale, dense, verbs, nouns, weight, normalise, each, *needs, backend)
+        return tuple(x.zero_() for x in fakes)
+    positives = Positives(dense, verbs, nouns)
+    if backend == "triton":
+        from evaat_fast.ops.pairwise_triton import contrast
+    elif normalise or each or weight is not None:
+        from evaat_fast.ops.pairwise_each import contrast
     else:
         from evaat_fast.ops.pairwise_cpu import clip
-    return clip(*arguments)
+
+        return clip(video, text, scale, *needs)
+    return contrast(video, text, scale, positives, weight, normalise, each, *needs)
 
 
-class Clip(torch.autograd.Function):
+class Contrast(torch.autograd.Function):
     """Saves the gradients of both features and of the scale."""
 
     @staticmethod
-    def forward(ctx, video, text, logit_scale, *arguments):
-        loss, *gradients = clip_step(video, text, logit_scale, *arguments)
+    def forward(ctx, video, text, scale, *arguments):
+        loss, *gradients = contrast_step(video, text, scale, *arguments)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes, ctx.needs = (video.dtype, text.dtype, logit_scale.dtype), arguments[2:5]
+        ctx.dtypes, ctx.needs = (video.dtype, text.dtype, scale.dtype), arguments[-4:-1]
         return loss
 
     @staticmethod
@@ -161,34 +172,35 @@ class Clip(torch.autograd.Function):
             (gradient * factor).to(dtype) if need else None
             for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         )
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 10
 
 
-class ClipEach(torch.autograd.Function):
+class ContrastEach(torch.autograd.Function):
     """As `SmsEach`."""
 
     @staticmethod
-    def forward(ctx, video, text, logit_scale, each, weight, *needs_and_backend):
-        *ctx.needs, ctx.backend = needs_and_backend
-        ctx.save_for_backward(video, text, logit_scale)
-        return clip_step(video, text, logit_scale, True, None, False, False, False, ctx.backend)[0]
+    def forward(ctx, video, text, scale, *arguments):
+        *settings, _, _, _, ctx.backend = arguments
+        ctx.save_for_backward(video, text, scale, *settings[:3])
+        ctx.normalise, ctx.needs = settings[4], arguments[-4:-1]
+        return contrast_step(video, text, scale, *settings, False, False, False, ctx.backend)[0]
 
     @staticmethod
     def backward(ctx, weight):
         _refuse_double_backward()
-        _, *gradients = clip_step(*ctx.saved_tensors, False, weight.contiguous(), *ctx.needs, ctx.backend)
-        gradients = (
-            g.to(x.dtype) if need else None for g, x, need in zip(gradients, ctx.saved_tensors, ctx.needs, strict=True)
-        )
-        return *gradients, *[None] * 6
+        tensors = ctx.saved_tensors
+        _, *gradients = contrast_step(*tensors, weight.contiguous(), ctx.normalise, False, *ctx.needs, ctx.backend)
+        gradients = (g.to(x.dtype) if need else None for g, x, need in zip(gradients, tensors[:3], ctx.needs, strict=True))
+        return *gradients, *[None] * 10
 
 
-def clip_loss_step(video, text, logit_scale, reduction, backend):
-    """As `sms_loss_step`."""
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text, logit_scale)]
+def contrast_loss_step(video, text, scale, positives, reduction, backend):
+    """As `sms_loss_step`; positives None: InfoNCE."""
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text, scale)]
     text = text.view_as(text) if text is video else text
-    each = reduction == "none"
-    arguments = (video, text, logit_scale, each, None, *needs, backend)
+    each, normalise = reduction == "none", positives is not None
+    pairs = positives.tensors() if normalise else (None, None, None)
+    arguments = (video, text, scale, *pairs, None, normalise, each, *needs, backend)
     if not any(needs):
-        return clip_step(*arguments)[0]
-    return (ClipEach if each else Clip).apply(*arguments)
+        return contrast_step(*arguments)[0]
+    return (ContrastEach if each else Contrast).apply(*arguments)

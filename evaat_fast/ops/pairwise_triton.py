@@ -85,3 +85,64 @@ def sms(video, text, labels, own, weight, settings, rule, each, need_video, need
         kernels.finish(video, text, norms, sums, weight, *wanted, factor)
     losses = losses.sum(0) / (2 * (N - 1)) if each else losses / (2 * N * (N - 1))
     return losses.float(), *grads
+
+
+def _two_floats(x):
+    """float64 [2, N] -> float32 [2, 2, N] whose second dimension adds up to it."""
+    high = x.float()
+    low = torch.where(high.isfinite(), x - high, 0.0)
+    return torch.stack((high, low.float()), 1)
+
+
+def contrast(video, text, scale, positives, weight, normalise, each, need_video, need_text, need_scale):
+    """As `contrast_step`."""
+    from evaat_fast.kernels import pairwise as kernels
+    from evaat_fast.kernels import pairwise_contrast
+
+    N, E = video.shape
+    dtype, device, share = video.dtype, video.device, 1.0 if normalise else 0.5
+    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
+    video, text, inverses, unit_video, unit_text = _rows(video), _rows(text), None, video, text
+    if normalise:
+        norms, inverses = empty(2, 2, N)
+        unit_video, unit_text = torch.empty((2, N, E), dtype=dtype, device=device)
+        kernels.prepare(video, text, unit_video, unit_text, norms, inverses)
+    source = (video, text, inverses), scale.reshape(1), positives.tensors()
+    rows = _panel_rows(N, dtype.itemsize)
+    panels = [(first, min(first + rows, N)) for first in range(0, N, rows)]
+    row_totals, col_totals = torch.full((2, 2, N), -torch.inf, dtype=torch.float64, device=device)
+    for first, last in panels:
+        down, across = pairwise_contrast.tiles(last - first, N, dtype, source[2])
+        of_rows, of_columns = empty(2, 2, 4 * across, last - first), empty(2, 2, down, N)
+        pairwise_contrast.stats(*source, of_rows, of_columns, first, last)
+        row_totals[:, first:last] = of_rows.sum(1, dtype=torch.float64).logsumexp(1)
+        col_totals = torch.logaddexp(col_totals, of_columns.sum(1, dtype=torch.float64).logsumexp(1))
+    if positives.tensors() == (None, None, None):  # the own logits, from the same products
+        own, ones = empty(N), torch.ones((2, N), device=device)
+        kernels.own_cosines(video, text, ones if inverses is None else inverses, own)
+        row_totals[1] = col_totals[1] = own * scale
+    entries = share * ((row_totals[0] - row_totals[1]) + (col_totals[0] - col_totals[1]))
+    loss = (entries if each else entries.sum() / N).float()
+    totals = [_two_floats(x) for x in (row_totals, col_totals)]
+    grads = [empty(N, E) if need else empty(0) for need in (need_video, need_text)]
+    grad_scale = torch.zeros((), dtype=torch.float64, device=device)
+    if not (need_video or need_text or need_scale):
+        return loss, *grads, grad_scale.float()
+    panel = torch.empty((rows, N), dtype=dtype, device=device)
+    for first, last in panels:
+        down, across = pairwise_contrast.tiles(last - first, N, dtype, source[2])
+        slopes, part = panel[: last - first], empty(down * across)
+        pairwise_contrast.slopes(*source, totals, weight, slopes, part, first, last)
+        grad_scale += part.sum(dtype=torch.float64)
+        if need_video:
+            multiply(slopes, unit_text, grads[0][first:last])
+        if need_text:
+            multiply(slopes.T, unit_video[first:last], grads[1], first == 0)
+    share = share if weight is not None else share / N
+    for grad in grads:
+        grad.mul_(scale * share)
+    if normalise:
+        no_sums = torch.zeros((2, N), dtype=torch.int32, device=device)
+        wanted = [g if need else None for g, need in zip(grads, (need_video, need_text), strict=True)]
+        kernels.finish(video, text, norms, no_sums, None, *wanted, 1.0)
+    return loss, *grads, (grad_scale * share).float()

@@ -7,7 +7,6 @@ to float32 (float64 for float64 features) before anything is computed with them,
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from evaat_fast import _dispatch
 from evaat_fast._check import memory_of, number
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -118,13 +117,6 @@ def quantize_relevancy(relevancy, steps=240):
     if scaled.numel() and not bool(((scaled >= 0) & (scaled < 256)).all()):
         raise ValueError(f"relevancy: expected values from 0 to 255 / {steps}, got {relevancy.min()} to {relevancy.max()}")
     return scaled.to(torch.uint8), torch.arange(256, dtype=torch.float64, device=relevancy.device) / steps
-
-
-class VerbNounPositives:
-    """Pairs that share a verb and a noun, from class ids: part of the contract, not built yet."""
-
-    def __init__(self, *args, **kwargs):
-        raise _dispatch.not_built("VerbNounPositives", "it comes with ego_nce_loss")
 
 
 class Labels:

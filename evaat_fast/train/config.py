@@ -318,8 +318,6 @@ def check(config, source="config", *, training=True):
             f"{source}: schedule.warmup_epochs: expected at most train.epochs={config.train.epochs}, "
             f"got {config.schedule.warmup_epochs}"
         )
-    if config.loss.name == "sms" and config.loss.rule == "charades":
-        raise ConfigError(f"{source}: loss.rule: 'charades' is not built yet; use 'code' or 'paper'")
     if training and config.train.init and config.model.pretrained:
         raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")
     for name in ("start_lr", "end_lr"):
