@@ -20,7 +20,7 @@ step python3 -m evaat_fast doctor
 
 for op in rope3d attn pairwise patchify; do
   [ -n "$only" ] && [ "$only" != "$op" ] && continue
-  step python3 -m pytest -q -p no:cacheprovider -m gpu "tests/test_$op.py" ${out:+--junitxml="$out/$op.xml"}
+  step python3 -m pytest -q -p no:cacheprovider -m gpu tests/test_"$op"*.py ${out:+--junitxml="$out/$op.xml"}
   [ -f "bench/$op.py" ] && step python3 "bench/$op.py" --device cuda $([ -n "$out" ] && echo --json "$out/$op.json" || echo --record)
 done
 echo "== gpu_check ends with status $status"

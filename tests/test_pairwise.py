@@ -400,18 +400,3 @@ def test_reduction_none_is_row_i_and_column_i():
     ours = ops.mi_mm_loss(video, text, margin=1.0, reduction="none")
     want = [(2 - 2 * x[0, 0] + x[0, 1] + x[1, 0]) / 2, (2 - 2 * x[1, 1] + x[1, 0] + x[0, 1]) / 2]
     torch.testing.assert_close(ours, torch.stack(want), rtol=1e-12, atol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("loss", ["sms_loss", "clip_loss"])
-def test_cuda_tensors_are_served_by_the_reference(loss):
-    """Correct on a GPU, if not yet by a kernel."""
-    features = torch.randn(2, 65, 48, dtype=torch.float64)
-    labels = torch.rand(65, 65, dtype=torch.float64)
-    results = []
-    for device in ("cpu", "cuda"):
-        video, text = (x.to(device).requires_grad_() for x in features)
-        other = labels.to(device) if loss == "sms_loss" else 20.0
-        value = getattr(ops, loss)(video, text, other, backend="reference" if device == "cpu" else None)
-        results.append([x.cpu() for x in (value, *torch.autograd.grad(value, (video, text)))])
-    torch.testing.assert_close(*results)

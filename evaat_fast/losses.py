@@ -1,0 +1,223 @@
+"""The losses as modules, with the constructors and the results of AVION, LaViLa, SMS-Loss and EgoVLP: change one import line.
+
+    from evaat_fast.losses import SymmetricMultiSimiliarityLoss      # was: from avion.losses.losses import ...
+
+What differs from theirs: no [N, N] matrix is built (but in EgoNCE, which is given one); a batch of one pair gives 0 where
+theirs is NaN; the loss has the features' precision, float32 or float64, also where the weights are float64; horovod is not
+supported.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from evaat_fast import ops
+
+__all__ = [
+    "AdaptiveMaxMarginRankingLoss",
+    "ClipLoss",
+    "EgoNCE",
+    "MaxMarginRankingLoss",
+    "SymmetricMultiSimilarityLoss",
+    "SymmetricMultiSimiliarityLoss",
+]
+
+_ACCURACY_BYTES = 64 << 20  # of the logits that the accuracy is read from, a block of rows at a time
+
+
+class _Gathers(nn.Module):
+    """What the family shares: features of every rank, gathered as its `gather_features` does."""
+
+    def __init__(self, local_loss=False, gather_with_grad=False, rank=0, world_size=1, use_horovod=False):
+        super().__init__()
+        if use_horovod:
+            raise ValueError("use_horovod: expected False; gather with torch.distributed")
+        if local_loss and not gather_with_grad and world_size > 1:
+            raise ValueError("local_loss: expected gather_with_grad=True with it, else the other ranks' rows get no gradient")
+        self.local_loss, self.gather_with_grad, self.rank, self.world_size = local_loss, gather_with_grad, rank, world_size
+
+    def gather(self, x):
+        """x of all ranks in their order; gradients are summed over the ranks with gather_with_grad, else this rank's alone."""
+        if self.world_size == 1:
+            return x
+        if self.gather_with_grad and x.requires_grad:
+            from torch.distributed.nn import all_gather
+
+            return torch.cat(all_gather(x.contiguous()))
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.detach().contiguous())
+        if not self.local_loss:
+            parts[self.rank] = x
+        return torch.cat(parts)
+
+
+class ClipLoss(_Gathers):
+    """`ops.clip_loss` with the arguments of AVION's ClipLoss.
+
+    forward(image_features [N, E], text_features [N, E], logit_scale) -> {"loss", "clip_acc": per cent of images whose own text
+    has the largest logit}. cache_labels is accepted and not needed. With local_loss a rank compares its own rows with all.
+    """
+
+    def __init__(self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False):
+        super().__init__(local_loss, gather_with_grad, rank, world_size, use_horovod)
+        self.cache_labels = cache_labels
+
+    def forward(self, image_features, text_features, logit_scale):
+        images, texts = self.gather(image_features), self.gather(text_features)
+        if self.local_loss and self.world_size > 1:
+            first, labels = self.rank * len(image_features), torch.arange(len(image_features), device=images.device)
+            pairs = ((image_features, texts), (text_features, images))
+            loss = sum(cross_entropy(logit_scale * a @ b.T, labels + first) for a, b in pairs) / 2
+            return {"loss": loss, "clip_acc": _accuracy(image_features, texts, logit_scale, first)}
+        loss = ops.clip_loss(images, texts, logit_scale)
+        return {"loss": loss, "clip_acc": _accuracy(images, texts, logit_scale, 0)}
+
+
+@torch.no_grad()
+def _accuracy(images, texts, logit_scale, first):
+    """Per cent of rows i of images whose largest logit is that of text first + i."""
+    rows = max(1, _ACCURACY_BYTES // max(1, len(texts) * images.element_size()))
+    right = torch.zeros((), dtype=torch.int64, device=images.device)
+    for begin in range(0, len(images), rows):
+        guess = (logit_scale * images[begin : begin + rows] @ texts.T).argmax(1)
+        right += (guess == torch.arange(first + begin, first + begin + len(guess), device=guess.device)).sum()
+    return 100 * right / max(1, len(images))
+
+
+class _MaxMargin(_Gathers):
+    def __init__(self, margin, fix_norm, **gathering):
+        super().__init__(**gathering)
+        self.margin, self.fix_norm = margin, fix_norm
+
+    def result(self, loss, own):
+        """own [N]: what the diagonal adds without fix_norm, where theirs averages it in."""
+        if not self.fix_norm:
+            N = len(own)
+            loss = loss * ((N - 1) / N) + own.mean() / N
+        return {"loss": loss, "max_margin_loss": loss.detach().clone()}
+
+
+class MaxMarginRankingLoss(_MaxMargin):
+    """`ops.mi_mm_loss` with the arguments of AVION's MaxMarginRankingLoss.
+
+    forward(image_features [N, E], text_features [N, E], weight=None) -> {"loss", "max_margin_loss"}; weight is not used.
+    fix_norm leaves each pair's own margin out of the mean.
+    """
+
+    def __init__(
+        self, margin=0.2, fix_norm=True, local_loss=False, gather_with_grad=False, rank=0, world_size=1, use_horovod=False
+    ):
+        gathering = dict(gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod)
+        super().__init__(margin, fix_norm, **gathering)
+
+    def forward(self, image_features, text_features, weight=None):
+        images, texts = self.gather(image_features), self.gather(text_features)
+        loss = ops.mi_mm_loss(images, texts, margin=self.margin)
+        return self.result(loss, loss.new_full((len(images),), max(self.margin, 0.0)))
+
+
+class AdaptiveMaxMarginRankingLoss(_MaxMargin):
+    """`ops.adaptive_mi_mm_loss` with the arguments of AVION's AdaptiveMaxMarginRankingLoss.
+
+    forward(image_features [N, E], text_features [N, E], weight [N]) -> {"loss", "max_margin_loss"}. temperature is
+    accepted and not used, as in theirs.
+    """
+
+    def __init__(
+        self,
+        margin=0.4,
+        temperature=0.05,
+        fix_norm=True,
+        local_loss=False,
+        gather_with_grad=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    ):
+        gathering = dict(gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod)
+        super().__init__(margin, fix_norm, **gathering)
+
+    def forward(self, image_features, text_features, weight=None, **ignored):
+        if weight is None:
+            raise TypeError("weight: expected a tensor [N], the relevancy of each pair itself, got None")
+        images, texts, weight = self.gather(image_features), self.gather(text_features), _floating(self.gather(weight))
+        loss = ops.adaptive_mi_mm_loss(images, texts, weight, margin=self.margin)
+        return self.result(loss, (self.margin * weight).relu().to(loss.dtype))
+
+
+class SymmetricMultiSimilarityLoss(_Gathers):
+    """`ops.sms_loss` with the arguments of SMS-Loss's SymmetricMultiSimiliarityLoss (an alias of this).
+
+    matrix [V, C]: relevancy of all training clips and captions, numpy or torch; kept as uint8 codes of 240 steps, truncated as
+    theirs. forward(image_features [N, E], text_features [N, E], weight [N], relevancy_weight) -> {"loss", "max_margin_loss"}.
+    relevancy_weight [2N]: the captions' columns in matrix, then the clips' rows; None: no pair is relevant to another.
+    """
+
+    def __init__(
+        self,
+        margin=0.6,
+        thres=0.1,
+        matrix=None,
+        fix_norm=True,
+        local_loss=False,
+        gather_with_grad=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    ):
+        super().__init__(False, gather_with_grad, rank, world_size, use_horovod)
+        if not fix_norm:
+            raise ValueError("fix_norm: expected True, the only norm that this loss has")
+        self.margin, self.thres, self.fix_norm, self.uint_factor = margin, thres, fix_norm, 240
+        self.eps = 1.1 / self.uint_factor
+        if matrix is not None:
+            codes, _ = ops.quantize_relevancy(torch.as_tensor(matrix), self.uint_factor)
+            self.register_buffer("correlation_matrix", codes, persistent=False)
+            values = torch.arange(256).to(torch.uint8) / self.uint_factor  # divided as theirs are, in torch's default dtype
+            self.register_buffer("code_values", values, persistent=False)
+
+    def forward(self, image_features, text_features, weight=None, relevancy_weight=None):
+        if weight is None:
+            raise TypeError("weight: expected a tensor [N], the relevancy of each pair itself, got None")
+        images, texts, weight = self.gather(image_features), self.gather(text_features), _floating(self.gather(weight))
+        if relevancy_weight is None:
+            relevancy = weight.new_zeros((1, 1)).expand(len(images), len(images))
+        elif not hasattr(self, "correlation_matrix"):
+            raise ValueError("relevancy_weight: expected None, as the loss was made without a matrix")
+        else:
+            if self.correlation_matrix.device != images.device:
+                self.to(images.device)
+            columns, rows = self.gather(relevancy_weight).view(self.world_size, 2, -1).unbind(1)
+            indices = rows.reshape(-1), columns.reshape(-1)
+            relevancy = ops.IndexedRelevancy(self.correlation_matrix, *indices, self.code_values)
+        loss = ops.sms_loss(
+            images, texts, relevancy, self_relevancy=weight, margin=self.margin, relaxation=self.thres, eps=self.eps
+        )
+        return {"loss": loss, "max_margin_loss": loss.detach().clone()}
+
+
+SymmetricMultiSimiliarityLoss = SymmetricMultiSimilarityLoss  # as SMS-Loss spells it
+
+
+class EgoNCE(nn.Module):
+    """EgoVLP's EgoNCE on a matrix of cosines, with logarithms that do not underflow.
+
+    forward(x [N, N], mask_v [N, N], mask_n [N, N]) -> the loss. Positive are pairs whose mask, the product of both (or the
+    one that `noun` and `verb` leave), is above 0, and each pair itself. `ops.ego_nce_loss` takes features and builds no matrix.
+    """
+
+    def __init__(self, temperature=0.05, noun=True, verb=True):
+        super().__init__()
+        self.temperature, self.noun, self.verb = temperature, noun, verb
+
+    def forward(self, x, mask_v, mask_n):
+        mask = mask_v * mask_n if self.noun and self.verb else mask_n if self.noun else mask_v
+        positive = (mask > 0) | torch.eye(len(x), dtype=torch.bool, device=x.device)
+        logits = (x / self.temperature, x.t() / self.temperature)
+        return sum((s.logsumexp(1) - s.masked_fill(~positive, -torch.inf).logsumexp(1)).mean() for s in logits)
+
+
+def _floating(x):
+    """Weights as the losses take them: theirs may be integers, too."""
+    return x if x.is_floating_point() else x.float()
