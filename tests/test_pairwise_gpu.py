@@ -14,8 +14,8 @@ LOSSES = {
     "sms, each": lambda v, t, c, **k: ops.sms_loss(v, t, c, reduction="none", **k).square().sum(),
     "mi_mm": lambda v, t, c, **k: ops.mi_mm_loss(v, t, **k),
     "adaptive": lambda v, t, c, **k: ops.adaptive_mi_mm_loss(v, t, c.diagonal(), **k),
-    "clip": lambda v, t, c, **k: ops.clip_loss(v / 4, t / 4, 3.0, **k),
-    "clip, each": lambda v, t, c, **k: ops.clip_loss(v / 4, t / 4, 3.0, reduction="none", **k).square().sum(),
+    "clip": lambda v, t, c, **k: ops.clip_loss(v, t, 4 / v.shape[1], **k),
+    "clip, each": lambda v, t, c, **k: ops.clip_loss(v, t, 4 / v.shape[1], reduction="none", **k).square().sum(),
     "ego_nce": lambda v, t, c, **k: ops.ego_nce_loss(v, t, c > 0.9, **k),
 }
 
