@@ -5,6 +5,7 @@ and three for InfoNCE (four where the second sweep recomputes S); one forward. T
 into buffers that are there. MiB on a CPU: what a step adds to the peak of a fresh process that has run the same at N = 64.
 """
 
+import ctypes
 import gc
 import subprocess
 import sys
@@ -13,15 +14,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from harness import DTYPES, Benchmark, Unavailable, need, run
+from torch.utils.checkpoint import checkpoint
 
 from evaat_fast import ops
-from evaat_fast.ops.pairwise import sms_loss_reference
-from evaat_fast.ops.pairwise_contrast import clip_loss_reference
+from evaat_fast.ops.pairwise import penalty, sms_loss_reference
+from evaat_fast.ops.pairwise_contrast import clip_loss_reference, ego_nce_loss_reference
 
-CPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (4096, 1024) for loss in ("sms", "clip")]
-GPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (256, 4096, 16384) for loss in ("sms", "clip")]
+LOSSES = ("sms", "clip", "ego")
+CPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (4096, 256, 1024, 8192) for loss in LOSSES]
+GPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (256, 1024, 4096, 16384, 32768, 65536) for loss in LOSSES]
+DENSE_LIMIT = 16384  # beyond, a float32 matrix is 4 GB and more, and a dense formula keeps eight of them
+CHUNK = 512  # rows
 NAIVE_LIMIT = 4096  # the formulation with 165 bytes per pair: 2.8 GB here, 44 GB at 16,384
 MARGIN, RELAXATION, EPS, SCALE = 0.6, 0.1, 1.1 / 240, 20.0
+POSITIVE = 0.9  # relevancy above which EgoNCE counts a pair as positive
 
 
 def inputs(shape, dtype, device):
@@ -29,25 +35,32 @@ def inputs(shape, dtype, device):
     N, generator = shape["N"], torch.Generator().manual_seed(0)
     video = torch.randn(N, shape["E"], generator=generator)
     text = video + torch.randn(N, shape["E"], generator=generator)
-    draw = torch.rand(N, N, generator=generator)
-    labels = torch.where(draw < 0.88, 0.0, torch.where(draw < 0.98, 0.5, (draw - 0.98) * 50))
-    labels.fill_diagonal_(1.0)
+    # A table of 2,000 clips and captions, as a training set is one; a batch takes rows and columns of it.
+    draw = torch.rand(2000, 2000, generator=generator)
+    table = torch.where(draw < 0.88, 0.0, torch.where(draw < 0.98, 0.5, (draw - 0.98) * 50)).fill_diagonal_(1.0)
+    index = torch.arange(N) % 2000
     if shape["loss"] == "clip":
         video, text = F.normalize(video, dim=1), F.normalize(text, dim=1)
     move = lambda x, as_dtype: x.to(as_dtype).to(device)  # noqa: E731
     return {
         "video": move(video, dtype).requires_grad_(),
         "text": move(text, dtype).requires_grad_(),
-        "labels": move(labels, torch.float32),
+        "table": move(table, torch.float32),
+        "index": index.to(device),
         "loss": shape["loss"],
     }
 
 
-def step(sms, clip):
-    """A provider from the two losses as functions of inputs; None: it has no such loss."""
+def labels_of(inputs, first=0, last=None):
+    """Rows of the matrix, gathered as the published code does in every step."""
+    return inputs["table"][inputs["index"][first:last]][:, inputs["index"]]
+
+
+def step(sms, clip, ego=None):
+    """A provider from the losses as functions of inputs; None: it has no such loss."""
 
     def provider(inputs, mode):
-        loss = sms if inputs["loss"] == "sms" else clip
+        loss = {"sms": sms, "clip": clip, "ego": ego}[inputs["loss"]]
         if loss is None:
             raise Unavailable(f"has no {inputs['loss']} loss")
         features = (inputs["video"], inputs["text"])
@@ -65,21 +78,75 @@ def step(sms, clip):
     return provider
 
 
+def fits(inputs):
+    if len(inputs["video"]) > DENSE_LIMIT:
+        raise Unavailable("builds [N, N] several times")
+
+
 def dense_sms(inputs):
-    labels = inputs["labels"]
+    fits(inputs)
+    labels = labels_of(inputs)
     return sms_loss_reference(inputs["video"], inputs["text"], labels, labels.diagonal(), MARGIN, RELAXATION, EPS)
 
 
 def dense_clip(inputs):
+    fits(inputs)
     return clip_loss_reference(inputs["video"], inputs["text"], SCALE)
+
+
+def dense_ego(inputs):
+    fits(inputs)
+    return ego_nce_loss_reference(inputs["video"], inputs["text"], labels_of(inputs) > POSITIVE, 1 / SCALE)
+
+
+def chunked(part):
+    """A loss as the sum of checkpointed blocks of rows: part(inputs, video, text, first, last) is a block's share."""
+
+    def loss(inputs):
+        wide = torch.promote_types(inputs["video"].dtype, torch.float32)
+        video, text = (inputs[n].to(wide) for n in ("video", "text"))
+        if inputs["loss"] != "clip":
+            video, text = F.normalize(video, dim=1, eps=1e-8), F.normalize(text, dim=1, eps=1e-8)
+        blocks = [(first, min(first + CHUNK, len(video))) for first in range(0, len(video), CHUNK)]
+        return sum(checkpoint(part, inputs, video, text, *block, use_reentrant=False) for block in blocks)
+
+    return loss
+
+
+def sms_rows(inputs, video, text, first, last):
+    """What pairs of videos first .. last - 1 with all captions contribute, from both sides."""
+    N, wide = len(video), video.dtype
+    x, own = video[first:last] @ text.T, (video * text).sum(1)
+    c, w = labels_of(inputs, first, last).to(wide), inputs["table"].diagonal()[inputs["index"]].to(wide)
+    others = torch.arange(N, device=x.device) != torch.arange(first, last, device=x.device)[:, None]
+    settings = (MARGIN, RELAXATION, EPS, "code")
+    both = penalty(w - c, own - x, *settings) + penalty(w[first:last, None] - c, own[first:last, None] - x, *settings)
+    return (both * others).sum() / (2 * N * (N - 1))
+
+
+def contrast_rows(inputs, video, text, first, last):
+    """Rows first .. last - 1 of both directions."""
+    N, loss = len(video), 0.0
+    for a, b, positives in ((video, text, labels_of(inputs, first, last)), (text, video, None)):
+        s = SCALE * a[first:last] @ b.T
+        positive = torch.arange(N, device=s.device) == torch.arange(first, last, device=s.device)[:, None]
+        if inputs["loss"] == "ego":
+            c = positives if positives is not None else inputs["table"][:, inputs["index"][first:last]][inputs["index"]].T
+            positive = positive | (c > POSITIVE)
+        loss = loss + (s.logsumexp(1) - s.masked_fill(~positive, -torch.inf).logsumexp(1)).sum()
+    return loss / (N if inputs["loss"] == "ego" else 2 * N)
+
+
+CHUNKED = step(chunked(sms_rows), chunked(contrast_rows), chunked(contrast_rows))
 
 
 def naive_sms(inputs):
     """The published formulation: both directions concatenated, the off-diagonal entries picked by index."""
-    video, text, labels = inputs["video"], inputs["text"], inputs["labels"]
+    video, text = inputs["video"], inputs["text"]
     N = len(video)
     if N > NAIVE_LIMIT:
         raise Unavailable(f"needs 165 bytes for each of {N} x {N} pairs")
+    labels = labels_of(inputs)
     x = F.normalize(text.float(), dim=1) @ F.normalize(video.float(), dim=1).T
     own, relevancy = labels.diagonal(), labels.T
     keep = torch.cat((1 - torch.eye(N), 1 - torch.eye(N))).flatten().nonzero().flatten().to(video.device)
@@ -97,10 +164,20 @@ def open_clip(inputs):
     return loss(inputs["video"], inputs["text"], SCALE)
 
 
+def inf_cl(inputs):
+    """One direction a call."""
+    loss = need("inf_cl").cal_flash_loss
+    if inputs["video"].device.type == "cpu":
+        raise Unavailable("its kernels run on a GPU")
+    video, text = inputs["video"], inputs["text"]
+    return sum(loss(a, b, scale=SCALE).mean() for a, b in ((video, text), (text, video))) / 2
+
+
 def compiled(inputs, mode):
     if inputs["video"].device.type == "cpu":
         raise Unavailable("Inductor's compile time is not spent on the CPU run")
-    return step(torch.compile(dense_sms), torch.compile(dense_clip))(inputs, mode)
+    fits(inputs)
+    return step(*(torch.compile(loss) for loss in (dense_sms, dense_clip, dense_ego)))(inputs, mode)
 
 
 def bare_products(inputs, mode):
@@ -123,9 +200,9 @@ def bare_products(inputs, mode):
 def low(inputs, mode):
     """Torch's own error: the dense formula; for bfloat16 with the similarities rounded to it, as autocast does."""
     if inputs["video"].dtype == torch.float32:
-        return step(dense_sms, dense_clip)(inputs, mode)
+        return CHUNKED(inputs, mode)
     rounded = lambda i: {**i, **{n: F.normalize(i[n], dim=1) for n in ("video", "text")}}  # noqa: E731
-    return step(lambda i: dense_sms(rounded(i)), dense_clip)(inputs, mode)
+    return step(lambda i: chunked(sms_rows)(rounded(i)), chunked(contrast_rows), chunked(contrast_rows))(inputs, mode)
 
 
 def check(ours, low, truth, name):
@@ -143,19 +220,27 @@ def check(ours, low, truth, name):
 def to_double(inputs):
     """Features in float64; labels stay the float32 numbers they are."""
     wide = {n: inputs[n].detach().double().requires_grad_() for n in ("video", "text")}
-    return {**inputs, **wide, "labels": inputs["labels"].double()}
+    return {**inputs, **wide, "table": inputs["table"].double()}
+
+
+def our_labels(inputs):
+    """As they are: a table and indices."""
+    return ops.IndexedRelevancy(inputs["table"], inputs["index"], inputs["index"])
 
 
 OURS = step(
-    lambda i: ops.sms_loss(i["video"], i["text"], i["labels"], margin=MARGIN, relaxation=RELAXATION),
+    lambda i: ops.sms_loss(i["video"], i["text"], our_labels(i), margin=MARGIN, relaxation=RELAXATION),
     lambda i: ops.clip_loss(i["video"], i["text"], SCALE),
+    lambda i: ops.ego_nce_loss(i["video"], i["text"], labels_of(i) > POSITIVE, temperature=1 / SCALE),
 )
 PROVIDERS = {
     "evaat": OURS,
-    "dense rewrite": step(dense_sms, dense_clip),
+    "dense rewrite": step(dense_sms, dense_clip, dense_ego),
+    "chunks + checkpoint": CHUNKED,
     "published formulation": step(naive_sms, None),
     "torch.compile(dense rewrite)": compiled,
     "open_clip": step(None, open_clip),
+    "Inf-CL": step(None, inf_cl),
 }
 
 
@@ -174,6 +259,7 @@ def print_peak(loss, N, E, dtype, mode, provider):
     big = inputs({"loss": loss, "N": int(N), "E": int(E)}, DTYPES[dtype], "cpu")
     PROVIDERS[provider](inputs({"loss": loss, "N": 64, "E": int(E)}, DTYPES[dtype], "cpu"), mode)()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the step would live in what making the inputs left behind
     Path("/proc/self/clear_refs").write_text("5")  # the peak of making the inputs must not hide that of the step
     before = status("VmRSS")
     PROVIDERS[provider](big, mode)()
@@ -187,7 +273,7 @@ BENCH = Benchmark(
     inputs=inputs,
     providers=PROVIDERS,
     yardsticks={"three bare products": bare_products},
-    truth=step(dense_sms, dense_clip),
+    truth=CHUNKED,
     low=low,
     check=check,
     to_double=to_double,

@@ -115,7 +115,10 @@ def check_learnable(backend, q, k, grid=None, *, freqs, **options):
     ours = run(lambda *a, **o: ops.rope3d(*a, backend=backend, **o), lambda x: x)
     low, truth = run(rope3d_reference, lambda x: x), run(rope3d_reference, lambda x: x.double(), wide=True)
     for name, a, b, c in zip(("q", "k")[: len(inputs)] + ("freqs",), ours, low, truth, strict=True):
-        close(a, b, c, f"gradient of {name}")
+        if name == "freqs" and c.numel() < 64:  # of a handful of sums, which one torch rounds least is luck
+            assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 1e-6 * c.abs().max(), (a, b, c)
+        else:
+            close(a, b, c, f"gradient of {name}")
     again = run(lambda *a, **o: ops.rope3d(*a, backend=backend, **o), lambda x: x)
     assert all(map(torch.equal, ours, again)), "two runs differ"
 
