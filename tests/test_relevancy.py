@@ -122,6 +122,13 @@ def test_verbs_and_nouns_give_the_bits_of_their_matrix(features, stored, distinc
         assert all(map(torch.equal, ours, want))
 
 
+def test_nan_in_the_overlap_of_nouns_reaches_the_loss():
+    iou, verb, noun = torch.eye(5), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2])
+    iou[0, 1] = torch.nan
+    for backend in ("cpu", "reference"):
+        assert ops.sms_loss(*torch.randn(2, 3, 8), ops.VerbNounRelevancy(verb, noun, iou), backend=backend).isnan()
+
+
 def test_the_table_of_verbs_and_nouns_is_made_once_and_follows_its_tensor():
     iou, verb, noun = torch.eye(5), torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2])
     first, second = (ops.VerbNounRelevancy(verb, noun, iou) for _ in range(2))

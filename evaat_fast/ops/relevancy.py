@@ -88,7 +88,7 @@ def _verb_noun_table(noun_iou):
         half = 0.5 * noun_iou.double()
         table, values = torch.stack((half, half + 0.5)), None
         distinct = torch.unique(table)
-        if 0 < distinct.numel() <= 256:
+        if 0 < distinct.numel() <= 256 and bool(distinct.isfinite().all()):  # a NaN has no code, and must reach the loss
             table = torch.searchsorted(distinct, table).to(torch.uint8)
             values = torch.nn.functional.pad(distinct, (0, 256 - distinct.numel()))
         made = table, values
