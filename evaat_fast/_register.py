@@ -10,7 +10,7 @@ from evaat_fast._check import is_wrapper
 
 _LIBRARY = torch.library.Library("evaat_fast", "DEF")
 # Non-zero under FakeTensorMode, FlopCounterMode and the like, which must see the operator. A private name, hence the getattr.
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+traced = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def _is_wrapper(x):
@@ -31,7 +31,7 @@ def register(schema, fake):
         op = getattr(torch.ops.evaat_fast, name).default
 
         def call(*args):
-            if torch.compiler.is_compiling() or _modes() or any(map(_is_wrapper, args)):
+            if torch.compiler.is_compiling() or traced() or any(map(_is_wrapper, args)):
                 return op(*args)
             return body(*args)
 

@@ -10,7 +10,7 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
-from evaat_fast.ops import pairwise_cpu
+from evaat_fast.ops import pairwise_cpu, pairwise_each
 from evaat_fast.ops.pairwise_contrast import clip_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -127,6 +127,19 @@ def test_reduction_none():
     torch.testing.assert_close(entries.mean(), ops.clip_loss(video, text, 6.0), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("N,E", SIZES)
+def test_reduction_none_has_the_reference_s_gradients(N, E, monkeypatch):
+    monkeypatch.setattr(pairwise_each, "_PANEL", 7 * N * 8)
+    video, text = batch(N, E, F64)
+    weight, scale = torch.randn(N, dtype=F64), torch.tensor(6.0, dtype=F64)
+    ours, want = (
+        gradients(lambda *x, b=b: (ops.clip_loss(*x, reduction="none", backend=b) * weight).sum(), video, text, scale)
+        for b in ("cpu", "reference")
+    )
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
 def losses():
     N = 24
     c, index = torch.rand(N, N), torch.randint(0, N, (N,))
@@ -137,6 +150,9 @@ def losses():
         "sms codes": lambda v, t: ops.sms_loss(v, t, codes, self_relevancy=c.diag()),
         "adaptive": lambda v, t: ops.adaptive_mi_mm_loss(v, t, c.diag()),
         "mi_mm": lambda v, t: ops.mi_mm_loss(v, t),
+        "sms each": lambda v, t: ops.sms_loss(v, t, c, reduction="none").square().sum(),
+        "verbs and nouns": lambda v, t: ops.sms_loss(v, t, ops.VerbNounRelevancy(index, index, c)),
+        "clip each": lambda v, t: ops.clip_loss(v, t, 12.0, reduction="none").square().sum(),
         "clip": lambda v, t: ops.clip_loss(v, t, 12.0),
     }
 
@@ -160,11 +176,10 @@ def test_fake_tensors(name, dtype):
     loss, (video, text) = losses()[name], batch(24, 8, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(x).requires_grad_() for x in (video, text)]
-        out = loss(*fakes) if name != "sms indexed" else None  # its indices are read, which needs numbers
-        if out is not None:
-            out.backward()
-            assert out.shape == () and out.dtype == torch.promote_types(dtype, F32)
-            assert all(x.grad.shape == x.shape and x.grad.dtype == dtype for x in fakes)
+        out = loss(*fakes)
+        out.backward()
+        assert out.shape == () and out.dtype == torch.promote_types(dtype, F32)
+        assert all(x.grad.shape == x.shape and x.grad.dtype == dtype for x in fakes)
 
 
 def test_opcheck():

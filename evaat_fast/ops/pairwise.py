@@ -9,6 +9,7 @@ import torch
 
 from evaat_fast import _dispatch
 from evaat_fast._check import memory_of, number
+from evaat_fast._register import traced
 from evaat_fast.ops.pairwise_check import check_common, check_features, no_autocast, no_pair
 from evaat_fast.ops.pairwise_step import sms_loss_step
 from evaat_fast.ops.relevancy import (
@@ -133,7 +134,7 @@ def sms_loss(
     if relaxation < 0:
         raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
     eps = _EPS[rule] if eps is None else number("eps", eps)
-    if validate or (validate is None and video.is_cpu and not torch.compiler.is_compiling()):
+    if validate or (validate is None and video.is_cpu and not torch.compiler.is_compiling() and not traced()):
         labels.check_indices()
     settings = (number("margin", margin), relaxation, eps)
     return _max_margin("sms_loss", video, text, labels, self_relevancy, settings, rule, reduction, backend)

@@ -3,6 +3,7 @@
 import torch
 
 from evaat_fast._register import register
+from evaat_fast.ops.pairwise_check import no_autocast
 from evaat_fast.ops.positives import Positives
 from evaat_fast.ops.relevancy import Labels
 
@@ -59,7 +60,8 @@ def sms_step(
         from evaat_fast.ops.pairwise_each import sms
     else:
         from evaat_fast.ops.pairwise_cpu import sms
-    return sms(*arguments)
+    with no_autocast(video):
+        return sms(*arguments)
 
 
 def _refuse_double_backward():
@@ -152,7 +154,8 @@ def contrast_step(video, text, scale, dense, verbs, nouns, weight, normalise, ea
         from evaat_fast.ops.pairwise_cpu import clip
 
         return clip(video, text, scale, *needs)
-    return contrast(video, text, scale, positives, weight, normalise, each, *needs)
+    with no_autocast(video):
+        return contrast(video, text, scale, positives, weight, normalise, each, *needs)
 
 
 class Contrast(torch.autograd.Function):

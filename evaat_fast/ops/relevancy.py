@@ -8,6 +8,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from evaat_fast._check import memory_of, number
+from evaat_fast._register import traced
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
@@ -74,7 +75,7 @@ class VerbNounRelevancy:
             raise ValueError(f"noun_iou: expected the shape [S, S], got {list(noun_iou.shape)}")
         no_gradient("noun_iou", noun_iou)
         _check_ids("VerbNounRelevancy", noun_iou.device, verb=verb, noun_set=noun_set)
-        self.verb, self.noun_set = verb, noun_set
+        self.verb, self.noun_set = verb.view(-1) if verb is noun_set else verb, noun_set  # torch.compile takes no tensor twice
         self.table, self.values = _verb_noun_table(memory_of("VerbNounRelevancy", "noun_iou", noun_iou))
 
 
@@ -83,10 +84,11 @@ _VERB_NOUN = WeakIdKeyDictionary()
 
 def _verb_noun_table(noun_iou):
     """([2, S, S], values): labels of pairs of another verb and of the same, as codes where 256 values suffice."""
+    if torch.compiler.is_compiling() or traced():  # how many values there are is then not known
+        return _both_verbs(noun_iou), None
     version, *made = _VERB_NOUN.get(noun_iou, (None,))
     if version is None or version != noun_iou._version:
-        half = 0.5 * noun_iou.double()
-        table, values = torch.stack((half, half + 0.5)), None
+        table, values = _both_verbs(noun_iou), None
         distinct = torch.unique(table)
         if 0 < distinct.numel() <= 256 and bool(distinct.isfinite().all()):  # a NaN has no code, and must reach the loss
             table = torch.searchsorted(distinct, table).to(torch.uint8)
@@ -94,6 +96,11 @@ def _verb_noun_table(noun_iou):
         made = table, values
         _VERB_NOUN[noun_iou] = (noun_iou._version, *made)
     return made
+
+
+def _both_verbs(noun_iou):
+    half = 0.5 * noun_iou.double()
+    return torch.stack((half, half + 0.5))
 
 
 def quantize_relevancy(relevancy, steps=240):
