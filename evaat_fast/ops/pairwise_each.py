@@ -1,6 +1,6 @@
 """`reduction="none"`: each pair's own loss, by panels of torch's operations, and its gradients by computing the panels again.
 
-Memory is linear in N, time some ten times that of the kernels that know the mean alone.
+Memory is linear in N; at N = 2048 a step takes 7 times (SMS) and 3.5 times (InfoNCE) that of the kernels of the mean alone.
 """
 
 import functools
