@@ -70,21 +70,22 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     check(status, "rope3d");
   });
   // Features: (data, row stride) of video and of text. wide: the dtype code of the computation.
-  m.def("sms_prepare", [](int dtype, int wide, const std::array<int64_t, 4>& features, int64_t N, int64_t E, Pointer norm_video,
+  m.def("pair_prepare", [](int dtype, int wide, const std::array<int64_t, 4>& features, int64_t N, int64_t E, Pointer norm_video,
                           Pointer norm_text, Pointer diagonal, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {
     int status;
     {
       py::gil_scoped_release release;
-      status = evaat::sms_prepare(dtype, wide, {as<const void>(Pointer(features[0])), features[1]},
+      status = evaat::pair_prepare(dtype, wide, {as<const void>(Pointer(features[0])), features[1]},
                                   {as<const void>(Pointer(features[2])), features[3]}, N, E, as<void>(norm_video), as<void>(norm_text),
                                   as<void>(diagonal), as<void>(unit_video), as<void>(unit_text), unit_bf16, threads);
     }
     check(status, "sms_loss");
   });
   // labels: table, dtype code, the strides of halves, rows and columns, video_index, caption_index, verb, values (0: none).
+  // sums: row_loss, col_loss (0: none), row_sum, col_sum.
   m.def("sms_panel", [](int wide, int dtype, Pointer s, int64_t rows, int64_t N, int64_t first, Pointer row_scale, Pointer col_scale,
                         Pointer diagonal, Pointer self, const std::array<int64_t, 9>& labels, double margin, double relaxation,
-                        double eps, int rule, bool write, Pointer row_loss, Pointer row_sum, Pointer col_sum, int threads) {
+                        double eps, int rule, int mode, Pointer weight, const std::array<Pointer, 4>& sums, int threads) {
     int status;
     {
       py::gil_scoped_release release;
@@ -92,33 +93,39 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                                       as<const int64_t>(Pointer(labels[5])), as<const int64_t>(Pointer(labels[6])),
                                       as<const int64_t>(Pointer(labels[7])), as<const void>(Pointer(labels[8]))};
       status = evaat::sms_panel({wide, dtype, as<void>(s), rows, N, first, as<const void>(row_scale), as<const void>(col_scale),
-                                 as<const void>(diagonal), as<const void>(self), from, margin, relaxation, eps, rule, write,
-                                 as<double>(row_loss), as<int32_t>(row_sum), as<int32_t>(col_sum)},
+                                 as<const void>(diagonal), as<const void>(self), from, margin, relaxation, eps, rule, mode,
+                                 as<const void>(weight), as<double>(sums[0]), as<double>(sums[1]), as<int32_t>(sums[2]),
+                                 as<int32_t>(sums[3])},
                                 threads);
     }
     check(status, "sms_loss");
   });
-  m.def("sms_finish", [](int dtype, int wide, const std::array<int64_t, 4>& features, Pointer norm_x, Pointer norm_other, Pointer slope,
+  m.def("pair_finish", [](int dtype, int wide, const std::array<int64_t, 4>& features, Pointer norm_x, Pointer norm_other, Pointer slope,
                          Pointer gradient, double factor, int64_t N, int64_t E, int threads) {
     int status;
     {
       py::gil_scoped_release release;
-      status = evaat::sms_finish(dtype, wide, {as<const void>(Pointer(features[0])), features[1]}, as<const void>(norm_x),
+      status = evaat::pair_finish(dtype, wide, {as<const void>(Pointer(features[0])), features[1]}, as<const void>(norm_x),
                                  {as<const void>(Pointer(features[2])), features[3]}, as<const void>(norm_other),
-                                 as<const int32_t>(slope), as<void>(gradient), factor, N, E, threads);
+                                 as<const void>(slope), as<void>(gradient), factor, N, E, threads);
     }
     check(status, "sms_loss");
   });
-  // vectors: row_max, row_sum, col_max, col_sum, target, row_slope. slopes: the second sweep.
-  m.def("clip_panel", [](bool slopes, int wide, Pointer s, int64_t rows, int64_t N, int64_t first, double scale,
-                         const std::array<Pointer, 6>& vectors, int threads) {
+  // positives: dense, its strides, verbs, nouns, their words, mask. vectors: weight (0: none), then the largest and the sum of row,
+  // column, positive row and positive column, then row_slope. slopes: the second sweep.
+  m.def("contrast_panel", [](bool slopes, int wide, Pointer s, int64_t rows, int64_t N, int64_t first, double scale,
+                             const std::array<int64_t, 8>& positives, const std::array<Pointer, 10>& vectors, int threads) {
     int status;
     {
       py::gil_scoped_release release;
-      const evaat::ClipPanel panel = {wide, as<void>(s), rows, N, first, scale, as<double>(vectors[0]), as<double>(vectors[1]),
-                                      as<double>(vectors[2]), as<double>(vectors[3]), as<double>(vectors[4]), as<double>(vectors[5])};
-      status = slopes ? evaat::clip_slopes(panel, threads) : evaat::clip_stats(panel, threads);
+      const auto total = [&](int i) { return evaat::LogSumExp{as<double>(vectors[i]), as<double>(vectors[i + 1])}; };
+      const evaat::PairPositives from = {as<const uint8_t>(Pointer(positives[0])), positives[1], positives[2],
+                                         as<const int32_t>(Pointer(positives[3])), as<const int32_t>(Pointer(positives[4])),
+                                         positives[5], positives[6]};
+      const evaat::ContrastPanel panel = {wide, as<void>(s), rows, N, first, scale, from, as<uint8_t>(Pointer(positives[7])),
+                                          as<const double>(vectors[0]), total(1), total(3), total(5), total(7), as<double>(vectors[9])};
+      status = slopes ? evaat::contrast_slopes(panel, threads) : evaat::contrast_stats(panel, threads);
     }
-    check(status, "clip_loss");
+    check(status, "contrast");
   });
 }

@@ -27,45 +27,68 @@ struct PairFeatures {
 
 // norm_* [N] and diagonal [N]: |v|, |t| and cos(v, t) of each pair. unit_*: the rows divided by max(norm, 1e-8), in the type of
 // the computation, or in bfloat16 where unit_bf16; null to leave them out.
-int sms_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int64_t N, int64_t E, void* norm_video, void* norm_text,
-                void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads);
+int pair_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int64_t N, int64_t E, void* norm_video, void* norm_text,
+                 void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads);
 
 enum Rule { kCode, kPaper, kCharades };  // which penalty a difference of labels gets: evaat_fast/ops/pairwise.py
 
+// What a panel is read for: the sum of all penalties; that, and its slopes; the penalties of each row and column; the slopes of a
+// weighted sum of those.
+enum SmsMode { kLoss, kSlopes, kEach, kWeighted };
+
 struct SmsPanel {
   int wide, dtype;  // dtype of s: `wide`, or bfloat16 for products of raw rows, which row_scale and col_scale turn into cosines
-  void* s;          // in: similarities; out, if write: the slopes g1 + g2 in {-2 .. 2}, with 0 on the diagonal
+  void* s;          // in: similarities; out, 0 on the diagonal, kSlopes: g1 + g2 in {-2 .. 2}; kWeighted: weight_i g1 + weight_j g2
   int64_t rows, N, first;
   const void *row_scale, *col_scale;  // float [N] or null
   const void *diagonal, *self;        // float [N]: cosine and relevancy of each pair itself
   PairLabels labels;
   double margin, relaxation, eps;
-  int rule;
-  bool write;
-  double* row_loss;   // [N]: sum of both penalties over each row's pairs
-  int32_t* row_sum;   // [N]: sum of g2 (anchored at the row's video)
-  int32_t* col_sum;   // [threads, N], accumulated: sums of g1 (anchored at the column's caption)
+  int rule, mode;
+  const void* weight;  // float [N], kWeighted only, where dtype is `wide`
+  double* row_loss;    // [N]: sum of both penalties over each row's pairs; kEach: of those anchored at the row's video
+  double* col_loss;    // [threads, N], accumulated: of those anchored at the column's caption, kEach only
+  int32_t* row_sum;    // [N]: sum of g2 (anchored at the row's video)
+  int32_t* col_sum;    // [threads, N], accumulated: sums of g1 (anchored at the column's caption)
 };
 int sms_panel(const SmsPanel& panel, int threads);
 
-// In place: gradient[i] = factor * (gradient[i] + slope[i] * unit(other[i])), taken through the normalisation of x; zero where
+// slope: float [N]. In place: gradient[i] = factor * (gradient[i] + slope[i] * unit(other[i])), taken through the normalisation of x; zero where
 // norm_x < 1e-8.
-int sms_finish(int dtype, int wide, PairFeatures x, const void* norm_x, PairFeatures other, const void* norm_other,
-               const int32_t* slope, void* gradient, double factor, int64_t N, int64_t E, int threads);
+int pair_finish(int dtype, int wide, PairFeatures x, const void* norm_x, PairFeatures other, const void* norm_other,
+                const void* slope, void* gradient, double factor, int64_t N, int64_t E, int threads);
 
-// Both sweeps of the symmetric cross-entropy. The logits are scale * s.
-struct ClipPanel {
+constexpr int64_t kMaskBlock = 32;
+
+// Which pairs are positive beside each pair itself: those of dense [N, N] (strides in elements), or, where it is null, those of
+// whom verbs and nouns both share a bit; these are [words, N].
+struct PairPositives {
+  const uint8_t* dense;
+  int64_t stride_row, stride_col;
+  const int32_t *verbs, *nouns;
+  int64_t verb_words, noun_words;
+};
+
+// [N] each: the largest logit, and the sum of exp(logit - largest).
+struct LogSumExp {
+  double *largest, *sum;
+};
+
+// Both sweeps of InfoNCE and EgoNCE. The logits are scale * s.
+struct ContrastPanel {
   int wide;
   void* s;
   int64_t rows, N, first;
   double scale;
-  double *row_max, *row_sum, *col_max, *col_sum;  // [N]: the largest logit, and the sum of exp(logit - largest)
-  double* target;                                 // [N]: each pair's own logit
-  double* row_slope;                              // [N]: sum of slope * s over the row, second sweep
+  PairPositives positives;
+  uint8_t* mask;         // scratch [rows, N rounded up to kMaskBlock]; null: every pair is its only positive
+  const double* weight;  // [N], what each pair's own loss counts, or null for 1
+  LogSumExp row, column, positive_row, positive_column;
+  double* row_slope;     // [N]: sum of slope * s over the row, second sweep
 };
-// First sweep: fills row_* of the panel's rows and target, and carries col_* (which begin as -inf and 0) one panel on.
-int clip_stats(const ClipPanel& panel, int threads);
-// Second sweep: s becomes exp(logit) / row sum + exp(logit) / column sum - 2 [own pair].
-int clip_slopes(const ClipPanel& panel, int threads);
+// First sweep: fills the row's of the panel's rows, and carries the columns' (which begin as -inf and 0) one panel on.
+int contrast_stats(const ContrastPanel& panel, int threads);
+// Second sweep: s becomes its slopes, weight_row * (exp(logit - row) - [positive] exp(logit - positive_row)) + the column's.
+int contrast_slopes(const ContrastPanel& panel, int threads);
 
 }  // namespace evaat

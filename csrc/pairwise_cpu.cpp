@@ -25,6 +25,8 @@ namespace {
 constexpr int kRows = 4;
 constexpr int64_t kColumns = 1024;
 
+constexpr bool writes(int mode) { return mode == kSlopes || mode == kWeighted; }
+
 // Columns begin .. end - 1 of up to four rows. T: the type of the computation, S: that of the similarities.
 template <class T, class S>
 struct Block {
@@ -35,8 +37,10 @@ struct Block {
   int64_t own[kRows];        // the column of the row's own pair
   T row_scale[kRows], row_diagonal[kRows], row_self[kRows];
   const T *col_scale, *diagonal, *self;
+  const T* weight;           // kWeighted: what each pair's own loss counts
   T margin, relaxation, eps;
   int32_t* col_sum;
+  double* col_loss;          // kEach
   double loss[kRows];        // out: sums over the block
   int32_t row_sum[kRows];
 };
@@ -54,24 +58,27 @@ inline T side(T self, T c, T own, T s, T margin, T relaxation, T eps, double& lo
   return std::signbit(equal ? near : m) ? T(-1) : T(1);
 }
 
-template <class T, class S, bool write, int rule>
+template <class T, class S, int mode, int rule>
 void block_plain(Block<T, S>& b, int64_t begin) {
   for (int r = 0; r < b.rows; ++r) {
     double loss = 0;
     int32_t sum = 0;
     for (int64_t i = begin; i < b.end; ++i) {
       if (i == b.own[r]) {
-        if (write) narrow(b.s[r][i], T(0));
+        if (writes(mode)) narrow(b.s[r][i], T(0));
         continue;
       }
       T s = widen(b.s[r][i]);
       if (b.col_scale) s = s * b.row_scale[r] * b.col_scale[i];
       const T c = b.label[r][i - b.begin];
-      const T g1 = side<T, rule>(b.self[i], c, b.diagonal[i], s, b.margin, b.relaxation, b.eps, loss);
+      double column = 0;
+      const T g1 = side<T, rule>(b.self[i], c, b.diagonal[i], s, b.margin, b.relaxation, b.eps, mode == kEach ? column : loss);
       const T g2 = side<T, rule>(b.row_self[r], c, b.row_diagonal[r], s, b.margin, b.relaxation, b.eps, loss);
       b.col_sum[i] += int32_t(g1);
       sum += int32_t(g2);
-      if (write) narrow(b.s[r][i], g1 + g2);
+      if (mode == kEach) b.col_loss[i] += column;
+      if (mode == kSlopes) narrow(b.s[r][i], g1 + g2);
+      if (mode == kWeighted) narrow(b.s[r][i], g1 * b.weight[i] + g2 * b.weight[b.own[r]]);
     }
     b.loss[r] += loss;
     b.row_sum[r] += sum;
@@ -108,7 +115,11 @@ EVAAT_AVX512 inline void store512(BFloat* p, __mmask16 k, __m512 g) {  // small 
   _mm256_mask_storeu_epi16(p, k, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(g), 16)));
 }
 
-template <class S, bool write, int rule, int rows>
+EVAAT_AVX512 inline void add512(double* p, __mmask8 k, __m256 x) {
+  _mm512_mask_storeu_pd(p, k, _mm512_add_pd(_mm512_maskz_loadu_pd(k, p), _mm512_cvtps_pd(x)));
+}
+
+template <class S, int mode, int rule, int rows>
 EVAAT_AVX512 void block_avx512(Block<float, S>& b) {
   const __m512 margin = _mm512_set1_ps(b.margin), relaxation = _mm512_set1_ps(b.relaxation), eps = _mm512_set1_ps(b.eps);
   __m512 loss[rows], sum[rows];
@@ -122,7 +133,7 @@ EVAAT_AVX512 void block_avx512(Block<float, S>& b) {
     const __mmask16 inside = b.end - i >= 16 ? __mmask16(0xffff) : __mmask16((1u << (b.end - i)) - 1);
     const __m512 self = load512(b.self + i, inside), diagonal = load512(b.diagonal + i, inside);
     const bool has_own = i <= last && i + 16 > first;
-    __m512 column = _mm512_setzero_ps();
+    __m512 column = _mm512_setzero_ps(), column_loss = column;
     for (int r = 0; r < rows; ++r) {
       __mmask16 keep = inside;
       if (has_own && b.own[r] >= i && b.own[r] < i + 16) keep &= __mmask16(~(1u << (b.own[r] - i)));
@@ -130,12 +141,22 @@ EVAAT_AVX512 void block_avx512(Block<float, S>& b) {
       if (b.col_scale)
         s = _mm512_mul_ps(_mm512_mul_ps(s, _mm512_set1_ps(b.row_scale[r])), load512(b.col_scale + i, inside));
       const __m512 c = load512(b.label[r] + (i - b.begin), inside);
-      const __m512 g1 = side512<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, loss[r]);
+      __m512& caption_loss = mode == kEach ? column_loss : loss[r];
+      const __m512 g1 = side512<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, caption_loss);
       const __m512 g2 = side512<rule>(_mm512_set1_ps(b.row_self[r]), c, _mm512_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
                                        eps, keep, loss[r]);
       column = _mm512_add_ps(column, g1);
       sum[r] = _mm512_add_ps(sum[r], g2);
-      if (write) store512(b.s[r] + i, inside, _mm512_add_ps(g1, g2));
+      if (mode == kSlopes) store512(b.s[r] + i, inside, _mm512_add_ps(g1, g2));
+      if constexpr (mode == kWeighted) {
+        const __m512 of_row = _mm512_mul_ps(g2, _mm512_set1_ps(b.weight[b.own[r]]));
+        store512(b.s[r] + i, inside, _mm512_add_ps(_mm512_mul_ps(g1, load512(b.weight + i, inside)), of_row));
+      }
+    }
+    if (mode == kEach) {
+      const __m256 high = _mm512_castps512_ps256(_mm512_shuffle_f32x4(column_loss, column_loss, 0xee));
+      add512(b.col_loss + i, __mmask8(inside), _mm512_castps512_ps256(column_loss));
+      add512(b.col_loss + i + 8, __mmask8(inside >> 8), high);
     }
     const __m512i total = _mm512_maskz_loadu_epi32(inside, b.col_sum + i);
     _mm512_mask_storeu_epi32(b.col_sum + i, inside, _mm512_add_epi32(total, _mm512_cvtps_epi32(column)));
@@ -180,8 +201,12 @@ EVAAT_AVX2 inline float sum256(__m256 x) {
   return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 
+EVAAT_AVX2 inline void add256(double* p, __m128 x) {
+  _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), _mm256_cvtps_pd(x)));
+}
+
 // As block_avx512; the last columns, fewer than eight, are left to block_plain.
-template <class S, bool write, int rule, int rows>
+template <class S, int mode, int rule, int rows>
 EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
   const __m256 margin = _mm256_set1_ps(b.margin), relaxation = _mm256_set1_ps(b.relaxation), eps = _mm256_set1_ps(b.eps);
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), ones = _mm256_set1_epi32(-1);
@@ -190,7 +215,7 @@ EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
   int64_t i = b.begin;
   for (; i + 8 <= b.end; i += 8) {
     const __m256 self = load256(b.self + i), diagonal = load256(b.diagonal + i);
-    __m256 column = _mm256_setzero_ps();
+    __m256 column = _mm256_setzero_ps(), column_loss = column;
     for (int r = 0; r < rows; ++r) {
       const int64_t own = b.own[r] - i;
       __m256 keep = _mm256_castsi256_ps(ones);
@@ -199,12 +224,21 @@ EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
       __m256 s = load256(b.s[r] + i);
       if (b.col_scale) s = _mm256_mul_ps(_mm256_mul_ps(s, _mm256_set1_ps(b.row_scale[r])), load256(b.col_scale + i));
       const __m256 c = load256(b.label[r] + (i - b.begin));
-      const __m256 g1 = side256<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, loss[r]);
+      __m256& caption_loss = mode == kEach ? column_loss : loss[r];
+      const __m256 g1 = side256<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, caption_loss);
       const __m256 g2 = side256<rule>(_mm256_set1_ps(b.row_self[r]), c, _mm256_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
                                        eps, keep, loss[r]);
       column = _mm256_add_ps(column, g1);
       sum[r] = _mm256_add_ps(sum[r], g2);
-      if (write) store256(b.s[r] + i, _mm256_add_ps(g1, g2));
+      if (mode == kSlopes) store256(b.s[r] + i, _mm256_add_ps(g1, g2));
+      if constexpr (mode == kWeighted) {
+        const __m256 of_row = _mm256_mul_ps(g2, _mm256_set1_ps(b.weight[b.own[r]]));
+        store256(b.s[r] + i, _mm256_add_ps(_mm256_mul_ps(g1, load256(b.weight + i)), of_row));
+      }
+    }
+    if (mode == kEach) {
+      add256(b.col_loss + i, _mm256_castps256_ps128(column_loss));
+      add256(b.col_loss + i + 4, _mm256_extractf128_ps(column_loss, 1));
     }
     __m256i* total = reinterpret_cast<__m256i*>(b.col_sum + i);
     _mm256_storeu_si256(total, _mm256_add_epi32(_mm256_loadu_si256(total), _mm256_cvtps_epi32(column)));
@@ -213,24 +247,24 @@ EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
     b.loss[r] += double(sum256(loss[r]));
     b.row_sum[r] += int32_t(sum256(sum[r]));
   }
-  if (i < b.end) block_plain<float, S, write, rule>(b, i);
+  if (i < b.end) block_plain<float, S, mode, rule>(b, i);
 }
 
 #endif  // EVAAT_X86
 
-template <class S, bool write, int rule>
+template <class S, int mode, int rule>
 void block(Block<double, S>& b) {
-  block_plain<double, S, write, rule>(b, b.begin);
+  block_plain<double, S, mode, rule>(b, b.begin);
 }
 
-template <class S, bool write, int rule>
+template <class S, int mode, int rule>
 void block(Block<float, S>& b) {
 #ifdef EVAAT_X86
   const int level = isa();
-  if (level == kAvx512 && b.rows == kRows) return block_avx512<S, write, rule, kRows>(b);
-  if (level == kAvx2 && b.rows == kRows) return block_avx2<S, write, rule, kRows>(b);
+  if (level == kAvx512 && b.rows == kRows) return block_avx512<S, mode, rule, kRows>(b);
+  if (level == kAvx2 && b.rows == kRows) return block_avx2<S, mode, rule, kRows>(b);
 #endif
-  block_plain<float, S, write, rule>(b, b.begin);
+  block_plain<float, S, mode, rule>(b, b.begin);
 }
 
 template <class T>
@@ -272,7 +306,7 @@ const T* labels_of(const PairLabels& labels, int wide_dtype, int64_t j, int64_t 
   return out;
 }
 
-template <class T, class S, bool write, int rule>
+template <class T, class S, int mode, int rule>
 void panel_rows(const SmsPanel& p, int threads) {
   const int64_t groups = (p.rows + kRows - 1) / kRows;
 #pragma omp parallel num_threads(threads)
@@ -287,7 +321,9 @@ void panel_rows(const SmsPanel& p, int threads) {
     b.margin = T(p.margin), b.relaxation = T(p.relaxation), b.eps = T(p.eps);
     b.diagonal = static_cast<const T*>(p.diagonal), b.self = static_cast<const T*>(p.self);
     b.col_scale = static_cast<const T*>(p.col_scale);
+    b.weight = static_cast<const T*>(p.weight);
     b.col_sum = p.col_sum + thread * p.N;
+    b.col_loss = p.col_loss + (mode == kEach ? thread * p.N : 0);
 #pragma omp for schedule(static)
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t top = group * kRows;
@@ -303,34 +339,38 @@ void panel_rows(const SmsPanel& p, int threads) {
       for (b.begin = 0; b.begin < p.N; b.begin = b.end) {
         b.end = std::min(p.N, b.begin + kColumns);
         for (int r = 0; r < b.rows; ++r) b.label[r] = labels_of<T>(p.labels, p.wide, b.own[r], b.begin, b.end, gathered[r]);
-        block<S, write, rule>(b);
+        block<S, mode, rule>(b);
       }
       for (int r = 0; r < b.rows; ++r) p.row_loss[b.own[r]] = b.loss[r], p.row_sum[b.own[r]] = b.row_sum[r];
     }
   }
 }
 
-template <class T, class S>
-void panel_of(const SmsPanel& p, int threads) {
-  switch (p.rule) {
-    case kPaper: return p.write ? panel_rows<T, S, true, kPaper>(p, threads) : panel_rows<T, S, false, kPaper>(p, threads);
-    case kCharades: return p.write ? panel_rows<T, S, true, kCharades>(p, threads) : panel_rows<T, S, false, kCharades>(p, threads);
-    default: p.write ? panel_rows<T, S, true, kCode>(p, threads) : panel_rows<T, S, false, kCode>(p, threads);
+template <class T, class S, int rule>
+int panel_of_rule(const SmsPanel& p, int threads) {
+  switch (p.mode) {
+    case kLoss: return panel_rows<T, S, kLoss, rule>(p, threads), kOk;
+    case kSlopes: return panel_rows<T, S, kSlopes, rule>(p, threads), kOk;
+    case kEach: return panel_rows<T, S, kEach, rule>(p, threads), kOk;
+    default: break;
   }
+  if constexpr (sizeof(S) == sizeof(T)) return panel_rows<T, S, kWeighted, rule>(p, threads), kOk;
+  return kBadDtype;  // weighted slopes are no integers
+}
+
+template <class T, class S>
+int panel_of(const SmsPanel& p, int threads) {
+  if (p.rule == kPaper) return panel_of_rule<T, S, kPaper>(p, threads);
+  return p.rule == kCharades ? panel_of_rule<T, S, kCharades>(p, threads) : panel_of_rule<T, S, kCode>(p, threads);
 }
 
 }  // namespace
 
 int sms_panel(const SmsPanel& panel, int threads) {
-  if (panel.wide == kFloat64 && panel.dtype == kFloat64)
-    panel_of<double, double>(panel, threads);
-  else if (panel.wide == kFloat32 && panel.dtype == kFloat32)
-    panel_of<float, float>(panel, threads);
-  else if (panel.wide == kFloat32 && panel.dtype == kBFloat16)
-    panel_of<float, BFloat>(panel, threads);
-  else
-    return kBadDtype;
-  return kOk;
+  if (panel.wide == kFloat64 && panel.dtype == kFloat64) return panel_of<double, double>(panel, threads);
+  if (panel.wide == kFloat32 && panel.dtype == kFloat32) return panel_of<float, float>(panel, threads);
+  if (panel.wide == kFloat32 && panel.dtype == kBFloat16) return panel_of<float, BFloat>(panel, threads);
+  return kBadDtype;
 }
 
 }  // namespace evaat

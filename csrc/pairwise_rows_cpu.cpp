@@ -51,11 +51,11 @@ struct Prepare {
 
 struct Finish {
   template <class T, class X>
-  static EVAAT_INLINE void run(const X* x, T norm_x, const X* y, T norm_y, int32_t slope, double factor, int64_t E, T* a, T* b,
+  static EVAAT_INLINE void run(const X* x, T norm_x, const X* y, T norm_y, T slope, double factor, int64_t E, T* a, T* b,
                                T* gradient) {
     unit_row(x, norm_x, E, a);
     unit_row(y, norm_y, E, b);
-    for (int64_t e = 0; e < E; ++e) gradient[e] += T(slope) * b[e];
+    for (int64_t e = 0; e < E; ++e) gradient[e] += slope * b[e];
     const T along = T(dot(gradient, a, E)), scale = T(factor / double(norm_x));
     for (int64_t e = 0; e < E; ++e) gradient[e] = (gradient[e] - a[e] * along) * scale;
   }
@@ -94,7 +94,7 @@ int prepare_all(PairFeatures video, PairFeatures text, int64_t N, int64_t E, T* 
 }
 
 template <class T, class X>
-int finish_all(PairFeatures x, const T* norm_x, PairFeatures other, const T* norm_other, const int32_t* slope, T* gradient,
+int finish_all(PairFeatures x, const T* norm_x, PairFeatures other, const T* norm_other, const T* slope, T* gradient,
                double factor, int64_t N, int64_t E, int threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -115,8 +115,8 @@ int finish_all(PairFeatures x, const T* norm_x, PairFeatures other, const T* nor
 
 }  // namespace
 
-int sms_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int64_t N, int64_t E, void* norm_video, void* norm_text,
-                void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads) {
+int pair_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int64_t N, int64_t E, void* norm_video, void* norm_text,
+                 void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads) {
   auto run = [&](auto x, auto t) {
     using X = decltype(x);
     using T = decltype(t);
@@ -129,12 +129,12 @@ int sms_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int6
   return dtype == kFloat16 ? run(Half(), float()) : kBadDtype;
 }
 
-int sms_finish(int dtype, int wide, PairFeatures x, const void* norm_x, PairFeatures other, const void* norm_other,
-               const int32_t* slope, void* gradient, double factor, int64_t N, int64_t E, int threads) {
+int pair_finish(int dtype, int wide, PairFeatures x, const void* norm_x, PairFeatures other, const void* norm_other,
+                const void* slope, void* gradient, double factor, int64_t N, int64_t E, int threads) {
   auto run = [&](auto from, auto t) {
     using X = decltype(from);
     using T = decltype(t);
-    return finish_all<T, X>(x, (const T*)norm_x, other, (const T*)norm_other, slope, (T*)gradient, factor, N, E, threads);
+    return finish_all<T, X>(x, (const T*)norm_x, other, (const T*)norm_other, (const T*)slope, (T*)gradient, factor, N, E, threads);
   };
   if (dtype == kFloat64 && wide == kFloat64) return run(double(), double());
   if (wide != kFloat32) return kBadDtype;

@@ -49,10 +49,10 @@ def clip(video, text, scale):
     return (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
 
 
-def slopes(x, c, w, margin, relaxation, eps, rule="code"):
+def slopes(x, c, w, margin, relaxation, eps, rule="code", weight=None):
     """The integers dL/dx * 2N(N-1), texts in the rows, where kinks are hit exactly: relu'(0) = sign(0) = 0.
 
-    clamp_min passes its gradient at the bound, so the slopes are written out instead of differentiated.
+    weight: integers [N], what a term counts by its anchor. clamp_min passes its gradient at the bound, so the slopes are written out instead of differentiated.
     """
     N = len(x)
     total = torch.zeros(N, N, dtype=torch.int64)
@@ -70,6 +70,7 @@ def slopes(x, c, w, margin, relaxation, eps, rule="code"):
                     g = 0
                 else:
                     g = -int(m < 0)
+                g *= 1 if weight is None else int(weight[anchor])
                 total[i, j] += g
                 total[anchor, anchor] -= g
     return total

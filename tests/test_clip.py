@@ -10,7 +10,7 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
-from evaat_fast.ops import pairwise_cpu, pairwise_each
+from evaat_fast.ops import pairwise_cpu
 from evaat_fast.ops.pairwise_contrast import clip_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -128,8 +128,7 @@ def test_reduction_none():
 
 
 @pytest.mark.parametrize("N,E", SIZES)
-def test_reduction_none_has_the_reference_s_gradients(N, E, monkeypatch):
-    monkeypatch.setattr(pairwise_each, "_PANEL", 7 * N * 8)
+def test_reduction_none_has_the_reference_s_gradients(N, E, panels):
     video, text = batch(N, E, F64)
     weight, scale = torch.randn(N, dtype=F64), torch.tensor(6.0, dtype=F64)
     ours, want = (

@@ -8,8 +8,8 @@ import torch
 from check import close
 from pairwise_oracle import gradients
 
-from evaat_fast import ops
-from evaat_fast.ops import pairwise_each
+from evaat_fast import _cpu, ops
+from evaat_fast.ops import pairwise_cpu
 from evaat_fast.ops.pairwise_contrast import ego_nce_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -38,14 +38,24 @@ def published(video, text, verbs, nouns, temperature=0.05):
 @pytest.fixture(params=[False, True], ids=["one panel", "panels"])
 def panels(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(pairwise_each, "_PANEL", 1 << 12)
+        monkeypatch.setattr(pairwise_cpu, "_PANEL", 0)
+        monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 13)
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
+def isa(request):
+    before = _cpu.isa()
+    if _cpu.set_isa(request.param) != request.param:
+        pytest.skip("this machine has no such instructions")
+    yield
+    _cpu.set_isa(before)
 
 
 @pytest.mark.parametrize("source", ["matrix", "bits"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 @pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (33, 63), (128, 64), (129, 8)])
-def test_equals_the_published_formula(N, E, dtype, backend, source, panels):
+def test_equals_the_published_formula(N, E, dtype, backend, source, panels, isa):
     video, text, verbs, nouns = batch(N, E, dtype)
     positives = matrix(verbs, nouns) if source == "matrix" else ops.VerbNounPositives(verbs, nouns)
     ours = gradients(lambda v, t: ops.ego_nce_loss(v, t, positives, backend=backend), video, text)

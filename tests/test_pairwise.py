@@ -9,7 +9,7 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
-from evaat_fast.ops import pairwise_cpu, pairwise_each
+from evaat_fast.ops import pairwise_cpu
 from evaat_fast.ops.pairwise import sms_loss_reference
 from evaat_fast.ops.pairwise_step import sms_step
 
@@ -79,14 +79,14 @@ def test_float64_to_1e12(N, E, backend, rule):
         assert a.dtype == F64 and (a - b).abs().max() <= 1e-12 * max(b.abs().max(), 1e-3)
 
 
-def run_panels(x, c, w, settings, rule, dtype, rows, threads, write=True):
-    """The C++ epilogue on similarities as given: (slopes, videos in the rows), row sums, column sums, row losses."""
+def run_panels(x, c, w, settings, rule, dtype, rows, threads, mode=pairwise_cpu._SLOPES, weight=None):
+    """The C++ epilogue on similarities as given: (slopes, videos in the rows), row sums, column sums, row and column losses."""
     N, wide = len(x), torch.promote_types(dtype, F32)
     s = x.T.to(dtype).contiguous()
     assert torch.equal(s.double(), x.T.double())
     diagonal, c, w = x.diag().to(wide).contiguous(), c.to(wide).contiguous(), w.to(wide).contiguous()
     row_loss, row_sum = torch.zeros(N, dtype=F64), torch.zeros(N, dtype=torch.int32)
-    col_sum = torch.zeros(threads, N, dtype=torch.int32)
+    col_sum, col_loss = torch.zeros(threads, N, dtype=torch.int32), torch.zeros(threads, N, dtype=F64)
     ones = torch.ones(N)
     scales = [ones.data_ptr()] * 2 if dtype == BF16 else [0, 0]
     code = {F32: 0, BF16: 1, F64: 3}
@@ -105,9 +105,10 @@ def run_panels(x, c, w, settings, rule, dtype, rows, threads, write=True):
             w.data_ptr(),
             labels,
         )
-        sums = (row_loss.data_ptr(), row_sum.data_ptr(), col_sum.data_ptr())
-        _cpu.sms_panel(*where, *settings, RULES.index(rule), write, *sums, threads)
-    return s, row_sum, col_sum.sum(0), row_loss
+        sums = [y.data_ptr() for y in (row_loss, col_loss, row_sum, col_sum)]
+        weights = 0 if weight is None else weight.data_ptr()
+        _cpu.sms_panel(*where, *settings, RULES.index(rule), mode, weights, sums, threads)
+    return s, row_sum, col_sum.sum(0), row_loss, col_loss.sum(0)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -118,17 +119,29 @@ def test_slopes_are_exact_on_kinks_and_ties(N, rows, threads, dtype, rule, isa):
     settings = margin, relaxation, eps = 0.5, 0.25, 0.25
     x = torch.randint(-8, 9, (N, N)) / 8
     c, w = torch.randint(0, 5, (N, N)) / 4, torch.randint(0, 5, (N,)) / 4
-    s, row_sum, col_sum, row_loss = run_panels(x, c, w, settings, rule, dtype, rows, threads)
+    s, row_sum, col_sum, row_loss, _ = run_panels(x, c, w, settings, rule, dtype, rows, threads)
     truth = oracle.slopes(x, c, w, margin, relaxation, eps, rule)
     off = truth - torch.diag(truth.diag())
     assert torch.equal(s.long(), off.T) and torch.equal(s, s.round())
     assert torch.equal(-(row_sum + col_sum).long(), truth.diag())
     assert truth.sum() == 0
-    total = oracle.penalties(x.double(), c.double(), w.double(), margin, relaxation, eps, rule).sum()
-    assert row_loss.sum() == total
-    again, _, _, loss_alone = run_panels(x, c, w, settings, rule, dtype, rows, threads, write=False)
-    assert torch.equal(again.double(), x.T.double()), "write=False must leave the similarities alone"
-    assert torch.equal(loss_alone, row_loss)
+    total = oracle.penalties(x.double(), c.double(), w.double(), margin, relaxation, eps, rule)
+    assert row_loss.sum() == total.sum()
+    for mode in (pairwise_cpu._LOSS, pairwise_cpu._EACH):
+        again, _, _, of_rows, of_columns = run_panels(x, c, w, settings, rule, dtype, rows, threads, mode)
+        assert torch.equal(again.double(), x.T.double()), "similarities must be left alone"
+        if mode == pairwise_cpu._LOSS:
+            assert torch.equal(of_rows, row_loss) and not of_columns.any()
+        else:  # text i is the anchor in the first half, video j in the second
+            of_texts, of_videos = total.view(2, N, N - 1).sum(2)
+            assert torch.equal(of_columns, of_texts) and torch.equal(of_rows, of_videos)
+    if dtype != BF16:  # the slopes of a weighted sum are those of each side times the anchor's weight
+        weight = torch.randint(-3, 4, (N,)).to(dtype)
+        mode = pairwise_cpu._WEIGHTED
+        s, row_sum, col_sum, _, _ = run_panels(x, c, w, settings, rule, dtype, rows, threads, mode, weight)
+        weighted = oracle.slopes(x, c, w, *settings, rule, weight)
+        assert torch.equal(s.long(), (weighted - torch.diag(weighted.diag())).T)
+        assert torch.equal(-(row_sum + col_sum).long() * weight.long(), weighted.diag())
 
 
 def test_instruction_sets_agree_on_slopes():
@@ -142,7 +155,7 @@ def test_instruction_sets_agree_on_slopes():
             results.append(run_panels(x, c, c.diag(), (0.6, 0.1, 1.1 / 240), "code", F32, 64, 2))
     finally:
         _cpu.set_isa(before)
-    for s, row_sum, col_sum, row_loss in results[1:]:
+    for s, row_sum, col_sum, row_loss, _ in results[1:]:
         assert torch.equal(s, results[0][0]) and torch.equal(row_sum, results[0][1]) and torch.equal(col_sum, results[0][2])
         torch.testing.assert_close(row_loss, results[0][3], rtol=1e-6, atol=0)
 
@@ -369,9 +382,8 @@ def test_reduction_none(op, backend):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("N,E", SIZES)
-def test_reduction_none_has_the_reference_s_gradients(N, E, rule, monkeypatch):
-    """Any weights of the entries, in panels of a few rows, on one side and on both."""
-    monkeypatch.setattr(pairwise_each, "_PANEL", 7 * N * 8)
+def test_reduction_none_has_the_reference_s_gradients(N, E, rule, small_panels):
+    """Any weights of the entries, on one side and on both."""
     video, text, c = batch(N, E, F64)
     weight = torch.randn(N, dtype=F64)
 
@@ -383,6 +395,22 @@ def test_reduction_none_has_the_reference_s_gradients(N, E, rule, monkeypatch):
 
     for ours, theirs in zip(run("cpu"), run("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_reduction_none_of_narrow_features(dtype, isa):
+    """Beyond the size from which bfloat16 rows are multiplied as such."""
+    N = pairwise_cpu._BF16_ROWS + 77
+    video, text, c = batch(N, 24, dtype)
+    weight = torch.randn(N)
+
+    def run(cast, backend):
+        loss = lambda v, t: (ops.sms_loss(v, t, c, reduction="none", backend=backend) * weight.to(cast)).sum()  # noqa: E731
+        return gradients(loss, video.to(cast), text.to(cast))
+
+    loss = lambda v, t: (ops.sms_loss(v, t, c, reduction="none") * weight).sum()  # noqa: E731
+    for ours, want in zip(gradients(loss, video, text), run(F64, "cpu"), strict=True):
+        assert (ours.double() - want).norm() <= 8e-3 * want.norm()
 
 
 def test_reduction_none_saves_no_matrix():

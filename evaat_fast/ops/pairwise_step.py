@@ -56,8 +56,6 @@ def sms_step(
     arguments = (video, text, labels, own.contiguous(), weight, (margin, relaxation, eps), rule, each, need_video, need_text)
     if backend == "triton":
         from evaat_fast.ops.pairwise_triton import sms
-    elif each or weight is not None:
-        from evaat_fast.ops.pairwise_each import sms
     else:
         from evaat_fast.ops.pairwise_cpu import sms
     with no_autocast(video):
@@ -148,12 +146,8 @@ def contrast_step(video, text, scale, dense, verbs, nouns, weight, normalise, ea
     positives = Positives(dense, verbs, nouns)
     if backend == "triton":
         from evaat_fast.ops.pairwise_triton import contrast
-    elif normalise or each or weight is not None:
-        from evaat_fast.ops.pairwise_each import contrast
     else:
-        from evaat_fast.ops.pairwise_cpu import clip
-
-        return clip(video, text, scale, *needs)
+        from evaat_fast.ops.pairwise_cpu import contrast
     with no_autocast(video):
         return contrast(video, text, scale, positives, weight, normalise, each, *needs)
 
