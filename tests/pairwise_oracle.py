@@ -52,7 +52,8 @@ def clip(video, text, scale):
 def slopes(x, c, w, margin, relaxation, eps, rule="code", weight=None):
     """The integers dL/dx * 2N(N-1), texts in the rows, where kinks are hit exactly: relu'(0) = sign(0) = 0.
 
-    weight: integers [N], what a term counts by its anchor. clamp_min passes its gradient at the bound, so the slopes are written out instead of differentiated.
+    weight: integers [N], what a term counts by its anchor. clamp_min passes its gradient at the bound, so the slopes are
+    written out instead of differentiated.
     """
     N = len(x)
     total = torch.zeros(N, N, dtype=torch.int64)
