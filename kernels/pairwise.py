@@ -78,9 +78,9 @@ def _place(pid, rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl
 
 @triton.jit
 def prepare_kernel(
-    video, text, video_n, text_n, unit_video, unit_text, norms, inverses, N, E, BLOCK_E: tl.constexpr,
+    video, text, video_n, text_n, unit_video, unit_text, norms, inverses, N, E, UNITS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Row i of video (program i, 0) or text (i, 1): norm and 1 / max(norm, 1e-8) as float32 [2, N], the unit row."""
+    """Row i of video (program i, 0) or text (i, 1): norm and 1 / max(norm, 1e-8) as float32 [2, N], if UNITS the unit row."""
     i = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         source, target = video + i * video_n, unit_video + i * E
@@ -93,7 +93,8 @@ def prepare_kernel(
     floored = tl.where(norm < 1e-8, 1e-8, norm)  # NaN passes
     tl.store(norms + place, norm)
     tl.store(inverses + place, tl.div_rn(1.0, floored))
-    tl.store(target + e, tl.div_rn(x, floored).to(target.dtype.element_ty), mask=e < E)
+    if UNITS:
+        tl.store(target + e, tl.div_rn(x, floored).to(target.dtype.element_ty), mask=e < E)
 
 
 @triton.jit
@@ -276,13 +277,19 @@ def on(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def prepare(video, text, unit_video, unit_text, norms, inverses):
-    """Norms of the rows, their inverses (both float32 [2, N]) and unit rows in the dtype of unit_*."""
+def generation(tensor):
+    """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
+
+
+def prepare(video, text, units, norms, inverses):
+    """Norms of the rows, their inverses (both float32 [2, N]), and unit rows in the dtype of units [2, N, E], or None."""
     N, E = video.shape
+    targets = (video, text) if units is None else units
     with on(video):
         prepare_kernel[(N, 2)](
-            video, text, video.stride(0), text.stride(0), unit_video, unit_text, norms, inverses, N, E,
-            BLOCK_E=triton.next_power_of_2(E),
+            video, text, video.stride(0), text.stride(0), *targets, norms, inverses, N, E,
+            UNITS=units is not None, BLOCK_E=triton.next_power_of_2(E),
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ No atomics: two runs agree to the last bit.
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.pairwise import GROUP, _halves, _place, _products, on, plan
+from evaat_fast.kernels.pairwise import GROUP, _halves, _place, _products, generation, on, plan
 
 # Which pairs are positive beside each pair itself: none, those of a matrix [N, N], or those that share a verb and a noun.
 OWN, DENSE, SHARED = 0, 1, 2
@@ -157,18 +157,23 @@ def _source(features, scale, positives, nothing):
     )  # fmt: skip
     kind = kind_of(positives)
     constants = dict(NORMALISE=inverses is not None, POSITIVES=kind, VERB_WORDS=words(verbs), NOUN_WORDS=words(nouns))
-    return arguments, constants | dict(GROUP=GROUP, **contrast_plan(video.dtype, kind))
+    return arguments, constants | dict(GROUP=GROUP, **contrast_plan(video.dtype, kind, generation(video)))
 
 
-def contrast_plan(dtype, positives):
-    """As `plan`; four totals and a mask leave registers for 64 x 64 in 4 warps, the bits of classes in 8."""
-    return plan(dtype) if positives == OWN else plan(dtype) | {"BLOCK": 64, "num_warps": 8 if positives == SHARED else 4}
+def contrast_plan(dtype, positives, generation=9):
+    """As `plan`; four totals and a mask leave registers for 64 x 64 in 4 warps, the bits of classes in 8.
+
+    So many on Blackwell for all: of any other tiles there, Triton 3.6 cannot compile the slopes of 16-bit features.
+    """
+    if generation >= 10 or positives == SHARED:
+        return plan(dtype) | {"BLOCK": 64, "num_warps": 8}
+    return plan(dtype) if positives == OWN else plan(dtype) | {"BLOCK": 64, "num_warps": 4}
 
 
-def tiles(rows, N, dtype, positives):
-    """(down, across): how many tiles a panel has; positives: as `stats`."""
-    block = contrast_plan(dtype, kind_of(positives))["BLOCK"]
-    return triton.cdiv(rows, block), triton.cdiv(N, block)
+def tiles(rows, video, positives):
+    """(down, across): how many tiles a panel of `rows` videos has; positives: as `stats`."""
+    block = contrast_plan(video.dtype, kind_of(positives), generation(video))["BLOCK"]
+    return triton.cdiv(rows, block), triton.cdiv(video.shape[0], block)
 
 
 def kind_of(positives):

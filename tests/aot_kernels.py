@@ -68,12 +68,31 @@ def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=
     return aot.build(kernels.sms_kernel, types, constants, arch, aligned=aligned, **plan)
 
 
+def sms_recompute(arch, table="fp32", indexed=False, half=False, E=256, weighted=False):
+    from evaat_fast.kernels import pairwise_recompute as kernels
+
+    plan = kernels.recompute_plan(E, arch // 10)
+    types = dict.fromkeys(["mine", "other"], "*bf16") | {"table": f"*{table}", "entries": "*fp64", "sums": "*i32"}
+    vectors = ["inv_mine", "inv_other", "diagonal", "self_relevancy", "values", "weight", "grad"]
+    types |= dict.fromkeys(vectors, "*fp32") | dict.fromkeys(["mine_index", "other_index", "verb"], "*i64")
+    types |= dict.fromkeys(["margin", "relaxation", "eps"], "fp32")
+    aligned = ["mine_n", "other_n", "N", "E", "table_mine"]
+    types |= dict.fromkeys([*aligned, "V", "C"], "i32")
+    constants = {"table_other": 1, "INDEXED": indexed, "CODES": table == "u8", "RULE": 0, "WRITE": True, "CAPTIONS": True}
+    constants |= {"WEIGHTED": weighted} | {name: plan.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_E")}
+    if half:
+        types["table_half"] = "i32"
+    else:
+        constants["table_half"] = 0
+    return aot.build(kernels.sms_recompute_kernel, types, constants, arch, aligned=aligned, **plan)
+
+
 def contrast(arch, dtype, sweep, positives="OWN"):
     from evaat_fast.kernels import pairwise, pairwise_contrast
     from torch import bfloat16, float32
 
     kind = getattr(pairwise_contrast, positives)
-    plan = pairwise_contrast.contrast_plan({"bf16": bfloat16, "fp32": float32}[dtype], kind)
+    plan = pairwise_contrast.contrast_plan({"bf16": bfloat16, "fp32": float32}[dtype], kind, arch // 10)
     types = dict.fromkeys(["video", "text"], f"*{dtype}") | {"dense": "*i1", "verbs": "*i32", "nouns": "*i32"}
     types |= dict.fromkeys(["inverses", "scale"], "*fp32")
     aligned = ["video_n", "text_n", "N", "E", "dense_row", "first", "last"]
@@ -100,6 +119,7 @@ def rows(arch, name):
     constants = {"BLOCK_E": 256}
     if name == "prepare":
         types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32"}
+        constants["UNITS"] = True
     else:
         types |= dict.fromkeys(["row_sum", "col_sum"], "*i32") | {"factor": "fp32"}
         types |= dict.fromkeys(["weight", "grad_video", "grad_text"], "*fp32")
@@ -129,6 +149,11 @@ def _shipped():
     yield "sms bf16, indexed codes", functools.partial(sms, dtype="bf16", table="u8", indexed=True)
     yield "sms bf16, verbs and nouns", functools.partial(sms, dtype="bf16", table="u8", indexed=True, half=True)
     yield "sms bf16, dense labels, each pair", functools.partial(sms, dtype="bf16", write=False, each=True)
+    yield "sms_recompute bf16 E256, dense labels", sms_recompute
+    yield "sms_recompute bf16 E256, dense labels, weighted", functools.partial(sms_recompute, weighted=True)
+    sources = dict(table="u8", indexed=True, half=True)
+    yield "sms_recompute bf16 E256, verbs and nouns", functools.partial(sms_recompute, **sources)
+    yield "sms_recompute bf16 E64, verbs and nouns", functools.partial(sms_recompute, E=64, **sources)
     for dtype in ("bf16", "fp32"):
         for sweep in ("stats", "slopes"):
             yield f"clip {dtype}, {sweep}", functools.partial(contrast, dtype=dtype, sweep=sweep)

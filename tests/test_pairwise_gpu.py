@@ -108,6 +108,33 @@ def test_memory_at_32k():
     assert loss.isfinite() and torch.cuda.max_memory_allocated() - held <= 135 * 2**20
 
 
+@pytest.mark.parametrize("N,E", [(129, 64), (1000, 200), (2500, 256)])
+def test_without_panels_equals_panels(N, E, monkeypatch):
+    video, text, c = batch(N, E, BF16)
+    weight = torch.randn(N, device="cuda")
+    each = lambda v, t: (ops.sms_loss(v, t, c, reduction="none") * weight).sum()  # noqa: E731
+    steps = [lambda v, t: ops.sms_loss(v, t, c), lambda v, t: ops.sms_loss(v, t, c, rule="charades"), each]
+    want = [gradients(step, video, text) for step in steps]
+    monkeypatch.setattr("evaat_fast.ops.pairwise_triton._RECOMPUTE", 0)
+    for step, panels in zip(steps, want, strict=True):
+        ours, again = gradients(step, video, text), gradients(step, video, text)
+        assert all(map(torch.equal, ours, again)), "two runs differ"
+        for a, b in zip(ours, panels, strict=True):
+            assert (a.double() - b.double()).norm() <= 4e-3 * b.double().norm()
+
+
+def test_memory_without_panels():
+    N = 1 << 18
+    video, text = (torch.randn(N, 64, device="cuda", dtype=BF16).requires_grad_() for _ in range(2))
+    ids = torch.randint(0, 90, (2, N), device="cuda")
+    labels = ops.VerbNounRelevancy(*ids, torch.rand(90, 90, device="cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    ops.sms_loss(video, text, labels)
+    # The two gradients in float32, and 22 words for each pair.
+    assert torch.cuda.max_memory_allocated() - held <= N * (2 * 64 + 22) * 4
+
+
 @pytest.mark.timeout(600)
 def test_a_step_of_a_million_pairs():
     N = 1 << 20

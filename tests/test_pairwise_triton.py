@@ -56,7 +56,7 @@ def panel_of(video, text, c, w, settings, rule, weight=None, rows=None):
     N, E = video.shape
     norms, inverses = torch.empty(2, 2, N)
     units, diagonal, sums = torch.empty(2, N, E), torch.empty(N), torch.zeros(2, N, dtype=torch.int32)
-    kernels.prepare(video, text, *units, norms, inverses)
+    kernels.prepare(video, text, units, norms, inverses)
     kernels.own_cosines(video, text, inverses, diagonal)
     slopes, entries = torch.full((N, N), torch.nan), torch.zeros(2, N)
     for first in range(0, N, rows or N):

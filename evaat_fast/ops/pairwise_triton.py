@@ -1,6 +1,7 @@
-"""The max-margin losses on a GPU: Triton's kernels make panels of slopes, torch's products turn them into gradients.
+"""The pairwise losses on a GPU: Triton's kernels make panels of slopes, torch's products turn them into gradients.
 
-Scratch is one panel, unit rows in the features' dtype and a few vectors; nothing waits for the GPU.
+Scratch is one panel, unit rows in the features' dtype and a few vectors; from N = 256k on the max-margin losses have a kernel
+that needs neither panel nor unit rows. Nothing waits for the GPU.
 """
 
 import functools
@@ -11,6 +12,7 @@ import torch
 # its 128 rows, the least a product is efficient with, take more.
 _PANEL = 32 << 20
 _LEAST_ROWS = 128
+_RECOMPUTE = 1 << 18  # pairs from which a step does without panels
 
 
 def _panel_rows(N, size):
@@ -38,17 +40,28 @@ def _rows(x):
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def _recomputes(N, E, dtype):
+    """Whether a step with gradients does without panels: where their least rows leave L2, and a text gradient that every panel
+    adds to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never too large;
+    float32 would spill."""
+    from evaat_fast.kernels.pairwise_recompute import MOST_FEATURES
+
+    return N >= _RECOMPUTE and E <= MOST_FEATURES and dtype == torch.bfloat16
+
+
 def sms(video, text, labels, own, weight, settings, rule, each, need_video, need_text):
     """As `sms_step`."""
     from evaat_fast.kernels import pairwise as kernels
 
     N, E = video.shape
+    if (need_video or need_text) and _recomputes(N, E, video.dtype):
+        return _sms_recompute(video, text, labels, own, weight, settings, rule, need_video, need_text)
     dtype, device = video.dtype, video.device
     video, text, need = _rows(video), _rows(text), need_video or need_text
     norms, inverses = torch.empty((2, 2, N), dtype=torch.float32, device=device)
     diagonal = torch.empty(N, dtype=torch.float32, device=device)
-    unit_video, unit_text = torch.empty((2, N, E), dtype=dtype, device=device)
-    kernels.prepare(video, text, unit_video, unit_text, norms, inverses)
+    unit_video, unit_text = units = torch.empty((2, N, E), dtype=dtype, device=device)
+    kernels.prepare(video, text, units, norms, inverses)
     kernels.own_cosines(video, text, inverses, diagonal)
 
     rows = _panel_rows(N, dtype.itemsize)
@@ -59,8 +72,7 @@ def sms(video, text, labels, own, weight, settings, rule, each, need_video, need
     part = torch.empty((across, rows) if each else (down * across,), dtype=torch.float32, device=device)
     part_col = torch.empty((down, N), dtype=torch.float32, device=device) if each else None
     grads = [torch.empty((N, E) if x else (0,), dtype=torch.float32, device=device) for x in (need_video, need_text)]
-    weight = None if weight is None else weight.float()
-    source = labels.tensors()[:4] + (None if labels.values is None else labels.values.float(),)
+    weight, source = None if weight is None else weight.float(), _source(labels)
     for first in range(0, N, rows):
         last = min(first + rows, N)
         slopes = panel[: last - first] if need else None
@@ -87,6 +99,32 @@ def sms(video, text, labels, own, weight, settings, rule, each, need_video, need
     return losses.float(), *grads
 
 
+def _source(labels):
+    """The labels as the kernels take them."""
+    return *labels.tensors()[:4], None if labels.values is None else labels.values.float()
+
+
+def _sms_recompute(video, text, labels, own, weight, settings, rule, need_video, need_text):
+    """A step with gradients, without panels."""
+    from evaat_fast.kernels import pairwise as kernels
+    from evaat_fast.kernels.pairwise_recompute import sms_rows
+
+    N, E = video.shape
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=video.device)
+    video, text, (norms, inverses), diagonal = _rows(video), _rows(text), empty(2, 2, N), empty(N)
+    kernels.prepare(video, text, None, norms, inverses)
+    entries, sums = empty(2, N, dtype=torch.float64), empty(2, N, dtype=torch.int32)
+    grads = [empty(N, E) if need else empty(0) for need in (need_video, need_text)]
+    wanted = [g if need else None for g, need in zip(grads, (need_video, need_text), strict=True)]
+    weight, source = None if weight is None else weight.float(), _source(labels)
+    for i, captions in enumerate((False, True)):
+        rows = (diagonal, own, source, weight, entries[i], sums[i], wanted[i])
+        sms_rows((video, text, inverses), *rows, settings, rule, captions)
+    share = 1 / (2 * (N - 1)) if weight is not None else 1 / (2 * N * (N - 1))
+    kernels.finish(video, text, norms, sums, weight, *wanted, share)
+    return (entries.sum() * share).float(), *grads
+
+
 def _two_floats(x):
     """float64 [2, N] -> float32 [2, 2, N] whose second dimension adds up to it."""
     high = x.float()
@@ -105,14 +143,14 @@ def contrast(video, text, scale, positives, weight, normalise, each, need_video,
     video, text, inverses, unit_video, unit_text = _rows(video), _rows(text), None, video, text
     if normalise:
         norms, inverses = empty(2, 2, N)
-        unit_video, unit_text = torch.empty((2, N, E), dtype=dtype, device=device)
-        kernels.prepare(video, text, unit_video, unit_text, norms, inverses)
+        unit_video, unit_text = units = torch.empty((2, N, E), dtype=dtype, device=device)
+        kernels.prepare(video, text, units, norms, inverses)
     source = (video, text, inverses), scale.reshape(1), positives.tensors()
     rows = _panel_rows(N, dtype.itemsize)
     panels = [(first, min(first + rows, N)) for first in range(0, N, rows)]
     row_totals, col_totals = torch.full((2, 2, N), -torch.inf, dtype=torch.float64, device=device)
     for first, last in panels:
-        down, across = pairwise_contrast.tiles(last - first, N, dtype, source[2])
+        down, across = pairwise_contrast.tiles(last - first, video, source[2])
         of_rows, of_columns = empty(2, 2, 4 * across, last - first), empty(2, 2, down, N)
         pairwise_contrast.stats(*source, of_rows, of_columns, first, last)
         row_totals[:, first:last] = of_rows.sum(1, dtype=torch.float64).logsumexp(1)
@@ -130,7 +168,7 @@ def contrast(video, text, scale, positives, weight, normalise, each, need_video,
         return loss, *grads, grad_scale.float()
     panel = torch.empty((rows, N), dtype=dtype, device=device)
     for first, last in panels:
-        down, across = pairwise_contrast.tiles(last - first, N, dtype, source[2])
+        down, across = pairwise_contrast.tiles(last - first, video, source[2])
         slopes, part = panel[: last - first], empty(down * across)
         pairwise_contrast.slopes(*source, totals, weight, slopes, part, first, last)
         grad_scale += part.sum(dtype=torch.float64)
