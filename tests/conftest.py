@@ -1,6 +1,7 @@
 """Fixtures of every tier. Unwritten outputs fail: torch.empty and its kin are filled with NaN."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -8,8 +9,18 @@ import torch
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
-    """Each tier runs where it can: `interpret` only in its own process, `gpu` only with a device."""
+    """Each tier runs where it can: `interpret` only in its own process, `gpu` only with a device. Of the cases of a test marked
+    `sample(n)` all but n, chosen by its name, are slow."""
+    sampled = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            sampled.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for name, cases in sampled.items():
+        keep = min(len(cases), cases[0].get_closest_marker("sample").args[0])
+        for item in random.Random(name).sample(cases, len(cases) - keep):
+            item.add_marker(pytest.mark.slow)
     for item in items:
         if "interpret" in item.keywords and not INTERPRET:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 in a process of its own (make test does it)"))

@@ -21,6 +21,7 @@ def recompute(monkeypatch):
     monkeypatch.setattr(pairwise_triton, "multiply", None)  # what panels would be multiplied with
 
 
+@pytest.mark.sample(12)
 @rules
 @dtypes
 @pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (16, 16), (127, 64), (129, 8)])
@@ -93,6 +94,7 @@ def test_asymmetric_tables_and_views():
     assert all(map(torch.equal, sms(*views, ops.IndexedRelevancy(table, *index)), want))
 
 
+@pytest.mark.sample(3)
 @dtypes
 @rules
 def test_reduction_none(rule, dtype):

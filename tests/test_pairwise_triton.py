@@ -33,6 +33,7 @@ def sms(video, text, c, **options):
     return gradients(lambda v, t: ops.sms_loss(v, t, c, backend="triton", **options), video, text)
 
 
+@pytest.mark.sample(24)
 @rules
 @dtypes
 @pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (31, 63), (128, 64), (129, 8), (260, 96)])
@@ -133,6 +134,7 @@ def test_an_index_out_of_range_makes_the_loss_nan(monkeypatch):
         assert ops.sms_loss(video, text, labels, backend="triton").isnan()
 
 
+@pytest.mark.sample(5)
 @dtypes
 @rules
 def test_reduction_none(rule, dtype, panels):
@@ -228,6 +230,7 @@ def agree(ours, low, truth, dtype):
             assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + 5e-4 * c.norm()
 
 
+@pytest.mark.sample(8)
 @dtypes
 @pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (65, 63), (129, 8), (260, 40)])
 def test_clip_equals_the_reference(N, E, dtype, panels):
@@ -240,6 +243,7 @@ def test_clip_equals_the_reference(N, E, dtype, panels):
     agree(ours[1:3], low[1:3], truth[1:3], dtype)
 
 
+@pytest.mark.sample(12)
 @dtypes
 @pytest.mark.parametrize("source", ["matrix", "bits", "own"])
 @pytest.mark.parametrize("N,E", [(2, 1), (65, 63), (140, 24)])

@@ -1,0 +1,126 @@
+"""One random call of a pairwise loss, any of them, held to float64; for the CPU, interpreter and GPU tests."""
+
+import random
+
+import torch
+from pairwise_oracle import gradients
+
+from evaat_fast import ops
+
+SIZES = (0, 1, 2, 3, 31, 32, 33, 127, 128, 129, 1000, 4097)
+FEATURES = (1, 8, 63, 64, 200, 256, 512, 768, 1024)
+OPS = ("sms", "mi_mm", "adaptive", "clip", "ego")
+VIEWS = {
+    "contiguous": lambda x: x,
+    "columns first": lambda x: x.T.contiguous().T,
+    "sliced": lambda x: torch.cat((x, x, x), 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "every other row": lambda x: x.repeat_interleave(2, 0)[1::2],
+    "one row, expanded": lambda x: x[:1].expand_as(x),
+}
+# A step's relative error of gradients beside twice torch's own: 16-bit slopes and unit rows are rounded once each before they
+# are added up; where bfloat16 rows are multiplied as such (CPU, N >= 1024), a cosine near a kink may round to its other side.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+
+def labels(kind, N, device):
+    """(what the kernels get, what the reference gets in float64); eighths, which every source holds exactly."""
+    iou, verb, noun = torch.randint(0, 5, (9, 9)) / 4, torch.randint(0, 3, (N,)), torch.randint(0, 9, (N,))
+    matrix = 0.5 * (verb[:, None] == verb) + 0.5 * iou[noun[:, None], noun]
+    if kind == "verbs and nouns":
+        ours = ops.VerbNounRelevancy(verb.to(device), noun.int().to(device), iou.to(device))
+    elif kind == "codes":
+        ours = ops.DenseRelevancy((matrix * 8).to(torch.uint8).to(device), 1 / 8)
+    elif kind.startswith("indexed"):
+        rows, columns = torch.randint(0, max(N, 1), (2, N))
+        table = matrix.to(device, torch.bfloat16)
+        ours = ops.IndexedRelevancy(table, rows.to(device, torch.int32), columns.to(device))
+        matrix = matrix[rows[:, None], columns]
+    else:
+        ours = {"dense": matrix, "dense float16, transposed": matrix.half().T.contiguous().T}[kind].to(device)
+    return ours, matrix.double()
+
+
+def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    pick = lambda *choices: rng.choice(choices)  # noqa: E731
+    op, N, E, dtype = pick(*OPS), rng.choice(sizes), rng.choice(features), rng.choice(dtypes)
+    if N > 2000 and pick(True, True, False):
+        N = 257
+    video = torch.randn(N, E) * pick(1.0, 1.0, 0.01, 30.0)
+    text = 0.7 * video / video.abs().mean().clamp_min(1e-6) + torch.randn(N, E)
+    views = [rng.choice(list(VIEWS)) for _ in range(2)]
+    if views == ["one row, expanded"] * 2:  # every cosine the same: all ties, and noise decides
+        views[1] = "contiguous"
+    reduction, sides, factor = pick("mean", "mean", "none"), pick((0, 1), (0, 1), (0,), (1,)), pick(1.0, -0.25, 65536.0)
+    if dtype == torch.float16:
+        factor = min(factor, 64.0)  # beyond, a gradient of a small batch leaves its range
+    if op in ("clip", "ego"):  # logits of at most a few tens, as a model's
+        video, text = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-9) for x in (video, text))
+    options = {"reduction": reduction}
+    ours, wide = (), ()
+    if op == "sms":
+        relevancy = labels(pick("dense", "dense float16, transposed", "codes", "indexed", "verbs and nouns"), N, device)
+        own = torch.randint(0, 9, (N,)) / 8 if pick(True, False) else None
+        ours, wide = ((x,) for x in relevancy)
+        options |= {"rule": pick("code", "paper", "charades"), "relaxation": pick(0.1, 0.0625), "margin": pick(0.6, 0.3)}
+        options |= {"eps": 0.1} | ({} if own is None else {"self_relevancy": own})
+    elif op == "adaptive":
+        ours = wide = (torch.rand(N),)
+    elif op == "clip":
+        ours = wide = (pick(1.0, 14.0, 30.0),)
+    elif op == "ego":
+        hot = [torch.rand(N, K) < 0.05 for K in (rng.choice((1, 31, 64, 118)), rng.choice((2, 33, 300)))]
+        matrix = (hot[0].double() @ hot[0].double().T) * (hot[1].double() @ hot[1].double().T) > 0
+        ours = (ops.VerbNounPositives(*(x.to(device) for x in hot)) if pick(True, False) else matrix.to(device),)
+        wide = (matrix,)
+    what = f"seed {seed}: {op} N {N} E {E} {dtype} {views} sides {sides} x {factor} {list(options)} {options.get('rule')}"
+    weight = torch.randn(N) if reduction == "none" else None
+
+    def run(backend, device, cast, arguments):
+        place = lambda x: x.to(device, cast) if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
+        given = {k: place(v) for k, v in options.items()}
+        arguments = [place(x) if op != "sms" else x for x in arguments]
+        leaves = [x.to(dtype).to(device, cast) for x in (video, text)]
+        name = {"ego": "ego_nce_loss", "adaptive": "adaptive_mi_mm_loss"}.get(op, f"{op}_loss")
+
+        def loss(*chosen):
+            both = list(leaves)
+            for side, x in zip(sides, chosen, strict=True):
+                both[side] = x
+            viewed = [VIEWS[view](x) if N else x for view, x in zip(views, both, strict=True)]
+            out = getattr(ops, name)(*viewed, *arguments, **given, backend=backend)
+            assert out.shape == ((N,) if reduction == "none" else ()) and out.dtype == torch.promote_types(cast, torch.float32)
+            return (out * (factor if weight is None else factor * weight.to(device, out.dtype))).sum()
+
+        return [x.cpu() for x in gradients(loss, *(leaves[side] for side in sides))]
+
+    result = run(backend, device, dtype, ours)
+    low, truth = run("reference", "cpu", dtype, tuple(wide)), run("reference", "cpu", torch.float64, tuple(wide))
+    if N < 2:
+        assert all(not x.any() for x in result), what
+        return
+    entry = (
+        30.0 * abs(factor) * (1 if weight is None else N**0.5)
+    )  # logits of a few tens are rounded before they are subtracted
+    eps = 1e-14 if dtype == torch.float64 else 2.4e-7
+    assert (result[0].double() - truth[0]).abs() <= 2 * (low[0].double() - truth[0]).abs() + eps * entry, what
+    rounding = 1e-2 if dtype == torch.bfloat16 and N > 1000 else ROUNDING[dtype]
+    for side, a, b, t in zip(sides, result[1:], low[1:], truth[1:], strict=True):
+        assert a.dtype == dtype and a.shape == t.shape and a.isfinite().all(), what
+        # What the rows of the gradient are made of before they are projected: they may all but vanish, as at E = 1.
+        inverse = (1 / (video, text)[side].double().norm(dim=1).clamp_min(1e-6)).norm() / N
+        slopes = (
+            abs(factor)
+            * inverse
+            * (N * weight.norm() / N**0.5 if weight is not None else 1)
+            * (30.0 if op in ("clip", "ego") else 1)
+        )
+        error = (a.double() - t).norm()
+        assert error <= 2 * (b.double() - t).norm() + rounding * (t.norm() + slopes), (
+            f"{what}: side {side}, {error:.2e} of {t.norm():.2e}"
+        )
+
+
+def calls(block, count=100):
+    return range(block * count, block * count + count)

@@ -1,0 +1,49 @@
+"""Random calls of every pairwise loss on every backend: sizes, dtypes, views, labels, one-sided gradients, factors."""
+
+import pairwise_cases as cases
+import pytest
+import torch
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_fuzz_cpu(block):
+    for seed in cases.calls(block, 40):
+        cases.random_call(seed, "cpu", "cpu", (F32, F64, BF16, F16), cases.SIZES[:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", range(10, 20))
+def test_fuzz_cpu_long(block):
+    for seed in cases.calls(block):
+        cases.random_call(seed, "cpu", "cpu", (F32, F64, BF16, F16))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("panels", ["panels", "no panels"])
+def test_fuzz_triton(panels, monkeypatch):
+    if panels == "no panels":
+        monkeypatch.setattr("evaat_fast.ops.pairwise_triton._recomputes", lambda N, E, dtype: E <= 256)
+    for seed in cases.calls(0, 12):
+        cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2], cases.FEATURES[:6])
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", range(10, 16))
+@pytest.mark.parametrize("panels", ["panels", "no panels"])
+def test_fuzz_triton_long(block, panels, monkeypatch):
+    if panels == "no panels":
+        monkeypatch.setattr("evaat_fast.ops.pairwise_triton._recomputes", lambda N, E, dtype: E <= 256)
+    for seed in cases.calls(block):
+        cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", range(8))
+def test_fuzz_gpu(block):
+    for seed in cases.calls(block, 50):
+        cases.random_call(seed, "triton", "cuda", (F32, BF16, F16))
