@@ -170,7 +170,18 @@ def inf_cl(inputs):
     if inputs["video"].device.type == "cpu":
         raise Unavailable("its kernels run on a GPU")
     video, text = inputs["video"], inputs["text"]
-    return sum(loss(a, b, scale=SCALE).mean() for a, b in ((video, text), (text, video))) / 2
+    E = video.shape[1]
+    return sum(loss(a, b, scale=SCALE, head_dim=E).mean() for a, b in ((video, text), (text, video))) / 2
+
+
+def liger(inputs):
+    """Its fused linear cross-entropy: captions are the classes of the videos, and the reverse."""
+    loss = need("liger_kernel.transformers.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyLoss()
+    video, text = inputs["video"], inputs["text"]
+    if video.device.type == "cpu":
+        raise Unavailable("its kernels run on a GPU")
+    target = torch.arange(len(video), device=video.device)
+    return (loss(text, SCALE * video, target) + loss(video, SCALE * text, target)) / 2
 
 
 def compiled(inputs, mode):
@@ -241,6 +252,7 @@ PROVIDERS = {
     "torch.compile(dense rewrite)": compiled,
     "open_clip": step(None, open_clip),
     "Inf-CL": step(None, inf_cl),
+    "Liger": step(None, liger),
 }
 
 

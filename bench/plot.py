@@ -5,6 +5,7 @@ nothing and fails if the README differs from what the JSON says.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -34,9 +35,10 @@ def conditions(data):
     return f"{e['device']}, {where}; torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}"
 
 
-def table(data):
-    """Markdown: one row per case, one column per provider that ran; times relative to the baseline's."""
-    ran = [r for r in data["records"] if "ms" in r]
+def table(data, only=None):
+    """Markdown: one row per case, one column per provider that ran; times relative to the baseline's. only: a word of the
+    shapes to show, as "N4096"."""
+    ran = [r for r in data["records"] if "ms" in r and (only is None or only in label(r["shape"]).split())]
     columns = list(dict.fromkeys(r["provider"] for r in ran))
     cases = {}
     for r in ran:
@@ -90,13 +92,13 @@ def matrix():
 
 
 def readme(text):
-    """The README with everything between `<!-- NAME -->` and `<!-- end NAME -->` generated anew."""
-    parts = {"support matrix": matrix()}
+    """The README with everything between `<!-- NAME -->`, or `<!-- NAME: ONLY -->`, and `<!-- end NAME -->` generated anew."""
+    parts = {"support matrix": lambda only: matrix()}
     for path, data in results():
-        parts[f"results {path.parent.name}/{path.stem}"] = table(data)
+        parts[f"results {path.parent.name}/{path.stem}"] = functools.partial(table, data)
     for name, body in parts.items():
-        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
-        text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
+        pattern = re.compile(rf"(<!-- {re.escape(name)}(?:: (\S+))? -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
+        text = pattern.sub(lambda m, body=body: f"{m[1]}{body(m[2])}\n{m[3]}", text)
     return text
 
 
