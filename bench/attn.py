@@ -81,6 +81,13 @@ def unpacked(qkv, inputs):
     return ops.joint_attention(*split(qkv, inputs["heads"]), grid=inputs["grid"])
 
 
+def triton(inputs, mode):
+    if inputs["qkv"].device.type == "cpu":
+        raise Unavailable("Triton's kernels run on a GPU")
+    forward = lambda qkv, i: ops.joint_attention(*split(qkv, i["heads"]), grid=i["grid"], backend="triton")  # noqa: E731
+    return step(forward)(inputs, mode)
+
+
 def truth(qkv, inputs):
     q, k, v = split(qkv, inputs["heads"])
     q, k = ops.rope3d(q, k, inputs["grid"], backend="reference")
@@ -152,6 +159,7 @@ BENCH = Benchmark(
     providers={
         "evaat joint_attention_qkv_": step(packed),
         "evaat joint_attention": step(unpacked),
+        "evaat joint_attention, Triton": triton,
         "eager rope + sdpa": step(with_eager_rope(scaled_dot_product_attention)),
         "torch.compile(eager rope + sdpa)": compiled,
         "our rope3d + sdpa cudnn": sdpa("CUDNN_ATTENTION"),

@@ -49,6 +49,7 @@ SUPPORT = {
     },
     "joint_attention": {
         "sdpa": Support(_ALL, note="rope3d, then torch's scaled_dot_product_attention"),
+        "triton": Support(FLOATS, note=_BY_NAME),
         "reference": Support(_ALL),
     },
     "sms_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},

@@ -8,11 +8,10 @@ afterwards: two runs agree to the last bit. Products and sums of the epilogue ar
 pair on a kink falls on the same side as in the specification.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+from evaat_fast.kernels.launch import on
 
 GROUP = 8  # tiles of rows that share a column of tiles in L2
 RULES = {"code": 0, "paper": 1, "charades": 2}
@@ -270,16 +269,6 @@ def finish_kernel(
     g = (tl.load(at, mask=e < E, other=0.0) + slope * other) * factor
     g = tl.div_rn(g - x * tl.sum(g * x, 0), norm)
     tl.store(at, tl.where(norm < 1e-8, 0.0, g), mask=e < E)
-
-
-def on(tensor):
-    """The device of a launch as a context."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def generation(tensor):
-    """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
-    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
 def prepare(video, text, units, norms, inverses):

@@ -9,7 +9,8 @@ No atomics: two runs agree to the last bit.
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.pairwise import GROUP, _halves, _place, _products, generation, on, plan
+from evaat_fast.kernels.launch import generation, on
+from evaat_fast.kernels.pairwise import GROUP, _halves, _place, _products, plan
 
 # Which pairs are positive beside each pair itself: none, those of a matrix [N, N], or those that share a verb and a noun.
 OWN, DENSE, SHARED = 0, 1, 2

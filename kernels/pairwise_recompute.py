@@ -6,7 +6,8 @@ similarities anew, 8 N^2 E operations instead of 6, but needs no memory beside i
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.pairwise import RULES, _labels, _side, generation, on
+from evaat_fast.kernels.launch import generation, on
+from evaat_fast.kernels.pairwise import RULES, _labels, _side
 
 MOST_FEATURES = 256  # of which a gradient fits into registers
 

@@ -28,9 +28,18 @@ def test_triton_kernels_fit(name, arch):
         assert used["registers"] <= 128, used  # of a memory-bound kernel: 16 warps and more on an SM
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith(("sms", "clip ", "ego_nce "))])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith(("sms", "clip ", "ego_nce ", "attn "))])
 def test_products_are_wgmma_on_hopper(name):
     assert any("GMMA" in line for line in aot.instructions(compiled(name, 90)))
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("attn ")])
+def test_attention_rarely_waits_for_products_on_hopper(name):
+    """In the innermost loop; ptxas waits after each of a dozen where it cannot keep them in flight."""
+    code = aot.instructions(compiled(name, 90))
+    loops = [code[i : j + 1] for i, j in aot.loops(aot.listing(compiled(name, 90)))]
+    inner = min((loop for loop in loops if any("GMMA" in line for line in loop)), key=len)
+    assert sum("WARPGROUP.DEPBAR" in line for line in inner) <= 3
 
 
 @archs
