@@ -220,9 +220,13 @@ def indexed(table=None, video_index=None, caption_index=None):
 
 
 META = torch.zeros(3, 4, device="meta")
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 3)])
 BAD = [
     (lambda: sms(video=[1]), TypeError, r"video: expected a float32, .* tensor \[N, E\], got list"),
     (lambda: sms(text=torch.zeros(3, 4).long()), TypeError, "text: expected .*, got torch.int64"),
+    (lambda: sms(video=torch.randn(3, 4).to_sparse()), TypeError, "video: expected a dense tensor, got a sparse_coo one"),
+    (lambda: sms(video=NESTED), TypeError, "video: expected a dense tensor, got a nested one"),
+    (lambda: sms(relevancy=NESTED), TypeError, "relevancy: expected a dense tensor, got a nested one"),
     (lambda: sms(video=torch.randn(3)), ValueError, r"video: expected the shape \[N, E\] with E > 0, got \[3\]"),
     (lambda: sms(video=torch.randn(3, 0)), ValueError, r"video: expected the shape \[N, E\] with E > 0, got \[3, 0\]"),
     (lambda: sms(text=torch.randn(3, 5)), ValueError, r"text: expected video's shape \[3, 4\], got \[3, 5\]"),

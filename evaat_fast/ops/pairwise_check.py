@@ -14,6 +14,7 @@ def check_features(op, video, text):
         if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
             got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
             raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor [N, E], got {got}")
+        memory_of(op, name, x)  # a nested tensor has no shape to speak of
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(f"{name}: expected the shape [N, E] with E > 0, got {list(x.shape)}")
     if text.dtype != video.dtype:

@@ -248,6 +248,7 @@ def _check_ids(op, device, **ids):
 def _check_table(name, x, shape):
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a float tensor {shape}, got {_kind(x)}")
+    memory_of("the loss", name, x)
     if x.ndim != 2:
         raise ValueError(f"{name}: expected the shape {shape}, got {list(x.shape)}")
 
