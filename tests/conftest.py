@@ -50,3 +50,15 @@ def poisoned_empty(monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
+def isa(request):
+    """Each instruction set that the C++ kernels are compiled for and this machine has."""
+    from evaat_fast import _cpu
+
+    before = _cpu.isa()
+    if _cpu.set_isa(request.param) != request.param:
+        pytest.skip("this machine has no such instructions")
+    yield
+    _cpu.set_isa(before)

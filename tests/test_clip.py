@@ -9,21 +9,12 @@ import torch
 from check import close
 from pairwise_oracle import gradients
 
-from evaat_fast import _cpu, ops
+from evaat_fast import ops
 from evaat_fast.ops import pairwise_cpu
 from evaat_fast.ops.pairwise_contrast import clip_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (129, 200), (300, 64)]
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
-def isa(request):
-    before = _cpu.isa()
-    if _cpu.set_isa(request.param) != request.param:
-        pytest.skip("this machine has no such instructions")
-    yield
-    _cpu.set_isa(before)
 
 
 @pytest.fixture(params=[13, 1 << 20], ids=["panels of 13 rows", "one panel"])

@@ -8,7 +8,7 @@ import torch
 from check import close
 from pairwise_oracle import gradients
 
-from evaat_fast import _cpu, ops
+from evaat_fast import ops
 from evaat_fast.ops import pairwise_cpu
 from evaat_fast.ops.pairwise_contrast import ego_nce_loss_reference
 
@@ -40,15 +40,6 @@ def panels(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(pairwise_cpu, "_PANEL", 0)
         monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 13)
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
-def isa(request):
-    before = _cpu.isa()
-    if _cpu.set_isa(request.param) != request.param:
-        pytest.skip("this machine has no such instructions")
-    yield
-    _cpu.set_isa(before)
 
 
 @pytest.mark.parametrize("source", ["matrix", "bits"])

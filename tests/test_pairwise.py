@@ -18,15 +18,6 @@ SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (128, 64), (
 RULES = ["code", "paper", "charades"]
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
-def isa(request):
-    before = _cpu.isa()
-    if _cpu.set_isa(request.param) != request.param:
-        pytest.skip("this machine has no such instructions")
-    yield
-    _cpu.set_isa(before)
-
-
 @pytest.fixture
 def small_panels(monkeypatch):
     monkeypatch.setattr(pairwise_cpu, "_PANEL", 0)
