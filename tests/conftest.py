@@ -59,6 +59,7 @@ def isa(request):
 
     before = _cpu.isa()
     if _cpu.set_isa(request.param) != request.param:
+        _cpu.set_isa(before)
         pytest.skip("this machine has no such instructions")
-    yield
+    yield request.param
     _cpu.set_isa(before)

@@ -8,7 +8,7 @@ import rope3d_cases as cases
 import torch
 from rope3d_cases import LAYOUTS, make
 
-from evaat_fast import _cpu, ops
+from evaat_fast import ops
 from evaat_fast.ops.freqs import grid_positions
 from evaat_fast.ops.rope3d import rope3d_reference
 
@@ -21,16 +21,6 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 def device_of(backend):
     return "cuda" if backend in ("triton", "cuda") else "cpu"
-
-
-@pytest.fixture(params=[0, 1, 2], ids=["plain", "avx2", "avx512"])
-def isa(request):
-    before = _cpu.isa()
-    if _cpu.set_isa(request.param) != request.param:
-        _cpu.set_isa(before)
-        pytest.skip("this machine has no such instructions")
-    yield request.param
-    _cpu.set_isa(before)
 
 
 @backends
