@@ -175,6 +175,19 @@ def test_nan_and_inf_stay_in_their_head(bad):
     assert out[1, 0].isnan().any() and out[0].isfinite().all() and out[1, 1:].isfinite().all()
 
 
+@pytest.mark.parametrize("rope", [True, False])
+def test_opcheck(rope):
+    q, k, v = (x.detach() for x in tensors(H=4, Hk=2, n=25, dtype=F32))
+    rotation = (None, None, None, [2, 3, 4], 1, True, True) if rope else (None, None, None, [], 0, True, False)
+    torch.library.opcheck(torch.ops.evaat_fast.attn_forward.default, (q, k, v, *rotation, 0.2, True))
+    out, lse, turned_q, turned_k = torch.ops.evaat_fast.attn_forward(q, k, v, *rotation, 0.2, True)
+    saved = (turned_q if rope else q, turned_k if rope else k, v, out, lse)
+    for of_lse in (None, torch.randn_like(lse)):
+        torch.library.opcheck(
+            torch.ops.evaat_fast.attn_backward.default, (torch.randn_like(out), of_lse, *saved, *rotation, 0.2, True, True)
+        )
+
+
 def test_operators_and_compilation():
     q, k, v = tensors(n=25, dtype=F32)
     loss = lambda *x: ops.joint_attention(*x, grid=(2, 3, 4), backend="triton").square().sum()  # noqa: E731
