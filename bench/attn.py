@@ -1,7 +1,9 @@
 """RoPE and attention over the tokens of a clip, as the model calls it: python bench/attn.py
 
 Every provider starts from the packed output of the qkv projection [B, N, 3*H*D] and ends with [B, H, N, D] (and, in fwdbwd,
-with the gradient of the packed tensor). FLOPs: 4 B H N^2 D forward, 2.5 times that more backward; the rotation is not counted.
+with the gradient of the packed tensor; bwd is that gradient alone, of a forward pass that stands). FLOPs: 4 B H N^2 D forward,
+2.5 times that backward; the rotation is not counted. Every attention of others comes three times: with the rotation as
+published, eager; with our rope3d; and with the published rotation under torch.compile.
 """
 
 import torch
@@ -17,8 +19,9 @@ def shape(T, B, H, D, patches=14):
     return {"B": B, "H": H, "T": T, "Hp": patches, "Wp": patches, "D": D, "N": 1 + T * patches**2}
 
 
-# EVA02-AT-B (H 12, 14 x 14 patches) and -L (H 16, 16 x 16 patches), D = 64.
-GPU_SHAPES = [shape(T, 32, 12, 64) for T in (4, 8, 16, 32)] + [shape(T, 16, 16, 64, 16) for T in (4, 16)]
+# EVA02-AT-B (H 12, 14 x 14 patches) and -L (H 16, 16 x 16 patches), D = 64, then a sweep over tokens and head dims.
+GPU_SHAPES = [shape(T, 32, 12, 64) for T in (4, 8, 16, 32)] + [shape(T, 16, 16, 64, 16) for T in (4, 8, 16, 32)]
+GPU_SHAPES += [shape(T, 64 // T, 8, D, 32) for D in (64, 128) for T in (1, 4, 16)]
 CPU_SHAPES = [shape(1, 4, 12, 64), shape(4, 2, 12, 64), shape(8, 4, 4, 32, 4)]
 
 
@@ -38,15 +41,20 @@ def step(forward):
     """A provider from `forward(qkv, inputs) -> [B, H, N, D]`. Forward alone runs without autograd, as inference does."""
 
     def provider(inputs, mode):
+        qkv, grad = inputs["qkv"], inputs["grad"]
+
         def fwd():
             with torch.no_grad():
-                return (forward(inputs["qkv"], inputs),)
+                return (forward(qkv, inputs),)
 
         def fwdbwd():
-            out = forward(inputs["qkv"], inputs)
-            return out, *torch.autograd.grad(out, inputs["qkv"], inputs["grad"])
+            out = forward(qkv, inputs)
+            return out, *torch.autograd.grad(out, qkv, grad)
 
-        return fwd if mode == "fwd" else fwdbwd
+        if mode != "bwd":
+            return fwd if mode == "fwd" else fwdbwd
+        out = forward(qkv, inputs)
+        return lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True)
 
     return provider
 
@@ -72,20 +80,24 @@ def with_our_rope(core):
     return forward
 
 
-def packed(qkv, inputs):
+def packed(backend=None):
     # `+ 0` stands for the Linear whose output the op may consume; its cost (one copy) is inside our time.
-    return ops.joint_attention_qkv_(qkv + 0, inputs["heads"], inputs["grid"])
+    return lambda qkv, i: ops.joint_attention_qkv_(qkv + 0, i["heads"], i["grid"], backend=backend)
 
 
-def unpacked(qkv, inputs):
-    return ops.joint_attention(*split(qkv, inputs["heads"]), grid=inputs["grid"])
+def unpacked(backend=None):
+    return lambda qkv, i: ops.joint_attention(*split(qkv, i["heads"]), grid=i["grid"], backend=backend)
 
 
-def triton(inputs, mode):
-    if inputs["qkv"].device.type == "cpu":
-        raise Unavailable("Triton's kernels run on a GPU")
-    forward = lambda qkv, i: ops.joint_attention(*split(qkv, i["heads"]), grid=i["grid"], backend="triton")  # noqa: E731
-    return step(forward)(inputs, mode)
+def on_gpu(forward):
+    """A provider of ours in Triton."""
+
+    def provider(inputs, mode):
+        if inputs["qkv"].device.type == "cpu":
+            raise Unavailable("Triton's kernels run on a GPU")
+        return step(forward)(inputs, mode)
+
+    return provider
 
 
 def truth(qkv, inputs):
@@ -99,57 +111,80 @@ def torch_itself(qkv, inputs):
     return scaled_dot_product_attention(*ops.rope3d(q, k, inputs["grid"], backend="reference"), v)
 
 
-def sdpa(backend):
-    def provider(inputs, mode):
+def sdpa(backend=None):
+    """Torch's own choice, or the backend of that name."""
+
+    def core(device, dtype):
+        if backend is None:
+            return scaled_dot_product_attention
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        if inputs["qkv"].device.type == "cpu" and backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+        if device == "cpu" and backend in ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             raise Unavailable("SDPA has no such backend on CPU")
 
-        def core(q, k, v):
+        def chosen(q, k, v):
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 return scaled_dot_product_attention(q, k, v)
 
-        return step(with_our_rope(core))(inputs, mode)
+        return chosen
 
-    return provider
-
-
-def compiled(inputs, mode):
-    if inputs["qkv"].device.type == "cpu":
-        raise Unavailable("Inductor's compile time is not spent on the CPU run")
-    return step(torch.compile(with_eager_rope(scaled_dot_product_attention)))(inputs, mode)
+    return core
 
 
-def flex(inputs, mode):
-    if inputs["qkv"].device.type == "cpu":
+def flex(device, dtype):
+    if device == "cpu":
         raise Unavailable("FlexAttention's CPU path has no backward")
-    core = torch.compile(need("torch.nn.attention.flex_attention").flex_attention)
-    return step(with_our_rope(core))(inputs, mode)
+    return torch.compile(need("torch.nn.attention.flex_attention").flex_attention)
 
 
-def flash(module, name):
-    """flash-attn 2, 3 and 4 take [B, N, H, D] and half precision on a GPU."""
+def tokens_first(module, name):
+    """flash-attn 2, 3, 4 and xformers take [B, N, H, D] and half precision on a GPU."""
 
-    def provider(inputs, mode):
+    def core(device, dtype):
         function = getattr(need(module), name)
-        if inputs["qkv"].device.type == "cpu" or inputs["qkv"].element_size() != 2:
+        if device == "cpu" or dtype.itemsize != 2:
             raise Unavailable(f"{module} takes half precision on CUDA")
 
-        def core(q, k, v):
+        def attend(q, k, v):
             out = function(*(x.transpose(1, 2) for x in (q, k, v)))
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-        return step(with_our_rope(core))(inputs, mode)
+        return attend
+
+    return core
+
+
+def rotated(core, how):
+    """A provider: the attention `core` after a rotation, "eager" as published, "ours", or the published "compiled" with it."""
+
+    def provider(inputs, mode):
+        device, dtype = inputs["qkv"].device.type, inputs["qkv"].dtype
+        attention = core(device, dtype)
+        if how == "ours":
+            return step(with_our_rope(attention))(inputs, mode)
+        if how == "eager":
+            return step(with_eager_rope(attention))(inputs, mode)
+        if device == "cpu":
+            raise Unavailable("Inductor's compile time is not spent on the CPU run")
+        torch._dynamo.reset()
+        return step(torch.compile(with_eager_rope(attention), dynamic=False))(inputs, mode)
 
     return provider
 
 
-def xformers(inputs, mode):
-    function = need("xformers.ops").memory_efficient_attention
-    core = lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)  # noqa: E731
-    return step(with_our_rope(core))(inputs, mode)
-
+CORES = {
+    "sdpa": sdpa(),
+    "sdpa cudnn": sdpa("CUDNN_ATTENTION"),
+    "sdpa flash": sdpa("FLASH_ATTENTION"),
+    "sdpa efficient": sdpa("EFFICIENT_ATTENTION"),
+    "sdpa math": sdpa("MATH"),
+    "flex_attention": flex,
+    "flash-attn 2": tokens_first("flash_attn", "flash_attn_func"),
+    "flash-attn 3": tokens_first("flash_attn_interface", "flash_attn_func"),
+    "flash-attn 4": tokens_first("flash_attn.cute", "flash_attn_func"),
+    "xformers": tokens_first("xformers.ops", "memory_efficient_attention"),
+}
+HOW = {"eager": "eager rope + {}", "ours": "our rope3d + {}", "compiled": "compile(eager rope + {})"}
 
 BENCH = Benchmark(
     op="attn",
@@ -157,25 +192,18 @@ BENCH = Benchmark(
     gpu_shapes=GPU_SHAPES,
     inputs=inputs,
     providers={
-        "evaat joint_attention_qkv_": step(packed),
-        "evaat joint_attention": step(unpacked),
-        "evaat joint_attention, Triton": triton,
-        "eager rope + sdpa": step(with_eager_rope(scaled_dot_product_attention)),
-        "torch.compile(eager rope + sdpa)": compiled,
-        "our rope3d + sdpa cudnn": sdpa("CUDNN_ATTENTION"),
-        "our rope3d + sdpa flash": sdpa("FLASH_ATTENTION"),
-        "our rope3d + sdpa efficient": sdpa("EFFICIENT_ATTENTION"),
-        "our rope3d + sdpa math": sdpa("MATH"),
-        "our rope3d + flex_attention": flex,
-        "our rope3d + flash-attn 2": flash("flash_attn", "flash_attn_func"),
-        "our rope3d + flash-attn 3": flash("flash_attn_interface", "flash_attn_func"),
-        "our rope3d + flash-attn 4": flash("flash_attn.cute", "flash_attn_func"),
-        "our rope3d + xformers": xformers,
+        "evaat joint_attention_qkv_": step(packed()),
+        "evaat joint_attention": step(unpacked()),
+        "evaat joint_attention_qkv_, Triton": on_gpu(packed("triton")),
+        "evaat joint_attention, Triton": on_gpu(unpacked("triton")),
+        "evaat joint_attention_qkv_, one pass": on_gpu(packed("triton_onepass")),
+        **{name.format(core): rotated(CORES[core], how) for core in CORES for how, name in HOW.items()},
     },
     truth=step(truth),
     low=step(torch_itself),
-    work=lambda s, mode, size: {"flop": (4 if mode == "fwd" else 14) * s["B"] * s["H"] * s["N"] ** 2 * s["D"]},
+    work=lambda s, mode, size: {"flop": {"fwd": 4, "bwd": 10, "fwdbwd": 14}[mode] * s["B"] * s["H"] * s["N"] ** 2 * s["D"]},
     baseline="eager rope + sdpa",
+    modes=("fwd", "bwd", "fwdbwd"),
 )
 
 if __name__ == "__main__":

@@ -345,7 +345,8 @@ def main(bench, argv=None):
     payload = {"op": bench.op, "baseline": bench.baseline, "environment": info, "peak": peak, "records": records}
     path.with_suffix(".part").write_text(json.dumps(payload, indent=1) + "\n")
     os.replace(path.with_suffix(".part"), path)
-    print(f"\nwrote {path}")
+    of_plot = importlib.import_module("plot")
+    print(f"\nwrote {path} and {of_plot.page(path, payload).name}, to read")
     wrong = [r for r in records if "fail" in r and r["provider"].startswith("evaat")]
     return 1 if wrong else 0
 

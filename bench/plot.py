@@ -1,7 +1,7 @@
 """Draws figures from the committed JSON, and the tables of the README: python bench/plot.py [--check]
 
-bench/results/DEVICE/OP.json -> bench/results/DEVICE/OP.svg, and the text between the markers of README.md. --check changes
-nothing and fails if the README differs from what the JSON says.
+bench/results/DEVICE/OP.json -> OP.svg and OP.md beside it (a page with every number), and the text between the markers of
+README.md. --check changes nothing and fails if the README or a page differs from what the JSON says.
 """
 
 import argparse
@@ -60,29 +60,94 @@ def table(data, only=None):
 
 
 def figure(path, data):
-    import matplotlib
-
+    """One panel a mode, a row a provider, a point a case. False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "evaat"  # the same numbers draw the same file
     import matplotlib.pyplot as plt
 
     ran = [r for r in data["records"] if "ms" in r and r.get("ratio")]
-    cases = list(dict.fromkeys((label(r["shape"]), r["dtype"], r["mode"]) for r in ran))
-    providers = list(dict.fromkeys(r["provider"] for r in ran))
-    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.32 * len(cases) * max(1, len(providers) / 3)))
-    height = 0.85 / len(providers)
-    for i, provider in enumerate(providers):
-        rows = {(label(r["shape"]), r["dtype"], r["mode"]): r for r in ran if r["provider"] == provider}
-        y = [c + i * height for c, case in enumerate(cases) if case in rows]
-        ax.barh(y, [rows[case]["ratio"] for case in cases if case in rows], height, label=provider)
-    ax.set_yticks([c + 0.4 for c in range(len(cases))], [" ".join(c) for c in cases], fontsize=7)
-    ax.invert_yaxis()
-    ax.axvline(1, color="grey", linewidth=0.8)
-    ax.set_xlabel(f"time relative to {data['baseline']} (lower is better)")
-    ax.set_title(f"{data['op']}: {data['environment']['device']}", fontsize=10)
-    ax.legend(fontsize=7)
-    fig.tight_layout()
+    modes, providers = (list(dict.fromkeys(r[x] for r in ran)) for x in ("mode", "provider"))
+    cases = list(dict.fromkeys((label(r["shape"]), r["dtype"]) for r in ran))
+    size = (2 + 3.2 * max(1, len(modes)), 1.2 + 0.24 * len(providers) + 0.14 * len(cases))
+    fig, axes = plt.subplots(1, max(1, len(modes)), figsize=size, sharey=True, squeeze=False)
+    for ax, mode in zip(axes[0], modes, strict=False):
+        for i, case in enumerate(cases):
+            rows = [r for r in ran if r["mode"] == mode and (label(r["shape"]), r["dtype"]) == case]
+            y = [providers.index(r["provider"]) + 0.5 * (i / max(1, len(cases) - 1) - 0.5) for r in rows]
+            ax.plot([r["ratio"] for r in rows], y, "osD^v"[i % 5], ms=3.5, color=f"C{i % 10}", label=" ".join(case))
+        ax.axvline(1, color="grey", linewidth=0.8)
+        ax.set(xscale="log", title=mode)
+        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            axis("{x:g}")
+        ax.tick_params("x", which="both", labelsize=6)
+        ax.grid(alpha=0.3, which="both")
+    axes[0][0].set_yticks(range(len(providers)), providers, fontsize=7)
+    axes[0][0].invert_yaxis()
+    fig.suptitle(
+        f"{data['op']}, {data['environment']['device']}: time relative to {data['baseline']} (left is faster)", fontsize=9
+    )
+    fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=6, ncols=3, loc="lower center")
+    fig.tight_layout(rect=(0, 0.02 + 0.1 * len(cases) / 3 / size[1], 1, 1))
     fig.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(fig)
+    return True
+
+
+def page_text(data, has_figure):
+    """Markdown: a table for each shape and dtype, a row a provider."""
+    of_tests = {(label(r["shape"]), r["dtype"]): [] for r in data["records"]}
+    for r in data["records"]:
+        of_tests[label(r["shape"]), r["dtype"]].append(r)
+    modes = list(dict.fromkeys(r["mode"] for r in data["records"]))
+    peak, absent = data["peak"], {}
+    lines = [
+        f"# {data['op']}: {data['environment']['device']}",
+        "",
+        f"`python bench/{data['op']}.py` on {conditions(data)}.",
+        "",
+    ]
+    lines += [
+        f"Copy {peak['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {peak['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s in this run."
+    ]
+    lines += [f"x: time relative to *{data['baseline']}*. Error: the largest against float64, in brackets torch's own."]
+    lines += ["", f"![{data['op']}]({data['op']}.svg)"] if has_figure else []
+    for (shape, dtype), records in of_tests.items():
+        lines += ["", f"## {shape} {dtype}", "", "| provider | " + " | ".join(modes) + " |", "|---" * (1 + len(modes)) + "|"]
+        rows = {}
+        for r in records:
+            if "absent" in r:
+                absent.setdefault(r["absent"], dict.fromkeys([r["provider"]]))[r["provider"]] = None
+            else:
+                rows.setdefault(r["provider"], {})[r["mode"]] = numbers(r, peak)
+        lines += [f"| {p} | " + " | ".join(row.get(m, "–") for m in modes) + " |" for p, row in rows.items()]
+    absent.pop("not asked for", None)
+    lines += ["", "Absent:", "", *(f"- {', '.join(names)}: {why}" for why, names in absent.items())] if absent else []
+    return "\n".join(lines) + "\n"
+
+
+def numbers(r, peak):
+    """One cell of a page."""
+    if "fail" in r:
+        return f"FAIL: {r['fail']}".replace("|", "/")
+    seconds, (unit, amount) = r["ms"]["p50"] / 1e3, next(iter(r["work"].items()))
+    scale, name = (1e12, "TFLOP/s") if unit == "flop" else (1e9, "GB/s")
+    top = peak["matmul_flop_per_s" if unit == "flop" else "copy_bytes_per_s"]
+    parts = [f"{r['ms']['p50']:.3f} ms", f"{amount / seconds / scale:.3g} {name} ({100 * amount / seconds / top:.0f} %)"]
+    parts += [f"{r['ratio']:.2f} x"] if r.get("ratio") else []
+    parts += [f"{r['peak_mib']:.0f} MiB"] if "peak_mib" in r else []
+    parts += [f"error {r['error']:.1e} ({r['torch_error']:.1e})"] if "error" in r else []
+    return ", ".join(parts)
+
+
+def page(path, data):
+    """Writes the page of one JSON beside it, and its figure; returns the page's path."""
+    text = page_text(data, figure(path, data))
+    path.with_suffix(".md").write_text(text)
+    return path.with_suffix(".md")
 
 
 def matrix():
@@ -109,13 +174,14 @@ def main():
     old = README.read_text()
     new = readme(old)
     if args.check:
-        if old != new:
-            sys.exit("README.md differs from the results: run python bench/plot.py")
+        pages = ((path.with_suffix(".md"), page_text(data, path.with_suffix(".svg").exists())) for path, data in results())
+        stale = [path.name for path, text in pages if not path.exists() or path.read_text() != text]
+        if old != new or stale:
+            sys.exit(f"{', '.join(['README.md'] * (old != new) + stale)}: not what the results say; run python bench/plot.py")
         return
     README.write_text(new)
     for path, data in results():
-        figure(path, data)
-        print(f"drew {path.with_suffix('.svg')}")
+        print(f"wrote {page(path, data)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 _log = logging.getLogger("evaat_fast")
 
-BACKENDS = ("triton", "gluon", "cuda", "cpu", "sdpa", "reference")
+BACKENDS = ("triton", "triton_onepass", "gluon", "cuda", "cpu", "sdpa", "reference")
 LOW = ("bfloat16", "float16")
 FLOATS = ("float32", *LOW)
 
@@ -50,6 +50,7 @@ SUPPORT = {
     "joint_attention": {
         "sdpa": Support(_ALL, note="rope3d, then torch's scaled_dot_product_attention"),
         "triton": Support(FLOATS, note=_BY_NAME),
+        "triton_onepass": Support(FLOATS, note=_BY_NAME),
         "reference": Support(_ALL),
     },
     "sms_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
@@ -84,7 +85,13 @@ AUTO = {
     ("patchify", True): ("reference",),
 }
 
-_MODULE = {"triton": "triton", "gluon": "triton.experimental.gluon", "cuda": "evaat_fast._cuda", "cpu": "evaat_fast._cpu"}
+_MODULE = {
+    "triton": "triton",
+    "triton_onepass": "triton",
+    "gluon": "triton.experimental.gluon",
+    "cuda": "evaat_fast._cuda",
+    "cpu": "evaat_fast._cpu",
+}
 _reasons: dict[str, str | None] = {}
 _choices: dict[tuple, str] = {}
 
@@ -137,8 +144,8 @@ def unusable(op, backend, is_cuda, dtype):
         return "the cpu backend takes CPU tensors"
     if backend in ("cuda", "gluon") and not is_cuda:
         return f"the {backend} backend takes CUDA tensors"
-    if backend == "triton" and not is_cuda and not INTERPRET:
-        return "triton takes CUDA tensors (CPU tensors only under TRITON_INTERPRET=1)"
+    if backend.startswith("triton") and not is_cuda and not INTERPRET:
+        return f"{backend} takes CUDA tensors (CPU tensors only under TRITON_INTERPRET=1)"
     return why_not(backend)
 
 

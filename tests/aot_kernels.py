@@ -111,16 +111,21 @@ def contrast(arch, dtype, sweep, positives="OWN"):
     return aot.build(pairwise_contrast.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **plan)
 
 
-def attn(arch, kind, D, interleaved=True):
-    from evaat_fast.kernels import attn as kernels
+def attn(arch, kind, D, interleaved=True, clips=0):
+    from evaat_fast.kernels import attn as forward
+    from evaat_fast.kernels import attn_backward as backward
     from torch import bfloat16
 
-    kernel, plan = getattr(kernels, f"attn_{kind}_kernel"), kernels.plan(kind, bfloat16, D, arch // 10)
-    constants = dict(D=D, BLOCK_D=kernels.padded(D), ROPE=True, INTERLEAVED=interleaved, PRECISION="tf32x3", KEEP=True)
-    constants |= {name: plan.pop(name) for name in ("BLOCK_M", "BLOCK_N")}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    kernel = getattr(forward if kind == "forward" else backward, f"attn_{'keys' if kind == 'both' else kind}_kernel")
+    plan, padded = forward.plan(kind, bfloat16, D, arch // 10), forward.padded(D)
+    add = backward.NOTHING if kind != "both" else backward.ATOMIC if arch < 90 else backward.COPY
+    constants = dict(D=D, BLOCK_D=padded, ROPE=True, INTERLEAVED=interleaved, PRECISION="tf32x3", KEEP=True)
+    constants |= dict(CLIPS=clips, ADD=add.value) | {name: plan.pop(name) for name in ("BLOCK_M", "BLOCK_N")}
     pointers = dict.fromkeys(["q", "k", "v", "out", "turned_q", "grad", "grad_q", "grad_k", "grad_v"], "*bf16")
-    pointers |= dict.fromkeys(["lse", "delta", "table"], "*fp32") | {"scale": "fp32"}
+    pointers |= dict.fromkeys(["lse", "delta", "table", "sums"], "*fp32") | {"scale": "fp32", "cu": "*i32"}
+    if add is backward.COPY:
+        pointers["sums"] = f"tensordesc<fp32[1, {constants['BLOCK_M']}, {padded}]>"
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
     aligned = [name for name in types if name.endswith(("_b", "_h", "_n")) and not name.startswith("lse")]
     return aot.build(kernel, types, constants, arch, aligned=aligned, **plan)
@@ -177,8 +182,10 @@ def _shipped():
             build = functools.partial(contrast, dtype="bf16", sweep=sweep, positives=positives)
             yield f"ego_nce bf16, {sweep}, {name}", build
     for D in (64, 128):
-        for kind in ("forward", "keys", "queries"):
+        for kind in ("forward", "keys", "queries", "both"):
             yield f"attn {kind} bf16 D{D} interleaved", functools.partial(attn, kind=kind, D=D)
+    for kind in ("forward", "keys", "queries", "both"):
+        yield f"attn {kind} bf16 D64 interleaved, packed clips", functools.partial(attn, kind=kind, D=64, clips=64)
     yield "attn forward bf16 D80 half-split", functools.partial(attn, kind="forward", D=80, interleaved=False)
     for name in ("prepare", "finish"):
         yield f"pairwise {name}", functools.partial(rows, name=name)

@@ -28,10 +28,10 @@ def plain(q, k, v, scale=None, core=attention_reference, **rope):
     return core(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def check(inputs, **options):
+def check(inputs, backend="triton", **options):
     """Output and gradients against float64: of float16 held to the errors of torch's own by the rule of all ops; of float32,
     which is not what the kernels are for, to twice their norm and a rounding."""
-    ours = results(lambda *x: ops.joint_attention(*x, backend="triton", **options), inputs)
+    ours = results(lambda *x: ops.joint_attention(*x, backend=backend, **options), inputs)
     low = results(lambda *x: plain(*x, core=scaled_dot_product_attention, **options), inputs)
     double = [x.detach().double().requires_grad_() for x in inputs]
     truth = results(lambda *x: plain(*x, **options), double)
@@ -95,6 +95,35 @@ def test_learned_frequencies_have_a_gradient():
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "shape,rope",
+    [
+        (dict(n=1), {}),
+        (dict(n=25), dict(grid=(2, 3, 4))),
+        (dict(n=70, H=4, Hk=2), dict(positions=torch.rand(70, 3) * 9)),
+        (dict(n=129, B=1, H=1, D=80), dict(grid=(2, 8, 8), interleaved=False)),
+        (dict(n=197, B=1, H=1, D=64), dict(grid=(1, 14, 14))),
+    ],
+    ids=str,
+)
+@dtypes
+def test_one_pass(shape, rope, dtype):
+    check(tensors(**{"D": 32, **shape, "dtype": dtype}), backend="triton_onepass", **rope)
+
+
+def test_one_pass_of_what_is_wanted():
+    """Where a gradient is not, there are two passes."""
+    q, k, v = (x.detach() for x in tensors(n=25, dtype=F32))
+    run = lambda q, k, backend: ops.joint_attention(q, k, v, grid=(2, 3, 4), backend=backend)  # noqa: E731
+    for needed in ((True, False), (False, True)):
+        leaves = [x.clone().requires_grad_(need) for x, need in zip((q, k), needed, strict=True)]
+        wanted = [x for x in leaves if x.requires_grad]
+        ours, two = (torch.autograd.grad(run(*leaves, b).square().sum(), wanted) for b in ("triton_onepass", "triton"))
+        assert all(map(torch.equal, ours, two))
+    with pytest.raises(ValueError, match="deterministic: expected False for backend 'triton_onepass'"):
+        ops.joint_attention(q, k, v, deterministic=True, backend="triton_onepass")
+
+
 @pytest.mark.parametrize("view", ["packed", "tokens first", "sliced", "last dim strided", "one head for all"])
 def test_views(view):
     q, k, v = (x.detach() for x in tensors(n=25, dtype=F32))
@@ -155,16 +184,36 @@ def test_one_sided_gradients_and_inference():
         assert torch.equal(ops.joint_attention(q, k, v, grid=(2, 3, 4), backend="triton"), every[0])
 
 
-def test_packed_projection():
-    linear, x = torch.nn.Linear(16, 3 * 3 * 32), torch.randn(2, 25, 16)
+@pytest.mark.parametrize("backend", ["triton", "triton_onepass"])
+@pytest.mark.parametrize("bias", [True, False])  # with one, torch returns the projection as a view
+@pytest.mark.parametrize(
+    "options", [dict(grid=(2, 3, 4)), dict(positions=torch.randn(2, 25, 3)), {}, dict(scale=-0.2)], ids=str
+)
+def test_packed_projection(backend, bias, options):
+    linear, x = torch.nn.Linear(16, 3 * 3 * 32, bias=bias), torch.randn(2, 25, 16)
+    options = dict(grid=(2, 3, 4)) | options if "scale" in options else options
 
     def run(backend):
-        out = ops.joint_attention_qkv_(linear(x), 3, (2, 3, 4), backend=backend)
+        out, lse = ops.joint_attention_qkv_(linear(x), 3, return_lse=True, backend=backend, **options)
         assert out.transpose(1, 2).is_contiguous()
-        return out, *torch.autograd.grad(out.square().sum(), linear.parameters())
+        loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + lse.square().sum()
+        return out, lse, *torch.autograd.grad(loss, linear.parameters())
 
-    for a, b in zip(run("triton"), run("reference"), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(run(backend), run("reference"), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_packed_projection_in_place():
+    """Keys and queries are turned where they lie: what the linear layer returned holds what the backward pass needs."""
+    qkv = torch.randn(2, 25, 3 * 3 * 32)
+    turned, leaf = ops.rope3d_qkv_(qkv.clone(), 3, (2, 3, 4)), qkv.clone().requires_grad_()
+    packed = leaf * 1
+    ops.joint_attention_qkv_(packed, 3, (2, 3, 4), backend="triton")
+    torch.testing.assert_close(packed.detach(), turned)
+    without = ops.joint_attention_qkv_(qkv.clone(), 3, (2, 3, 4), backend="triton")
+    torch.testing.assert_close(without, ops.joint_attention_qkv_(leaf * 1, 3, (2, 3, 4), backend="triton").detach())
+    with pytest.raises(ValueError, match="leaf"):
+        ops.joint_attention_qkv_(leaf, 3, (2, 3, 4), backend="triton")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -179,13 +228,24 @@ def test_nan_and_inf_stay_in_their_head(bad):
 def test_opcheck(rope):
     q, k, v = (x.detach() for x in tensors(H=4, Hk=2, n=25, dtype=F32))
     rotation = (None, None, None, [2, 3, 4], 1, True, True) if rope else (None, None, None, [], 0, True, False)
+    rotation = *rotation, None
     torch.library.opcheck(torch.ops.evaat_fast.attn_forward.default, (q, k, v, *rotation, 0.2, True))
     out, lse, turned_q, turned_k = torch.ops.evaat_fast.attn_forward(q, k, v, *rotation, 0.2, True)
     saved = (turned_q if rope else q, turned_k if rope else k, v, out, lse)
     for of_lse in (None, torch.randn_like(lse)):
         torch.library.opcheck(
-            torch.ops.evaat_fast.attn_backward.default, (torch.randn_like(out), of_lse, *saved, *rotation, 0.2, True, True)
+            torch.ops.evaat_fast.attn_backward.default,
+            (torch.randn_like(out), of_lse, *saved, *rotation, 0.2, True, True, False),
         )
+
+
+def test_opcheck_packed():
+    qkv, settings = torch.randn(2, 25, 3 * 4 * 32), (None, None, [2, 3, 4], 1, True, 0.2)
+    torch.library.opcheck(torch.ops.evaat_fast.attn_qkv_forward_.default, (qkv.clone(), 4, *settings, True))
+    out, lse = torch.ops.evaat_fast.attn_qkv_forward_(qkv, 4, *settings, True)
+    for of_lse in (None, torch.randn_like(lse)):
+        saved = (torch.randn_like(out), of_lse, qkv, out, lse, 4)
+        torch.library.opcheck(torch.ops.evaat_fast.attn_qkv_backward.default, (*saved, *settings, False))
 
 
 def test_operators_and_compilation():
@@ -196,6 +256,11 @@ def test_operators_and_compilation():
         torch.autograd.grad(compiled(q, k, v), (q, k, v)), torch.autograd.grad(loss(q, k, v), (q, k, v)), strict=True
     ):
         torch.testing.assert_close(a, b)
+    linear, x = torch.nn.Linear(16, 3 * 3 * 32), torch.randn(2, 25, 16)
+    step = lambda x: ops.joint_attention_qkv_(linear(x), 3, (2, 3, 4), backend="triton").square().sum()  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(x), linear.parameters()) for f in (compiled, step)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match="once_differentiable|twice|double"):
         (grad,) = torch.autograd.grad(loss(q, k, v), q, create_graph=True)
         grad.sum().backward()

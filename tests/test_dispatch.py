@@ -27,7 +27,11 @@ def test_other_devices_get_what_plain_torch_gives():
 @pytest.mark.parametrize(
     "backend,error,message",
     [
-        ("nonsense", ValueError, "backend: expected one of auto, triton, gluon, cuda, cpu, sdpa, reference, got 'nonsense'"),
+        (
+            "nonsense",
+            ValueError,
+            "backend: expected one of auto, triton, triton_onepass, gluon, cuda, cpu, sdpa, reference, got 'nonsense'",
+        ),
         ("gluon", RuntimeError, "rope3d: backend 'gluon' was asked for but cannot serve this call: no gluon version of rope3d"),
         ("triton", RuntimeError, "triton takes CUDA tensors"),
     ],

@@ -147,7 +147,7 @@ def test_opcheck():
     for arguments in (settings, per_call):
         torch.library.opcheck(raw.rope3d.default, ([q, k], *arguments))
         torch.library.opcheck(raw.rope3d_.default, ([q, k], *arguments))
-        torch.library.opcheck(raw.rope3d_qkv.default, (torch.randn(2, N, 48), 1, *arguments))
+        torch.library.opcheck(raw.rope3d_qkv.default, (q, q + 1, q + 2, *arguments))
         torch.library.opcheck(raw.rope3d_qkv_.default, (torch.randn(2, N, 48), 1, *arguments))
     torch.library.opcheck(raw.rope3d_freqs.default, ([q, k], [q.clone(), k.clone()], *per_call))
     torch.library.opcheck(raw.rope3d_qkv_freqs.default, (torch.randn(2, N, 48), torch.randn(2, N, 32), 1, *per_call))

@@ -1,12 +1,13 @@
 """Our ops in other people's models.
 
-from evaat_fast.integrations import timm
+from evaat_fast.integrations import timm, transformers
 timm.accelerate(model)
+transformers.register()
 """
 
 import importlib
 
-__all__ = ["timm"]
+__all__ = ["timm", "transformers"]
 
 
 def __getattr__(name):

@@ -7,13 +7,21 @@ same on the packed output of the qkv projection, rotated in place. By name a Tri
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from evaat_fast import _dispatch
 from evaat_fast._check import memory_of, number
+from evaat_fast.ops.attn_check import (
+    TRITON,
+    check_clip_positions,
+    check_clips,
+    check_packed,
+    check_qkv,
+    check_rotation,
+    of_keys,
+    pick,
+)
+from evaat_fast.ops.attn_clips import clip_positions, each_clip, sdpa_of_clips
+from evaat_fast.ops.attn_packed import attend_packed, rotated_heads
 from evaat_fast.ops.attn_triton import attend
-from evaat_fast.ops.rope3d import rope3d, rope3d_qkv_
-from evaat_fast.ops.rope3d_check import check, flags, readable
-
-_MOST_HEAD_DIM = 128  # of evaat_fast.kernels.attn
+from evaat_fast.ops.rope3d import packed_settings, rope3d_qkv_, rotate_by_table, turned
 
 
 def attention_reference(q, k, v, scale, return_lse=False):
@@ -30,16 +38,21 @@ def attention_reference(q, k, v, scale, return_lse=False):
 _NO_ROTATION = (None, None, None, [], 0, True, False)
 
 
-def _attend(q, k, v, scale, backend, return_lse, rotation=_NO_ROTATION):
+def _attend(q, k, v, scale, backend, return_lse, rotation=_NO_ROTATION, cu_seqlens=None, max_seqlen=None):
+    """The attention of a backend: [B, H, N, D], or that and the log-sum-exps."""
     lse = None
-    if backend == "triton" and q.numel() and k.numel():
+    if backend in TRITON and q.numel() and k.numel():
         q, k, v = (memory_of("joint_attention", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-        out, lse = attend(q, k, v, rotation, scale)
+        out, lse = attend(q, k, v, rotation, cu_seqlens, scale, backend == TRITON[1])
         return (out, lse) if return_lse else out
     if backend == "reference" or return_lse:
-        out, lse = attention_reference(q, k, v, scale, True)
+        core = lambda *x: attention_reference(*x, scale, True)  # noqa: E731
+        out, lse = core(q, k, v) if cu_seqlens is None else each_clip(core, q, k, v, cu_seqlens)
+    elif cu_seqlens is not None and q.is_cuda:
+        out = sdpa_of_clips(q, k, v, cu_seqlens, max_seqlen, scale)
     else:
-        out = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        core = lambda *x: scaled_dot_product_attention(*x, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # noqa: E731
+        out = core(q, k, v) if cu_seqlens is None else each_clip(core, q, k, v, cu_seqlens)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # free where the kernel already writes [B, N, H, D]
     return (out, lse) if return_lse else out
 
@@ -69,43 +82,81 @@ def joint_attention(
         grid, positions: as for `rope3d`; with neither there is no rotation. freqs, prefix_tokens, interleaved: likewise.
         k_positions: positions of the keys where they differ from those of the queries; needs `positions`.
         scale: factor of the scores, D**-0.5 by default.
-        cu_seqlens, max_seqlen: part of the contract, not built yet.
+        cu_seqlens: int32 [clips + 1], rising from 0 to the number of tokens: clips of different lengths, one after the other,
+            each attending to itself. Then q is [total, H, D], k and v [total, Hk, D], positions [total, 3], grid that of the
+            longest clip (the others have its first frames), and prefix_tokens lead each clip. Values are checked on the CPU; on
+            CUDA limits that are none make the result NaN in Triton.
+        max_seqlen: at least the longest clip's tokens; spares SDPA on CUDA a wait.
         deterministic: the backward gives the same bits every time. True on CPU and in Triton always; not built yet for SDPA on
             CUDA.
         return_lse: also return the log-sum-exps of the scores; in Triton and the reference.
-        backend: "auto", "sdpa", "triton" (head dims up to 128; not yet run on a GPU) or "reference".
+        backend: "auto", "sdpa", "triton" (head dims up to 128; not yet run on a GPU), "triton_onepass" (the same with a
+            backward pass that adds up dQ in no fixed order) or "reference".
 
     Returns:
-        [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). Under
-        autocast q, k and v are cast first.
+        [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). With
+        cu_seqlens [total, H, D] and [H, total]. Under autocast q, k and v are cast first.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or grid that does not fit, naming the argument.
         NotImplementedError: an option that is not built yet.
     """
-    if cu_seqlens is not None or max_seqlen is not None:
-        raise _dispatch.not_built("joint_attention(cu_seqlens=...)", "pad the clips, or call it once per clip")
-    _check_qkv(q, k, v)
+    check_qkv(q, k, v, cu_seqlens is not None)
     q, k, v = _autocast(q, k, v)
-    backend = _pick(q, backend, return_lse, deterministic)
-    scale = _scale(scale, q.shape[-1])
-    if backend == "triton" and q.numel() and k.numel() and _fuses(grid, positions, freqs):
-        rotation = _rotation(q, k, grid, freqs, prefix_tokens, positions, k_positions, interleaved)
-        return _attend(q, k, v, scale, backend, return_lse, rotation)
-    rotation = dict(freqs=freqs, prefix_tokens=prefix_tokens, interleaved=interleaved, backend=_rope_backend(backend))
-    if k_positions is not None:
-        if positions is None or grid is not None:
-            raise ValueError("k_positions: expected together with positions, and without grid")
-        q = rope3d(q, positions=positions, **rotation)
-        try:
-            k = rope3d(k, positions=k_positions, **rotation)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"k_{error}" if str(error).startswith("positions:") else str(error)) from None
-    elif grid is not None or positions is not None:
-        q, k = rope3d(q, k, grid, positions=positions, **rotation)
-    elif freqs is not None:
+    check_clips(cu_seqlens, max_seqlen, q.shape[0], q.device)
+    if grid is None and positions is None and freqs is not None:
         raise ValueError("freqs: given, but neither grid nor positions is")
-    return _attend(q, k, v, scale, backend, return_lse)
+    if k_positions is not None and (positions is None or grid is not None):
+        raise ValueError("k_positions: expected together with positions, and without grid")
+    backend = pick(q, backend, return_lse, deterministic, q.shape[-1])
+    rotation = grid, freqs, prefix_tokens, positions, k_positions, interleaved
+    if cu_seqlens is None:
+        return _joint(q, k, v, *rotation, _scale(scale, q.shape[-1]), None, None, return_lse, backend)
+    rotation = _in_clips(cu_seqlens, q, *rotation)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = _joint(q, k, v, *rotation, _scale(scale, q.shape[-1]), cu_seqlens, max_seqlen, return_lse, backend)
+    out, lse = out if return_lse else (out, None)
+    out = out.squeeze(0).transpose(0, 1)
+    return (out, lse.squeeze(0)) if return_lse else out
+
+
+def _in_clips(cu_seqlens, q, grid, freqs, prefix_tokens, positions, k_positions, interleaved):
+    """The rotation of packed clips, as one of all their tokens."""
+    if grid is None and positions is None:
+        return grid, freqs, prefix_tokens, positions, k_positions, interleaved
+    check_clip_positions(q, cu_seqlens, grid, freqs, prefix_tokens, positions, k_positions)
+    rows = lambda x: clip_positions(cu_seqlens, q.shape[0], grid, x, prefix_tokens)  # noqa: E731
+    return None, freqs, 0, rows(positions), None if k_positions is None else rows(k_positions), interleaved
+
+
+def _joint(
+    q, k, v, grid, freqs, prefix_tokens, positions, k_positions, interleaved, scale, cu_seqlens, max_seqlen, return_lse, backend
+):
+    """Rotation and attention of checked q, k and v [B, H, N, D], with B = 1 for packed clips."""
+    clips = cu_seqlens, max_seqlen
+    if grid is None and positions is None:
+        return _attend(q, k, v, scale, backend, return_lse, _NO_ROTATION, *clips)
+    if backend in TRITON and q.numel() and k.numel() and _fuses(positions, freqs):
+        rotation = check_rotation(q, k, grid, freqs, prefix_tokens, positions, k_positions, interleaved)
+        return _attend(q, k, v, scale, backend, return_lse, rotation, *clips)
+    # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
+    rest = dict(interleaved=interleaved, inverse=False, backend=_rope_backend(backend), owned=True)
+    if k_positions is None:
+        q, k = turned(q, k, grid, freqs, prefix_tokens, positions, **rest)
+    else:
+        q = turned(q, None, None, freqs, prefix_tokens, positions, **rest)
+        k = of_keys(lambda: turned(k, None, None, freqs, prefix_tokens, k_positions, **rest))
+    return _attend(q, k, v, scale, backend, return_lse, _NO_ROTATION, *clips)
+
+
+def attention_by_table(q, k, v, table, prefix_tokens, interleaved):
+    """joint_attention by cosines and sines that somebody else made, for integrations: no gradient for the table.
+
+    q [B, H, N, D], k and v [B, Hk, N, D] of any dtypes, v's is the result's. table: as `rotate_by_table`, or None.
+    """
+    if table is not None:
+        q, k = (rotate_by_table(x, table, prefix_tokens, interleaved) for x in (q, k))
+    return joint_attention(q.to(v.dtype), k.to(v.dtype), v)
 
 
 def joint_attention_qkv_(
@@ -125,22 +176,24 @@ def joint_attention_qkv_(
     """`joint_attention` on the packed projection; consumes it.
 
     Args:
-        qkv: [B, N, 3 * H * D], one tensor and no view (what torch.nn.Linear returns). Rotated in place: do not use it again.
+        qkv: [B, N, 3 * H * D], one tensor and no view (what torch.nn.Linear returns). Rotated in place: do not use it again, as
+            neither its numbers nor the gradient it would add are those of the projection.
         num_heads: H. The rest as for `joint_attention`.
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]: `.transpose(1, 2).flatten(2)` is free. With return_lse as
         `joint_attention`.
     """
-    if not isinstance(qkv, torch.Tensor) or not qkv.is_floating_point():
-        raise TypeError(f"qkv: expected a floating-point tensor, got {getattr(qkv, 'dtype', type(qkv).__name__)}")
-    if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
-        raise ValueError(f"num_heads: expected a positive int, got {num_heads!r}")
-    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
-        raise ValueError(f"qkv: expected the shape [B, N, 3 * {num_heads} * D], got {list(qkv.shape)}")
+    check_packed(qkv, num_heads)
     (qkv,) = _autocast(qkv)
-    backend = _pick(qkv, backend, return_lse, deterministic, qkv.shape[2] // (3 * num_heads))
-    if grid is not None or positions is not None:
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    backend, scale = pick(qkv, backend, return_lse, deterministic, head_dim), _scale(scale, head_dim)
+    if grid is None and positions is None:
+        if freqs is not None:
+            raise ValueError("freqs: given, but neither grid nor positions is")
+        return _attend(*_unbind(qkv, num_heads), scale, backend, return_lse)
+    rotation = grid, freqs, prefix_tokens, positions, interleaved
+    if not _fuses(positions, freqs) or backend == "reference":
         qkv = rope3d_qkv_(
             qkv,
             num_heads,
@@ -151,11 +204,22 @@ def joint_attention_qkv_(
             interleaved=interleaved,
             backend=_rope_backend(backend),
         )
-    elif freqs is not None:
-        raise ValueError("freqs: given, but neither grid nor positions is")
+        return _attend(*_unbind(qkv, num_heads), scale, backend, return_lse)
+    settings = packed_settings(qkv, num_heads, *rotation, False, None)
+    if backend in TRITON and torch.compiler.is_compiling():
+        # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
+        q, k, v = _unbind(qkv, num_heads)
+        rotation = grid, freqs, prefix_tokens, positions, None, interleaved
+        return _joint(q, k, v, *rotation, scale, None, None, return_lse, backend)
+    if backend in TRITON and qkv.numel() and scale >= 0:
+        out, lse = attend_packed(qkv, num_heads, settings, scale, backend == TRITON[1])
+        return (out, lse) if return_lse else out
+    return _attend(*rotated_heads(qkv, num_heads, settings), scale, backend, return_lse)
+
+
+def _unbind(qkv, num_heads):
     # unbind(2): its backward stacks the three gradients straight into the packed layout, one copy.
-    q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
-    return _attend(q, k, v, _scale(scale, q.shape[-1]), backend, return_lse)
+    return (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
 
 
 def _rope_backend(backend):
@@ -175,57 +239,7 @@ def _autocast(*tensors):
     return tensors
 
 
-def _pick(x, backend, return_lse, deterministic, head_dim=None):
-    backend = _dispatch.pick("joint_attention", x, backend)
-    head_dim = x.shape[-1] if head_dim is None else head_dim
-    if backend == "triton" and head_dim > _MOST_HEAD_DIM:
-        raise _dispatch.BackendError(f"joint_attention: triton takes head dims up to {_MOST_HEAD_DIM}, not {head_dim}")
-    if return_lse and backend == "sdpa":
-        detail = 'torch\'s attention does not return it on every device; backend="triton" and "reference" do'
-        raise _dispatch.not_built("joint_attention(return_lse=True)", detail)
-    if deterministic and backend == "sdpa" and x.is_cuda:
-        raise _dispatch.not_built(
-            "joint_attention(deterministic=True) on CUDA", "torch.use_deterministic_algorithms governs SDPA"
-        )
-    return backend
-
-
-def _fuses(grid, positions, freqs):
-    """Whether the attention kernel can rotate: it computes no gradient of the frequencies."""
+def _fuses(positions, freqs):
+    """Whether rotation and attention may be one: no gradient is wanted of the frequencies or the positions."""
     learned = any(x is not None and getattr(x, "requires_grad", False) for x in (freqs, positions))
-    return (grid is not None or positions is not None) and not (learned and torch.is_grad_enabled())
-
-
-def _rotation(q, k, grid, freqs, prefix_tokens, positions, k_positions, interleaved):
-    """What `attend` takes, with the checks of `rope3d`."""
-    q, k, freqs, positions = readable(q=q, k=k, freqs=freqs, positions=positions)
-    interleaved, _ = flags(interleaved=interleaved, inverse=False)
-    if k_positions is not None:
-        if positions is None or grid is not None:
-            raise ValueError("k_positions: expected together with positions, and without grid")
-        try:
-            (k_positions,) = readable(positions=k_positions)
-            check(k, None, None, freqs, prefix_tokens, k_positions)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"k_{error}" if str(error).startswith("positions:") else str(error)) from None
-    grid = check(q, k if k_positions is None else None, grid, freqs, prefix_tokens, positions)
-    return freqs, positions, k_positions, grid, prefix_tokens, interleaved, True
-
-
-def _check_qkv(q, k, v):
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if x.layout is not torch.strided or x.is_nested:
-            raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: expected the shape [B, H, N, D], got {list(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
-    B, H, _, D = q.shape
-    if D == 0:
-        raise ValueError(f"q: expected a head dim of at least 1, got the shape {list(q.shape)}")
-    if k.shape[0] != B or k.shape[3] != D or k.shape[1] == 0 or H % k.shape[1]:
-        raise ValueError(f"k: expected [{B}, a divisor of {H}, M, {D}] to go with q {list(q.shape)}, got {list(k.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"v: expected the shape of k, {list(k.shape)}, got {list(v.shape)}")
+    return not (learned and torch.is_grad_enabled())

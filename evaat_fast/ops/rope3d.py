@@ -86,7 +86,7 @@ def _freqs_gradient(grads, outs, xs, freqs, positions, grid, prefix_tokens, inte
     return launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse, backend).view(freqs.shape)
 
 
-def _split(qkv, num_heads):
+def split_heads(qkv, num_heads):
     """[B, N, 3*H*D] -> a view [B, 3*H, N, D] of it."""
     B, N, width = qkv.shape
     return qkv.view(B, N, 3 * num_heads, width // (3 * num_heads)).transpose(1, 2)
@@ -97,11 +97,12 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, *settings):
+        *settings, _ = settings
         return tuple(_rotate([q] if k is None else [q, k], *settings))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, freqs, positions, *ctx.settings = inputs
+        q, k, freqs, positions, *ctx.settings, ctx.owned = inputs
         saved = (q, k) if freqs is not None and freqs.requires_grad else (None, None)
         ctx.save_for_backward(freqs, positions, *saved)
         ctx.set_materialize_grads(False)
@@ -116,10 +117,12 @@ class _Rotate(torch.autograd.Function):
         rows, of_freqs = [_rows(grads[i]) for i in given], None
         if rows and ctx.needs_input_grad[2]:
             rows, of_freqs = _rotate_freqs(rows, [saved[i] for i in given], *settings)
+        elif rows and ctx.owned and not torch.compiler.is_compiling() and not any(map(overlaps, rows)):
+            _rotate_(rows, *settings)
         elif rows:
             rows = _rotate(rows, *settings)
         rows = dict(zip(given, rows, strict=True))
-        return rows.get(0), rows.get(1), of_freqs, *[None] * 6
+        return rows.get(0), rows.get(1), of_freqs, *[None] * 7
 
 
 def _rows(x):
@@ -127,21 +130,23 @@ def _rows(x):
 
 
 @register(f"rope3d_qkv_(Tensor(a!) qkv, SymInt num_heads, {_SETTINGS}) -> ()", lambda qkv, num_heads, *settings: None)
-def _rotate_qkv_(qkv, num_heads, *settings):
-    q, k, _ = _split(qkv, num_heads).chunk(3, 1)
+def rotate_qkv_(qkv, num_heads, *settings):
+    q, k, _ = split_heads(qkv, num_heads).chunk(3, 1)
     _rotate_([q, k], *settings)
 
 
-@register(
-    f"rope3d_qkv(Tensor qkv, SymInt num_heads, {_SETTINGS}) -> Tensor",
-    lambda qkv, num_heads, *settings: qkv.new_empty(qkv.shape),
-)
-def _rotate_qkv(qkv, num_heads, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
-    out = qkv.new_empty(qkv.shape)
-    q, k, v = _split(qkv, num_heads).chunk(3, 1)
-    new_q, new_k, new_v = _split(out, num_heads).chunk(3, 1)
+def _packed(q, *others):
+    B, H, N, D = q.shape
+    return q.new_empty((B, N, 3 * H * D))
+
+
+@register(f"rope3d_qkv(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> Tensor", _packed)
+def rotate_to_qkv(q, k, v, freqs, positions, grid, prefix_tokens, interleaved, inverse, backend):
+    """[B, N, 3*H*D] of the rotated q and k and of v, [B, H, N, D] each."""
+    out = _packed(q)
+    new_q, new_k, new_v = split_heads(out, q.shape[1]).chunk(3, 1)
     table = table_of(freqs, positions, grid, prefix_tokens, q.shape[3], q.device, backend)
-    _launch([q, k], [new_q, new_k], table, prefix_tokens, interleaved, inverse, backend)
+    _launch([_rows(q), _rows(k)], [new_q, new_k], table, prefix_tokens, interleaved, inverse, backend)
     new_v.copy_(v)
     return out
 
@@ -152,8 +157,8 @@ def _rotate_qkv(qkv, num_heads, freqs, positions, grid, prefix_tokens, interleav
 )
 def _rotate_qkv_freqs(grad, x, num_heads, *settings):
     out = grad.new_empty(grad.shape)
-    dq, dk, dv = _split(grad, num_heads).chunk(3, 1)
-    new_q, new_k, new_v = _split(out, num_heads).chunk(3, 1)
+    dq, dk, dv = split_heads(grad, num_heads).chunk(3, 1)
+    new_q, new_k, new_v = split_heads(out, num_heads).chunk(3, 1)
     new_v.copy_(dv)
     q, k = x.unflatten(2, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
     return out, _freqs_gradient([dq, dk], [new_q, new_k], [q, k], *settings)
@@ -164,7 +169,7 @@ class _RotateQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(qkv, saved, shape, num_heads, *settings):
-        _rotate_qkv_(qkv.view(shape), num_heads, *settings)
+        rotate_qkv_(qkv.view(shape), num_heads, *settings)
         return qkv
 
     @staticmethod
@@ -183,7 +188,7 @@ class _RotateQKV(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             rotated, of_freqs = _rotate_qkv_freqs(packed, saved, ctx.num_heads, *settings)
         else:
-            rotated = _rotate_qkv(packed, ctx.num_heads, *settings)
+            rotated = rotate_to_qkv(*split_heads(packed, ctx.num_heads).chunk(3, 1), *settings)
         return rotated.view(grad.shape), None, None, None, of_freqs, *[None] * 6
 
 
@@ -255,6 +260,11 @@ def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None,
 
     Source: EVA02-AT (arXiv 2506.14356), section 3.2; RoFormer (arXiv 2104.09864).
     """
+    return turned(q, k, grid, freqs, prefix_tokens, positions, interleaved, inverse, backend, False)
+
+
+def turned(q, k, grid, freqs, prefix_tokens, positions, interleaved, inverse, backend, owned):
+    """`rope3d`; owned: the gradients of what is returned have no other reader, so the backward pass turns them in place."""
     q, k, freqs, positions = readable(q=q, k=k, freqs=freqs, positions=positions)
     interleaved, inverse = flags(interleaved=interleaved, inverse=inverse)
     grid = check(q, k, grid, freqs, prefix_tokens, positions)
@@ -267,7 +277,7 @@ def rope3d(q, k=None, grid=None, *, freqs=None, prefix_tokens=1, positions=None,
     settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, backend)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, freqs)):
         # Dynamo takes no tensor twice.
-        out = _Rotate.apply(q, q.view_as(q) if k is q else k, *settings)
+        out = _Rotate.apply(q, q.view_as(q) if k is q else k, *settings, owned)
     else:
         out = _rotate([q] if k is None else [q, k], *settings)
     return out[0] if k is None else (out[0], out[1])
@@ -340,6 +350,27 @@ def rope3d_qkv_(
     Raises:
         as `rope3d`; ValueError also if qkv is not contiguous, or requires a gradient and is a leaf or a partial view.
     """
+    settings = packed_settings(qkv, num_heads, grid, freqs, prefix_tokens, positions, interleaved, inverse, backend)
+    freqs, positions, grid, *_, backend = settings
+    if not torch.is_grad_enabled() or not (qkv.requires_grad or (freqs is not None and freqs.requires_grad)):
+        rotate_qkv_(qkv, num_heads, *settings)
+        return qkv
+    base = packed_base(qkv)
+    saved = None
+    if freqs is not None and freqs.requires_grad:
+        if backend == "reference":
+            q, k, v = split_heads(qkv.clone(), num_heads).chunk(3, 1)
+            options = dict(freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
+            q, k = rope3d_reference(q, k, grid or None, **options, inverse=inverse)
+            return qkv.copy_(torch.cat((q, k, v), 1).transpose(1, 2).flatten(2))
+        # What is left in place is rounded: in bfloat16 that would put 0.2 % of noise into the gradient of freqs.
+        saved = qkv.detach()[..., : qkv.shape[2] // 3 * 2].clone()
+    out = _RotateQKV.apply(base, saved, qkv.shape, num_heads, *settings)
+    return out if base is qkv else out.view(qkv.shape)
+
+
+def packed_settings(qkv, num_heads, grid, freqs, prefix_tokens, positions, interleaved, inverse, backend):
+    """The checks of `rope3d_qkv_`: the settings that the operators take."""
     if not isinstance(qkv, torch.Tensor) or qkv.ndim != 3:
         raise wrong("qkv", "a tensor [B, N, 3 * num_heads * D]", qkv)
     writable("qkv", qkv)
@@ -351,33 +382,29 @@ def rope3d_qkv_(
         )
     if not qkv.is_contiguous():
         raise ValueError(f"qkv: expected a contiguous tensor, got strides {list(qkv.stride())}")
-    q = _split(qkv.detach(), num_heads)[:, :num_heads]
+    q = split_heads(qkv.detach(), num_heads)[:, :num_heads]
     grid = check(q, None, grid, freqs, prefix_tokens, positions)
-    settings = (freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, positions, backend))
-    if not torch.is_grad_enabled() or not (qkv.requires_grad or (freqs is not None and freqs.requires_grad)):
-        _rotate_qkv_(qkv, num_heads, *settings)
-        return qkv
+    return freqs, positions, grid, prefix_tokens, interleaved, inverse, _backend(q, positions, backend)
+
+
+def packed_base(qkv):
+    """What autograd is to see changed in place: qkv, or the tensor that it is a reshape of. Changing that replaces one node of
+    the graph; changing the view would copy the gradient three times.
+
+    Raises:
+        ValueError: qkv is a leaf that requires a gradient, or a view of a part of another tensor.
+    """
     if qkv.is_leaf and qkv.requires_grad:
         raise ValueError("qkv: a leaf that requires a gradient cannot be changed in place; use rope3d")
-    saved = None
-    if freqs is not None and freqs.requires_grad:
-        if settings[-1] == "reference":
-            q, k, v = _split(qkv.clone(), num_heads).chunk(3, 1)
-            options = dict(freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
-            q, k = rope3d_reference(q, k, grid or None, **options, inverse=inverse)
-            return qkv.copy_(torch.cat((q, k, v), 1).transpose(1, 2).flatten(2))
-        # What is left in place is rounded: in bfloat16 that would put 0.2 % of noise into the gradient of freqs.
-        saved = qkv.detach()[..., : qkv.shape[2] // 3 * 2].clone()
     if torch.compiler.is_compiling() or not qkv._is_view():
-        return _RotateQKV.apply(qkv, saved, qkv.shape, num_heads, *settings)
+        return qkv
     base = qkv._base
     if base.numel() != qkv.numel() or not base.is_contiguous():
         raise ValueError(
             f"qkv: is a view of a part of a tensor {list(base.shape)}, for which autograd would copy whole gradients; "
             "pass the linear layer's own output, or use rope3d"
         )
-    # Changing the base replaces one node of the graph; changing the view would copy the gradient three times.
-    return _RotateQKV.apply(base, saved, qkv.shape, num_heads, *settings).view(qkv.shape)
+    return base
 
 
 def _backend(q, positions, backend):

@@ -50,10 +50,7 @@ def check(q, k, grid, freqs, prefix_tokens, positions):
             raise ValueError(f"k: expected q's device {q.device}, got {k.device}")
         if k.shape[0] != B or k.shape[2] != N or k.shape[3] != D:
             raise ValueError(f"k: expected the shape [{B}, Hk, {N}, {D}], got {list(k.shape)}")
-    if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
-        raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
-    if (grid is None) == (positions is None):
-        raise ValueError(f"grid, positions: expected exactly one of the two, got {'neither' if grid is None else 'both'}")
+    check_place(grid, prefix_tokens, positions)
     if freqs is None:
         if D % 4:
             raise ValueError(f"freqs: the default, joint_freqs, needs a head dim that is a multiple of 4, got {D}")
@@ -78,18 +75,30 @@ def check(q, k, grid, freqs, prefix_tokens, positions):
         if prefix_tokens > N:
             raise ValueError(f"prefix_tokens: expected at most N = {N}, got {prefix_tokens}")
         return []
-    try:
-        T, Hp, Wp = grid
-    except (TypeError, ValueError):
-        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}") from None
-    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in (T, Hp, Wp)):
-        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}")
+    T, Hp, Wp = check_grid(grid)
     if N != prefix_tokens + T * Hp * Wp:
         raise ValueError(
             f"grid: {T} x {Hp} x {Wp} cells and prefix_tokens={prefix_tokens} make {prefix_tokens + T * Hp * Wp} "
             f"tokens, but q has N = {N}"
         )
     return [T, Hp, Wp]
+
+
+def check_place(grid, prefix_tokens, positions):
+    if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
+        raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
+    if (grid is None) == (positions is None):
+        raise ValueError(f"grid, positions: expected exactly one of the two, got {'neither' if grid is None else 'both'}")
+
+
+def check_grid(grid):
+    try:
+        T, Hp, Wp = grid
+    except (TypeError, ValueError):
+        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}") from None
+    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in (T, Hp, Wp)):
+        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}")
+    return T, Hp, Wp
 
 
 def share_memory(q, k):
