@@ -36,10 +36,23 @@ def test_products_are_wgmma_on_hopper(name):
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("attn ")])
 def test_attention_rarely_waits_for_products_on_hopper(name):
     """In the innermost loop; ptxas waits after each of a dozen where it cannot keep them in flight."""
-    code = aot.instructions(compiled(name, 90))
-    loops = [code[i : j + 1] for i, j in aot.loops(aot.listing(compiled(name, 90)))]
-    inner = min((loop for loop in loops if any("GMMA" in line for line in loop)), key=len)
-    assert sum("WARPGROUP.DEPBAR" in line for line in inner) <= 3
+    inner = aot.inner_loop(aot.listing(compiled(name, 90)))
+    assert any("GMMA" in line for line in inner) and sum("WARPGROUP.DEPBAR" in line for line in inner) <= 3
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("attn ")])
+def test_attention_fits_ada(name):
+    """Which has the instructions of sm_80, and less shared memory."""
+    used = aot.resources(compiled(name, 89))
+    assert used["stack"] == 0 and used["shared"] <= aot.SHARED_LIMIT[89], used
+
+
+def test_one_pass_adds_with_the_copy_engine():
+    for name in SHIPPED:
+        if name.startswith("attn both"):
+            for arch in (90, 100):
+                code = aot.instructions(compiled(name, arch))
+                assert any(line.startswith("UTMAREDG") for line in code) and not any(line.startswith("RED.") for line in code)
 
 
 @archs

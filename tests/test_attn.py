@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from check import close
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -176,6 +177,17 @@ def test_nan_stays_in_its_clip():
     assert out[1, 0].isnan().any() and torch.isfinite(out[0]).all()
 
 
+def test_log_sum_exps():
+    q, k, v = tensors()
+    rq, rk = ops.rope3d(q, k, GRID)
+    scores = rq @ rk.transpose(2, 3) / 32**0.5
+    out, lse = ops.joint_attention(q, k, v, grid=GRID, return_lse=True)
+    torch.testing.assert_close((out, lse), (scores.softmax(-1) @ v, scores.logsumexp(-1)))
+    torch.testing.assert_close(torch.autograd.grad(lse.sum(), (q, k)), torch.autograd.grad(scores.logsumexp(-1).sum(), (q, k)))
+    qkv = torch.stack([x.detach().transpose(1, 2) for x in (q, k, v)], 2).flatten(2)
+    torch.testing.assert_close(ops.joint_attention_qkv_(qkv, 3, GRID, return_lse=True), (out, lse))
+
+
 def test_empty_batch():
     assert ops.joint_attention(*tensors(B=0, dtype=torch.float32), grid=GRID).shape == (0, 3, N, 32)
 
@@ -196,6 +208,31 @@ def test_compiles_whole():
     eager = torch.autograd.grad(step(x), list(linear.parameters()))
     compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x), list(linear.parameters()))
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    linear, x = packed()
+    step = lambda x: ops.joint_attention_qkv_(linear(x), 3, GRID)  # noqa: E731
+
+    def gradient(function):
+        leaf = x.clone().requires_grad_()
+        function(leaf).square().sum().backward()
+        return leaf.grad
+
+    again = lambda x: torch.utils.checkpoint.checkpoint(step, x, use_reentrant=reentrant)  # noqa: E731
+    assert torch.equal(gradient(step), gradient(again))
+
+
+def test_gradients_turned_in_place_are_nobody_elses():
+    """The rotation turns the gradients of its own results where they lie, and only those."""
+    q, k, v = tensors(dtype=torch.float32)
+    out = ops.joint_attention(q, k, v, grid=GRID)
+    first = torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
+    kept = [g.clone() for g in first]
+    again = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for a, b, c in zip(first, kept, again, strict=True):
+        assert torch.equal(a, b) and torch.equal(b, c)
 
 
 def test_exports():
@@ -220,7 +257,7 @@ BAD = [
     (dict(grid=(2, 3, 5)), ValueError, "grid"),
     (dict(grid=None, k_positions=torch.zeros(N, 3)), ValueError, "k_positions: expected together with positions"),
     (dict(grid=None, freqs=ops.joint_freqs(32)), ValueError, "freqs: given, but neither grid nor positions"),
-    (dict(return_lse=True), NotImplementedError, "return_lse=True"),
+    (dict(return_lse=True, backend="sdpa"), RuntimeError, "joint_attention: sdpa returns no log-sum-exps"),
     (dict(backend="triton"), RuntimeError, "triton takes CUDA tensors"),
 ]
 

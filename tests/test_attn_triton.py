@@ -1,9 +1,13 @@
 """The Triton kernels of joint_attention in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from check import close
 from test_attn import results, tensors
 from torch.nn.functional import scaled_dot_product_attention
@@ -264,6 +268,63 @@ def test_operators_and_compilation():
     with pytest.raises(RuntimeError, match="once_differentiable|twice|double"):
         (grad,) = torch.autograd.grad(loss(q, k, v), q, create_graph=True)
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("order", ["counter first", "counter last"])
+def test_flops_are_counted(order):
+    code = """
+from torch.utils.flop_counter import FlopCounterMode
+import torch
+from evaat_fast import ops
+q, k, v = (torch.randn(2, 3, 25, 32, requires_grad=True) for _ in range(3))
+x, limits = torch.randn(25, 3, 32), torch.tensor([0, 9, 9, 25], dtype=torch.int32)
+linear = torch.randn(2, 25, 3 * 3 * 32, requires_grad=True)
+for call, flops in (
+    (lambda: ops.joint_attention(q, k, v, grid=(2, 3, 4), backend="triton").sum().backward(), 14 * 2 * 25**2),
+    (lambda: ops.joint_attention(x, x, x, cu_seqlens=limits, backend="triton"), 4 * (9**2 + 16**2)),
+    (lambda: ops.joint_attention_qkv_(linear * 1, 3, (2, 3, 4), backend="triton").sum().backward(), 14 * 2 * 25**2),
+):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert counter.get_total_flops() == flops * 3 * 32, (counter.get_total_flops(), flops * 3 * 32)
+"""
+    lines = code.strip().split("\n")
+    if order == "counter last":
+        lines.insert(3, lines.pop(0))
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    linear, x = torch.nn.Linear(16, 3 * 3 * 32), torch.randn(2, 25, 16)
+    step = lambda x: ops.joint_attention_qkv_(linear(x), 3, (2, 3, 4), backend="triton")  # noqa: E731
+
+    def gradient(function):
+        leaf = x.clone().requires_grad_()
+        function(leaf).square().sum().backward()
+        return leaf.grad
+
+    again = lambda x: torch.utils.checkpoint.checkpoint(step, x, use_reentrant=reentrant)  # noqa: E731
+    assert torch.equal(gradient(step), gradient(again))
+
+
+def test_export():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ops.joint_attention(q, k, v, grid=(2, 3, 4), backend="triton")
+
+    inputs = tuple(x.detach() for x in tensors(n=25, dtype=F32))
+    program = torch.export.export(Attention(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), Attention()(*inputs))
+
+
+def test_autocast_casts_first():
+    q, k, v = (x.detach() for x in tensors(n=25, dtype=F32))
+    with torch.autocast("cpu", torch.float16):
+        out = ops.joint_attention(q, k, v, grid=(2, 3, 4), backend="triton")
+    want = ops.joint_attention(*(x.half() for x in (q, k, v)), grid=(2, 3, 4), backend="triton")
+    assert out.dtype == F16 and torch.equal(out, want)
 
 
 def test_what_it_cannot_do():

@@ -19,9 +19,12 @@ from evaat_fast.ops.attn_check import (
     pick,
 )
 from evaat_fast.ops.attn_clips import clip_positions, each_clip, sdpa_of_clips
+from evaat_fast.ops.attn_flops import register_when_imported
 from evaat_fast.ops.attn_packed import attend_packed, rotated_heads
 from evaat_fast.ops.attn_triton import attend
 from evaat_fast.ops.rope3d import packed_settings, rope3d_qkv_, rotate_by_table, turned
+
+register_when_imported()
 
 
 def attention_reference(q, k, v, scale, return_lse=False):
@@ -89,7 +92,8 @@ def joint_attention(
         max_seqlen: at least the longest clip's tokens; spares SDPA on CUDA a wait.
         deterministic: the backward gives the same bits every time. True on CPU and in Triton always; not built yet for SDPA on
             CUDA.
-        return_lse: also return the log-sum-exps of the scores; in Triton and the reference.
+        return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
+            CUDA and the reference elsewhere, which keeps all scores of a clip.
         backend: "auto", "sdpa", "triton" (head dims up to 128; not yet run on a GPU), "triton_onepass" (the same with a
             backward pass that adds up dQ in no fixed order) or "reference".
 

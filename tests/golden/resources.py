@@ -3,8 +3,8 @@
     cd tests && python -m golden.resources
 
 writes resources.md beside this file. A cell is registers per thread / bytes of shared memory per block / machine
-instructions / instructions of the longest loop. No kernel has a stack. The numbers are those of one version of Triton and
-of one nvcc; tests/test_aot.py compares them where the versions are the same.
+instructions / instructions of the inner loop (see aot.inner_loop). No kernel has a stack. The numbers are those of one
+version of Triton and of one nvcc; tests/test_aot.py compares them where the versions are the same.
 """
 
 import importlib.metadata
@@ -62,7 +62,7 @@ def main():
     heads = [f"sm_{arch}" for arch in aot.ARCHS]
     triton = {name: {f"sm_{arch}": triton_cell(name, arch) for arch in aot.ARCHS} for name in SHIPPED}
     lines = ["# What the compilers make of the GPU kernels", ""]
-    lines += ["Registers per thread / bytes of shared memory per block / machine instructions / those of the longest loop.", ""]
+    lines += ["Registers per thread / bytes of shared memory per block / machine instructions / those of the inner loop.", ""]
     for compiler, rows in ((triton_version(), triton), (nvcc_version(), cuda_rows())):
         lines += [f"## {compiler}", "", f"| kernel | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
         lines += [f"| {name} | {' | '.join(cells[head] for head in heads)} |" for name, cells in rows.items()] + [""]
