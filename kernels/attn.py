@@ -23,7 +23,7 @@ def plan(kind, dtype, D, generation=9):
     elif kind == "forward":
         rows, columns, warps = 128, 128 if D <= 64 else 64, 8
     elif kind == "queries":
-        rows, columns, warps = 128, 64 if D <= 64 or generation >= 9 else 32, 8
+        rows, columns, warps = 128, 64 if D <= 64 or generation >= 9 else 16, 8
     elif D > 64:
         rows, columns, warps = 32, 64, 8
     else:
