@@ -21,7 +21,10 @@ step python3 -m evaat_fast doctor
 for op in rope3d attn pairwise patchify; do
   [ -n "$only" ] && [ "$only" != "$op" ] && continue
   step python3 -m pytest -q -p no:cacheprovider -m gpu tests/test_"$op"*.py ${out:+--junitxml="$out/$op.xml"}
-  [ -f "bench/$op.py" ] && step python3 "bench/$op.py" --device cuda $([ -n "$out" ] && echo --json "$out/$op.json" || echo --record)
+  # Every attention of others three ways at every shape takes most of an hour, for whoever has one: python bench/attn.py
+  brief=()
+  [ "$op" = attn ] && brief=(--seconds 0.1 --skip "compile(" "eager rope + sdpa " "eager rope + f" "eager rope + x")
+  [ -f "bench/$op.py" ] && step python3 "bench/$op.py" --device cuda "${brief[@]}" $([ -n "$out" ] && echo --json "$out/$op.json" || echo --record)
 done
 echo "== gpu_check ends with status $status"
 exit $status

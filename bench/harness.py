@@ -231,7 +231,7 @@ def measure(bench, shape, dtype, mode, args):
     for name, provider in everyone.items():
         record = {"shape": shape, "dtype": dtype, "mode": mode, "provider": name}
         records.append(record)
-        if args.providers and name not in args.providers:
+        if (args.providers and name not in args.providers) or any(word in name for word in args.skip):
             record["absent"] = "not asked for"
             continue
         if name in bench.yardsticks:
@@ -287,13 +287,13 @@ def print_case(records, peak):
     first = records[0]
     print(f"\n{json.dumps(first['shape'])}  {first['dtype']}  {first['mode']}")
     heads = f"{'rate':>15} {'% peak':>7} {'x base':>7} {'MiB':>7} {'max error':>10} {'torch':>9}"
-    print(f"  {'provider':<34}{'ms p50':>9} {'p20-p80':>17} {heads}")
+    width, absent = 2 + max(len(r["provider"]) for r in records), {}
+    print(f"  {'provider':<{width}}{'ms p50':>9} {'p20-p80':>17} {heads}")
     for r in records:
         if "absent" in r:
-            if r["absent"] != "not asked for":
-                print(f"  {r['provider']:<34}absent: {r['absent'][:100]}")
+            absent.setdefault(r["absent"], []).append(r["provider"])
         elif "fail" in r:
-            print(f"  {r['provider']:<34}FAIL: {r['fail'][:120]}")
+            print(f"  {r['provider']:<{width}}FAIL: {r['fail'][:120]}")
         else:
             seconds, (unit, amount) = r["ms"]["p50"] / 1e3, next(iter(r["work"].items()))
             scale, name = (1e12, "TFLOP/s") if unit == "flop" else (1e9, "GB/s")
@@ -302,9 +302,12 @@ def print_case(records, peak):
             memory = f"{r['peak_mib']:.0f}" if "peak_mib" in r else "-"
             errors = f"{r['error']:>10.1e} {r['torch_error']:>9.1e}" if "error" in r else f"{'yardstick':>20}"
             print(
-                f"  {r['provider']:<34}{r['ms']['p50']:>9.3f} {span:>17} {amount / seconds / scale:>7.3f} {name:<7}"
+                f"  {r['provider']:<{width}}{r['ms']['p50']:>9.3f} {span:>17} {amount / seconds / scale:>7.3f} {name:<7}"
                 f"{100 * amount / seconds / top:>7.0f} {ratio:>7} {memory:>7} {errors}"
             )
+    absent.pop("not asked for", None)
+    for why, names in absent.items():
+        print(f"  absent, {why[:100]}: {'; '.join(names)}")
 
 
 def main(bench, argv=None):
@@ -314,6 +317,7 @@ def main(bench, argv=None):
     parser.add_argument("--dtype", choices=bench.dtypes, action="append")
     parser.add_argument("--mode", choices=bench.modes, action="append")
     parser.add_argument("--providers", nargs="+", choices=[*bench.providers, *bench.yardsticks], metavar="NAME")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="WORD", help="leave out providers whose name has a word in it")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
     parser.add_argument("--threads", type=int, help="CPU threads (all processors by default)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider and case")

@@ -125,7 +125,7 @@ def page_text(data, has_figure):
                 rows.setdefault(r["provider"], {})[r["mode"]] = numbers(r, peak)
         lines += [f"| {p} | " + " | ".join(row.get(m, "–") for m in modes) + " |" for p, row in rows.items()]
     absent.pop("not asked for", None)
-    lines += ["", "Absent:", "", *(f"- {', '.join(names)}: {why}" for why, names in absent.items())] if absent else []
+    lines += ["", "Absent:", "", *(f"- {'; '.join(names)}: {why}" for why, names in absent.items())] if absent else []
     return "\n".join(lines) + "\n"
 
 
