@@ -350,7 +350,7 @@ def random_call(seed):
         options = dict(positions=torch.rand(N, 3) * 20, prefix_tokens=min(prefix, N), interleaved=rng.random() < 0.5)
     if rng.random() < 0.3:
         options["scale"] = rng.choice((0.05, 0.5))
-    check(inputs, **options)
+    check(inputs, backend=rng.choice(("triton", "triton_onepass")), **options)
 
 
 def test_fuzz():

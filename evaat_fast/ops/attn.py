@@ -51,11 +51,10 @@ def _attend(q, k, v, scale, backend, return_lse, rotation=_NO_ROTATION, cu_seqle
     if backend == "reference" or return_lse:
         core = lambda *x: attention_reference(*x, scale, True)  # noqa: E731
         out, lse = core(q, k, v) if cu_seqlens is None else each_clip(core, q, k, v, cu_seqlens)
-    elif cu_seqlens is not None and q.is_cuda:
+    elif cu_seqlens is not None:
         out = sdpa_of_clips(q, k, v, cu_seqlens, max_seqlen, scale)
     else:
-        core = lambda *x: scaled_dot_product_attention(*x, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # noqa: E731
-        out = core(q, k, v) if cu_seqlens is None else each_clip(core, q, k, v, cu_seqlens)
+        out = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # free where the kernel already writes [B, N, H, D]
     return (out, lse) if return_lse else out
 
