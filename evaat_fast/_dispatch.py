@@ -49,7 +49,7 @@ SUPPORT = {
     },
     "joint_attention": {
         "sdpa": Support(_ALL, note="rope3d, then torch's scaled_dot_product_attention"),
-        "triton": Support(FLOATS, note=_BY_NAME),
+        "triton": Support(FLOATS, note="by name, and for log-sum-exps and deterministic gradients; " + _UNMEASURED),
         "triton_onepass": Support(FLOATS, note=_BY_NAME),
         "reference": Support(_ALL),
     },
@@ -165,6 +165,11 @@ def _read_default(text):
 
 
 _DEFAULT = _read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
+
+
+def is_auto(op, backend):
+    """Whether the table chooses, not a name."""
+    return backend == "auto" or (backend is None and op not in _DEFAULT)
 
 
 def pick(op, tensor, backend=None, dtype=None):

@@ -67,6 +67,17 @@ def test_triton_against_float64(n, grid, dtype, D, interleaved):
 
 
 @pytest.mark.gpu
+def test_what_sdpa_has_not_is_tritons():
+    q, k, v = tensors(dtype=torch.float16, device="cuda")
+    out, lse = ops.joint_attention(q, k, v, grid=GRID, return_lse=True)
+    want = ops.joint_attention(q, k, v, grid=GRID, return_lse=True, backend="triton")
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+    assert torch.equal(ops.joint_attention(q, k, v, grid=GRID, deterministic=True), out)
+    with pytest.raises(RuntimeError, match="on CUDA sdpa is deterministic only under"):
+        ops.joint_attention(q, k, v, grid=GRID, deterministic=True, backend="sdpa")
+
+
+@pytest.mark.gpu
 def test_triton_a_thousand_times():
     inputs = tensors(B=4, H=4, n=785, D=64, dtype=torch.bfloat16, device="cuda")
     run = lambda *x: ops.joint_attention(*x, grid=(4, 14, 14), backend="triton")  # noqa: E731

@@ -89,8 +89,8 @@ def joint_attention(
             longest clip (the others have its first frames), and prefix_tokens lead each clip. Values are checked on the CPU; on
             CUDA limits that are none make the result NaN in Triton.
         max_seqlen: at least the longest clip's tokens; spares SDPA on CUDA a wait.
-        deterministic: the backward gives the same bits every time. True on CPU and in Triton always; not built yet for SDPA on
-            CUDA.
+        deterministic: the backward gives the same bits every time, as it always does on CPU and in Triton. On CUDA then Triton
+            serves, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
         backend: "auto", "sdpa", "triton" (head dims up to 128; not yet run on a GPU), "triton_onepass" (the same with a
@@ -102,7 +102,7 @@ def joint_attention(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or grid that does not fit, naming the argument.
-        NotImplementedError: an option that is not built yet.
+        RuntimeError: a backend that was asked for by name cannot serve the call.
     """
     check_qkv(q, k, v, cu_seqlens is not None)
     q, k, v = _autocast(q, k, v)

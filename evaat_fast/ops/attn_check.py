@@ -105,21 +105,23 @@ def check_packed(qkv, num_heads):
 
 def pick(x, backend, return_lse, deterministic, head_dim):
     """The backend, if it can do what is asked."""
-    if return_lse and backend in (None, "auto") and _dispatch.pick("joint_attention", x) == "sdpa":
-        # Beside torch's attention, which has none to return, the reference is all there was.
+    # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
+    loose = deterministic and x.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    auto, backend = _dispatch.is_auto("joint_attention", backend), _dispatch.pick("joint_attention", x, backend)
+    if auto and backend == "sdpa" and (return_lse or loose):
+        # For these there is no fast attention that Triton's would have to beat first.
         fits = (
             x.is_cuda and head_dim <= _MOST_HEAD_DIM and _dispatch.unusable("joint_attention", "triton", True, x.dtype) is None
         )
         return "triton" if fits else "reference"
-    backend = _dispatch.pick("joint_attention", x, backend)
     if backend in TRITON and head_dim > _MOST_HEAD_DIM:
         raise _dispatch.BackendError(f"joint_attention: {backend} takes head dims up to {_MOST_HEAD_DIM}, not {head_dim}")
     if return_lse and backend == "sdpa":
         raise _dispatch.BackendError("joint_attention: sdpa returns no log-sum-exps; triton and the reference do")
     if deterministic and backend == "triton_onepass":
         raise ValueError("deterministic: expected False for backend 'triton_onepass', whose sums have no fixed order, got True")
-    if deterministic and backend == "sdpa" and x.is_cuda:
-        raise _dispatch.not_built(
-            "joint_attention(deterministic=True) on CUDA", "torch.use_deterministic_algorithms governs SDPA"
+    if loose and backend == "sdpa":
+        raise _dispatch.BackendError(
+            "joint_attention: on CUDA sdpa is deterministic only under torch.use_deterministic_algorithms(True)"
         )
     return backend
