@@ -5,11 +5,9 @@ The backward pass is the rotation of `rope3d.py` that reads, beside each gradien
 angles, times the tokens' positions, over its tokens in float64: one sum a program, so that the order never changes.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
+from evaat_fast.kernels.launch import on
 from evaat_fast.kernels.rope3d import HEADS, NUM_WARPS, _turn, block_n
 
 
@@ -110,22 +108,26 @@ def rope3d_freqs_kernel(
         tl.store(sums + axis * (D // 2) + c, tl.sum(position[:, None] * slopes, 0), mask=c < D // 2)
 
 
-def rotate_with_freqs(grads, outs, xs, table, positions, prefix_tokens, interleaved, inverse):
-    """Writes the rotated grads to outs; returns partial sums of the slopes, float64 [*, *, 1 or H, 3, D/2].
+def programs(grads, per_head):
+    """(blocks of tokens, blocks of heads): each has a partial sum of the slopes."""
+    B, _, N, D = grads[0].shape
+    heads = 1 if per_head else HEADS
+    return B * triton.cdiv(N, tokens(D)), sum(triton.cdiv(x.shape[1], heads) for x in grads)
+
+
+def rotate_with_freqs(grads, outs, xs, partial, table, positions, prefix_tokens, interleaved, inverse):
+    """Writes the rotated grads to outs, and to partial, float64 [*programs, 3, D/2], the sums of the slopes.
 
     grads, outs, xs: one or two tensors [B, H, N, D] each. table: float64, as `ops.freqs.table_of` makes it. positions:
     float32 [1 or B, N - prefix, 3].
     """
-    B, q_heads, N, D = grads[0].shape
+    _, q_heads, N, D = grads[0].shape
     k_heads = grads[1].shape[1] if len(grads) == 2 else 0
     per_head = table.shape[2] > 1
     heads = 1 if per_head else HEADS
-    BLOCK_N = tokens(D)
-    grid = (B * triton.cdiv(N, BLOCK_N), triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads))
-    partial = torch.empty((*grid, 3, D // 2), dtype=torch.float64, device=table.device)
     pairs = [x for both in (grads, outs, xs) for x in (both[0], both[-1])]
-    with torch.cuda.device(table.device) if table.is_cuda else contextlib.nullcontext():
-        rope3d_freqs_kernel[grid](
+    with on(table):
+        rope3d_freqs_kernel[programs(grads, per_head)](
             *pairs,
             table,
             positions,
@@ -143,8 +145,7 @@ def rotate_with_freqs(grads, outs, xs, table, positions, prefix_tokens, interlea
             INTERLEAVED=interleaved,
             INVERSE=inverse,
             HEADS=heads,
-            BLOCK_N=BLOCK_N,
+            BLOCK_N=tokens(D),
             BLOCK_C=triton.next_power_of_2(D // 2),
             num_warps=NUM_WARPS,
         )
-    return partial.view(grid[0], -1, q_heads if per_head else 1, 3, D // 2)

@@ -52,9 +52,11 @@ def launch_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inver
     B, H, N, D = xs[0].shape
     heads = table.shape[2]
     if backend == "triton":
-        from evaat_fast.kernels.rope3d_freqs import rotate_with_freqs
+        from evaat_fast.kernels.rope3d_freqs import programs, rotate_with_freqs
 
-        partial = rotate_with_freqs(grads, outs, xs, table, rows, prefix_tokens, interleaved, inverse)
+        partial = xs[0].new_empty((*programs(grads, heads > 1), 3, D // 2), dtype=torch.float64)
+        rotate_with_freqs(grads, outs, xs, partial, table, rows, prefix_tokens, interleaved, inverse)
+        partial = partial.view(partial.shape[0], -1, heads, 3, D // 2)
     else:
         # One sum for every so many tokens, whatever the number of threads, in float64 as torch's.
         chunks = -(-(N - prefix_tokens) // _CHUNK)
