@@ -235,6 +235,19 @@ def test_checkpointing(reentrant):
     assert torch.equal(gradient(step), gradient(again))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_what_is_consumed_is_not_used_again(backend, bias):
+    linear, x = torch.nn.Linear(16, 3 * 3 * 32, bias=bias), torch.randn(2, N, 16)
+    qkv = linear(x)
+    out = ops.joint_attention_qkv_(qkv, 3, GRID, backend=backend)
+    out.sum().backward(retain_graph=True)
+    out.sum().backward(retain_graph=True)
+    for loss in (out.sum() + qkv.square().sum(), qkv.square().sum()):
+        with pytest.raises(RuntimeError, match="qkv: was used again after joint_attention_qkv_|modified by an inplace"):
+            loss.backward(retain_graph=True)
+
+
 def test_gradients_turned_in_place_are_nobody_elses():
     """The rotation turns the gradients of its own results where they lie, and only those."""
     q, k, v = tensors(dtype=torch.float32)

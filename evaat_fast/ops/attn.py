@@ -179,8 +179,8 @@ def joint_attention_qkv_(
     """`joint_attention` on the packed projection; consumes it.
 
     Args:
-        qkv: [B, N, 3 * H * D], one tensor and no view (what torch.nn.Linear returns). Rotated in place: do not use it again, as
-            neither its numbers nor the gradient it would add are those of the projection.
+        qkv: [B, N, 3 * H * D], one tensor and no view (what torch.nn.Linear returns). Rotated in place: do not use it again,
+            or the backward pass raises a RuntimeError, as soon as something else has a gradient for it.
         num_heads: H. The rest as for `joint_attention`.
 
     Returns:
@@ -196,7 +196,8 @@ def joint_attention_qkv_(
             raise ValueError("freqs: given, but neither grid nor positions is")
         return _attend(*_unbind(qkv, num_heads), scale, backend, return_lse)
     rotation = grid, freqs, prefix_tokens, positions, interleaved
-    if not _fuses(positions, freqs) or backend == "reference":
+    compiling = torch.compiler.is_compiling()
+    if not _fuses(positions, freqs) or backend == "reference" or (compiling and backend not in TRITON):
         qkv = rope3d_qkv_(
             qkv,
             num_heads,
@@ -209,7 +210,7 @@ def joint_attention_qkv_(
         )
         return _attend(*_unbind(qkv, num_heads), scale, backend, return_lse)
     settings = packed_settings(qkv, num_heads, *rotation, False, None)
-    if backend in TRITON and torch.compiler.is_compiling():
+    if compiling:
         # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
         q, k, v = _unbind(qkv, num_heads)
         rotation = grid, freqs, prefix_tokens, positions, None, interleaved

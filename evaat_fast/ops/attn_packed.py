@@ -10,27 +10,36 @@ from evaat_fast.ops.rope3d import packed_base, rotate_qkv_, rotate_to_qkv, split
 from evaat_fast.ops.rope3d_launch import launch
 
 
+def _used_again():
+    return RuntimeError("qkv: was used again after joint_attention_qkv_, which consumes it; clone it before")
+
+
 class _Rotate(torch.autograd.Function):
-    """In place. Its gradient comes from `_Split`, which has turned it back already."""
+    """In place. Its gradient comes from `_Split`, which has turned it back already and left it in `grads`: held there, autograd
+    cannot add another reader's to it unnoticed."""
 
     @staticmethod
-    def forward(ctx, qkv, shape, num_heads, *settings):
+    def forward(ctx, qkv, grads, shape, num_heads, *settings):
         ctx.mark_dirty(qkv)
+        ctx.grads = grads
         rotate_qkv_(qkv.view(shape), num_heads, *settings)
         return qkv
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return grad, *[None] * 9
+        if not ctx.grads or ctx.grads.pop().data_ptr() != grad.data_ptr():
+            raise _used_again()
+        return grad, *[None] * 10
 
 
 class _Split(torch.autograd.Function):
     """[B, N, 3*H*D], rotated, to its q, k and v [B, H, N, D]; the gradients are turned back on their way into one tensor."""
 
     @staticmethod
-    def forward(ctx, qkv, num_heads, *settings):
+    def forward(ctx, qkv, grads, num_heads, *settings):
         freqs, positions, *ctx.settings = settings
+        ctx.grads = grads
         ctx.save_for_backward(freqs, positions)
         return split_heads(qkv, num_heads).chunk(3, 1)
 
@@ -39,7 +48,8 @@ class _Split(torch.autograd.Function):
     def backward(ctx, *grads):
         grid, prefix_tokens, interleaved, inverse, backend = ctx.settings
         settings = (*ctx.saved_tensors, grid, prefix_tokens, interleaved, not inverse, backend)
-        return rotate_to_qkv(*grads, *settings), *[None] * 8
+        ctx.grads[:] = [rotate_to_qkv(*grads, *settings)]
+        return ctx.grads[0], *[None] * 9
 
 
 def rotated_heads(qkv, num_heads, settings):
@@ -47,8 +57,9 @@ def rotated_heads(qkv, num_heads, settings):
     if not (torch.is_grad_enabled() and qkv.requires_grad):
         rotate_qkv_(qkv, num_heads, *settings)
         return split_heads(qkv, num_heads).chunk(3, 1)
-    base = _Rotate.apply(packed_base(qkv), qkv.shape, num_heads, *settings)
-    return _Split.apply(base.view(qkv.shape), num_heads, *settings)
+    grads = []
+    base = _Rotate.apply(packed_base(qkv), grads, qkv.shape, num_heads, *settings)
+    return _Split.apply(base.view(qkv.shape), grads, num_heads, *settings)
 
 
 _SETTINGS = "Tensor? freqs, Tensor? positions, SymInt[] grid, SymInt prefix_tokens, bool interleaved, float scale"
@@ -112,7 +123,9 @@ class _AttendPacked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, grad, grad_lse):
+    def backward(ctx, others, grad, grad_lse):
+        if others is not None:
+            raise _used_again()
         base, out, lse, *tensors = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else rows(grad)
         settings = (ctx.num_heads, *tensors, *ctx.settings, ctx.one_pass)
