@@ -40,6 +40,7 @@ def test_attention_rarely_waits_for_products_on_hopper(name):
     assert any("GMMA" in line for line in inner) and sum("WARPGROUP.DEPBAR" in line for line in inner) <= 3
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("attn ")])
 def test_attention_fits_ada(name):
     """Which has the instructions of sm_80, and less shared memory."""

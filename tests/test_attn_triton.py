@@ -99,6 +99,7 @@ def test_learned_frequencies_have_a_gradient():
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "shape,rope",
     [
@@ -188,6 +189,7 @@ def test_one_sided_gradients_and_inference():
         assert torch.equal(ops.joint_attention(q, k, v, grid=(2, 3, 4), backend="triton"), every[0])
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("backend", ["triton", "triton_onepass"])
 @pytest.mark.parametrize("bias", [True, False])  # with one, torch returns the projection as a view
 @pytest.mark.parametrize(
@@ -270,6 +272,7 @@ def test_operators_and_compilation():
         grad.sum().backward()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("order", ["counter first", "counter last"])
 def test_flops_are_counted(order):
     code = """

@@ -65,7 +65,7 @@ def test_fuzz_long(block):
         cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.4)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @dtypes
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 @pytest.mark.parametrize("per_head", [False, True])
