@@ -9,7 +9,7 @@ endif
 PYTHON := $(ENV)/bin/python
 # What is installed where: a stamp per environment, kept in this tree, so that two clones can share an environment.
 STAMP := build/stamp$(subst /,-,$(abspath $(ENV)))
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test test-all lint bench clean
 demo: $(STAMP)-user

@@ -124,7 +124,7 @@ class NinjaBuild(build_ext):
         rules.append(f"rule link\n command = {' '.join(cxx)} $in -o $out {' '.join(link)}\n description = link $out")
         objects = []
         for source in ext.sources:
-            out = f"{Path(source).name}.o"
+            out = "_".join(Path(source).parts[1:]) + ".o"  # csrc/rope3d/freqs.cu -> rope3d_freqs.cu.o
             rules.append(f"build {out}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT.resolve() / source}")
             objects.append(out)
         rules.append(f"build {target}: link {' '.join(objects)}")
@@ -149,15 +149,17 @@ NVCC = find_nvcc()
 
 
 def sources(pattern):
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(pattern))
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(pattern))
 
 
 extensions = [Extension("evaat_fast._cpu", sources("*_cpu.cpp"))]
 if NVCC:
-    extensions.append(Extension("evaat_fast._cuda", sources("*.cu") + ["csrc/bind_cuda.cpp"]))
+    extensions.append(Extension("evaat_fast._cuda", ["csrc/bind_cuda.cpp", *sources("*.cu")]))
+
+kernels = ["evaat_fast.kernels", *(f"evaat_fast.kernels.{p}" for p in find_packages("kernels"))]
 
 setup(
-    packages=[*find_packages(include=["evaat_fast", "evaat_fast.*"]), "evaat_fast.kernels"],
+    packages=[*find_packages(include=["evaat_fast", "evaat_fast.*"]), *kernels],
     package_dir={"evaat_fast": "evaat_fast", "evaat_fast.kernels": "kernels"},
     package_data={"evaat_fast": ["py.typed"], "evaat_fast.model": ["*.txt", "*.gz"], "evaat_fast.train": ["*.html", "*.toml"]},
     ext_modules=extensions,

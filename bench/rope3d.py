@@ -10,8 +10,9 @@ import functools
 import torch
 from harness import Benchmark, Unavailable, need, run
 
-from evaat_fast import _dispatch, ops
-from evaat_fast.ops.freqs import grid_positions
+from evaat_fast import ops
+from evaat_fast.ops._core import dispatch as _dispatch
+from evaat_fast.ops.rope3d.freqs import grid_positions
 
 
 def shape(B, T, H=12, D=64, patches=14):

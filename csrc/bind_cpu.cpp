@@ -2,10 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu.h"
-#include "pairwise.h"
-#include "patchify.h"
-#include "rope3d.h"
+#include "common/cpu.h"
+#include "pairwise/pairwise.h"
+#include "patchify/patchify.h"
+#include "rope3d/rope3d.h"
 
 namespace py = pybind11;
 using Pointer = std::uintptr_t;

@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "patchify.h"
-#include "rope3d.h"
+#include "patchify/patchify.h"
+#include "rope3d/rope3d.h"
 
 namespace py = pybind11;
 using Pointer = std::uintptr_t;

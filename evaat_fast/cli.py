@@ -38,7 +38,7 @@ def main(argv=None):
 
 def _run(arguments):
     try:
-        from evaat_fast._dispatch import BackendError
+        from evaat_fast.ops._core.dispatch import BackendError
     except ValueError as error:  # EVAAT_FAST_BACKEND
         return _complain(arguments, error)
     from evaat_fast.data.video import VideoError

@@ -7,7 +7,7 @@ import platform
 import torch
 
 import evaat_fast
-from evaat_fast import _dispatch
+from evaat_fast.ops._core import dispatch as _dispatch
 
 _PACKAGES = ("numpy", "einops", "triton", "decord2", "decord", "av", "tokenizers", "ftfy", "regex", "tqdm", "matplotlib")
 _ISA = ("plain C++", "AVX2", "AVX-512")

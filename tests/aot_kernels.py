@@ -9,7 +9,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False):
     import triton
-    from evaat_fast.kernels import rope3d as kernels
+    from evaat_fast.kernels.rope3d import rotate as kernels
 
     strides = [f"{x}_{d}" for x in ("q", "k", "out_q", "out_k") for d in "bhn"]
     aligned = ["table_half", "table_b", "table_h", *strides]
@@ -23,8 +23,8 @@ def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False):
 
 def rope3d_freqs(arch, dtype, D, interleaved=True, heads=None):
     import triton
-    from evaat_fast.kernels import rope3d as kernels
-    from evaat_fast.kernels.rope3d_freqs import rope3d_freqs_kernel, tokens
+    from evaat_fast.kernels.rope3d import rotate as kernels
+    from evaat_fast.kernels.rope3d.freqs import rope3d_freqs_kernel, tokens
 
     pairs = [f"{x}_{y}" for x in ("grad", "out", "x") for y in "qk"]
     aligned = ["table_half", "table_b", "table_h", *(f"{x}_{d}" for x in pairs for d in "bhn")]
@@ -37,7 +37,7 @@ def rope3d_freqs(arch, dtype, D, interleaved=True, heads=None):
 
 
 def rope3d_table(arch, out, grid):
-    from evaat_fast.kernels.rope3d_table import BLOCK, rope3d_table_kernel
+    from evaat_fast.kernels.rope3d.table import BLOCK, rope3d_table_kernel
 
     pointers = {"freqs": "*fp32", "positions": "*fp32", "out": f"*{out}"}
     integers = "freqs_h positions_b positions_n positions_axis out_half out_b out_h M Hp Wp".split()
@@ -46,7 +46,7 @@ def rope3d_table(arch, out, grid):
 
 
 def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=False, each=False):
-    from evaat_fast.kernels import pairwise as kernels
+    from evaat_fast.kernels.pairwise import sms as kernels
     from torch import bfloat16, float16, float32
 
     plan = kernels.plan({"bf16": bfloat16, "fp16": float16, "fp32": float32}[dtype])
@@ -69,7 +69,7 @@ def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=
 
 
 def sms_recompute(arch, table="fp32", indexed=False, half=False, E=256, weighted=False):
-    from evaat_fast.kernels import pairwise_recompute as kernels
+    from evaat_fast.kernels.pairwise import sms_recompute as kernels
 
     plan = kernels.recompute_plan(E, arch // 10)
     types = dict.fromkeys(["mine", "other"], "*bf16") | {"table": f"*{table}", "entries": "*fp64", "sums": "*i32"}
@@ -88,7 +88,8 @@ def sms_recompute(arch, table="fp32", indexed=False, half=False, E=256, weighted
 
 
 def contrast(arch, dtype, sweep, positives="OWN"):
-    from evaat_fast.kernels import pairwise, pairwise_contrast
+    from evaat_fast.kernels.pairwise import contrast as pairwise_contrast
+    from evaat_fast.kernels.pairwise import sms as pairwise
     from torch import bfloat16, float32
 
     kind = getattr(pairwise_contrast, positives)
@@ -112,8 +113,7 @@ def contrast(arch, dtype, sweep, positives="OWN"):
 
 
 def attn(arch, kind, D, interleaved=True, clips=0):
-    from evaat_fast.kernels import attn as forward
-    from evaat_fast.kernels import attn_backward as backward
+    from evaat_fast.kernels.attn import backward, forward
     from torch import bfloat16
 
     kernel = getattr(forward if kind == "forward" else backward, f"attn_{'keys' if kind == 'both' else kind}_kernel")
@@ -133,7 +133,7 @@ def attn(arch, kind, D, interleaved=True, clips=0):
 
 def rows(arch, name):
     """The kernels of the pairwise losses that take a row a program, E = 256 in bfloat16."""
-    from evaat_fast.kernels import pairwise
+    from evaat_fast.kernels.pairwise import sms as pairwise
 
     types = {"video": "*bf16", "text": "*bf16", "norms": "*fp32", **dict.fromkeys(["video_n", "text_n", "N", "E"], "i32")}
     constants = {"BLOCK_E": 256}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaat_fast import _dispatch
+from evaat_fast.ops._core import dispatch as _dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +26,7 @@ def module():
     target = folder / "_cuda.so"
     includes = [ROOT / "tests/cuda_on_cpu", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     flags = ["-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w", *(f"-I{p}" for p in includes)]
-    sources = [str(ROOT / "csrc/bind_cuda.cpp"), "-x", "c++", *map(str, sorted((ROOT / "csrc").glob("*.cu")))]
+    sources = [str(ROOT / "csrc/bind_cuda.cpp"), "-x", "c++", *map(str, sorted((ROOT / "csrc").rglob("*.cu")))]
     command = [*os.environ.get("CXX", "c++").split(), *flags, *sources, "-o", str(target)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode and "fopenmp" in run.stderr:

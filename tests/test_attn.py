@@ -7,7 +7,7 @@ from check import close
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
-from evaat_fast.ops.attn import attention_reference
+from evaat_fast.ops.attn.attn import attention_reference
 
 GRID = (2, 3, 4)
 N = 1 + 2 * 3 * 4

@@ -8,7 +8,7 @@ from check import close
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
-from evaat_fast.ops.attn_clips import nested_sdpa
+from evaat_fast.ops.attn.clips import nested_sdpa
 
 backends = pytest.mark.parametrize("backend", ["sdpa", "reference", pytest.param("triton", marks=pytest.mark.interpret)])
 GRID = (5, 3, 4)
@@ -170,7 +170,7 @@ def test_learned_frequencies(backend):
 @pytest.mark.parametrize("limits", [[0, 30, 20, 40], [1, 20, 40], [0, 20, 39], [0, 90, 40], [-5, 20, 40]])
 def test_limits_that_are_none_show(limits, monkeypatch):
     """On a GPU they are not looked at before the kernel does."""
-    monkeypatch.setattr("evaat_fast.ops.attn.check_clips", lambda *arguments: None)
+    monkeypatch.setattr("evaat_fast.ops.attn.attn.check_clips", lambda *arguments: None)
     x, limits = torch.randn(40, 2, 32), torch.tensor(limits, dtype=torch.int32)
     leaves = [x.clone().requires_grad_() for _ in range(3)]
     assert all(

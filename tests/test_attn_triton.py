@@ -13,7 +13,7 @@ from test_attn import results, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
-from evaat_fast.ops.attn import attention_reference
+from evaat_fast.ops.attn.attn import attention_reference
 
 pytestmark = pytest.mark.interpret
 F32, F16, F64 = torch.float32, torch.float16, torch.float64

@@ -8,8 +8,8 @@ import pytest
 import torch
 from corpus import corpus
 
-from evaat_fast import _dispatch
 from evaat_fast.cli import main
+from evaat_fast.ops._core import dispatch as _dispatch
 from evaat_fast.train import load
 
 TINY = """

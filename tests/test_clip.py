@@ -10,8 +10,8 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
-from evaat_fast.ops import pairwise_cpu
-from evaat_fast.ops.pairwise_contrast import clip_loss_reference
+from evaat_fast.ops.pairwise import cpu as pairwise_cpu
+from evaat_fast.ops.pairwise.contrast import clip_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (129, 200), (300, 64)]
@@ -193,7 +193,7 @@ def test_opcheck():
 @pytest.mark.parametrize("name", losses())
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autocast_leaves_the_losses_in_their_dtype(name, backend, monkeypatch):
-    from evaat_fast import _dispatch
+    from evaat_fast.ops._core import dispatch as _dispatch
 
     monkeypatch.setattr(_dispatch, "_DEFAULT", dict.fromkeys(_dispatch.SUPPORT, backend))
     loss, (video, text) = losses()[name], batch(24, 8)

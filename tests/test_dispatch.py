@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from evaat_fast import _dispatch, doctor, ops
+from evaat_fast import doctor, ops
+from evaat_fast.ops._core import dispatch as _dispatch
 
 
 def test_auto_takes_the_first_usable():

@@ -9,8 +9,9 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
-from evaat_fast.ops import pairwise_cpu
-from evaat_fast.ops.pairwise_contrast import ego_nce_loss_reference
+from evaat_fast.ops.pairwise import cpu as pairwise_cpu
+from evaat_fast.ops.pairwise.contrast import ego_nce_loss_reference
+from evaat_fast.ops.pairwise.positives import Positives
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -94,7 +95,7 @@ def test_all_32_bits_of_a_word_count():
     for K in (1, 31, 32, 33, 64):
         hot = torch.eye(K).repeat(2, 1)
         positives = ops.VerbNounPositives(hot, torch.ones(2 * K, 1))
-        assert torch.equal(ops.positives.Positives(None, positives.verbs, positives.nouns).rows(0, 2 * K), hot @ hot.T > 0)
+        assert torch.equal(Positives(None, positives.verbs, positives.nouns).rows(0, 2 * K), hot @ hot.T > 0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -15,7 +15,7 @@ HEAVY = set("triton decord av tokenizers ftfy regex tqdm matplotlib jinja2 huggi
 
 
 def files():
-    for path in sorted(ROOT.glob("evaat_fast/**/*.py")) + sorted(ROOT.glob("kernels/*.py")):
+    for path in sorted(ROOT.glob("evaat_fast/**/*.py")) + sorted(ROOT.glob("kernels/**/*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         yield path, (parts[0] if parts[0] == "kernels" else parts[1])
 
@@ -50,7 +50,7 @@ def test_imports_run_one_way(path, layer):
 
 def test_file_lengths():
     long = {}
-    for pattern in ("evaat_fast/**/*.py", "kernels/*.py", "csrc/*", "bench/*.py", "tests/*.py", "setup.py"):
+    for pattern in ("evaat_fast/**/*.py", "kernels/**/*.py", "csrc/**/*.*", "bench/*.py", "tests/*.py", "setup.py"):
         for path in ROOT.glob(pattern):
             count = len(path.read_text().splitlines())
             if count > 500:

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from evaat_fast import _dispatch, ops
+from evaat_fast import ops
+from evaat_fast.ops._core import dispatch as _dispatch
 
 VIDEO = torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8)
 QK = torch.randn(2, 1, 1, 9, 8)

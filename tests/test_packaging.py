@@ -30,7 +30,7 @@ def sdist(tmp_path_factory):
 
 
 def test_sdist_holds_every_source(sdist):
-    for pattern in ("csrc/*", "kernels/*.py", "evaat_fast/**/*.py", "evaat_fast/**/*.gz", "tests/*.py", "bench/*.py"):
+    for pattern in ("csrc/**/*.*", "kernels/**/*.py", "evaat_fast/**/*.py", "evaat_fast/**/*.gz", "tests/*.py", "bench/*.py"):
         for path in ROOT.glob(pattern):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert (sdist / path.relative_to(ROOT)).exists(), f"{path.relative_to(ROOT)} is missing from the sdist"
@@ -61,7 +61,7 @@ def test_extension_has_no_torch_symbols():
 
 
 def test_cuda_module_imports_without_a_driver():
-    from evaat_fast import _dispatch
+    from evaat_fast.ops._core import dispatch as _dispatch
 
     reason = _dispatch.why_not("cuda")
     if reason is not None and "No module named" in reason:

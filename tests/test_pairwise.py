@@ -9,9 +9,9 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
-from evaat_fast.ops import pairwise_cpu
-from evaat_fast.ops.pairwise import sms_loss_reference
-from evaat_fast.ops.pairwise_step import sms_step
+from evaat_fast.ops.pairwise import cpu as pairwise_cpu
+from evaat_fast.ops.pairwise.sms import sms_loss_reference
+from evaat_fast.ops.pairwise.step import sms_step
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (128, 64), (129, 200), (129, 1)]

@@ -25,7 +25,7 @@ def test_fuzz_cpu_long(block):
 @pytest.mark.parametrize("panels", ["panels", "no panels"])
 def test_fuzz_triton(panels, monkeypatch):
     if panels == "no panels":
-        monkeypatch.setattr("evaat_fast.ops.pairwise_triton._recomputes", lambda N, E, dtype: E <= 256)
+        monkeypatch.setattr("evaat_fast.ops.pairwise.triton._recomputes", lambda N, E, dtype: E <= 256)
     for seed in cases.calls(0, 12):
         cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2], cases.FEATURES[:6])
 
@@ -37,7 +37,7 @@ def test_fuzz_triton(panels, monkeypatch):
 @pytest.mark.parametrize("panels", ["panels", "no panels"])
 def test_fuzz_triton_long(block, panels, monkeypatch):
     if panels == "no panels":
-        monkeypatch.setattr("evaat_fast.ops.pairwise_triton._recomputes", lambda N, E, dtype: E <= 256)
+        monkeypatch.setattr("evaat_fast.ops.pairwise.triton._recomputes", lambda N, E, dtype: E <= 256)
     for seed in cases.calls(block):
         cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2])
 

@@ -115,7 +115,7 @@ def test_without_panels_equals_panels(N, E, monkeypatch):
     each = lambda v, t: (ops.sms_loss(v, t, c, reduction="none") * weight).sum()  # noqa: E731
     steps = [lambda v, t: ops.sms_loss(v, t, c), lambda v, t: ops.sms_loss(v, t, c, rule="charades"), each]
     want = [gradients(step, video, text) for step in steps]
-    monkeypatch.setattr("evaat_fast.ops.pairwise_triton._RECOMPUTE", 0)
+    monkeypatch.setattr("evaat_fast.ops.pairwise.triton._RECOMPUTE", 0)
     for step, panels in zip(steps, want, strict=True):
         ours, again = gradients(step, video, text), gradients(step, video, text)
         assert all(map(torch.equal, ours, again)), "two runs differ"

@@ -7,8 +7,8 @@ from pairwise_oracle import gradients
 from test_pairwise_triton import batch, dtypes, rules, sms, sources
 
 from evaat_fast import ops
-from evaat_fast.ops import pairwise_triton
-from evaat_fast.ops.pairwise import sms_loss_reference
+from evaat_fast.ops.pairwise import triton as pairwise_triton
+from evaat_fast.ops.pairwise.sms import sms_loss_reference
 
 pytestmark = pytest.mark.interpret
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
@@ -40,8 +40,8 @@ def test_equals_oracle(N, E, dtype, rule):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_everything_is_exact_on_kinks_and_ties(rule, weighted):
     """Rows of four signs: cosines are halves, and with quarters as labels every m is exact, kinks and ties frequent."""
-    from evaat_fast.kernels import pairwise as kernels
-    from evaat_fast.kernels.pairwise_recompute import sms_rows
+    from evaat_fast.kernels.pairwise import sms as kernels
+    from evaat_fast.kernels.pairwise.sms_recompute import sms_rows
 
     N, settings = 150, (0.5, 0.25, 0.25)
     features = [torch.randint(0, 2, (N, 4)) * 2.0 - 1 for _ in range(2)]
@@ -122,7 +122,7 @@ def test_one_sided_gradients():
 
 
 def test_nan_inf_and_indices_out_of_range_reach_the_loss(monkeypatch):
-    monkeypatch.setattr("evaat_fast.ops.relevancy.Labels.check_indices", lambda self: None)
+    monkeypatch.setattr("evaat_fast.ops.pairwise.relevancy.Labels.check_indices", lambda self: None)
     for bad in (torch.nan, torch.inf):
         for where in (0, 1):
             features = list(batch(20, 8)[:2])

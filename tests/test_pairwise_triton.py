@@ -7,8 +7,8 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
-from evaat_fast.ops import pairwise_triton
-from evaat_fast.ops.pairwise import sms_loss_reference
+from evaat_fast.ops.pairwise import triton as pairwise_triton
+from evaat_fast.ops.pairwise.sms import sms_loss_reference
 
 pytestmark = pytest.mark.interpret
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
@@ -52,7 +52,7 @@ def test_equals_oracle(N, E, dtype, rule, panels):
 
 def panel_of(video, text, c, w, settings, rule, weight=None, rows=None):
     """(slopes, sums of both sides, losses of both sides) of the kernel, panel by panel."""
-    from evaat_fast.kernels import pairwise as kernels
+    from evaat_fast.kernels.pairwise import sms as kernels
 
     N, E = video.shape
     norms, inverses = torch.empty(2, 2, N)
@@ -126,7 +126,7 @@ def test_equal_values_give_equal_bits(dtype):
 
 def test_an_index_out_of_range_makes_the_loss_nan(monkeypatch):
     """What CUDA tensors get, whose indices are not read back."""
-    monkeypatch.setattr("evaat_fast.ops.relevancy.Labels.check_indices", lambda self: None)
+    monkeypatch.setattr("evaat_fast.ops.pairwise.relevancy.Labels.check_indices", lambda self: None)
     video, text, _ = batch(5, 8)
     index = torch.arange(5)
     for bad in (-1, 5):

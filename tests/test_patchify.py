@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evaat_fast import ops
-from evaat_fast.ops.patchify import patchify_reference
+from evaat_fast.ops.patchify.patchify import patchify_reference
 
 MEAN, STD = (122.77, 116.75, 104.09), (68.5, 66.63, 70.32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -168,7 +168,7 @@ def test_self_relevancy(backend):
 def test_indexed_labels_are_never_gathered_into_a_matrix(monkeypatch):
     """The reference builds [N, N]; the CPU backend must not ask for it."""
     table, index = torch.rand(70, 60), torch.randint(0, 60, (N,))
-    monkeypatch.setattr("evaat_fast.ops.relevancy.Labels.matrix", lambda *a: pytest.fail("built [N, N]"))
+    monkeypatch.setattr("evaat_fast.ops.pairwise.relevancy.Labels.matrix", lambda *a: pytest.fail("built [N, N]"))
     ops.sms_loss(torch.randn(N, 8), torch.randn(N, 8), ops.IndexedRelevancy(table, index, index), backend="cpu")
 
 

@@ -85,7 +85,7 @@ def test_learnable_frequencies_of_any_head_dim(D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_tables(dtype):
-    from evaat_fast.ops.freqs import _new_table, _triton_table, joint_freqs
+    from evaat_fast.ops.rope3d.freqs import _new_table, _triton_table, joint_freqs
 
     rows = torch.rand(2, 9, 3) * torch.tensor([1e6, 50.0, -50.0])
     cases = [

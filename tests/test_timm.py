@@ -8,7 +8,7 @@ import torch
 
 from evaat_fast.integrations import timm as integration
 
-op = importlib.import_module("evaat_fast.ops.rope3d")
+op = importlib.import_module("evaat_fast.ops.rope3d.rope3d")
 
 # name -> what makes it small: fused and separate projections, frequencies per head, half-split pairs, grouped queries
 MODELS = {

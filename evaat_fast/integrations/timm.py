@@ -13,8 +13,8 @@ import types
 import torch
 from torch.nn import functional as F
 
-from evaat_fast.ops.attn import attention_by_table
-from evaat_fast.ops.rope3d import rotate_by_table
+from evaat_fast.ops.attn.attn import attention_by_table
+from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 
 _ATTENTIONS = ("EvaAttention", "AttentionRope")
 # What timm's own forward passes read (1.0.31): one that reads more does something that ours does not know of.

@@ -8,7 +8,7 @@ dropout: a model that asks for one gets an error, not another attention. Where o
 be chosen for each: attn_implementation={"vision_config": "evaat_fast", "text_config": "sdpa"}.
 """
 
-from evaat_fast.ops.attn import joint_attention
+from evaat_fast.ops.attn.attn import joint_attention
 
 
 def register(name="evaat_fast"):

@@ -4,8 +4,9 @@
 >>> q, k = ops.rope3d(q, k, grid=(4, 14, 14))
 """
 
-from evaat_fast.ops.attn import joint_attention, joint_attention_qkv_
-from evaat_fast.ops.pairwise import (
+from evaat_fast.ops.attn.attn import joint_attention, joint_attention_qkv_
+from evaat_fast.ops.pairwise.contrast import VerbNounPositives, clip_loss, ego_nce_loss
+from evaat_fast.ops.pairwise.sms import (
     DenseRelevancy,
     IndexedRelevancy,
     VerbNounRelevancy,
@@ -14,9 +15,8 @@ from evaat_fast.ops.pairwise import (
     quantize_relevancy,
     sms_loss,
 )
-from evaat_fast.ops.pairwise_contrast import VerbNounPositives, clip_loss, ego_nce_loss
-from evaat_fast.ops.patchify import patchify
-from evaat_fast.ops.rope3d import joint_freqs, rope3d, rope3d_, rope3d_qkv_, spatial_freqs, split_freqs
+from evaat_fast.ops.patchify.patchify import patchify
+from evaat_fast.ops.rope3d.rope3d import joint_freqs, rope3d, rope3d_, rope3d_qkv_, spatial_freqs, split_freqs
 
 __all__ = [
     "DenseRelevancy",

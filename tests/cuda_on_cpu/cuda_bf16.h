@@ -1,5 +1,5 @@
 #pragma once
-#include "cpu.h"
+#include "common/cpu.h"
 
 struct __nv_bfloat16 {
   uint16_t bits;

@@ -1,5 +1,5 @@
 #pragma once
-#include "cpu.h"
+#include "common/cpu.h"
 
 struct __half {
   uint16_t bits;

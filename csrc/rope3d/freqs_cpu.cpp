@@ -1,0 +1,172 @@
+// The rotation of a gradient and, in the same pass, the slopes of its angles. For a pair (a, b) of x and its (g_a, g_b) the two
+// products a g_a + b g_b and a g_b - b g_a are summed over heads in float32; what they give with sine and cosine, times the
+// token's position, is summed over tokens in float64. That is where torch changes from float32 to float64, too.
+#include <algorithm>
+
+#include "rope3d/rope3d_cpu.h"
+
+namespace evaat {
+namespace {
+
+using namespace rope;
+
+constexpr int64_t kMostPairs = 128;
+
+// Heads of one token; out is the rotated gradient.
+struct Token {
+  int64_t heads, grad_h, out_h, x_h, pairs;
+};
+
+// Sums over heads, for every pair c: dot[c] of a g_a + b g_b, cross[c] of a g_b - b g_a.
+template <class T>
+using Rows = void (*)(const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross, const Token& token);
+
+template <class T, bool interleaved>
+void pairs_from(int64_t first, const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross,
+                const Token& token) {
+  for (int64_t c = first; c < token.pairs; ++c) {
+    const int64_t i = interleaved ? 2 * c : c, j = interleaved ? 2 * c + 1 : c + token.pairs;
+    dot[c] = cross[c] = 0;
+    for (int64_t h = 0; h < token.heads; ++h) {
+      const T *from = grad + h * token.grad_h, *saved = x + h * token.x_h;
+      T* to = out + h * token.out_h;
+      const float g_a = load(from + i), g_b = load(from + j), a = load(saved + i), b = load(saved + j);
+      store(to + i, g_a * cos[c] - g_b * sin[c]);
+      store(to + j, g_b * cos[c] + g_a * sin[c]);
+      dot[c] += a * g_a + b * g_b;
+      cross[c] += a * g_b - b * g_a;
+    }
+  }
+}
+
+template <class T, bool interleaved>
+void rows_plain(const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross, const Token& token) {
+  pairs_from<T, interleaved>(0, grad, out, x, cos, sin, dot, cross, token);
+}
+
+#ifdef EVAAT_X86
+// P pairs at a time, for every head: their cosines, sines and sums stay in registers.
+#define ROWS(NAME, TARGET, V)                                                                                                  \
+  template <class T, Layout kind>                                                                                              \
+  TARGET INLINE void NAME##_pair(const T* p, int64_t pairs, V::F& a, V::F& b) {                                                \
+    if constexpr (kind == kWords)                                                                                              \
+      V::load_words(p, a, b);                                                                                                  \
+    else                                                                                                                       \
+      a = V::load(p), b = V::load(p + pairs);                                                                                  \
+  }                                                                                                                            \
+  template <class T, bool interleaved>                                                                                         \
+  TARGET void NAME(const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross,            \
+                   const Token& token) {                                                                                       \
+    constexpr Layout kind = layout<T, interleaved>;                                                                            \
+    constexpr int64_t P = kind == kPairs ? V::W / 2 : V::W, step = interleaved ? 2 : 1;                                        \
+    int64_t c = 0;                                                                                                             \
+    for (; c + P <= token.pairs; c += P) {                                                                                     \
+      const T *from = grad + step * c, *saved = x + step * c;                                                                  \
+      T* to = out + step * c;                                                                                                  \
+      const V::F cosine = kind == kPairs ? V::twice(cos + c) : V::load(cos + c);                                               \
+      const V::F sine = kind == kPairs ? V::twice(sin + c) : V::load(sin + c);                                                 \
+      V::F dots = V::zero(), crosses = V::zero();                                                                              \
+      for (int64_t h = 0; h < token.heads; ++h, from += token.grad_h, saved += token.x_h, to += token.out_h) {                 \
+        if constexpr (kind == kPairs) {                                                                                        \
+          const V::F g = V::load(from), ab = V::load(saved);                                                                   \
+          V::store(to, V::turn_pairs(g, cosine, sine));                                                                        \
+          dots = V::add_product(dots, ab, g);                                                                                  \
+          crosses = V::add_product(crosses, ab, V::swap_pairs(g));                                                             \
+        } else {                                                                                                               \
+          V::F g_a, g_b, a, b;                                                                                                 \
+          NAME##_pair<T, kind>(from, token.pairs, g_a, g_b);                                                                   \
+          NAME##_pair<T, kind>(saved, token.pairs, a, b);                                                                      \
+          const V::F new_a = V::first(g_a, g_b, cosine, sine), new_b = V::second(g_a, g_b, cosine, sine);                      \
+          if constexpr (kind == kWords)                                                                                        \
+            V::store_words(to, new_a, new_b);                                                                                  \
+          else                                                                                                                 \
+            V::store(to, new_a), V::store(to + token.pairs, new_b);                                                            \
+          dots = V::add(dots, V::add_product(V::multiply(a, g_a), b, g_b));                                                    \
+          crosses = V::add(crosses, V::subtract_product(V::multiply(a, g_b), b, g_a));                                         \
+        }                                                                                                                      \
+      }                                                                                                                        \
+      if constexpr (kind == kPairs) {                                                                                          \
+        float both[2][V::W]; /* a g_a, b g_b, .. and a g_b, b g_a, .. */                                                       \
+        V::store(both[0], dots), V::store(both[1], crosses);                                                                   \
+        for (int64_t i = 0; i < P; ++i) {                                                                                      \
+          dot[c + i] = both[0][2 * i] + both[0][2 * i + 1];                                                                    \
+          cross[c + i] = both[1][2 * i] - both[1][2 * i + 1];                                                                  \
+        }                                                                                                                      \
+      } else {                                                                                                                 \
+        V::store(dot + c, dots), V::store(cross + c, crosses);                                                                 \
+      }                                                                                                                        \
+    }                                                                                                                          \
+    if (c < token.pairs) pairs_from<T, interleaved>(c, grad, out, x, cos, sin, dot, cross, token);                             \
+  }
+
+ROWS(rows_avx512, EVAAT_AVX512, Avx512)
+ROWS(rows_avx2, EVAAT_AVX2, Avx2)
+#endif
+
+template <class T>
+Rows<T> choose(bool interleaved) {
+#ifdef EVAAT_X86
+  if (isa() == kAvx512) return interleaved ? rows_avx512<T, true> : rows_avx512<T, false>;
+  if (isa() == kAvx2) return interleaved ? rows_avx2<T, true> : rows_avx2<T, false>;
+#endif
+  return interleaved ? rows_plain<T, true> : rows_plain<T, false>;
+}
+
+template <class T>
+void run(const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table, const RopePositions& positions,
+         double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved, bool inverse, int threads) {
+  const Rows<T> rows = choose<T>(interleaved);
+  const int64_t pairs = D / 2, chunks = (N - prefix + kRopeChunk - 1) / kRopeChunk, items = B * chunks;
+  const bool per_head = table.stride_h != 0;
+  const int64_t size = (per_head ? grad[0].heads : 1) * 3 * pairs;
+#pragma omp parallel for num_threads(int(std::max<int64_t>(1, std::min<int64_t>(threads, items)))) schedule(static)
+  for (int64_t item = 0; item < items; ++item) {
+    const int64_t b = item / chunks, from = prefix + item % chunks * kRopeChunk, to = std::min(N, from + kRopeChunk);
+    std::fill_n(partial + item * size, size, 0.0);
+    for (int i = 0; i < tensors; ++i) {
+      const RopeTensor& g = grad[i];
+      const T *in = (const T*)g.in + b * g.in_b, *saved = (const T*)x[i].x + b * x[i].x_b;
+      T* out = (T*)g.out + b * g.out_b;
+      if (from == prefix)
+        for (int64_t h = 0; h < g.heads; ++h)
+          for (int64_t n = 0; n < prefix; ++n)
+            std::memcpy(out + h * g.out_h + n * g.out_n, in + h * g.in_h + n * g.in_n, D * sizeof(T));
+      const int64_t group = per_head ? 1 : g.in_h < g.in_n ? g.heads : kRopeGroup;
+      for (int64_t h = 0; h < g.heads; h += group) {
+        const Token token{std::min(group, g.heads - h), g.in_h, g.out_h, x[i].x_h, pairs};
+        double* sum = partial + item * size + (per_head ? h * 3 * pairs : 0);
+        for (int64_t n = from; n < to; ++n) {
+          float cosine[kMostPairs], sine[kMostPairs], dot[kMostPairs], cross[kMostPairs];
+          const int64_t row = b * table.stride_b + h * table.stride_h + (n - prefix) * pairs;
+          const double *cos = table.cos + row, *sin = table.sin + row;
+          for (int64_t c = 0; c < pairs; ++c) cosine[c] = float(cos[c]), sine[c] = float(inverse ? -sin[c] : sin[c]);
+          rows(in + h * g.in_h + n * g.in_n, out + h * g.out_h + n * g.out_n, saved + h * x[i].x_h + n * x[i].x_n, cosine, sine, dot,
+               cross, token);
+          const float* at = positions.rows + b * positions.stride_b + (n - prefix) * 3;
+          for (int64_t c = 0; c < pairs; ++c) {
+            const double slope = cos[c] * double(cross[c]) + (inverse ? -sin[c] : sin[c]) * double(dot[c]);
+            for (int axis = 0; axis < 3; ++axis) sum[axis * pairs + c] += double(at[axis]) * slope;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int rope3d_freqs(int dtype, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+                 const RopePositions& positions, double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved,
+                 bool inverse, int threads) {
+  if (dtype == kFloat32)
+    run<float>(grad, x, tensors, table, positions, partial, B, N, D, prefix, interleaved, inverse, threads);
+  else if (dtype == kBFloat16)
+    run<BFloat>(grad, x, tensors, table, positions, partial, B, N, D, prefix, interleaved, inverse, threads);
+  else if (dtype == kFloat16)
+    run<Half>(grad, x, tensors, table, positions, partial, B, N, D, prefix, interleaved, inverse, threads);
+  else
+    return kBadDtype;
+  return kOk;
+}
+
+}  // namespace evaat

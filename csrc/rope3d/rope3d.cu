@@ -1,0 +1,97 @@
+// A thread turns the pairs of one 16-byte access (two, where a pair's channels lie D/2 apart) for every head of a group, so that
+// cosines and sines are loaded once for kHeads heads. Where rows or strides are no multiple of 16 bytes it takes one pair.
+#include "rope3d/rope3d_cuda.h"
+
+namespace evaat {
+namespace {
+
+using namespace rope;
+
+constexpr int kThreads = 256, kHeads = 4;
+constexpr int64_t kMostClips = 65535;  // of a grid's third dimension; a block strides over the rest
+
+struct Rotation {
+  RopeTensor x[2];
+  RopeTable table;
+  int64_t B, N, pairs, prefix, first;  // tokens below `first` are not visited
+  int q_groups, heads_of_group;
+  float sign;  // of every sine
+};
+
+// grid: tokens times accesses of a row; groups of q's heads, then of k's; clips.
+template <class T, bool interleaved, int P>
+__global__ void __launch_bounds__(kThreads) rope3d_kernel(const Rotation r) {
+  const int accesses = int(r.pairs) / P;
+  const int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x, n = r.first + item / accesses;
+  const int c = int(item % accesses) * P;
+  if (n >= r.N) return;
+  const bool is_q = int(blockIdx.y) < r.q_groups;
+  const RopeTensor& x = r.x[is_q ? 0 : 1];
+  const int64_t from = int64_t(is_q ? blockIdx.y : blockIdx.y - r.q_groups) * r.heads_of_group;
+  const int64_t to = min(from + r.heads_of_group, x.heads);
+  for (int64_t b = blockIdx.z; b < r.B; b += gridDim.z) {
+    float cos[P], sin[P];
+    if (n >= r.prefix) {
+      const int64_t row = b * r.table.stride_b + from * r.table.stride_h + (n - r.prefix) * r.pairs + c;
+      load_table(r.table.cos + row, cos), load_table(r.table.sin + row, sin);
+#pragma unroll
+      for (int i = 0; i < P; ++i) sin[i] *= r.sign;
+    }
+    const T* in = static_cast<const T*>(x.in) + b * x.in_b + n * x.in_n;
+    T* out = static_cast<T*>(x.out) + b * x.out_b + n * x.out_n;
+    // All loads before the first store: in place the compiler may not move a load over one.
+    Pairs<T, interleaved, P> rows[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h)
+      if (from + h < to) rows[h].load(in + (from + h) * x.in_h, r.pairs, c);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      if (from + h >= to) break;
+      float a[P], y[P];
+#pragma unroll
+      for (int i = 0; i < P; ++i) {
+        const float a_in = rows[h].a(i), b_in = rows[h].b(i);
+        a[i] = n < r.prefix ? a_in : a_in * cos[i] - b_in * sin[i];
+        y[i] = n < r.prefix ? b_in : b_in * cos[i] + a_in * sin[i];
+      }
+      store<T, interleaved>(out + (from + h) * x.out_h, r.pairs, c, a, y);
+    }
+  }
+}
+
+template <class T, bool interleaved, int P>
+int rotate(const Rotation& r, int groups, void* stream) {
+  const int64_t blocks = ((r.N - r.first) * (r.pairs / P) + kThreads - 1) / kThreads;
+  const dim3 grid(unsigned(blocks), unsigned(groups), unsigned(r.B < kMostClips ? r.B : kMostClips));
+  return launch(rope3d_kernel<T, interleaved, P>, grid, dim3(kThreads), stream, r);
+}
+
+template <class T>
+int run(Rotation r, int tensors, bool interleaved, void* stream) {
+  constexpr int pairs = pairs_of<T>(true), halves = pairs_of<T>(false);
+  bool whole = r.pairs % (interleaved ? pairs : halves) == 0 && r.pairs % 4 == 0 && aligned(r.table.cos, 4, 0, 0, 0);
+  whole = whole && aligned(r.table.sin, 4, r.table.stride_b, r.table.stride_h, 0);
+  for (int i = 0; i < tensors; ++i) whole = whole && aligned(r.x[i], sizeof(T));
+  r.heads_of_group = r.table.stride_h ? 1 : kHeads;
+  r.q_groups = int((r.x[0].heads + r.heads_of_group - 1) / r.heads_of_group);
+  const int groups = r.q_groups + (tensors > 1 ? int((r.x[1].heads + r.heads_of_group - 1) / r.heads_of_group) : 0);
+  if (r.B == 0 || groups == 0 || r.N <= r.first) return cudaSuccess;
+  if (interleaved) return whole ? rotate<T, true, pairs>(r, groups, stream) : rotate<T, true, 1>(r, groups, stream);
+  return whole ? rotate<T, false, halves>(r, groups, stream) : rotate<T, false, 1>(r, groups, stream);
+}
+
+}  // namespace
+
+int rope3d_cuda(int dtype, const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, int64_t N, int64_t D, int64_t prefix,
+                bool interleaved, bool inverse, void* stream) {
+  Rotation r = {{x[0], x[tensors - 1]}, table, B, N, D / 2, prefix, 0, 0, 0, inverse ? -1.0f : 1.0f};
+  bool in_place = true;
+  for (int i = 0; i < tensors; ++i) in_place = in_place && x[i].in == x[i].out;
+  r.first = in_place ? prefix : 0;
+  if (dtype == kRopeFloat32) return run<float>(r, tensors, interleaved, stream);
+  if (dtype == kRopeBFloat16) return run<__nv_bfloat16>(r, tensors, interleaved, stream);
+  if (dtype == kRopeFloat16) return run<__half>(r, tensors, interleaved, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace evaat

@@ -1,0 +1,85 @@
+"""Which pairs of a batch count as positive for EgoNCE: a matrix, or what the captions speak of."""
+
+import torch
+
+from evaat_fast.ops._core.tensor import memory_of
+
+
+class VerbNounPositives:
+    """Pairs that share a verb and a noun, never built as [N, N].
+
+    Args:
+        verbs, nouns: what each pair's caption has: int64 or int32 [N], one class id each (a negative one shares nothing), or
+            bool or 0/1 numbers [N, K], as many of K classes as it has.
+
+    Source: EgoVLP (arXiv 2206.01670), section 3.2, its action-aware positives.
+    """
+
+    def __init__(self, verbs, nouns):
+        self.verbs, self.nouns = (_bits(name, x) for name, x in (("verbs", verbs), ("nouns", nouns)))
+        if self.verbs.shape[0] != self.nouns.shape[0]:
+            raise ValueError(f"nouns: expected {self.verbs.shape[0]} entries as verbs, got {self.nouns.shape[0]}")
+        if self.verbs.device != self.nouns.device:
+            raise ValueError(f"nouns: expected the device of verbs {self.verbs.device}, got {self.nouns.device}")
+
+
+def _bits(name, x):
+    """int32 [N, words]: bit c of a row's 32-bit words is class c."""
+    if not isinstance(x, torch.Tensor) or x.is_complex():
+        raise TypeError(f"{name}: expected a tensor of class ids [N] or of 0 and 1 [N, K], got {_kind(x)}")
+    memory_of("VerbNounPositives", name, x)
+    if x.ndim == 1:
+        if x.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected class ids [N] as int64 or int32, got {x.dtype}")
+        # Ids are numbered anew, so that the bits are as few as the batch has classes.
+        classes, x = torch.unique(x, return_inverse=True)
+        x = torch.nn.functional.one_hot(x, len(classes)).bool() & (classes >= 0) if len(classes) else x.new_zeros(0, 1).bool()
+    if x.ndim != 2:
+        raise ValueError(f"{name}: expected the shape [N] or [N, K], got {list(x.shape)}")
+    present = torch.nn.functional.pad(x != 0, (0, -x.shape[1] % 32 if x.shape[1] else 32))
+    # In int64, where bit 31 is no sign; the cast to int32 keeps the bits.
+    words = (present.unflatten(1, (-1, 32)).long() << torch.arange(32, device=x.device)).sum(2)
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+
+
+class Positives:
+    """What the kernels are given: bool [N, N] or None; the verb and the noun bits int32 [N, words], or None."""
+
+    def __init__(self, dense, verbs, nouns):
+        self.dense, self.verbs, self.nouns = dense, verbs, nouns
+
+    def tensors(self):
+        return self.dense, self.verbs, self.nouns
+
+    def rows(self, first, last):
+        """bool [last - first, N]: the captions that are positive for videos first .. last - 1, beside their own."""
+        if self.dense is not None:
+            return self.dense[first:last]
+        shared = True
+        for bits in (self.verbs, self.nouns):
+            one = torch.zeros((last - first, len(bits)), dtype=torch.bool, device=bits.device)
+            for word in bits.unbind(1):
+                one |= (word[first:last, None] & word) != 0
+            shared = one & shared
+        return shared
+
+
+def as_positives(positives, N, device):
+    """Checks the `positives` argument of a loss."""
+    if isinstance(positives, VerbNounPositives):
+        size, on, result = positives.verbs.shape[0], positives.verbs.device, (None, positives.verbs, positives.nouns)
+        if size != N:
+            raise ValueError(f"positives.verbs: expected {N} entries, one for each pair, got {size}")
+    elif isinstance(positives, torch.Tensor) and positives.dtype == torch.bool:
+        if positives.shape != (N, N):
+            raise ValueError(f"positives: expected the shape [{N}, {N}], got {list(positives.shape)}")
+        on, result = positives.device, (memory_of("ego_nce_loss", "positives", positives), None, None)
+    else:
+        raise TypeError(f"positives: expected a bool tensor [{N}, {N}] or a VerbNounPositives, got {_kind(positives)}")
+    if on != device:
+        raise ValueError(f"positives: expected the features' device {device}, got {on}")
+    return Positives(*result)
+
+
+def _kind(x):
+    return x.dtype if isinstance(x, torch.Tensor) else type(x).__name__

@@ -1,0 +1,257 @@
+"""Where the labels of a pairwise loss come from: a dense matrix, quantised codes, or rows and columns of a larger table.
+
+A loss takes any of them as `relevancy` and reads the same number for the same pair, whatever the source. Labels are converted
+to float32 (float64 for float64 features) before anything is computed with them, so equal values give equal bits.
+"""
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from evaat_fast.ops._core.register import traced
+from evaat_fast.ops._core.tensor import memory_of, number
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INDICES = (torch.int64, torch.int32)
+
+
+class DenseRelevancy:
+    """Quantised labels of a batch: relevancy[j, i] = codes[j, i] * scale, rounded once from float64.
+
+    Args:
+        codes: uint8 [N, N], rows = videos, columns = captions.
+        scale: a finite float, the value of one step (1 / 240 for codes that are 240 times the relevancy), or a float tensor
+            [256], the value of each code, as `quantize_relevancy` gives it.
+    """
+
+    def __init__(self, codes, scale):
+        if not isinstance(codes, torch.Tensor) or codes.dtype != torch.uint8:
+            raise TypeError(f"codes: expected a uint8 tensor, got {_kind(codes)}")
+        memory_of("DenseRelevancy", "codes", codes)
+        if codes.ndim != 2:
+            raise ValueError(f"codes: expected the shape [N, N], got {list(codes.shape)}")
+        self.codes = codes
+        self.values = _values(scale, codes.device)
+
+
+class IndexedRelevancy:
+    """Rows and columns of a larger table: relevancy[j, i] = table[video_index[j], caption_index[i]], never built as [N, N].
+
+    Args:
+        table: [V, C] float32, float64, bfloat16, float16, or uint8 codes with a scale; any strides.
+        video_index, caption_index: int64 or int32 [N], the table's row of each video and column of each caption.
+        scale: of codes, as for `DenseRelevancy`; None for a table of floats.
+    """
+
+    def __init__(self, table, video_index, caption_index, scale=None):
+        if scale is None:
+            _check_table("table", table, "[V, C], or uint8 codes with a scale")
+        elif not isinstance(table, torch.Tensor) or table.dtype != torch.uint8 or table.ndim != 2:
+            got = f"{_kind(table)} {list(table.shape)}" if isinstance(table, torch.Tensor) else _kind(table)
+            raise TypeError(f"table: expected uint8 codes [V, C] beside a scale, got {got}")
+        _check_ids("IndexedRelevancy", table.device, video_index=video_index, caption_index=caption_index)
+        if caption_index is video_index:
+            caption_index = caption_index.view(-1)  # torch.compile takes no tensor twice
+        table = memory_of("IndexedRelevancy", "table", table)
+        self.table, self.video_index, self.caption_index = table, video_index, caption_index
+        self.values = None if scale is None else _values(scale, table.device)
+
+
+class VerbNounRelevancy:
+    """EPIC-Kitchens' relevancy, 0.5 [same verb class] + 0.5 IoU(noun classes), from class ids: no matrix over clips at all.
+
+    Args:
+        verb: int64 or int32 [N], each pair's verb class.
+        noun_set: int64 or int32 [N], each pair's set of noun classes, as a row of noun_iou.
+        noun_iou: float [S, S], the intersection over union of each two sets; constant over the batches of a training run, so
+            that what is made of it is made once.
+
+    A label is 0.5 * noun_iou, plus 0.5 for the same verb, in float64, rounded once: the same number that a matrix computed in
+    float64 holds.
+    """
+
+    def __init__(self, verb, noun_set, noun_iou):
+        _check_table("noun_iou", noun_iou, "[S, S]")
+        if noun_iou.shape[0] != noun_iou.shape[1]:
+            raise ValueError(f"noun_iou: expected the shape [S, S], got {list(noun_iou.shape)}")
+        no_gradient("noun_iou", noun_iou)
+        _check_ids("VerbNounRelevancy", noun_iou.device, verb=verb, noun_set=noun_set)
+        self.verb, self.noun_set = verb.view(-1) if verb is noun_set else verb, noun_set  # torch.compile takes no tensor twice
+        self.table, self.values = _verb_noun_table(memory_of("VerbNounRelevancy", "noun_iou", noun_iou))
+
+
+_VERB_NOUN = WeakIdKeyDictionary()
+
+
+def _verb_noun_table(noun_iou):
+    """([2, S, S], values): labels of pairs of another verb and of the same, as codes where 256 values suffice."""
+    if torch.compiler.is_compiling() or traced():  # how many values there are is then not known
+        return _both_verbs(noun_iou), None
+    version, *made = _VERB_NOUN.get(noun_iou, (None,))
+    if version is None or version != noun_iou._version:
+        table, values = _both_verbs(noun_iou), None
+        distinct = torch.unique(table)
+        if 0 < distinct.numel() <= 256 and bool(distinct.isfinite().all()):  # a NaN has no code, and must reach the loss
+            table = torch.searchsorted(distinct, table).to(torch.uint8)
+            values = torch.nn.functional.pad(distinct, (0, 256 - distinct.numel()))
+        made = table, values
+        _VERB_NOUN[noun_iou] = (noun_iou._version, *made)
+    return made
+
+
+def _both_verbs(noun_iou):
+    half = 0.5 * noun_iou.double()
+    return torch.stack((half, half + 0.5))
+
+
+def quantize_relevancy(relevancy, steps=240):
+    """Labels as uint8 codes: (codes, values) with codes = trunc(steps * relevancy) and values[c] = c / steps.
+
+    With 240 steps these are the codes of the authors' SMS-Loss, computed in the dtype of `relevancy` as theirs are: in float64,
+    5/6 becomes 199. `DenseRelevancy(codes, values)` and `IndexedRelevancy(codes, rows, columns, values)` take them.
+
+    Args:
+        relevancy: float tensor of any shape, 0 <= relevancy <= 255 / steps.
+        steps: a positive integer.
+
+    Returns:
+        uint8, the shape of relevancy; float64 [256].
+    """
+    if not isinstance(relevancy, torch.Tensor) or relevancy.dtype not in FLOATS:
+        raise TypeError(f"relevancy: expected a float tensor, got {_kind(relevancy)}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected a positive integer, got {steps!r}")
+    scaled = relevancy.detach() * steps
+    if scaled.numel() and not bool(((scaled >= 0) & (scaled < 256)).all()):
+        raise ValueError(f"relevancy: expected values from 0 to 255 / {steps}, got {relevancy.min()} to {relevancy.max()}")
+    return scaled.to(torch.uint8), torch.arange(256, dtype=torch.float64, device=relevancy.device) / steps
+
+
+class Labels:
+    """What the kernels are given for any source: the stored tensor [V, C], or [2, V, C] with the verbs that choose between the
+    two; the indices into it or None; the value of each code, float [256], where it holds codes."""
+
+    def __init__(self, table, video_index=None, caption_index=None, verb=None, values=None):
+        self.table, self.video_index, self.caption_index, self.verb, self.values = (
+            table,
+            video_index,
+            caption_index,
+            verb,
+            values,
+        )
+
+    def tensors(self):
+        """What the constructor takes."""
+        return self.table, self.video_index, self.caption_index, self.verb, self.values
+
+    def rows(self, first, last, dtype):
+        """[last - first, N] in `dtype`: the labels of videos first .. last - 1. An index out of range reads NaN."""
+        if self.video_index is None:
+            return self._decode(self.table[first:last], dtype)
+        verb = None if self.verb is None else self.verb[first:last, None] == self.verb
+        return self._pick(self.video_index[first:last, None], self.caption_index[None, :], verb, dtype)
+
+    def matrix(self, dtype):
+        """Contiguous [N, N] in `dtype` (torch's sums depend on the layout), rows = videos."""
+        N = self.table.shape[0] if self.video_index is None else self.video_index.shape[0]
+        return self.rows(0, N, dtype).contiguous()
+
+    def diagonal(self, dtype):
+        """[N] in `dtype`: each pair's own label."""
+        if self.video_index is None:
+            return self._decode(self.table.diagonal(), dtype)
+        same = None if self.verb is None else torch.ones_like(self.verb, dtype=torch.bool)
+        return self._pick(self.video_index, self.caption_index, same, dtype)
+
+    def check_indices(self):
+        """IndexError naming the index that does not fit the table. Waits for the device."""
+        names = ("noun_set", "noun_set") if self.verb is not None else ("video_index", "caption_index")
+        V, C = self.table.shape[-2:]
+        for name, index, size in ((names[0], self.video_index, V), (names[1], self.caption_index, C)):
+            if index is not None and index.numel():
+                low, high = (int(x) for x in torch.aminmax(index))
+                if low < 0 or high >= size:
+                    raise IndexError(
+                        f"{name}: expected 0 <= index < {size}, as the table is {[V, C]}, got {low if low < 0 else high}"
+                    )
+
+    def _pick(self, rows, columns, same, dtype):
+        V, C = self.table.shape[-2:]
+        if V == 0 or C == 0:
+            shape = torch.broadcast_shapes(rows.shape, columns.shape)
+            return torch.full(shape, float("nan"), dtype=dtype, device=self.table.device)
+        inside = (rows >= 0) & (rows < V) & (columns >= 0) & (columns < C)
+        at = (rows.long().clamp(0, V - 1), columns.long().clamp(0, C - 1))
+        picked = self.table[at if same is None else (same.long(), *at)]
+        return self._decode(picked, dtype).masked_fill(~inside, float("nan"))
+
+    def _decode(self, x, dtype):
+        return x.to(dtype) if self.values is None else self.values.to(dtype)[x.long()]
+
+
+def _values(scale, device):
+    """float [256]: the label that each code stands for."""
+    if not isinstance(scale, torch.Tensor):
+        return torch.arange(256, dtype=torch.float64, device=device) * number("scale", scale)
+    if scale.dtype not in FLOATS or scale.shape != (256,):
+        raise ValueError(f"scale: expected a float, or a float tensor [256], got {scale.dtype} {list(scale.shape)}")
+    no_gradient("scale", scale)
+    return memory_of("the labels", "scale", scale).to(device)
+
+
+def as_labels(relevancy, N, device):
+    """Checks a loss's `relevancy` argument against the batch and returns its Labels."""
+    if isinstance(relevancy, (IndexedRelevancy, VerbNounRelevancy)):
+        indexed = isinstance(relevancy, IndexedRelevancy)
+        index = relevancy.video_index if indexed else relevancy.noun_set
+        name, table, size = "relevancy.table" if indexed else "relevancy.noun_iou", relevancy.table, index.shape[0]
+        if size != N:
+            field = "video_index" if indexed else "noun_set"
+            raise ValueError(f"relevancy.{field}: expected {N} entries, one for each pair, got {size}")
+        others = (relevancy.caption_index, None) if indexed else (index.view(-1), relevancy.verb)
+        labels = Labels(table, index, *others, relevancy.values)
+    elif isinstance(relevancy, DenseRelevancy):
+        name, table = "relevancy.codes", relevancy.codes
+        labels = Labels(table, values=relevancy.values)
+    else:
+        name, table = "relevancy", relevancy
+        _check_table("relevancy", table, f"[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy")
+        table = memory_of("the loss", "relevancy", table)
+        labels = Labels(table)
+    if labels.video_index is None and table.shape != (N, N):
+        raise ValueError(f"{name}: expected the shape [{N}, {N}], got {list(table.shape)}")
+    if table.device != device:
+        raise ValueError(f"{name}: expected the features' device {device}, got {table.device}")
+    no_gradient(name, table)
+    return labels
+
+
+def no_gradient(name, x):
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires a gradient, and the losses compute none for labels; pass it detached")
+
+
+def _check_ids(op, device, **ids):
+    """Two tensors of indices or class ids, one for each pair."""
+    (first, a), (second, b) = ids.items()
+    for name, x in ids.items():
+        if not isinstance(x, torch.Tensor) or x.dtype not in _INDICES:
+            raise TypeError(f"{name}: expected a tensor of int64 or int32, got {_kind(x)}")
+        memory_of(op, name, x)
+        if x.ndim != 1:
+            raise ValueError(f"{name}: expected the shape [N], got {list(x.shape)}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected the table's device {device}, got {x.device}")
+    if a.shape != b.shape:
+        raise ValueError(f"{second}: expected {a.shape[0]} entries as {first}, got {b.shape[0]}")
+
+
+def _check_table(name, x, shape):
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float tensor {shape}, got {_kind(x)}")
+    memory_of("the loss", name, x)
+    if x.ndim != 2:
+        raise ValueError(f"{name}: expected the shape {shape}, got {list(x.shape)}")
+
+
+def _kind(x):
+    return x.dtype if isinstance(x, torch.Tensor) else type(x).__name__

@@ -1,0 +1,113 @@
+"""patchify: uint8 video to the rows that a linear patch embedding multiplies.
+
+A convolution with stride = kernel is a matrix product over patches. `patchify` makes that product's left side straight from
+the decoder's bytes: crop views are read in place, the normalisation costs a table look-up, and no float video ever exists.
+
+    rows = patchify(video, 16, mean, std, torch.bfloat16)                    # [B, T*Hp*Wp, 768]
+    tokens = torch.nn.functional.linear(rows, conv.weight.flatten(1), conv.bias)
+"""
+
+from functools import lru_cache
+
+import torch
+
+from evaat_fast.ops._core import dispatch as _dispatch
+from evaat_fast.ops._core.register import register
+from evaat_fast.ops._core.tensor import memory_of, number
+
+
+def patchify_reference(video, patch, mean, std, dtype):
+    """The specification: normalise in float32, round once to `dtype`, cut into patches."""
+    B, T, H, W, _ = video.shape
+    Hp, Wp = H // patch, W // patch
+    table = _table(tuple(mean), tuple(std), dtype, video.device)
+    channels = [table[c][video[..., c].long()] for c in range(3)]
+    x = torch.stack(channels, 2)  # [B, T, 3, H, W]
+    x = x.reshape(B, T, 3, Hp, patch, Wp, patch)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, T * Hp * Wp, 3 * patch * patch)
+
+
+@lru_cache(maxsize=32)
+def _table(mean, std, dtype, device):
+    """[3, 256]: what a byte of each channel becomes. A table makes all backends equal to the last bit."""
+    levels = torch.arange(256, dtype=torch.float32)
+    mean = torch.tensor(mean, dtype=torch.float32)[:, None]
+    std = torch.tensor(std, dtype=torch.float32)[:, None]
+    return ((levels - mean) / std).to(dtype).to(device)
+
+
+def _fake(video, patch, mean, std, dtype, backend):
+    B, T, H, W, _ = video.shape
+    return video.new_empty((B, T * (H // patch) * (W // patch), 3 * patch * patch), dtype=dtype)
+
+
+@register("patchify(Tensor video, int patch, float[] mean, float[] std, ScalarType dtype, str backend) -> Tensor", _fake)
+def _patchify(video, patch, mean, std, dtype, backend):
+    if backend == "reference":
+        return patchify_reference(video, patch, mean, std, dtype)
+    if video.stride(4) != 1 or video.stride(3) != 3:
+        video = video.contiguous()
+    out = _fake(video, patch, mean, std, dtype, backend)
+    table = _table(tuple(mean), tuple(std), dtype, video.device)
+    where = (video.data_ptr(), table.data_ptr(), out.data_ptr(), out.element_size())
+    sizes = (*video.shape[:4], *video.stride()[:3], patch)
+    if backend == "cpu":
+        from evaat_fast import _cpu
+
+        _cpu.patchify(*where, *sizes, torch.get_num_threads())
+    else:
+        from evaat_fast import _cuda
+
+        with torch.cuda.device(video.device):
+            error = _cuda.patchify(*where, *sizes, torch.cuda.current_stream().cuda_stream)
+        if error:
+            raise RuntimeError(f"patchify: CUDA error {error} at shape {tuple(video.shape)}, patch {patch}")
+    return out
+
+
+def patchify(video, patch, mean, std, dtype=torch.float32, *, backend=None):
+    """Cuts a uint8 video into normalised patches.
+
+    Args:
+        video: uint8 [B, T, H, W, 3], any strides; crops of packed frames are read without a copy.
+        patch: side of a patch in pixels; H and W must be multiples of it.
+        mean, std: three floats each, in units of 0..255.
+        dtype: float32, bfloat16 or float16; the normalisation is computed in float32 and rounded once.
+        backend: "auto", "cuda", "cpu" or "reference".
+
+    Returns:
+        [B, T * H/patch * W/patch, 3 * patch * patch], tokens in the order (t, h, w) and columns in the order (c, py, px), which
+        is that of `conv.weight.reshape(out_channels, -1)`.
+
+    Raises:
+        TypeError: video is not a uint8 tensor, or dtype is not one of the three.
+        ValueError: another shape, a patch that does not divide H and W, mean or std of another length, a std of 0.
+    """
+    if not isinstance(video, torch.Tensor) or video.dtype != torch.uint8:
+        got = video.dtype if isinstance(video, torch.Tensor) else type(video).__name__
+        raise TypeError(f"video: expected a uint8 tensor, got {got}")
+    video = memory_of("patchify", "video", video)
+    if video.ndim != 5 or video.shape[-1] != 3:
+        raise ValueError(f"video: expected the shape [B, T, H, W, 3], got {list(video.shape)}")
+    if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
+        raise ValueError(f"patch: expected a positive int, got {patch!r}")
+    if video.shape[2] % patch or video.shape[3] % patch:
+        raise ValueError(f"video: height and width must be multiples of patch={patch}, got {list(video.shape[2:4])}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    mean, std = _three("mean", mean), _three("std", std)
+    if 0.0 in std:
+        raise ValueError(f"std: expected three non-zero floats, got {std}")
+    return _patchify(video, patch, mean, std, dtype, _dispatch.pick("patchify", video, backend, dtype))
+
+
+def _three(name, values):
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        values = [number(name, v) for v in values]
+    except TypeError:
+        raise ValueError(f"{name}: expected three floats in units of 0..255, got {values!r}") from None
+    if len(values) != 3:
+        raise ValueError(f"{name}: expected three floats in units of 0..255, got {len(values)}")
+    return values

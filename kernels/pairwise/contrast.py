@@ -1,0 +1,208 @@
+"""The contrastive losses, InfoNCE and EgoNCE, in Triton: two sweeps over tiles of logits that never meet in memory.
+
+The first sweep leaves, per tile, the log-sum-exp of its rows and of its columns, over all pairs and over the positive ones; the
+second computes the tile again, knows the four totals of each pair, and writes the slopes
+exp(s - all_row) - [positive] exp(s - positive_row) + the same of the columns
+as a panel, which two plain matrix products turn into gradients: 8 N^2 E operations, the least there is without keeping N x N.
+No atomics: two runs agree to the last bit.
+"""
+
+import triton
+import triton.language as tl
+from evaat_fast.kernels.launch import generation, on
+from evaat_fast.kernels.pairwise.sms import GROUP, _halves, _place, _products, plan
+
+# Which pairs are positive beside each pair itself: none, those of a matrix [N, N], or those that share a verb and a noun.
+OWN, DENSE, SHARED = 0, 1, 2
+
+
+@triton.jit
+def _shares(words, m, n, N, WORDS: tl.constexpr):
+    """Whether rows m and n of int32 words [N, WORDS] share a bit."""
+    any_bit = (m[:, None] + n[None, :]) * 0
+    for w in range(WORDS):
+        a = tl.load(words + m * WORDS + w, mask=m < N, other=0)
+        b = tl.load(words + n * WORDS + w, mask=n < N, other=0)
+        any_bit = any_bit | (a[:, None] & b[None, :])
+    return any_bit != 0
+
+
+@triton.jit
+def _logits(
+    x, inverses, scale, dense, dense_row, dense_col, verbs, nouns, m, n, N,
+    NORMALISE: tl.constexpr, POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
+):  # fmt: skip
+    """(products or cosines, logits, whether positive) of videos m and captions n, from the raw products."""
+    if NORMALISE:
+        row, column = tl.load(inverses + m, mask=m < N, other=0.0), tl.load(inverses + N + n, mask=n < N, other=0.0)
+        x = x * row[:, None] * column[None, :]
+    positive = m[:, None] == n[None, :]
+    if POSITIVES == 1:
+        at = dense + m.to(tl.int64)[:, None] * dense_row + n.to(tl.int64)[None, :] * dense_col
+        positive = positive | (tl.load(at, mask=(m < N)[:, None] & (n < N)[None, :], other=0) != 0)
+    if POSITIVES == 2:
+        positive = positive | (_shares(verbs, m, n, N, VERB_WORDS) & _shares(nouns, m, n, N, NOUN_WORDS))
+    return x, x * tl.load(scale), positive
+
+
+@triton.jit
+def _log_sum_exp(s, keep, axis: tl.constexpr):
+    """(a, b), a + b that of the kept logits along an axis: a the largest, b = -inf where there are none, NaN where one is."""
+    s = tl.where(keep, s, float("-inf"))
+    most = tl.max(s, axis)
+    shift = tl.where(most == float("-inf"), 0.0, most)
+    return shift, tl.log(tl.sum(tl.exp(s - tl.expand_dims(shift, axis)), axis))
+
+
+@triton.jit
+def _put(target, half, pair, mask):
+    tl.store(target, pair[0], mask=mask)
+    tl.store(target + half, pair[1], mask=mask)
+
+
+@triton.jit
+def _probability(s, totals, N, i, mask, axis: tl.constexpr):
+    """exp(s - total), a total being the sum of two floats; totals: [2, N]."""
+    high, low = tl.load(totals + i, mask=mask, other=0.0), tl.load(totals + N + i, mask=mask, other=0.0)
+    return tl.exp((s - tl.expand_dims(high, axis)) - tl.expand_dims(low, axis))
+
+
+@triton.jit
+def contrast_stats_kernel(
+    video, text, video_n, text_n, inverses, scale, dense, dense_row, dense_col, verbs, nouns, rows, columns, first, last, N, E,
+    NORMALISE: tl.constexpr, POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each
+    strip's columns of all pairs and of the positive ones, each as two numbers to add; columns: [2, 2, down, N], the same over a
+    tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals. A strip is a quarter of a
+    tile, see `sms_kernel`.
+    """
+    tile_m, tile_n = _place(tl.program_id(0), last - first, N, BLOCK, BLOCK, GROUP)
+    m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
+    product = _products(
+        video, text, video_n, text_n, m, tile_n * BLOCK + tl.arange(0, BLOCK), N, E, BLOCK, BLOCK, BLOCK_K, PRECISION
+    )  # fmt: skip
+    left, right = _halves(product, BLOCK, BLOCK)
+    strips = _halves(left, BLOCK, BLOCK // 2) + _halves(right, BLOCK, BLOCK // 2)
+    height, down, across = last - first, tl.cdiv(last - first, BLOCK), tl.cdiv(N, BLOCK) * 4
+    by_row, by_column = across.to(tl.int64) * height, down.to(tl.int64) * N
+    for i in tl.static_range(4):
+        n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        x, s, positive = _logits(
+            strips[i], inverses, scale, dense, dense_row, dense_col, verbs, nouns, m, n, N,
+            NORMALISE, POSITIVES, VERB_WORDS, NOUN_WORDS,
+        )  # fmt: skip
+        inside = (m < last)[:, None] & (n < N)[None, :]
+        row, column = rows + (tile_n * 4 + i).to(tl.int64) * height + (m - first), columns + tile_m.to(tl.int64) * N + n
+        _put(row, by_row, _log_sum_exp(s, inside, 1), m < last)
+        _put(column, by_column, _log_sum_exp(s, inside, 0), n < N)
+        if POSITIVES != 0:
+            _put(row + 2 * by_row, by_row, _log_sum_exp(s, inside & positive, 1), m < last)
+            _put(column + 2 * by_column, by_column, _log_sum_exp(s, inside & positive, 0), n < N)
+
+
+@triton.jit
+def contrast_slopes_kernel(
+    video, text, video_n, text_n, inverses, scale, dense, dense_row, dense_col, verbs, nouns,
+    row_totals, col_totals, weight, panel, scale_slope, first, last, N, E,
+    NORMALISE: tl.constexpr, POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """row_totals, col_totals: float32 [2, 2, N], log-sum-exps of all pairs and of positive ones, each as two numbers to add,
+    since one float32 of 100 would round a probability by 4e-6. panel [last - first, N]: slopes
+    of the logits; scale_slope: float32 [tiles], their sum with the products.
+    """
+    tile_m, tile_n = _place(tl.program_id(0), last - first, N, BLOCK, BLOCK, GROUP)
+    m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
+    product = _products(
+        video, text, video_n, text_n, m, tile_n * BLOCK + tl.arange(0, BLOCK), N, E, BLOCK, BLOCK, BLOCK_K, PRECISION
+    )  # fmt: skip
+    left, right = _halves(product, BLOCK, BLOCK)
+    strips = _halves(left, BLOCK, BLOCK // 2) + _halves(right, BLOCK, BLOCK // 2)
+    in_m, total = m < last, tl.zeros((BLOCK, BLOCK // 4), tl.float32)
+    for i in tl.static_range(4):
+        n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        in_n = n < N
+        x, s, positive = _logits(
+            strips[i], inverses, scale, dense, dense_row, dense_col, verbs, nouns, m, n, N,
+            NORMALISE, POSITIVES, VERB_WORDS, NOUN_WORDS,
+        )  # fmt: skip
+        of_row, of_col = _probability(s, row_totals, N, m, in_m, 1), _probability(s, col_totals, N, n, in_n, 0)
+        if POSITIVES == 0:
+            own = tl.where(positive, 1.0, 0.0)
+            of_row, of_col = of_row - own, of_col - own
+        else:
+            of_row -= tl.where(positive, _probability(s, row_totals + 2 * N, N, m, in_m, 1), 0.0)
+            of_col -= tl.where(positive, _probability(s, col_totals + 2 * N, N, n, in_n, 0), 0.0)
+        if WEIGHTED:
+            of_row *= tl.load(weight + m, mask=in_m, other=0.0)[:, None]
+            of_col *= tl.load(weight + n, mask=in_n, other=0.0)[None, :]
+        inside = in_m[:, None] & in_n[None, :]
+        slope = of_row + of_col
+        at = panel + (m - first).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(at, slope.to(panel.dtype.element_ty), mask=inside)
+        total += tl.where(inside, slope * x, 0.0)
+    tl.store(scale_slope + tile_m * tl.cdiv(N, BLOCK) + tile_n, tl.sum(tl.sum(total, 1), 0))
+
+
+def _source(features, scale, positives, nothing):
+    """The arguments that both kernels begin with, and their constants."""
+    video, text, inverses = features
+    dense, verbs, nouns = positives
+    words = lambda x: 1 if x is None else x.shape[1]  # noqa: E731
+    arguments = (
+        video, text, video.stride(0), text.stride(0), nothing if inverses is None else inverses, scale,
+        nothing if dense is None else dense, *((0, 0) if dense is None else dense.stride()),
+        nothing if verbs is None else verbs, nothing if nouns is None else nouns,
+    )  # fmt: skip
+    kind = kind_of(positives)
+    constants = dict(NORMALISE=inverses is not None, POSITIVES=kind, VERB_WORDS=words(verbs), NOUN_WORDS=words(nouns))
+    return arguments, constants | dict(GROUP=GROUP, **contrast_plan(video.dtype, kind, generation(video)))
+
+
+def contrast_plan(dtype, positives, generation=9):
+    """As `plan`; four totals and a mask leave registers for 64 x 64 in 4 warps, the bits of classes in 8.
+
+    So many on Blackwell for all: of any other tiles there, Triton 3.6 cannot compile the slopes of 16-bit features.
+    """
+    if generation >= 10 or positives == SHARED:
+        return plan(dtype) | {"BLOCK": 64, "num_warps": 8}
+    return plan(dtype) if positives == OWN else plan(dtype) | {"BLOCK": 64, "num_warps": 4}
+
+
+def tiles(rows, video, positives):
+    """(down, across): how many tiles a panel of `rows` videos has; positives: as `stats`."""
+    block = contrast_plan(video.dtype, kind_of(positives), generation(video))["BLOCK"]
+    return triton.cdiv(rows, block), triton.cdiv(video.shape[0], block)
+
+
+def kind_of(positives):
+    dense, verbs, _ = positives
+    return DENSE if dense is not None else SHARED if verbs is not None else OWN
+
+
+def stats(features, scale, positives, rows, columns, first, last):
+    """features: video, text, inverses of their norms [2, N] or None for products as they are. scale: float32 of one element.
+    positives: (bool [N, N], verb bits, noun bits as int32 [N, words]), None where there are none. rows, columns: as the kernel
+    takes them.
+    """
+    video = features[0]
+    N, E = video.shape
+    arguments, constants = _source(features, scale, positives, rows)
+    with on(video):
+        contrast_stats_kernel[(rows.shape[2] // 4 * columns.shape[2],)](
+            *arguments, rows, columns, first, last, N, E, **constants
+        )  # fmt: skip
+
+
+def slopes(features, scale, positives, totals, weight, panel, scale_slope, first, last):
+    """totals: row_totals, col_totals. Others: as `stats`, and as the kernel takes them."""
+    video = features[0]
+    N, E = video.shape
+    arguments, constants = _source(features, scale, positives, panel)
+    with on(video):
+        contrast_slopes_kernel[(scale_slope.shape[0],)](
+            *arguments, *totals, totals[0] if weight is None else weight, panel, scale_slope, first, last, N, E,
+            WEIGHTED=weight is not None, **constants,
+        )  # fmt: skip
