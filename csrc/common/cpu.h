@@ -3,6 +3,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
+
+#if defined(__GNUC__)
+#define EVAAT_INLINE inline __attribute__((always_inline))
+#else
+#define EVAAT_INLINE inline
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define EVAAT_X86 1
 #define EVAAT_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -11,9 +19,6 @@
 
 namespace evaat {
 
-// The order is the contract with evaat_fast/ops: see _DTYPE_CODE in evaat_fast/ops/_core/dispatch.py.
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-
 enum Isa : int { kPlain = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The best level this machine has, or a lower one set through EVAAT_FAST_CPU_ISA or set_isa.
@@ -21,8 +26,7 @@ int isa();
 // Returns the level now in force, which is never above what the machine has.
 int set_isa(int level);
 
-// Error codes; the binding turns them into exceptions.
-enum Status : int { kOk = 0, kBadDtype = 1, kBadIndex = 2 };
+enum Status : int { kOk = 0, kBadDtype = 1 };
 
 inline float bf16_to_float(uint16_t x) {
   uint32_t bits = uint32_t(x) << 16;
@@ -71,5 +75,22 @@ inline uint16_t float_to_half(float f) {  // round to nearest even
   uint32_t odd = (magnitude >> 13) & 1u;
   return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 }
+
+// Elements of tensors, and how they become floats and back.
+struct BFloat {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+EVAAT_INLINE float widen(float x) { return x; }
+EVAAT_INLINE double widen(double x) { return x; }
+EVAAT_INLINE float widen(BFloat x) { return bf16_to_float(x.bits); }
+EVAAT_INLINE float widen(Half x) { return half_to_float(x.bits); }
+EVAAT_INLINE void narrow(float& to, float x) { to = x; }
+EVAAT_INLINE void narrow(double& to, double x) { to = x; }
+EVAAT_INLINE void narrow(BFloat& to, float x) { to.bits = float_to_bf16(x); }
+EVAAT_INLINE void narrow(Half& to, float x) { to.bits = float_to_half(x); }
 
 }  // namespace evaat

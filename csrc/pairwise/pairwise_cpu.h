@@ -5,33 +5,7 @@
 #include "common/cpu.h"
 #include "pairwise/pairwise.h"
 
-#if defined(__GNUC__)
-#define EVAAT_INLINE inline __attribute__((always_inline))
-#else
-#define EVAAT_INLINE inline
-#endif
-
 namespace evaat {
-
-struct BFloat {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-EVAAT_INLINE float widen(float x) { return x; }
-EVAAT_INLINE double widen(double x) { return x; }
-EVAAT_INLINE float widen(BFloat x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-EVAAT_INLINE float widen(Half x) { return half_to_float(x.bits); }
-EVAAT_INLINE void narrow(float& to, float x) { to = x; }
-EVAAT_INLINE void narrow(double& to, double x) { to = x; }
-EVAAT_INLINE void narrow(BFloat& to, float x) { to.bits = float_to_bf16(x); }
 
 #ifdef EVAAT_X86
 template <class Body, class... Arguments>

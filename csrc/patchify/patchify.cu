@@ -26,17 +26,16 @@ __global__ void __launch_bounds__(256) patchify_kernel(const uint8_t* __restrict
 
 }  // namespace
 
-int patchify_cuda(const uint8_t* video, const void* table, void* out, int element_size, int64_t B, int64_t T, int64_t H, int64_t W,
-                  int64_t stride_b, int64_t stride_t, int64_t stride_h, int64_t patch, void* stream) {
-  const int Hp = int(H / patch), Wp = int(W / patch);
-  const int64_t blocks = B * T * Hp;
+int patchify_cuda(const PatchifyCall& call, const uint8_t* video, const void* table, void* out, void* stream) {
+  const int T = int(call.T), patch = int(call.patch), Hp = int(call.H / patch), Wp = int(call.W / patch);
+  const int64_t blocks = call.B * T * Hp;
   if (blocks == 0 || Wp == 0) return cudaSuccess;
   const dim3 grid{unsigned(blocks)}, block{256};
-  if (element_size == 4)
-    return launch(patchify_kernel<uint32_t>, grid, block, stream, video, (const uint32_t*)table, (uint32_t*)out, int(T), Hp, Wp,
-                  int(patch), stride_b, stride_t, stride_h);
-  return launch(patchify_kernel<uint16_t>, grid, block, stream, video, (const uint16_t*)table, (uint16_t*)out, int(T), Hp, Wp,
-                int(patch), stride_b, stride_t, stride_h);
+  if (call.element_size == 4)
+    return launch(patchify_kernel<uint32_t>, grid, block, stream, video, (const uint32_t*)table, (uint32_t*)out, T, Hp, Wp, patch,
+                  call.stride_b, call.stride_t, call.stride_h);
+  return launch(patchify_kernel<uint16_t>, grid, block, stream, video, (const uint16_t*)table, (uint16_t*)out, T, Hp, Wp, patch,
+                call.stride_b, call.stride_t, call.stride_h);
 }
 
 }  // namespace evaat

@@ -10,11 +10,14 @@
 
 namespace evaat {
 
-void patchify(const uint8_t* video, const void* table, void* out, int element_size, int64_t B, int64_t T, int64_t H, int64_t W,
-              int64_t stride_b, int64_t stride_t, int64_t stride_h, int64_t patch, int threads);
+struct PatchifyCall {
+  int element_size;  // of the output
+  int64_t B, T, H, W, patch;
+  int64_t stride_b, stride_t, stride_h;
+};
 
-// Returns a cudaError_t. stream is a cudaStream_t.
-int patchify_cuda(const uint8_t* video, const void* table, void* out, int element_size, int64_t B, int64_t T, int64_t H, int64_t W,
-                  int64_t stride_b, int64_t stride_t, int64_t stride_h, int64_t patch, void* stream);
+// Both return 0, or a cudaError_t; stream is a cudaStream_t.
+int patchify(const PatchifyCall& call, const uint8_t* video, const void* table, void* out, int threads);
+int patchify_cuda(const PatchifyCall& call, const uint8_t* video, const void* table, void* out, void* stream);
 
 }  // namespace evaat

@@ -1,4 +1,4 @@
-// The plan of rope3d_freqs_cpu.cpp: a block turns the gradients of kRopeChunk tokens, every head of one frequency at a time, and
+// The plan of freqs_cpu.cpp: a block turns the gradients of kRopeChunk tokens, every head of one frequency at a time, and
 // leaves one partial sum. Threads of a row of the block hold the same pairs and take every rows-th token; their sums meet in shared
 // memory, in the order of the rows.
 #include "rope3d/rope3d_cuda.h"
@@ -36,10 +36,9 @@ __device__ void turn(const Backward& r, int i, int64_t b, int64_t n, int64_t fir
     float a[P], y[P];
 #pragma unroll
     for (int k = 0; k < P; ++k) {
-      const bool fixed = n < r.prefix;
       const float ga = gradient.a(k), gb = gradient.b(k), xa = saved.a(k), xb = saved.b(k);
-      a[k] = fixed ? ga : ga * cos[k] - gb * sin[k];
-      y[k] = fixed ? gb : gb * cos[k] + ga * sin[k];
+      a[k] = ga, y[k] = gb;
+      if (n >= r.prefix) turn_pair(ga, gb, cos[k], sin[k], a[k], y[k]);
       // Over 14 heads, sums in float were 1.4 times as far off as torch's.
       dot[k] += double(xa * ga + xb * gb);
       cross[k] += double(xa * gb - xb * ga);
@@ -117,15 +116,16 @@ int run(const Backward& r, bool interleaved, void* stream) {
 
 }  // namespace
 
-int rope3d_freqs_cuda(int dtype, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
-                      const RopePositions& positions, double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix,
-                      bool interleaved, bool inverse, void* stream) {
-  const int64_t chunks = (N - prefix + kRopeChunk - 1) / kRopeChunk, last = tensors - 1;
-  const Backward r = {{grad[0], grad[last]}, {x[0], x[last]}, table, positions, partial, B, N, D / 2, prefix, chunks, tensors, inverse ? -1.0 : 1.0};
-  if (B * chunks == 0) return cudaSuccess;
-  if (dtype == kRopeFloat32) return run<float>(r, interleaved, stream);
-  if (dtype == kRopeBFloat16) return run<__nv_bfloat16>(r, interleaved, stream);
-  if (dtype == kRopeFloat16) return run<__half>(r, interleaved, stream);
+int rope3d_freqs_cuda(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+                      const RopePositions& positions, double* partial, void* stream) {
+  const int64_t chunks = (call.N - call.prefix + kRopeChunk - 1) / kRopeChunk, last = tensors - 1;
+  const Backward r = {{grad[0], grad[last]}, {x[0], x[last]}, table,   positions,
+                      partial,               call.B,          call.N,  call.D / 2,
+                      call.prefix,           chunks,          tensors, call.inverse ? -1.0 : 1.0};
+  if (call.B * chunks == 0) return cudaSuccess;
+  if (call.dtype == kFloat32) return run<float>(r, call.interleaved, stream);
+  if (call.dtype == kBFloat16) return run<__nv_bfloat16>(r, call.interleaved, stream);
+  if (call.dtype == kFloat16) return run<__half>(r, call.interleaved, stream);
   return cudaErrorInvalidValue;
 }
 

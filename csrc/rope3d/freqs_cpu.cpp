@@ -30,9 +30,10 @@ void pairs_from(int64_t first, const T* grad, T* out, const T* x, const float* c
     for (int64_t h = 0; h < token.heads; ++h) {
       const T *from = grad + h * token.grad_h, *saved = x + h * token.x_h;
       T* to = out + h * token.out_h;
-      const float g_a = load(from + i), g_b = load(from + j), a = load(saved + i), b = load(saved + j);
-      store(to + i, g_a * cos[c] - g_b * sin[c]);
-      store(to + j, g_b * cos[c] + g_a * sin[c]);
+      const float g_a = widen(from[i]), g_b = widen(from[j]), a = widen(saved[i]), b = widen(saved[j]);
+      float new_a, new_b;
+      turn_pair(g_a, g_b, cos[c], sin[c], new_a, new_b);
+      narrow(to[i], new_a), narrow(to[j], new_b);
       dot[c] += a * g_a + b * g_b;
       cross[c] += a * g_b - b * g_a;
     }
@@ -48,7 +49,7 @@ void rows_plain(const T* grad, T* out, const T* x, const float* cos, const float
 // P pairs at a time, for every head: their cosines, sines and sums stay in registers.
 #define ROWS(NAME, TARGET, V)                                                                                                  \
   template <class T, Layout kind>                                                                                              \
-  TARGET INLINE void NAME##_pair(const T* p, int64_t pairs, V::F& a, V::F& b) {                                                \
+  TARGET EVAAT_INLINE void NAME##_pair(const T* p, int64_t pairs, V::F& a, V::F& b) {                                                \
     if constexpr (kind == kWords)                                                                                              \
       V::load_words(p, a, b);                                                                                                  \
     else                                                                                                                       \
@@ -113,8 +114,11 @@ Rows<T> choose(bool interleaved) {
 }
 
 template <class T>
-void run(const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table, const RopePositions& positions,
-         double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved, bool inverse, int threads) {
+void run(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+         const RopePositions& positions, double* partial, int threads) {
+  // Names of their own: a structured binding cannot be used in a parallel region.
+  const int64_t B = call.B, N = call.N, D = call.D, prefix = call.prefix;
+  const bool interleaved = call.interleaved, inverse = call.inverse;
   const Rows<T> rows = choose<T>(interleaved);
   const int64_t pairs = D / 2, chunks = (N - prefix + kRopeChunk - 1) / kRopeChunk, items = B * chunks;
   const bool per_head = table.stride_h != 0;
@@ -155,15 +159,14 @@ void run(const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTabl
 
 }  // namespace
 
-int rope3d_freqs(int dtype, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
-                 const RopePositions& positions, double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved,
-                 bool inverse, int threads) {
-  if (dtype == kFloat32)
-    run<float>(grad, x, tensors, table, positions, partial, B, N, D, prefix, interleaved, inverse, threads);
-  else if (dtype == kBFloat16)
-    run<BFloat>(grad, x, tensors, table, positions, partial, B, N, D, prefix, interleaved, inverse, threads);
-  else if (dtype == kFloat16)
-    run<Half>(grad, x, tensors, table, positions, partial, B, N, D, prefix, interleaved, inverse, threads);
+int rope3d_freqs(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+                 const RopePositions& positions, double* partial, int threads) {
+  if (call.dtype == kFloat32)
+    run<float>(call, grad, x, tensors, table, positions, partial, threads);
+  else if (call.dtype == kBFloat16)
+    run<BFloat>(call, grad, x, tensors, table, positions, partial, threads);
+  else if (call.dtype == kFloat16)
+    run<Half>(call, grad, x, tensors, table, positions, partial, threads);
   else
     return kBadDtype;
   return kOk;

@@ -50,9 +50,8 @@ __global__ void __launch_bounds__(kThreads) rope3d_kernel(const Rotation r) {
       float a[P], y[P];
 #pragma unroll
       for (int i = 0; i < P; ++i) {
-        const float a_in = rows[h].a(i), b_in = rows[h].b(i);
-        a[i] = n < r.prefix ? a_in : a_in * cos[i] - b_in * sin[i];
-        y[i] = n < r.prefix ? b_in : b_in * cos[i] + a_in * sin[i];
+        a[i] = rows[h].a(i), y[i] = rows[h].b(i);
+        if (n >= r.prefix) turn_pair(a[i], y[i], cos[i], sin[i], a[i], y[i]);
       }
       store<T, interleaved>(out + (from + h) * x.out_h, r.pairs, c, a, y);
     }
@@ -82,15 +81,14 @@ int run(Rotation r, int tensors, bool interleaved, void* stream) {
 
 }  // namespace
 
-int rope3d_cuda(int dtype, const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, int64_t N, int64_t D, int64_t prefix,
-                bool interleaved, bool inverse, void* stream) {
-  Rotation r = {{x[0], x[tensors - 1]}, table, B, N, D / 2, prefix, 0, 0, 0, inverse ? -1.0f : 1.0f};
+int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, void* stream) {
+  Rotation r = {{x[0], x[tensors - 1]}, table, call.B, call.N, call.D / 2, call.prefix, 0, 0, 0, call.inverse ? -1.0f : 1.0f};
   bool in_place = true;
   for (int i = 0; i < tensors; ++i) in_place = in_place && x[i].in == x[i].out;
-  r.first = in_place ? prefix : 0;
-  if (dtype == kRopeFloat32) return run<float>(r, tensors, interleaved, stream);
-  if (dtype == kRopeBFloat16) return run<__nv_bfloat16>(r, tensors, interleaved, stream);
-  if (dtype == kRopeFloat16) return run<__half>(r, tensors, interleaved, stream);
+  r.first = in_place ? call.prefix : 0;
+  if (call.dtype == kFloat32) return run<float>(r, tensors, call.interleaved, stream);
+  if (call.dtype == kBFloat16) return run<__nv_bfloat16>(r, tensors, call.interleaved, stream);
+  if (call.dtype == kFloat16) return run<__half>(r, tensors, call.interleaved, stream);
   return cudaErrorInvalidValue;
 }
 

@@ -9,7 +9,15 @@
 #pragma once
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace evaat {
+
+struct RopeCall {
+  int dtype;  // of the tensors: a Dtype, but kFloat64
+  int64_t B, N, D, prefix;
+  bool interleaved, inverse;
+};
 
 struct RopeTensor {
   const void* in;
@@ -23,16 +31,11 @@ struct RopeTable {
   int64_t stride_b, stride_h;
 };
 
-// The dtypes' codes, as in cpu.h.
-enum RopeDtype : int { kRopeFloat32 = 0, kRopeBFloat16 = 1, kRopeFloat16 = 2 };
-
 // Returns a Status.
-int rope3d(int dtype, const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, int64_t N, int64_t D, int64_t prefix,
-           bool interleaved, bool inverse, int threads);
+int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, int threads);
 
 // The same on a GPU. Returns a cudaError_t; stream is a cudaStream_t.
-int rope3d_cuda(int dtype, const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, int64_t N, int64_t D, int64_t prefix,
-                bool interleaved, bool inverse, void* stream);
+int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, void* stream);
 
 // The backward pass where frequencies are learnable. grad: `in` is the gradient of the rotated tensor, `out` becomes that of the
 // tensor. x: what was rotated. A pair's angle has the slope a g_b - b g_a, (a, b) of x and (g_a, g_b) of the tensor's gradient
@@ -55,16 +58,14 @@ struct RopePositions {
 };
 
 // Tokens of a partial sum. Partial sums depend on the shape alone, so that the result is the same for any number of threads.
-// The same number stands in evaat_fast/ops/rope3d.py.
+// Exported to Python as ROPE_CHUNK.
 constexpr int64_t kRopeChunk = 64;
 
 // partial: [B * ceil((N - prefix) / kRopeChunk), heads or 1, 3, D/2], to be summed over its first dimension; heads where the
 // table has one for each. Returns a Status.
-int rope3d_freqs(int dtype, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
-                 const RopePositions& positions, double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved,
-                 bool inverse, int threads);
-int rope3d_freqs_cuda(int dtype, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
-                      const RopePositions& positions, double* partial, int64_t B, int64_t N, int64_t D, int64_t prefix,
-                      bool interleaved, bool inverse, void* stream);
+int rope3d_freqs(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+                 const RopePositions& positions, double* partial, int threads);
+int rope3d_freqs_cuda(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+                      const RopePositions& positions, double* partial, void* stream);
 
 }  // namespace evaat

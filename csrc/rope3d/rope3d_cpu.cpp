@@ -27,9 +27,9 @@ inline void token_tail(const T* in, T* out, const float* cos, const float* sin, 
   for (int64_t h = 0; h < block.heads; ++h, in += block.in_h, out += block.out_h)
     for (int64_t c = first; c < block.pairs; ++c) {
       const int64_t i = interleaved ? 2 * c : c, j = interleaved ? 2 * c + 1 : c + block.pairs;
-      const float a = load(in + i), b = load(in + j), s = sign * sin[c];
-      store(out + i, a * cos[c] - b * s);
-      store(out + j, b * cos[c] + a * s);
+      float a, b;
+      turn_pair(widen(in[i]), widen(in[j]), cos[c], sign * sin[c], a, b);
+      narrow(out[i], a), narrow(out[j], b);
     }
 }
 
@@ -44,7 +44,7 @@ void rows_plain(const T* in, T* out, const float* cos, const float* sin, const B
 // over tokens. Both once per instruction set, as a target attribute cannot be a template argument.
 #define ROWS(NAME, TARGET, V)                                                                                                  \
   template <class T, Layout kind, int U>                                                                                       \
-  TARGET INLINE void NAME##_heads(const T* in, T* out, const float* cos, const float* sin, const Block& block) {               \
+  TARGET EVAAT_INLINE void NAME##_heads(const T* in, T* out, const float* cos, const float* sin, const Block& block) {               \
     V::F x[U], y[U];                                                                                                           \
     for (int u = 0; u < U; ++u) {                                                                                              \
       x[u] = kind == kPairs ? V::twice(cos + u * V::W / 2) : V::load(cos + u * V::W);                                          \
@@ -119,10 +119,11 @@ void turn(Rows<T> rows, const RopeTensor& x, const RopeTable& table, int64_t b, 
 }
 
 template <class T>
-void run(const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, int64_t N, int64_t D, int64_t prefix,
-         bool interleaved, bool inverse, int threads) {
-  const Rows<T> rows = choose<T>(interleaved);
-  const uint32_t flip = inverse ? 0x80000000u : 0;
+void run(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, int threads) {
+  // Names of their own: a structured binding cannot be used in a parallel region.
+  const int64_t B = call.B, N = call.N, D = call.D, prefix = call.prefix;
+  const Rows<T> rows = choose<T>(call.interleaved);
+  const uint32_t flip = call.inverse ? 0x80000000u : 0;
   int64_t heads = 0;
   bool together = true;  // in every tensor, the heads of a token lie nearer than its neighbours
   for (int i = 0; i < tensors; ++i) {
@@ -166,14 +167,13 @@ void run(const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, in
 
 }  // namespace
 
-int rope3d(int dtype, const RopeTensor* x, int tensors, const RopeTable& table, int64_t B, int64_t N, int64_t D, int64_t prefix,
-           bool interleaved, bool inverse, int threads) {
-  if (dtype == kFloat32)
-    run<float>(x, tensors, table, B, N, D, prefix, interleaved, inverse, threads);
-  else if (dtype == kBFloat16)
-    run<BFloat>(x, tensors, table, B, N, D, prefix, interleaved, inverse, threads);
-  else if (dtype == kFloat16)
-    run<Half>(x, tensors, table, B, N, D, prefix, interleaved, inverse, threads);
+int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, int threads) {
+  if (call.dtype == kFloat32)
+    run<float>(call, x, tensors, table, threads);
+  else if (call.dtype == kBFloat16)
+    run<BFloat>(call, x, tensors, table, threads);
+  else if (call.dtype == kFloat16)
+    run<Half>(call, x, tensors, table, threads);
   else
     return kBadDtype;
   return kOk;

@@ -16,6 +16,12 @@ __device__ inline void narrow(float x, float& out) { out = x; }
 __device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
+// (a, b) by an angle: the specification of every kernel.
+__device__ inline void turn_pair(float a, float b, float cos, float sin, float& new_a, float& new_b) {
+  new_a = a * cos - b * sin;
+  new_b = b * cos + a * sin;
+}
+
 template <class T, int n>
 struct alignas(sizeof(T) * n) Vector {
   T at[n];

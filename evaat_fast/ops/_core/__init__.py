@@ -1,0 +1,1 @@
+"""What the ops share: the table of backends, the registration of operators, and what is asked of a tensor."""

@@ -1,26 +1,23 @@
 """Which backend serves an op: a committed table, a recorded reason for everything not used, no timing at run time.
 
 A backend asked for by name (`backend=` or EVAAT_FAST_BACKEND) works or raises with the reason. `auto` takes the first usable
-one of its row and logs once why an earlier one was passed over. EVAAT_FAST_BACKEND is read at import: a name for every op
+one of its row and logs once why an earlier one cannot be used. EVAAT_FAST_BACKEND is read at import: a name for every op
 ("reference"), or names per op ("rope3d=cpu,patchify=reference").
 """
 
 import importlib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 _log = logging.getLogger("evaat_fast")
 
-BACKENDS = ("triton", "triton_onepass", "gluon", "cuda", "cpu", "sdpa", "reference")
-LOW = ("bfloat16", "float16")
-FLOATS = ("float32", *LOW)
-
-# What the C++ kernels call the dtypes (csrc/common/cpu.h).
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+BACKENDS = ("triton", "triton_onepass", "cuda", "cpu", "sdpa", "reference")
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 class BackendError(RuntimeError):
@@ -29,10 +26,12 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Support:
-    """One op on one backend: dtypes, whether it has a backward, and what the doctor says beside it."""
+    """One op on one backend: dtypes, whether it has a backward, what of a call's needs it lacks and why, and what the doctor
+    says beside it."""
 
     dtypes: tuple[str, ...]
     backward: bool = True
+    lacks: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
 
@@ -40,6 +39,11 @@ _UNMEASURED = "unmeasured: proven in Triton's interpreter and compiled ahead of 
 _BY_NAME = "by name only until a GPU run shows it correct"
 _ALL = (*FLOATS, "float64")
 
+# Needs of a call of joint_attention.
+LSE, DETERMINISTIC, WIDE_HEADS = "log-sum-exps", "deterministic gradients", "head dims over 128"
+_NO_WIDE_HEADS = "it takes head dims up to 128"
+
+_LOSS = {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)}
 SUPPORT = {
     "rope3d": {
         "triton": Support(FLOATS, note=_UNMEASURED),
@@ -48,16 +52,28 @@ SUPPORT = {
         "reference": Support(_ALL),
     },
     "joint_attention": {
-        "sdpa": Support(_ALL, note="rope3d, then torch's scaled_dot_product_attention"),
-        "triton": Support(FLOATS, note="by name, and for log-sum-exps and deterministic gradients; " + _UNMEASURED),
-        "triton_onepass": Support(FLOATS, note=_BY_NAME),
+        "sdpa": Support(
+            _ALL,
+            lacks={
+                LSE: "sdpa returns no log-sum-exps; triton and the reference do",
+                # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
+                DETERMINISTIC: "on CUDA sdpa is deterministic only under torch.use_deterministic_algorithms(True)",
+            },
+            note="rope3d, then torch's scaled_dot_product_attention",
+        ),
+        "triton": Support(
+            FLOATS,
+            lacks={WIDE_HEADS: _NO_WIDE_HEADS},
+            note="by name, and for log-sum-exps and deterministic gradients; " + _UNMEASURED,
+        ),
+        "triton_onepass": Support(
+            FLOATS,
+            lacks={WIDE_HEADS: _NO_WIDE_HEADS, DETERMINISTIC: "its sums have no fixed order"},
+            note=_BY_NAME,
+        ),
         "reference": Support(_ALL),
     },
-    "sms_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
-    "clip_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
-    "mi_mm_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
-    "adaptive_mi_mm_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
-    "ego_nce_loss": {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)},
+    **dict.fromkeys(("sms_loss", "clip_loss", "mi_mm_loss", "adaptive_mi_mm_loss", "ego_nce_loss"), _LOSS),
     "patchify": {
         "cuda": Support(FLOATS, backward=False, note=_BY_NAME),
         "cpu": Support(FLOATS, backward=False),
@@ -65,33 +81,23 @@ SUPPORT = {
     },
 }
 
-# Order of choice for CPU tensors and for CUDA tensors. Every other device gets the reference, or SDPA.
+# Order of choice for CPU tensors and for CUDA tensors. Every other device gets the last one of the CPU's row.
+_LOSS_CPU, _LOSS_CUDA = ("cpu", "reference"), ("triton", "reference")
 AUTO = {
     ("rope3d", False): ("cpu", "reference"),
     ("rope3d", True): ("triton", "reference"),
-    ("joint_attention", False): ("sdpa",),
-    ("joint_attention", True): ("sdpa",),
-    ("sms_loss", False): ("cpu", "reference"),
-    ("sms_loss", True): ("triton", "reference"),
-    ("mi_mm_loss", False): ("cpu", "reference"),
-    ("mi_mm_loss", True): ("triton", "reference"),
-    ("adaptive_mi_mm_loss", False): ("cpu", "reference"),
-    ("adaptive_mi_mm_loss", True): ("triton", "reference"),
-    ("clip_loss", False): ("cpu", "reference"),
-    ("clip_loss", True): ("triton", "reference"),
-    ("ego_nce_loss", False): ("cpu", "reference"),
-    ("ego_nce_loss", True): ("triton", "reference"),
+    ("joint_attention", False): ("sdpa", "reference"),
+    # Where SDPA lacks what is asked, there is no fast attention that Triton's would have to beat first.
+    ("joint_attention", True): ("sdpa", "triton", "reference"),
+    **{(op, False): _LOSS_CPU for op in SUPPORT if op.endswith("_loss")},
+    **{(op, True): _LOSS_CUDA for op in SUPPORT if op.endswith("_loss")},
     ("patchify", False): ("cpu", "reference"),
     ("patchify", True): ("reference",),
 }
+# Ops whose first choice needs no device of its own: torch's attention runs wherever torch does.
+_ANY_DEVICE = {"joint_attention"}
 
-_MODULE = {
-    "triton": "triton",
-    "triton_onepass": "triton",
-    "gluon": "triton.experimental.gluon",
-    "cuda": "evaat_fast._cuda",
-    "cpu": "evaat_fast._cpu",
-}
+_MODULE = {"triton": "triton", "triton_onepass": "triton", "cuda": "evaat_fast._cuda", "cpu": "evaat_fast._cpu"}
 _reasons: dict[str, str | None] = {}
 _choices: dict[tuple, str] = {}
 
@@ -107,12 +113,12 @@ def _constant(function):
     return function
 
 
-def not_built(name, detail="it is on the way"):
-    """The error of a public name whose implementation comes with a later release."""
+def not_built(name: str, detail: str) -> NotImplementedError:
+    """The error of a public argument whose implementation comes with a later release."""
     return NotImplementedError(f"{name} is part of the public contract but not built yet: {detail}")
 
 
-def why_not(backend):
+def why_not(backend: str) -> str | None:
     """None if the backend's module imports here, else the reason, found once."""
     if backend not in _reasons:
         try:
@@ -124,32 +130,33 @@ def why_not(backend):
     return _reasons[backend]
 
 
-def _hint(backend):
+def _hint(backend: str) -> str:
     """A clone in the current folder hides the installed package and has no modules of its own, unless installed with -e."""
-    source = Path(__file__).resolve().parents[1]
+    source = Path(__file__).resolve().parents[3]
     if backend != "cpu" or not (source / "setup.py").exists():
         return ""
     return f" (not built in the source tree {source}: pip install -e . there, or run from another folder)"
 
 
 @_constant
-def unusable(op, backend, is_cuda, dtype):
-    """None if `backend` can serve `op` for tensors of that device and dtype, else the reason."""
+def unusable(op: str, backend: str, device: str, dtype: torch.dtype | None, needs: tuple[str, ...] = ()) -> str | None:
+    """None if `backend` can serve `op` for tensors of that device type and dtype, else the reason."""
     support = SUPPORT[op].get(backend)
     if support is None:
-        return f"no {backend} version of {op} is built; there are: {', '.join(SUPPORT[op]) or 'none yet'}"
+        return f"no {backend} version of {op} is built; there are: {', '.join(SUPPORT[op])}"
     if dtype is not None and str(dtype).removeprefix("torch.") not in support.dtypes:
         return f"{backend} takes {', '.join(support.dtypes)}, not {str(dtype).removeprefix('torch.')}"
-    if backend == "cpu" and is_cuda:
-        return "the cpu backend takes CPU tensors"
-    if backend in ("cuda", "gluon") and not is_cuda:
-        return f"the {backend} backend takes CUDA tensors"
-    if backend.startswith("triton") and not is_cuda and not INTERPRET:
+    if backend == "cpu" and device != "cpu":
+        return f"the cpu backend takes CPU tensors, not {device}"
+    if backend == "cuda" and device != "cuda":
+        return "the cuda backend takes CUDA tensors"
+    if backend.startswith("triton") and device != "cuda" and not INTERPRET:
         return f"{backend} takes CUDA tensors (CPU tensors only under TRITON_INTERPRET=1)"
-    return why_not(backend)
+    lacking = next((support.lacks[need] for need in needs if need in support.lacks), None)
+    return lacking if lacking is not None else why_not(backend)
 
 
-def _read_default(text):
+def _read_default(text: str) -> dict[str, str]:
     """EVAAT_FAST_BACKEND -> {op: backend}."""
     default = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -167,28 +174,24 @@ def _read_default(text):
 _DEFAULT = _read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
 
 
-def is_auto(op, backend):
-    """Whether the table chooses, not a name."""
-    return backend == "auto" or (backend is None and op not in _DEFAULT)
+def pick(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, needs: tuple[str, ...] = ()) -> str:
+    """The backend that serves `op` for tensors of that device and dtype.
 
+    Args:
+        needs: what of the call only some backends have, as named in `Support.lacks`.
 
-def pick(op, tensor, backend=None, dtype=None):
-    """The backend that serves `op` for `tensor`; `dtype` where the tensor's own is not the one that decides.
-
-    Raises ValueError for an unknown name and BackendError, a RuntimeError, with the reason for one that cannot serve.
+    Raises:
+        ValueError: an unknown name. BackendError, a RuntimeError: a backend asked for by name cannot serve; the reason.
     """
-    dtype = dtype or tensor.dtype
     named = _DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
     if named is None:
-        key = (op, tensor.is_cuda, tensor.is_cpu, dtype)
+        key = (op, device.type, dtype, needs)
         # Dynamo would guard on the dictionary, which the first choice changes.
         choice = None if torch.compiler.is_compiling() else _choices.get(key)
         return choice if choice is not None else _choose(key)
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
-    reason = unusable(op, named, tensor.is_cuda, dtype)
-    if reason is None and named == "cpu" and not tensor.is_cpu:
-        reason = f"the cpu backend takes CPU tensors, not {tensor.device}"
+    reason = unusable(op, named, device.type, dtype, needs)
     if reason is not None:
         source = "" if backend is not None else " (EVAAT_FAST_BACKEND; op=backend,... names ops singly)"
         raise BackendError(f"{op}: backend {named!r} was asked for but cannot serve this call: {reason}{source}")
@@ -196,14 +199,18 @@ def pick(op, tensor, backend=None, dtype=None):
 
 
 @_constant
-def _choose(key):
-    op, is_cuda, is_cpu, dtype = key
-    if not is_cuda and not is_cpu:
-        return AUTO[op, False][-1]
-    for name in AUTO[op, is_cuda]:
-        reason = unusable(op, name, is_cuda, dtype)
+def _choose(key: tuple) -> str:
+    op, device, dtype, needs = key
+    reason = None
+    if device not in ("cpu", "cuda"):
+        order = AUTO[op, False] if op in _ANY_DEVICE else AUTO[op, False][-1:]
+    else:
+        order = AUTO[op, device == "cuda"]
+    for name in order:
+        reason = unusable(op, name, device, dtype, needs)
         if reason is None:
             _choices[key] = name
             return name
-        _log.warning("%s: %s passed over: %s", op, name, reason)
-    raise TypeError(f"{op}: no backend takes {dtype} on {'cuda' if is_cuda else 'cpu'}: {reason}")
+        if reason not in SUPPORT[op][name].lacks.values():
+            _log.warning("%s: %s passed over: %s", op, name, reason)
+    raise TypeError(f"{op}: no backend takes {dtype} on {device}: {reason}")

@@ -1,41 +1,111 @@
-"""Registers a kernel's body as a torch operator, so that torch.compile and export see it, and lets eager calls bypass it.
+"""Registers a kernel's body as a torch operator, so that torch.compile and export see it, and lets eager calls skip the dispatcher.
 
 `define` + `impl` + `register_fake` with the autograd.Function outside costs 3 us a call where `torch.library.custom_op` costs
-16, and the bypass brings an eager call back to the body alone.
+16, and calling the body itself costs none of them. A body's last argument may be a frozen dataclass: the operator's schema has
+its fields one by one, and this file alone takes it apart and puts it together.
 """
 
-import torch
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from evaat_fast.ops._core.tensor import is_wrapper
+import torch
+from torch import Tensor
+
+from evaat_fast.ops._core.tensor import keeps_numbers_elsewhere
 
 _LIBRARY = torch.library.Library("evaat_fast", "DEF")
 # Non-zero under FakeTensorMode, FlopCounterMode and the like, which must see the operator. A private name, hence the getattr.
-traced = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    tuple[int, ...]: "SymInt[]",
+    float: "float",
+    bool: "bool",
+    str: "str",
+}
 
 
-def _is_wrapper(x):
-    return any(map(is_wrapper, x)) if isinstance(x, list) else is_wrapper(x)
+def traced(*classes: type) -> bool:
+    """Whether a call of tensors of these classes must pass through torch's dispatcher, where a compiler, a mode or a wrapper
+    sees it; else an operator's body may be called as it is."""
+    return torch.compiler.is_compiling() or _modes() > 0 or any(map(keeps_numbers_elsewhere, classes))
 
 
-def register(schema, fake):
-    """Decorator: registers the body under `schema` ("name(Tensor x, int n) -> Tensor") with `fake` as its shape function.
+class Operator:
+    """A body and the torch operator that it is registered as: `at(traced(...))(*arguments)` calls the one or the other."""
 
-    Arguments must be passed by position. The body may read data pointers: it never sees fake tensors.
+    def __init__(self, body: Callable, op: Callable, paths: tuple[tuple[str, ...], ...] | None):
+        self.body, self.op, self._paths = body, op, paths
+
+    def at(self, traced: bool) -> Callable:
+        return self.dispatched if traced else self.body
+
+    def dispatched(self, *arguments):
+        if self._paths is None:
+            return self.op(*arguments)
+        *tensors, settings = arguments
+        return self.op(*tensors, *(_field(settings, path) for path in self._paths))
+
+
+def register(schema: str, fake: Callable, settings: type | None = None) -> Callable[[Callable], Operator]:
+    """Decorator: registers the body under `schema` with `fake` as its shape function.
+
+    Args:
+        schema: "name(Tensor x, int n, {settings}) -> Tensor"; settings stand last.
+        fake: takes what the body takes. Arguments of both are passed by position.
+        settings: the frozen dataclass that the body's last argument is, nested ones included; None: it has none.
+
+    The body may read data pointers: it never sees fake tensors.
     """
     name = schema.split("(")[0]
+    fields = [] if settings is None else list(_fields(settings))
+    count = len(fields)
+
+    def gathered(function):
+        if settings is None:
+            return function
+        return lambda *flat: function(*flat[: len(flat) - count], _made(settings, iter(flat[len(flat) - count :])))
 
     def decorate(body):
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"evaat_fast::{name}", fake, lib=_LIBRARY)
+        listed = ", ".join(f"{kind} {path[-1]}" for path, kind in fields)
+        _LIBRARY.define(schema.format(settings=listed), tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, gathered(body), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"evaat_fast::{name}", gathered(fake), lib=_LIBRARY)
         op = getattr(torch.ops.evaat_fast, name).default
-
-        def call(*args):
-            if torch.compiler.is_compiling() or traced() or any(map(_is_wrapper, args)):
-                return op(*args)
-            return body(*args)
-
-        call.op = op
-        return call
+        return Operator(body, op, None if settings is None else tuple(path for path, _ in fields))
 
     return decorate
+
+
+def flat(settings: Any) -> list:
+    """The operator's arguments that stand for a dataclass: what `opcheck` and FLOP formulas see."""
+    return [_field(settings, path) for path, _ in _fields(type(settings))]
+
+
+def _fields(settings: type, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path of names, schema type) of every field."""
+    kinds = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        kind, path = kinds[field.name], (*above, field.name)
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(typing.cast(type, kind), path)
+        else:
+            yield path, _SCHEMA[kind]
+
+
+def _field(settings, path):
+    for name in path:
+        settings = getattr(settings, name)
+    return settings
+
+
+def _made(settings: type, values: Iterator):
+    kinds = typing.get_type_hints(settings)
+    names = [field.name for field in dataclasses.fields(settings)]
+    parts = {n: _made(kinds[n], values) if dataclasses.is_dataclass(kinds[n]) else next(values) for n in names}
+    return settings(**parts)

@@ -1,49 +1,52 @@
 """What every op asks of a tensor before it reads its memory."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DISABLED = Tensor.__torch_dispatch__
 # A private name, hence the getattr: without it such a tensor fails further down, with a less clear error.
 _is_transformed = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
 
 
-def memory_of(op, name, x):
-    """x, or the same numbers in memory that can be read as its strides say.
+def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
+    """x, or the same numbers in memory that can be read as its strides say; rows: with a contiguous last dimension.
 
     Raises:
         TypeError: a sparse, nested or other tensor without strides. NotImplementedError: a tensor inside torch.func's
         transforms or with a forward-mode tangent, for which the ops have no rule.
     """
-    if torch.compiler.is_compiling():
-        return x
-    if x.layout is not torch.strided or x.is_nested or x.is_mkldnn:
-        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
-    if _is_transformed(x):
-        raise NotImplementedError(f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError(f"{name}: {op} has no forward-mode derivative")
-    if x.is_neg() or x._is_zerotensor():
-        return x.resolve_neg().clone()
-    return x
+    if not torch.compiler.is_compiling():
+        if x.layout is not torch.strided or x.is_nested or x.is_mkldnn:
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
+        if _is_transformed(x):
+            raise NotImplementedError(f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: {op} has no forward-mode derivative")
+        if x.is_neg() or x._is_zerotensor():
+            x = x.resolve_neg().clone()
+    return contiguous_rows(x) if rows else x
 
 
-def is_wrapper(x):
-    """Whether x is a tensor of a class that keeps its numbers elsewhere (fake and distributed tensors, say)."""
-    return isinstance(x, torch.Tensor) and type(x) not in _PLAIN and type(x).__torch_dispatch__ is not _DISABLED
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, or a copy, with a contiguous last dimension, which every kernel reads as such."""
+    return x if x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-_DISABLED = torch.Tensor.__torch_dispatch__
+def keeps_numbers_elsewhere(kind: type) -> bool:
+    """Whether a tensor of this class is a wrapper (fake and distributed tensors, say)."""
+    return kind not in _PLAIN and issubclass(kind, Tensor) and kind.__torch_dispatch__ is not _DISABLED
 
 
-def number(name, x):
+def number(name: str, x) -> float:
     """x as a Python float: an int or a float, or a tensor of one element that needs no gradient.
 
     Raises:
         TypeError: another type, such as a string or a bool. ValueError: not finite in float32, or requires a gradient.
     """
-    if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, and none is computed for it; pass a number")
     try:
         if isinstance(x, (bool, str, bytes)):
