@@ -12,7 +12,7 @@ from rope3d import published
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
-from evaat_fast.ops.attn.attn import attention_reference
+from evaat_fast.ops.attn.reference import attention_reference
 
 
 def shape(T, B, H, D, patches=14):

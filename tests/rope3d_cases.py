@@ -6,7 +6,7 @@ import torch
 from check import close
 
 from evaat_fast import ops
-from evaat_fast.ops.rope3d.rope3d import rope3d_reference
+from evaat_fast.ops.rope3d.reference import rope3d_reference
 
 LAYOUTS = ("contiguous", "tokens first", "packed", "sliced", "last dim strided")
 

@@ -9,11 +9,13 @@ import torch
 from evaat_fast import doctor, ops
 from evaat_fast.ops._core import dispatch as _dispatch
 
+CPU = torch.device("cpu")
+
 
 def test_auto_takes_the_first_usable():
-    assert _dispatch.pick("rope3d", torch.zeros(1)) == "cpu"
-    assert _dispatch.pick("rope3d", torch.zeros(1), "auto") == "cpu"
-    assert _dispatch.pick("rope3d", torch.zeros(1, dtype=torch.float64)) == "reference"
+    assert _dispatch.pick("rope3d", CPU, torch.float32) == "cpu"
+    assert _dispatch.pick("rope3d", CPU, torch.float32, "auto") == "cpu"
+    assert _dispatch.pick("rope3d", CPU, torch.float64) == "reference"
 
 
 def test_every_row_of_auto_is_supported():
@@ -22,7 +24,7 @@ def test_every_row_of_auto_is_supported():
 
 
 def test_other_devices_get_what_plain_torch_gives():
-    assert _dispatch.pick("rope3d", torch.zeros(1, device="meta")) == "reference"
+    assert _dispatch.pick("rope3d", torch.device("meta"), torch.float32) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -31,23 +33,23 @@ def test_other_devices_get_what_plain_torch_gives():
         (
             "nonsense",
             ValueError,
-            "backend: expected one of auto, triton, triton_onepass, gluon, cuda, cpu, sdpa, reference, got 'nonsense'",
+            "backend: expected one of auto, triton, triton_onepass, cuda, cpu, sdpa, reference, got 'nonsense'",
         ),
-        ("gluon", RuntimeError, "rope3d: backend 'gluon' was asked for but cannot serve this call: no gluon version of rope3d"),
+        ("sdpa", RuntimeError, "rope3d: backend 'sdpa' was asked for but cannot serve this call: no sdpa version of rope3d"),
         ("triton", RuntimeError, "triton takes CUDA tensors"),
     ],
 )
 def test_named_backend_never_falls_back(backend, error, message):
     with pytest.raises(error, match=message):
-        _dispatch.pick("rope3d", torch.zeros(1), backend)
+        _dispatch.pick("rope3d", CPU, torch.float32, backend)
 
 
 def test_missing_module_is_a_recorded_reason(monkeypatch):
     monkeypatch.setattr(_dispatch, "_reasons", {"cpu": "ImportError: no such build"})
     monkeypatch.setattr(_dispatch, "_choices", {})
-    assert _dispatch.pick("rope3d", torch.zeros(1)) == "reference"
+    assert _dispatch.pick("rope3d", CPU, torch.float32) == "reference"
     with pytest.raises(RuntimeError, match="ImportError: no such build"):
-        _dispatch.pick("rope3d", torch.zeros(1), "cpu")
+        _dispatch.pick("rope3d", CPU, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(

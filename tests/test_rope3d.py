@@ -10,7 +10,7 @@ from rope3d_cases import LAYOUTS, make
 
 from evaat_fast import ops
 from evaat_fast.ops.rope3d.freqs import grid_positions
-from evaat_fast.ops.rope3d.rope3d import rope3d_reference
+from evaat_fast.ops.rope3d.reference import rope3d_reference
 
 GRID, N = (3, 4, 5), 61
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -262,7 +262,7 @@ BAD = [
     (dict(grid=None, positions=ROWS, prefix_tokens=20), ValueError, "prefix_tokens: expected at most N = 19, got 20"),
     (dict(q=Q.double(), backend="cpu"), RuntimeError, "backend 'cpu' was asked for but .* not float64"),
     (dict(q=Q.to("meta"), backend="cpu"), RuntimeError, "backend 'cpu' was asked for but .* takes CPU tensors, not meta"),
-    (dict(backend="gluon"), RuntimeError, "no gluon version of rope3d is built"),
+    (dict(backend="sdpa"), RuntimeError, "no sdpa version of rope3d is built"),
 ]
 
 

@@ -5,6 +5,7 @@
 """
 
 from evaat_fast.ops.attn.attn import joint_attention, joint_attention_qkv_
+from evaat_fast.ops.attn.flops import register_flop_formulas
 from evaat_fast.ops.pairwise.contrast import VerbNounPositives, clip_loss, ego_nce_loss
 from evaat_fast.ops.pairwise.sms import (
     DenseRelevancy,
@@ -32,6 +33,7 @@ __all__ = [
     "mi_mm_loss",
     "patchify",
     "quantize_relevancy",
+    "register_flop_formulas",
     "rope3d",
     "rope3d_",
     "rope3d_qkv_",

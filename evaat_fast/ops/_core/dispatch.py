@@ -41,6 +41,8 @@ _ALL = (*FLOATS, "float64")
 
 # Needs of a call of joint_attention.
 LSE, DETERMINISTIC, WIDE_HEADS = "log-sum-exps", "deterministic gradients", "head dims over 128"
+# Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
+DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 _NO_WIDE_HEADS = "it takes head dims up to 128"
 
 _LOSS = {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)}
@@ -56,8 +58,7 @@ SUPPORT = {
             _ALL,
             lacks={
                 LSE: "sdpa returns no log-sum-exps; triton and the reference do",
-                # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
-                DETERMINISTIC: "on CUDA sdpa is deterministic only under torch.use_deterministic_algorithms(True)",
+                DETERMINISTIC_CALL: "on CUDA sdpa is deterministic only under torch.use_deterministic_algorithms(True)",
             },
             note="rope3d, then torch's scaled_dot_product_attention",
         ),

@@ -1,4 +1,4 @@
-"""Calls of the C++ and CUDA modules, which know nothing of torch: pointers, strides and codes go in, an error code comes out."""
+"""Calls of the C++ and CUDA modules, which know nothing of torch: pointers, strides and codes in, an error code out."""
 
 import functools
 from types import ModuleType

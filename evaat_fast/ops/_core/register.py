@@ -1,4 +1,4 @@
-"""Registers a kernel's body as a torch operator, so that torch.compile and export see it, and lets eager calls skip the dispatcher.
+"""Registers a kernel's body as a torch operator, so that torch.compile and export see it, and lets eager calls bypass it.
 
 `define` + `impl` + `register_fake` with the autograd.Function outside costs 3 us a call where `torch.library.custom_op` costs
 16, and calling the body itself costs none of them. A body's last argument may be a frozen dataclass: the operator's schema has
@@ -105,7 +105,9 @@ def _field(settings, path):
 
 
 def _made(settings: type, values: Iterator):
-    kinds = typing.get_type_hints(settings)
-    names = [field.name for field in dataclasses.fields(settings)]
-    parts = {n: _made(kinds[n], values) if dataclasses.is_dataclass(kinds[n]) else next(values) for n in names}
-    return settings(**parts)
+    kinds, parts = typing.get_type_hints(settings), []
+    for field in dataclasses.fields(settings):
+        kind = kinds[field.name]
+        value = _made(kind, values) if dataclasses.is_dataclass(kind) else next(values)
+        parts.append(tuple(value) if isinstance(value, list) else value)
+    return settings(*parts)

@@ -22,7 +22,9 @@ def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
         if _is_transformed(x):
-            raise NotImplementedError(f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd")
+            raise NotImplementedError(
+                f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd"
+            )
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name}: {op} has no forward-mode derivative")
         if x.is_neg() or x._is_zerotensor():

@@ -1,0 +1,7 @@
+"""joint_attention: 3-D RoPE and softmax attention over all tokens of a clip.
+
+attn.py       the public functions: a call is checked, planned, and handed to torch's attention or a backend
+plan.py       what a call is besides its tensors, and the check of that
+reference.py  the specification
+triton.py     Triton's two passes as operators (kernels/attn); clips.py: packed clips for torch's; flops.py: FLOPs
+"""

@@ -4,79 +4,41 @@
 same on the packed output of the qkv projection, rotated in place. By name a Triton kernel does both in one.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from evaat_fast.ops._core.tensor import memory_of, number
-from evaat_fast.ops.attn.clips import clip_positions, each_clip, sdpa_of_clips
-from evaat_fast.ops.attn.flops import register_when_imported
-from evaat_fast.ops.attn.packed import attend_packed, rotated_heads
-from evaat_fast.ops.attn.plan import (
-    TRITON,
-    check_clip_positions,
-    check_clips,
-    check_packed,
-    check_qkv,
-    check_rotation,
-    of_keys,
-    pick,
-)
-from evaat_fast.ops.attn.triton import attend
-from evaat_fast.ops.rope3d.rope3d import packed_settings, rope3d_qkv_, rotate_by_table, turned
-
-register_when_imported()
-
-
-def attention_reference(q, k, v, scale, return_lse=False):
-    """The specification: softmax(q k^T * scale) v, in float32 (float64 for float64), rounded once; with return_lse also the
-    logarithms of the softmax's denominators, [B, H, N], not rounded."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]  # each key head serves `groups` query heads
-    k, v = (x.to(wide).repeat_interleave(groups, 1) for x in (k, v))
-    scores = q.to(wide) @ k.transpose(-1, -2) * scale
-    out = (scores.softmax(-1) @ v).to(q.dtype)
-    return (out, scores.logsumexp(-1)) if return_lse else out
-
-
-_NO_ROTATION = (None, None, None, [], 0, True, False)
-
-
-def _attend(q, k, v, scale, backend, return_lse, rotation=_NO_ROTATION, cu_seqlens=None, max_seqlen=None):
-    """The attention of a backend: [B, H, N, D], or that and the log-sum-exps."""
-    lse = None
-    if backend in TRITON and q.numel() and k.numel():
-        q, k, v = (memory_of("joint_attention", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-        out, lse = attend(q, k, v, rotation, cu_seqlens, scale, backend == TRITON[1])
-        return (out, lse) if return_lse else out
-    if backend == "reference" or return_lse:
-        core = lambda *x: attention_reference(*x, scale, True)  # noqa: E731
-        out, lse = core(q, k, v) if cu_seqlens is None else each_clip(core, q, k, v, cu_seqlens)
-    elif cu_seqlens is not None:
-        out = sdpa_of_clips(q, k, v, cu_seqlens, max_seqlen, scale)
-    else:
-        out = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # free where the kernel already writes [B, N, H, D]
-    return (out, lse) if return_lse else out
+from evaat_fast.ops._core.autocast import autocast_dtype
+from evaat_fast.ops._core.tensor import memory_of
+from evaat_fast.ops.attn.clips import each_clip, sdpa_of_clips
+from evaat_fast.ops.attn.plan import TRITON, AttentionPlan, plan
+from evaat_fast.ops.attn.reference import attention_reference
+from evaat_fast.ops.attn.triton import attend, attend_packed
+from evaat_fast.ops.rope3d.rope3d import rotate_by_table
+from evaat_fast.ops.rope3d.rotate import consume, packed_base, rotate
+from evaat_fast.ops.rope3d.rotation import kind
 
 
 def joint_attention(
-    q,
-    k,
-    v,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    grid=None,
-    freqs=None,
-    prefix_tokens=1,
-    positions=None,
-    k_positions=None,
-    interleaved=True,
-    scale=None,
-    cu_seqlens=None,
-    max_seqlen=None,
-    deterministic=False,
-    return_lse=False,
-    backend=None,
-):
+    grid: Sequence[int] | None = None,
+    freqs: Tensor | None = None,
+    prefix_tokens: int = 1,
+    positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    interleaved: bool = True,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(R q (R k)^T * scale) v, non-causal, where R is the 3-D rotation of `rope3d` (arXiv 2506.14356, eq. 8-10).
 
     Args:
@@ -103,79 +65,40 @@ def joint_attention(
     Raises:
         ValueError, TypeError: a shape, dtype, device or grid that does not fit, naming the argument.
         RuntimeError: a backend that was asked for by name cannot serve the call.
+
+    Source: EVA02-AT (arXiv 2506.14356), equations 8 to 10; FlashAttention-2 (arXiv 2307.08691).
     """
-    check_qkv(q, k, v, cu_seqlens is not None)
-    q, k, v = _autocast(q, k, v)
-    check_clips(cu_seqlens, max_seqlen, q.shape[0], q.device)
-    if grid is None and positions is None and freqs is not None:
-        raise ValueError("freqs: given, but neither grid nor positions is")
-    if k_positions is not None and (positions is None or grid is not None):
-        raise ValueError("k_positions: expected together with positions, and without grid")
-    backend = pick(q, backend, return_lse, deterministic, q.shape[-1])
-    rotation = grid, freqs, prefix_tokens, positions, k_positions, interleaved
-    if cu_seqlens is None:
-        return _joint(q, k, v, *rotation, _scale(scale, q.shape[-1]), None, None, return_lse, backend)
-    rotation = _in_clips(cu_seqlens, q, *rotation)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = _joint(q, k, v, *rotation, _scale(scale, q.shape[-1]), cu_seqlens, max_seqlen, return_lse, backend)
+    packed_clips = cu_seqlens is not None
+    _check(q, k, v, packed_clips)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None and q.dtype != torch.float64:  # first, so that rotation and scores see the same numbers
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    options = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
+    options |= dict(k_positions=k_positions, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
+    call = plan(q.shape, q.dtype, q.device, k.shape, **options)
+    if not packed_clips:
+        return _attend(q, k, v, call, return_lse)
+    out = _attend(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), call, return_lse)
     out, lse = out if return_lse else (out, None)
     out = out.squeeze(0).transpose(0, 1)
-    return (out, lse.squeeze(0)) if return_lse else out
-
-
-def _in_clips(cu_seqlens, q, grid, freqs, prefix_tokens, positions, k_positions, interleaved):
-    """The rotation of packed clips, as one of all their tokens."""
-    if grid is None and positions is None:
-        return grid, freqs, prefix_tokens, positions, k_positions, interleaved
-    check_clip_positions(q, cu_seqlens, grid, freqs, prefix_tokens, positions, k_positions)
-    rows = lambda x: clip_positions(cu_seqlens, q.shape[0], grid, x, prefix_tokens)  # noqa: E731
-    return None, freqs, 0, rows(positions), None if k_positions is None else rows(k_positions), interleaved
-
-
-def _joint(
-    q, k, v, grid, freqs, prefix_tokens, positions, k_positions, interleaved, scale, cu_seqlens, max_seqlen, return_lse, backend
-):
-    """Rotation and attention of checked q, k and v [B, H, N, D], with B = 1 for packed clips."""
-    clips = cu_seqlens, max_seqlen
-    if grid is None and positions is None:
-        return _attend(q, k, v, scale, backend, return_lse, _NO_ROTATION, *clips)
-    if backend in TRITON and q.numel() and k.numel() and _fuses(positions, freqs):
-        rotation = check_rotation(q, k, grid, freqs, prefix_tokens, positions, k_positions, interleaved)
-        return _attend(q, k, v, scale, backend, return_lse, rotation, *clips)
-    # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
-    rest = dict(interleaved=interleaved, inverse=False, backend=_rope_backend(backend), owned=True)
-    if k_positions is None:
-        q, k = turned(q, k, grid, freqs, prefix_tokens, positions, **rest)
-    else:
-        q = turned(q, None, None, freqs, prefix_tokens, positions, **rest)
-        k = of_keys(lambda: turned(k, None, None, freqs, prefix_tokens, k_positions, **rest))
-    return _attend(q, k, v, scale, backend, return_lse, _NO_ROTATION, *clips)
-
-
-def attention_by_table(q, k, v, table, prefix_tokens, interleaved):
-    """joint_attention by cosines and sines that somebody else made, for integrations: no gradient for the table.
-
-    q [B, H, N, D], k and v [B, Hk, N, D] of any dtypes, v's is the result's. table: as `rotate_by_table`, or None.
-    """
-    if table is not None:
-        q, k = (rotate_by_table(x, table, prefix_tokens, interleaved) for x in (q, k))
-    return joint_attention(q.to(v.dtype), k.to(v.dtype), v)
+    return out if lse is None else (out, lse.squeeze(0))
 
 
 def joint_attention_qkv_(
-    qkv,
-    num_heads,
-    grid=None,
+    qkv: Tensor,
+    num_heads: int,
+    grid: Sequence[int] | None = None,
     *,
-    freqs=None,
-    prefix_tokens=1,
-    positions=None,
-    interleaved=True,
-    scale=None,
-    deterministic=False,
-    return_lse=False,
-    backend=None,
-):
+    freqs: Tensor | None = None,
+    prefix_tokens: int = 1,
+    positions: Tensor | None = None,
+    interleaved: bool = True,
+    scale: float | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`joint_attention` on the packed projection; consumes it.
 
     Args:
@@ -186,64 +109,97 @@ def joint_attention_qkv_(
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]: `.transpose(1, 2).flatten(2)` is free. With return_lse as
         `joint_attention`.
+
+    Raises:
+        as `joint_attention`; ValueError also if qkv is not contiguous, or requires a gradient and is a leaf or a partial view.
+
+    Source: as `joint_attention`.
     """
-    check_packed(qkv, num_heads)
-    (qkv,) = _autocast(qkv)
-    head_dim = qkv.shape[2] // (3 * num_heads)
-    backend, scale = pick(qkv, backend, return_lse, deterministic, head_dim), _scale(scale, head_dim)
-    if grid is None and positions is None:
-        if freqs is not None:
-            raise ValueError("freqs: given, but neither grid nor positions is")
-        return _attend(*_unbind(qkv, num_heads), scale, backend, return_lse)
-    rotation = grid, freqs, prefix_tokens, positions, interleaved
-    compiling = torch.compiler.is_compiling()
-    if not _fuses(positions, freqs) or backend == "reference" or (compiling and backend not in TRITON):
-        qkv = rope3d_qkv_(
-            qkv,
-            num_heads,
-            grid,
-            freqs=freqs,
-            prefix_tokens=prefix_tokens,
-            positions=positions,
-            interleaved=interleaved,
-            backend=_rope_backend(backend),
-        )
-        return _attend(*_unbind(qkv, num_heads), scale, backend, return_lse)
-    settings = packed_settings(qkv, num_heads, *rotation, False, None)
-    if compiling:
-        # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
-        q, k, v = _unbind(qkv, num_heads)
-        rotation = grid, freqs, prefix_tokens, positions, None, interleaved
-        return _joint(q, k, v, *rotation, scale, None, None, return_lse, backend)
-    if backend in TRITON and qkv.numel() and scale >= 0:
-        out, lse = attend_packed(qkv, num_heads, settings, scale, backend == TRITON[1])
+    if not isinstance(qkv, Tensor) or not qkv.is_floating_point():
+        raise TypeError(f"qkv: expected a floating-point tensor, got {kind(qkv)}")
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
+        raise ValueError(f"num_heads: expected a positive int, got {num_heads!r}")
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
+        raise ValueError(f"qkv: expected the shape [B, N, 3 * {num_heads} * D], got {list(qkv.shape)}")
+    dtype = autocast_dtype(qkv.device.type)
+    qkv = qkv.to(dtype) if dtype is not None and qkv.dtype != torch.float64 else qkv
+    B, N, width = qkv.shape
+    shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
+    options = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
+    options |= dict(k_positions=None, scale=scale, cu_seqlens=None, max_seqlen=None)
+    options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
+    call = plan(shape, qkv.dtype, qkv.device, shape, **options)
+    base = None
+    if call.rope:
+        if memory_of("joint_attention_qkv_", "qkv", qkv) is not qkv or not qkv.is_contiguous():
+            raise ValueError(f"qkv: expected a contiguous tensor with memory of its own, got strides {list(qkv.stride())}")
+        base = packed_base(qkv) if torch.is_grad_enabled() and qkv.requires_grad else None
+    # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
+    in_place = call.rope and call.backend != "reference" and not call.rotation.learns() and not torch.compiler.is_compiling()
+    if not in_place:
+        # unbind(2): its backward stacks the three gradients straight into the packed layout, one copy.
+        q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
+        return _attend(q, k, v, call, return_lse)
+    if call.backend in TRITON and qkv.numel() and call.scale >= 0:
+        out, lse = attend_packed(qkv, base, num_heads, call)
         return (out, lse) if return_lse else out
-    return _attend(*rotated_heads(qkv, num_heads, settings), scale, backend, return_lse)
+    return _attend(*consume(qkv, base, num_heads, call.rotation), call.without_rope(), return_lse)
 
 
-def _unbind(qkv, num_heads):
-    # unbind(2): its backward stacks the three gradients straight into the packed layout, one copy.
-    return (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
+def _check(q, k, v, packed_clips):
+    """q [B, H, N, D] and k, v [B, Hk, M, D], or with packed_clips [N, H, D] and [N, Hk, D]."""
+    dims = "[total, H, D]" if packed_clips else "[B, H, N, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {kind(x)}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
+        if x.ndim != (3 if packed_clips else 4):
+            raise ValueError(f"{name}: expected the shape {dims}, got {list(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
+    H, D, Hk = q.shape[1], q.shape[-1], k.shape[1]
+    if D == 0:
+        raise ValueError(f"q: expected a head dim of at least 1, got the shape {list(q.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[-1] != D or Hk == 0 or H % Hk:
+        wanted = f"[{q.shape[0]}, a divisor of {H}, {D}]" if packed_clips else f"[{q.shape[0]}, a divisor of {H}, M, {D}]"
+        raise ValueError(f"k: expected {wanted} to go with q {list(q.shape)}, got {list(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected the shape of k, {list(k.shape)}, got {list(v.shape)}")
 
 
-def _rope_backend(backend):
-    return "reference" if backend == "reference" else None
+def _attend(q, k, v, call: AttentionPlan, return_lse):
+    """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v, with B = 1 for packed clips."""
+    on_triton = call.backend in TRITON and q.numel() and k.numel()
+    if call.rope or on_triton or call.cu_seqlens is not None:  # else nobody but torch reads their memory
+        q, k, v = (memory_of("joint_attention", name, x, rows=True) for name, x in (("q", q), ("k", k), ("v", v)))
+    if call.rope and not (on_triton and call.fuses()):
+        # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
+        if call.k_positions is None:
+            q, k = rotate(q, k, call.rotation, owned=True)
+        else:
+            q, k = rotate(q, None, call.rotation, owned=True)[0], rotate(k, None, call.k_rotation(), owned=True)[0]
+        call = call.without_rope()
+    lse = None
+    if on_triton:
+        out, lse = attend(q, k, v, call)
+        return (out, lse) if return_lse else out
+    if call.backend == "reference":
+        core = lambda *x: attention_reference(*x, call.scale, True)  # noqa: E731
+        out, lse = core(q, k, v) if call.cu_seqlens is None else each_clip(core, q, k, v, call.cu_seqlens)
+    elif call.cu_seqlens is not None:
+        out = sdpa_of_clips(q, k, v, call.cu_seqlens, call.max_seqlen, call.scale)
+    else:
+        out = scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=bool(q.shape[1] != k.shape[1]))
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # free where the kernel already writes [B, N, H, D]
+    return (out, lse) if return_lse else out
 
 
-def _scale(scale, head_dim):
-    return head_dim**-0.5 if scale is None else number("scale", scale)
+def attention_by_table(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, prefix_tokens: int, interleaved: bool) -> Tensor:
+    """joint_attention by cosines and sines that somebody else made, for integrations: no gradient for the table.
 
-
-def _autocast(*tensors):
-    """Autocast casts attention's inputs before the rotation, so that rotation and scores see the same numbers."""
-    device = tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return tuple(x.to(dtype) if x.dtype != torch.float64 else x for x in tensors)
-    return tensors
-
-
-def _fuses(positions, freqs):
-    """Whether rotation and attention may be one: no gradient is wanted of the frequencies or the positions."""
-    learned = any(x is not None and getattr(x, "requires_grad", False) for x in (freqs, positions))
-    return not (learned and torch.is_grad_enabled())
+    q [B, H, N, D], k and v [B, Hk, N, D] of any dtypes, v's is the result's. table: as `rotate_by_table`, or None.
+    """
+    if table is not None:
+        q, k = (rotate_by_table(x, table, prefix_tokens, interleaved) for x in (q, k))
+    return joint_attention(q.to(v.dtype), k.to(v.dtype), v)

@@ -1,15 +1,15 @@
 """Packed clips of different lengths: their tokens' positions, and torch's attention within each."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from evaat_fast.ops._core.register import register
-from evaat_fast.ops._core.tensor import memory_of
-from evaat_fast.ops.rope3d.launch import empty
+from evaat_fast.ops._core.register import register, traced
+from evaat_fast.ops.rope3d.rotate import empty
 
 
-def clip_positions(cu_seqlens, total, grid, positions, prefix_tokens):
+def clip_positions(cu_seqlens: Tensor, total: int, grid, positions: Tensor | None, prefix_tokens: int) -> Tensor:
     """float32 [total, 3]: the positions of all tokens, zero (no rotation) for the first prefix_tokens of each clip.
 
     grid: (T, Hp, Wp) of the longest clip, of which the others have the first frames; or None with positions [total, 3].
@@ -76,7 +76,7 @@ class _OfClips(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, cu_seqlens, scale):
-        return _clips_forward(q, k, v, cu_seqlens, scale)
+        return _clips_forward.at(traced(type(q)))(q, k, v, cu_seqlens, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -88,7 +88,8 @@ class _OfClips(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-        return *_clips_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None
+        backward = _clips_backward.at(traced(type(grad)))
+        return *backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None
 
 
 def sdpa_of_clips(q, k, v, cu_seqlens, max_seqlen, scale):
@@ -97,8 +98,7 @@ def sdpa_of_clips(q, k, v, cu_seqlens, max_seqlen, scale):
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        q, k, v = (memory_of("joint_attention", name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-        return _OfClips.apply(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)), cu_seqlens, scale)[0]
+        return _OfClips.apply(q, k, v, cu_seqlens, scale)[0]
     if q.is_cuda:
         return nested_sdpa(q, k, v, cu_seqlens, max_seqlen, scale)
     core = lambda *x: scaled_dot_product_attention(*x, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # noqa: E731

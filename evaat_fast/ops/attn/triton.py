@@ -1,16 +1,14 @@
 """joint_attention in Triton: its two passes as torch operators, and what autograd keeps between them."""
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evaat_fast.ops._core.register import register
-from evaat_fast.ops.rope3d.freqs import table_of
-from evaat_fast.ops.rope3d.launch import empty, launch
-
-_SETTINGS = (
-    "Tensor? freqs, Tensor? positions, Tensor? k_positions, SymInt[] grid, SymInt prefix_tokens, bool interleaved, bool rope, "
-    "Tensor? cu_seqlens, float scale"
-)
+from evaat_fast.ops._core.register import register, traced
+from evaat_fast.ops._core.tensor import contiguous_rows
+from evaat_fast.ops.attn.plan import AttentionPlan
+from evaat_fast.ops.rope3d.rotate import empty, split_heads, turn, used_again
+from evaat_fast.ops.rope3d.table import table_of
 
 
 def _output(x):
@@ -19,114 +17,178 @@ def _output(x):
     return x.new_empty((B, N, H, D)).transpose(1, 2)
 
 
-def _tables(freqs, positions, k_positions, grid, prefix_tokens, interleaved, rope, q):
+def _tables(q, call):
     """Of the queries and of the keys."""
-    if not rope:
+    if not call.rope:
         return None, None
-    settings = (grid, prefix_tokens, q.shape[3], q.device, "triton")
-    table = table_of(freqs, positions, *settings)
-    return table, table if k_positions is None else table_of(freqs, k_positions, *settings)
+    table = table_of(call.rotation, q.shape[3], q.device)
+    return table, table if call.k_positions is None else table_of(call.k_rotation(), q.shape[3], q.device)
 
 
-def _fake_forward(q, k, v, *arguments):
-    *_, rope, _, _, keep = arguments
-    turned = (_output(q) if rope and keep else q.new_empty(0), empty(k) if rope else k.new_empty(0))
+def _forward_fake(q, k, v, keep, call):
+    turned = (_output(q) if call.rope and keep else q.new_empty(0), empty(k) if call.rope else k.new_empty(0))
     return _output(q), q.new_empty(q.shape[:3], dtype=torch.float32), *turned
 
 
 @register(
-    f"attn_forward(Tensor q, Tensor k, Tensor v, {_SETTINGS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_forward,
+    "attn_forward(Tensor q, Tensor k, Tensor v, bool keep, {settings}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+    AttentionPlan,
 )
 @torch.no_grad()
-def attn_forward(q, k, v, *arguments):
+def attn_forward(q, k, v, keep, call):
     """(output, log-sum-exps float32 [B, H, N], turned queries if keep, turned keys); what is not turned is empty."""
-    from evaat_fast.kernels.attn import forward as kernels
+    from evaat_fast.kernels.attn.forward import forward
 
-    *rotation, cu, scale, keep = arguments
-    prefix_tokens, interleaved = rotation[4:6]
-    table, k_table = _tables(*rotation, q)
-    out, lse, turned_q, turned_k = _fake_forward(q, k, v, *arguments)
-    if table is not None:
-        launch([k], [turned_k], k_table, prefix_tokens, interleaved, False, "triton")
-    keys, kept = (k, None) if table is None else (turned_k, turned_q if keep else None)
-    kernels.forward(q, keys, v, out, lse, kept, table, prefix_tokens, interleaved, scale, cu)
+    table, k_table = _tables(q, call)
+    out, lse, turned_q, turned_k = _forward_fake(q, k, v, keep, call)
+    if call.rope:
+        turn([k], [turned_k], k_table, call.rotation)
+        k = turned_k
+    kept = turned_q if call.rope and keep else None
+    forward(q, k, v, out, lse, kept, table, call.rotation.prefix_tokens, call.rotation.interleaved, call.scale, call.cu_seqlens)
     return out, lse, turned_q, turned_k
 
 
-def _fake_backward(grad, grad_lse, q, k, v, *others):
+def _backward_fake(q, k, v, *others):
     return _output(q), _output(k), _output(v)
 
 
 @register(
-    f"attn_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SETTINGS}, "
-    "bool need_q, bool need_kv, bool one_pass) -> (Tensor, Tensor, Tensor)",
-    _fake_backward,
+    "attn_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor grad, Tensor? grad_lse, bool need_q, "
+    "bool need_kv, {settings}) -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+    AttentionPlan,
 )
 @torch.no_grad()
-def attn_backward(grad, grad_lse, q, k, v, out, lse, *arguments):
-    """The gradients of the queries, keys and values as they were before they were turned; q and k: turned. Those that are not
-    needed are not written."""
-    *rotation, cu, scale, need_q, need_kv, one_pass = arguments
-    prefix_tokens, interleaved = rotation[4:6]
-    grads = _fake_backward(grad, grad_lse, q, k, v)
-    wanted = (grads[0] if need_q else None, *(grads[1:] if need_kv else (None, None)))
-    launch_backward(
-        q, k, v, out, grad, lse, grad_lse, wanted, _tables(*rotation, q), prefix_tokens, interleaved, scale, cu, one_pass
-    )
-    return grads
+def attn_backward(q, k, v, out, lse, grad, grad_lse, need_q, need_kv, call):
+    """dQ, dK and dV of queries and keys as they were before they were turned; q and k: turned. What is not needed is not
+    written."""
+    dq, dk, dv = _backward_fake(q, k, v)
+    wanted = (dq if need_q else None, dk if need_kv else None, dv if need_kv else None)
+    _launch_backward(q, k, v, out, lse, grad, grad_lse, wanted, call)
+    return dq, dk, dv
 
 
-def launch_backward(q, k, v, out, grad, lse, grad_lse, grads, tables, prefix_tokens, interleaved, scale, cu, one_pass):
-    """Writes the gradients that are not None; with one_pass, where all are wanted, in one pass that is not deterministic."""
-    from evaat_fast.kernels.attn import backward as kernels
+def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, call):
+    """Writes the gradients that are not None; in one pass, where all are wanted, in no fixed order."""
+    from evaat_fast.kernels.attn.backward import backward, padded
 
     B, H, N, D = q.shape
     sums = None
-    if one_pass and all(x is not None for x in grads):
-        sums = q.new_zeros((B * H, N, kernels.padded(D)), dtype=torch.float32)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    arguments = (q, k, v, out, grad, lse, grad_lse, torch.empty_like(lse), sums, grads, tables)
-    kernels.backward(*arguments, prefix_tokens, interleaved, scale, cu)
-
-
-def rows(x):
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    if call.one_pass and all(x is not None for x in grads):
+        sums = q.new_zeros((B * H, N, padded(D)), dtype=torch.float32)
+    grad_lse, delta = None if grad_lse is None else grad_lse.contiguous(), torch.empty_like(lse)
+    rotation = call.rotation.prefix_tokens, call.rotation.interleaved
+    backward(q, k, v, out, grad, lse, grad_lse, delta, sums, grads, _tables(q, call), *rotation, call.scale, call.cu_seqlens)
 
 
 class _Attend(torch.autograd.Function):
     """Saves the turned queries and keys, the values, the output and its log-sum-exps: memory is linear in N."""
 
     @staticmethod
-    def forward(ctx, q, k, v, one_pass, *settings):
-        out, lse, turned_q, turned_k = attn_forward(q, k, v, *settings, True)
-        freqs, positions, k_positions, *ctx.settings, rope, cu, ctx.scale = settings
-        ctx.rope, ctx.one_pass, saved = rope, one_pass, (turned_q if rope else q, turned_k if rope else k, v, out, lse)
-        ctx.save_for_backward(*saved, freqs, positions, k_positions, cu)
+    def forward(ctx, q, k, v, freqs, positions, k_positions, cu_seqlens, bare):
+        call = bare.of(freqs, positions, k_positions, cu_seqlens)
+        out, lse, turned_q, turned_k = attn_forward.at(traced(type(q)))(q, k, v, True, call)
+        q, k = (turned_q, turned_k) if call.rope else (q, k)
+        ctx.save_for_backward(q, k, v, out, lse, freqs, positions, k_positions, cu_seqlens)
+        ctx.bare = bare
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_lse):
-        q, k, v, out, lse, *rotation, cu = ctx.saved_tensors
-        if grad is None:
-            grad = torch.zeros_like(out)
-        need_q, *need_kv = ctx.needs_input_grad[:3]
-        arguments = (*rotation, *ctx.settings, ctx.rope, cu, ctx.scale, need_q, any(need_kv), ctx.one_pass)
-        grads = attn_backward(rows(grad), grad_lse, q, k, v, out, lse, *arguments)
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)), *[None] * 10
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        need_q, need_k, need_v = ctx.needs_input_grad[:3]
+        grad = torch.zeros_like(out) if grad is None else contiguous_rows(grad)
+        needs, call = (need_q, need_k or need_v), ctx.bare.of(*tensors)
+        dq, dk, dv = attn_backward.at(traced(type(grad)))(q, k, v, out, lse, grad, grad_lse, *needs, call)
+        return dq if need_q else None, dk if need_k else None, dv if need_v else None, *[None] * 5
 
 
-def attend(q, k, v, rotation, cu, scale, one_pass):
-    """(output, log-sum-exps) of checked tensors; rotation: freqs, positions, k_positions, grid, prefix_tokens, interleaved, and
-    whether to rotate at all. cu: limits of the clips packed into the tokens, or None. one_pass: of the backward pass."""
-    if scale < 0:
-        q, scale = -q, -scale
-    q, k, v = rows(q), rows(k), rows(v)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exps) of checked tensors with contiguous last dimensions."""
+    if call.scale < 0:
+        q, call = -q, call.of_scale(-call.scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         # Dynamo takes no tensor twice.
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v
-        return _Attend.apply(q, k, v, one_pass, *rotation, cu, scale)
-    return attn_forward(q, k, v, *rotation, cu, scale, False)[:2]
+        return _Attend.apply(q, k, v, *call.tensors(), call.bare())
+    return attn_forward.at(traced(type(q)))(q, k, v, False, call)[:2]
+
+
+def _packed_fake(qkv, num_heads, keep, call):
+    B, N, width = qkv.shape
+    out = qkv.new_empty((B, N, num_heads, width // (3 * num_heads))).transpose(1, 2)
+    return out, qkv.new_empty((B, num_heads, N), dtype=torch.float32)
+
+
+@register(
+    "attn_qkv_forward_(Tensor(a!) qkv, SymInt num_heads, bool keep, {settings}) -> (Tensor, Tensor)",
+    _packed_fake,
+    AttentionPlan,
+)
+@torch.no_grad()
+def attn_qkv_forward_(qkv, num_heads, keep, call):
+    """(output, log-sum-exps float32 [B, H, N]); the keys are turned where they lie, with keep also the queries."""
+    from evaat_fast.kernels.attn.forward import forward
+
+    q, k, v = split_heads(qkv, num_heads).chunk(3, 1)
+    table, _ = _tables(q, call)
+    out, lse = _packed_fake(qkv, num_heads, keep, call)
+    turn([k], [k], table, call.rotation)
+    rotation = call.rotation.prefix_tokens, call.rotation.interleaved
+    forward(q, k, v, out, lse, q if keep else None, table, *rotation, call.scale, None)
+    if not qkv.is_inference():
+        torch.autograd.graph.increment_version(qkv)
+    return out, lse
+
+
+@register(
+    "attn_qkv_backward(Tensor qkv, Tensor out, Tensor lse, Tensor grad, Tensor? grad_lse, SymInt num_heads, {settings}) "
+    "-> Tensor",
+    lambda qkv, *others: qkv.new_empty(qkv.shape),
+    AttentionPlan,
+)
+@torch.no_grad()
+def attn_qkv_backward(qkv, out, lse, grad, grad_lse, num_heads, call):
+    """The gradient of the projection as it was before its queries and keys were turned."""
+    dqkv = qkv.new_empty(qkv.shape)
+    q, k, v = split_heads(qkv, num_heads).chunk(3, 1)
+    _launch_backward(q, k, v, out, lse, grad, grad_lse, split_heads(dqkv, num_heads).chunk(3, 1), call)
+    return dqkv
+
+
+class _AttendPacked(torch.autograd.Function):
+    """Saves the projection as it has become, the output and its log-sum-exps: of queries and keys there is one copy."""
+
+    @staticmethod
+    def forward(ctx, base, shape, num_heads, freqs, positions, bare):
+        ctx.mark_dirty(base)
+        ctx.set_materialize_grads(False)
+        call = bare.of(freqs, positions, None, None)
+        out, lse = attn_qkv_forward_.at(traced(type(base)))(base.view(shape), num_heads, True, call)
+        ctx.shape, ctx.num_heads, ctx.bare = shape, num_heads, bare
+        ctx.save_for_backward(base, out, lse, freqs, positions)
+        return base, out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, others, grad, grad_lse):
+        if others is not None:
+            raise used_again()
+        base, out, lse, freqs, positions = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else contiguous_rows(grad)
+        call, through = ctx.bare.of(freqs, positions, None, None), traced(type(grad))
+        dqkv = attn_qkv_backward.at(through)(base.view(ctx.shape), out, lse, grad, grad_lse, ctx.num_heads, call)
+        return dqkv.view(base.shape), *[None] * 5
+
+
+def attend_packed(qkv: Tensor, base: Tensor | None, num_heads: int, call: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exps) of a checked projection [B, N, 3*H*D], which is consumed; scale >= 0. base: as for `consume`."""
+    if base is None:
+        return attn_qkv_forward_.at(traced(type(qkv)))(qkv, num_heads, False, call)
+    freqs, positions, *_ = call.tensors()
+    return _AttendPacked.apply(base, qkv.shape, num_heads, freqs, positions, call.bare())[1:]

@@ -7,12 +7,15 @@ the decoder's bytes: crop views are read in place, the normalisation costs a tab
     tokens = torch.nn.functional.linear(rows, conv.weight.flatten(1), conv.bias)
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
-from evaat_fast.ops._core import dispatch as _dispatch
-from evaat_fast.ops._core.register import register
+from evaat_fast.ops._core import dispatch
+from evaat_fast.ops._core.native import checked
+from evaat_fast.ops._core.register import register, traced
 from evaat_fast.ops._core.tensor import memory_of, number
 
 
@@ -47,25 +50,31 @@ def _patchify(video, patch, mean, std, dtype, backend):
         return patchify_reference(video, patch, mean, std, dtype)
     if video.stride(4) != 1 or video.stride(3) != 3:
         video = video.contiguous()
-    out = _fake(video, patch, mean, std, dtype, backend)
-    table = _table(tuple(mean), tuple(std), dtype, video.device)
-    where = (video.data_ptr(), table.data_ptr(), out.data_ptr(), out.element_size())
-    sizes = (*video.shape[:4], *video.stride()[:3], patch)
+    out, table = _fake(video, patch, mean, std, dtype, backend), _table(tuple(mean), tuple(std), dtype, video.device)
+    (B, T, H, W, _), (stride_b, stride_t, stride_h, _, _) = video.shape, video.stride()
+    call = dict(video=video.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), element_size=out.element_size())
+    call |= dict(B=B, T=T, H=H, W=W, stride_b=stride_b, stride_t=stride_t, stride_h=stride_h, patch=patch)
     if backend == "cpu":
         from evaat_fast import _cpu
 
-        _cpu.patchify(*where, *sizes, torch.get_num_threads())
+        checked("patchify", video, _cpu.patchify(**call, threads=torch.get_num_threads()))
     else:
         from evaat_fast import _cuda
 
         with torch.cuda.device(video.device):
-            error = _cuda.patchify(*where, *sizes, torch.cuda.current_stream().cuda_stream)
-        if error:
-            raise RuntimeError(f"patchify: CUDA error {error} at shape {tuple(video.shape)}, patch {patch}")
+            checked("patchify", video, _cuda.patchify(**call, stream=torch.cuda.current_stream().cuda_stream))
     return out
 
 
-def patchify(video, patch, mean, std, dtype=torch.float32, *, backend=None):
+def patchify(
+    video: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """Cuts a uint8 video into normalised patches.
 
     Args:
@@ -98,7 +107,8 @@ def patchify(video, patch, mean, std, dtype=torch.float32, *, backend=None):
     mean, std = _three("mean", mean), _three("std", std)
     if 0.0 in std:
         raise ValueError(f"std: expected three non-zero floats, got {std}")
-    return _patchify(video, patch, mean, std, dtype, _dispatch.pick("patchify", video, backend, dtype))
+    backend = dispatch.pick("patchify", video.device, dtype, backend)
+    return _patchify.at(traced(type(video)))(video, patch, mean, std, dtype, backend)
 
 
 def _three(name, values):

@@ -1,0 +1,136 @@
+"""What a rotation is besides the tensors it turns, and every check of it."""
+
+import reprlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evaat_fast.ops._core.tensor import memory_of
+
+_POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A checked rotation. freqs: float32 [3, D/2] or [H, 3, D/2], None for the joint ones. positions: [N, 3] or [B, N, 3], None
+    where grid, (T, Hp, Wp) and else (), places the tokens. backend: of the kernel that turns."""
+
+    freqs: Tensor | None
+    positions: Tensor | None
+    grid: tuple[int, ...]
+    prefix_tokens: int
+    interleaved: bool
+    inverse: bool
+    backend: str
+
+    def back(self) -> "Rotation":
+        """The rotation that undoes this one."""
+        return self._with(self.freqs, self.positions, not self.inverse)
+
+    def bare(self) -> "Rotation":
+        """Without its tensors, which autograd saves in its own way."""
+        return self._with(None, None, self.inverse)
+
+    def of(self, freqs: Tensor | None, positions: Tensor | None) -> "Rotation":
+        """With these tensors."""
+        return self._with(freqs, positions, self.inverse)
+
+    def _with(self, freqs, positions, inverse):
+        return Rotation(freqs, positions, self.grid, self.prefix_tokens, self.interleaved, inverse, self.backend)
+
+    def learns(self) -> bool:
+        """Whether a gradient is wanted of the frequencies."""
+        return self.freqs is not None and self.freqs.requires_grad and torch.is_grad_enabled()
+
+
+def plan(
+    shape: torch.Size,
+    device: torch.device,
+    k_heads: int | None,
+    backend: str,
+    grid,
+    freqs,
+    prefix_tokens,
+    positions,
+    interleaved,
+    inverse=False,
+    of: str = "positions",
+) -> Rotation:
+    """The rotation of queries [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked.
+
+    of: the name of `positions` in errors.
+    """
+    for name, value in (("interleaved", interleaved), ("inverse", inverse)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    B, Hq, N, D = shape
+    if D % 2 or not 2 <= D <= 256:
+        raise ValueError(f"q: expected an even head dim from 2 to 256, got {D}")
+    check_place(grid, prefix_tokens, positions)
+    freqs = _checked_freqs(freqs, Hq, D, device, k_heads)
+    if positions is not None:
+        if not isinstance(positions, Tensor) or positions.dtype not in _POSITIONS:
+            raise TypeError(f"{of}: expected a tensor of integers or float32, got {kind(positions)}")
+        positions = memory_of("rope3d", of, positions)
+        if positions.shape != (N, 3) and positions.shape != (B, N, 3):
+            raise ValueError(f"{of}: expected the shape [{N}, 3] or [{B}, {N}, 3], got {list(positions.shape)}")
+        if positions.device != device:
+            raise ValueError(f"{of}: expected q's device {device}, got {positions.device}")
+        if prefix_tokens > N:
+            raise ValueError(f"prefix_tokens: expected at most N = {N}, got {prefix_tokens}")
+        if backend != "reference" and positions.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f'{of}: requires a gradient, which only backend="reference" computes; pass it detached')
+        return Rotation(freqs, positions, (), prefix_tokens, interleaved, inverse, backend)
+    T, Hp, Wp = check_grid(grid)
+    if N != prefix_tokens + T * Hp * Wp:
+        raise ValueError(
+            f"grid: {T} x {Hp} x {Wp} cells and prefix_tokens={prefix_tokens} make {prefix_tokens + T * Hp * Wp} "
+            f"tokens, but q has N = {N}"
+        )
+    return Rotation(freqs, None, (T, Hp, Wp), prefix_tokens, interleaved, inverse, backend)
+
+
+def _checked_freqs(freqs, Hq, D, device, k_heads):
+    if freqs is None:
+        if D % 4:
+            raise ValueError(f"freqs: the default, joint_freqs, needs a head dim that is a multiple of 4, got {D}")
+        return None
+    if not isinstance(freqs, Tensor) or freqs.dtype != torch.float32:
+        raise TypeError(f"freqs: expected a float32 tensor, got {kind(freqs)}")
+    freqs = memory_of("rope3d", "freqs", freqs)
+    if freqs.shape != (3, D // 2) and freqs.shape != (Hq, 3, D // 2):
+        raise ValueError(f"freqs: expected the shape [3, {D // 2}] or [{Hq}, 3, {D // 2}], got {list(freqs.shape)}")
+    if freqs.ndim == 3 and k_heads is not None and k_heads != Hq:
+        raise ValueError(f"k: expected {Hq} heads, as freqs are per head, got {k_heads}")
+    if freqs.device != device:
+        raise ValueError(f"freqs: expected q's device {device}, got {freqs.device}")
+    return freqs
+
+
+def check_place(grid, prefix_tokens, positions) -> None:
+    if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
+        raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
+    if (grid is None) == (positions is None):
+        raise ValueError(f"grid, positions: expected exactly one of the two, got {'neither' if grid is None else 'both'}")
+
+
+def check_grid(grid) -> tuple[int, int, int]:
+    try:
+        T, Hp, Wp = grid
+    except (TypeError, ValueError):
+        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}") from None
+    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in (T, Hp, Wp)):
+        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}")
+    return T, Hp, Wp
+
+
+def kind(x) -> str:
+    """What an argument of the wrong type is, for errors."""
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def wrong(name: str, expected: str, got) -> Exception:
+    error = TypeError if not isinstance(got, Tensor) else ValueError
+    shown = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else reprlib.repr(got)
+    return error(f"{name}: expected {expected}, got {shown}")
