@@ -9,6 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
 from evaat_fast.ops.attn.clips import nested_sdpa
+from evaat_fast.ops.attn.plan import AttentionPlan
+from evaat_fast.ops.attn.triton import attend
+from evaat_fast.ops.rope3d.rotation import Rotation
 
 backends = pytest.mark.parametrize("backend", ["sdpa", "reference", pytest.param("triton", marks=pytest.mark.interpret)])
 GRID = (5, 3, 4)
@@ -168,14 +171,13 @@ def test_learned_frequencies(backend):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("limits", [[0, 30, 20, 40], [1, 20, 40], [0, 20, 39], [0, 90, 40], [-5, 20, 40]])
-def test_limits_that_are_none_show(limits, monkeypatch):
-    """On a GPU they are not looked at before the kernel does."""
-    monkeypatch.setattr("evaat_fast.ops.attn.attn.check_clips", lambda *arguments: None)
-    x, limits = torch.randn(40, 2, 32), torch.tensor(limits, dtype=torch.int32)
+def test_limits_that_are_none_show(limits):
+    """On a GPU they are not looked at before the kernel does, as here, where the check of a call is passed over."""
+    x, limits = torch.randn(1, 2, 40, 32), torch.tensor(limits, dtype=torch.int32)
+    still = Rotation(None, None, (), 0, True, False, "triton")
+    call = AttentionPlan(still, None, False, limits, None, 32**-0.5, False, "triton")
     leaves = [x.clone().requires_grad_() for _ in range(3)]
-    assert all(
-        part.isnan().any() for part in results(lambda *x: ops.joint_attention(*x, cu_seqlens=limits, backend="triton"), leaves)
-    )
+    assert all(part.isnan().any() for part in results(lambda *x: attend(*x, call)[0], leaves))
 
 
 def test_opcheck():

@@ -85,7 +85,9 @@ def test_learnable_frequencies_of_any_head_dim(D):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_tables(dtype):
-    from evaat_fast.ops.rope3d.freqs import _new_table, _triton_table, joint_freqs
+    from evaat_fast.ops.rope3d.freqs import joint_freqs
+    from evaat_fast.ops.rope3d.rotation import Rotation
+    from evaat_fast.ops.rope3d.table import torch_table, triton_table
 
     rows = torch.rand(2, 9, 3) * torch.tensor([1e6, 50.0, -50.0])
     cases = [
@@ -96,10 +98,11 @@ def test_tables(dtype):
         (None, torch.randint(0, 255, (7, 3), dtype=torch.uint8), (), 0, 8),
         (None, rows[:, :1], (), 1, 8),
     ]
-    for case in cases:
-        ours, expected = (make(*case, dtype, torch.device("cpu")) for make in (_triton_table, _new_table))
+    for freqs, positions, grid, prefix, head_dim in cases:
+        rotation = Rotation(freqs, positions, grid, prefix, True, False, "triton")
+        ours, expected = (make(rotation, head_dim, dtype, torch.device("cpu")) for make in (triton_table, torch_table))
         assert ours.shape == expected.shape and ours.dtype == dtype
         # An angle of 1e9 in float64 is itself uncertain by 1e-7.
-        largest = case[1].double().abs().max().item() if case[1] is not None else 10
+        largest = positions.double().abs().max().item() if positions is not None else 10
         exact = max(4e-16, largest * 4e-16) if dtype == torch.float64 else max(6e-8, largest * 4e-16)
         torch.testing.assert_close(ours, expected, rtol=0, atol=exact)

@@ -43,7 +43,7 @@ _ALL = (*FLOATS, "float64")
 LSE, DETERMINISTIC, WIDE_HEADS = "log-sum-exps", "deterministic gradients", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
-_NO_WIDE_HEADS = "it takes head dims up to 128"
+_NO_WIDE_HEADS = "its kernels take head dims up to 128"
 
 _LOSS = {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)}
 SUPPORT = {

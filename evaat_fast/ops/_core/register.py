@@ -72,7 +72,7 @@ def register(schema: str, fake: Callable, settings: type | None = None) -> Calla
         return lambda *flat: function(*flat[: len(flat) - count], _made(settings, iter(flat[len(flat) - count :])))
 
     def decorate(body):
-        listed = ", ".join(f"{kind} {path[-1]}" for path, kind in fields)
+        listed = ", ".join(f"{kind} {'_'.join(path)}" for path, kind in fields)
         _LIBRARY.define(schema.format(settings=listed), tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, gathered(body), "CompositeExplicitAutograd")
         torch.library.register_fake(f"evaat_fast::{name}", gathered(fake), lib=_LIBRARY)

@@ -104,8 +104,10 @@ def plan(
         _check_longest(cu_seqlens, grid, prefix_tokens, positions)
         shape, k_shape = (torch.Size((1, s[1], s[0], s[2])) for s in (shape, k_shape))
     place = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
+    if cu_seqlens is not None:  # whose prefixes are tokens at the origin
+        place |= dict(grid=None, prefix_tokens=0)
     if cu_seqlens is not None and grid is not None:
-        place |= dict(grid=None, prefix_tokens=0, positions=clip_positions(cu_seqlens, shape[2], grid, None, prefix_tokens))
+        place |= dict(positions=clip_positions(cu_seqlens, shape[2], grid, None, prefix_tokens))
     k_heads = k_shape[1] if k_positions is None else None
     rotation = plan_rotation(shape, device, k_heads, rope, **place)
     if k_positions is not None:
@@ -115,7 +117,7 @@ def plan(
         raise ValueError(f"k: expected the shape [{shape[0]}, Hk, {shape[2]}, {head_dim}], got {list(k_shape)}")
     if cu_seqlens is not None and grid is None:
         of_clips = lambda x: clip_positions(cu_seqlens, shape[2], None, x, prefix_tokens)  # noqa: E731
-        rotation = plan_rotation(shape, device, k_heads, rope, **place | dict(prefix_tokens=0, positions=of_clips(positions)))
+        rotation = plan_rotation(shape, device, k_heads, rope, **place | dict(positions=of_clips(positions)))
         k_positions = None if k_positions is None else of_clips(k_positions)
     return AttentionPlan(rotation, k_positions, True, *rest)
 

@@ -24,7 +24,7 @@ def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: tor
     # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
     # counters do not see writes through .data.
     if device.type != "cpu" and (user or device.type != "cuda"):
-        return (_triton_table if rotation.backend == "triton" else _new_table)(rotation, head_dim, dtype, device)
+        return (triton_table if rotation.backend == "triton" else torch_table)(rotation, head_dim, dtype, device)
     prefix = None if rotation.positions is None else rotation.prefix_tokens
     key = (rotation.grid, prefix, head_dim, dtype, device, rotation.freqs is None)
     key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
@@ -35,7 +35,7 @@ def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: tor
         _TABLES[key] = _TABLES.pop(key, kept)  # now the last used; another thread may have dropped it
         return kept[1]
     # Made on the CPU and copied: the copy waits, so that every CUDA stream may read the table afterwards.
-    table = _new_table(rotation, head_dim, dtype, torch.device("cpu")).to(device)
+    table = torch_table(rotation, head_dim, dtype, torch.device("cpu")).to(device)
     _TABLES[key] = (tuple(x.detach().clone() for x in user), table)
     while _TABLES and sum(t.nbytes for _, t in list(_TABLES.values())) > _MOST_BYTES:
         _TABLES.popitem(last=False)
@@ -48,7 +48,7 @@ def _captured(key, rotation, head_dim, dtype, device) -> Tensor:
     if key not in _CAPTURED:
         kept = _TABLES.get(key)
         if kept is None:
-            return (_triton_table if rotation.backend == "triton" else _new_table)(rotation, head_dim, dtype, device)
+            return (triton_table if rotation.backend == "triton" else torch_table)(rotation, head_dim, dtype, device)
         _CAPTURED[key] = kept[1]
     return _CAPTURED[key]
 
@@ -60,8 +60,8 @@ def rows_of(rotation: Rotation, device: torch.device) -> Tensor:
     return (rows if rows.ndim == 3 else rows[None]).float().contiguous()
 
 
-def _triton_table(rotation, head_dim, dtype, device):
-    """`_new_table` in one launch."""
+def triton_table(rotation: Rotation, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch_table` in one launch."""
     from evaat_fast.kernels.rope3d.table import fill
 
     with torch.no_grad():
@@ -85,7 +85,8 @@ def _kept_joint(head_dim, device):
     return joint(head_dim).to(device)
 
 
-def _new_table(rotation, head_dim, dtype, device):
+def torch_table(rotation: Rotation, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new table."""
     with torch.no_grad():
         both = cos_sin(rotation.freqs, rotation.positions, rotation.grid, rotation.prefix_tokens, head_dim, device)
         return torch.stack(both).to(dtype)
