@@ -1,4 +1,4 @@
-"""What launchers ask of a tensor's device."""
+"""What launchers ask of a tensor."""
 
 import contextlib
 
@@ -13,3 +13,9 @@ def on(tensor):
 def generation(tensor):
     """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
+
+
+def table_strides(table):
+    """Of a table [2, 1 or B, 1 or H, ..] of cosines and sines: the way to the sines, and the strides of clips and heads, 0
+    where there is one for all."""
+    return table.stride(0), *(table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))

@@ -117,11 +117,11 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     from torch import bfloat16
 
     kernel = getattr(forward if kind == "forward" else backward, f"attn_{'keys' if kind == 'both' else kind}_kernel")
-    plan, padded = forward.plan(kind, bfloat16, D, arch // 10), forward.padded(D)
+    plan, padded = forward.blocks_of(kind, bfloat16, D, arch // 10), forward.padded(D)
     add = backward.NOTHING if kind != "both" else backward.ATOMIC if arch < 90 else backward.COPY
     constants = dict(D=D, BLOCK_D=padded, ROPE=True, INTERLEAVED=interleaved, PRECISION="tf32x3", KEEP=True)
     constants |= dict(CLIPS=clips, ADD=add.value) | {name: plan.pop(name) for name in ("BLOCK_M", "BLOCK_N")}
-    pointers = dict.fromkeys(["q", "k", "v", "out", "turned_q", "grad", "grad_q", "grad_k", "grad_v"], "*bf16")
+    pointers = dict.fromkeys(["q", "k", "v", "out", "turned_q", "do", "dq", "dk", "dv"], "*bf16")
     pointers |= dict.fromkeys(["lse", "delta", "table", "sums"], "*fp32") | {"scale": "fp32", "cu": "*i32"}
     if add is backward.COPY:
         pointers["sums"] = f"tensordesc<fp32[1, {constants['BLOCK_M']}, {padded}]>"

@@ -9,13 +9,13 @@ make ptxas wait for every product. Exponentials are powers of two, with the scal
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import generation, on
+from evaat_fast.kernels.launch import generation, on, table_strides
+from evaat_fast.kernels.rope3d.pair import turn_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
-MOST_HEAD_DIM = 128
 
 
-def plan(kind, dtype, D, generation=9):
+def blocks_of(kind, dtype, D, generation=9):
     """Blocks and launch of a kernel, "forward", "keys", "queries" or "both" (keys, and sums for queries): the largest that
     leave all registers unspilled. float32 is multiplied in three TF32 products, whose operands take registers too."""
     if dtype == torch.float32:
@@ -96,8 +96,7 @@ def turn(x, table, table_half, n, N, prefix, INVERSE: tl.constexpr, INTERLEAVED:
         a, b = tl.split(tl.reshape(x, (BLOCK, HALF, 2)))
     else:
         a, b = tl.split(tl.permute(tl.reshape(x, (BLOCK, 2, HALF)), (0, 2, 1)))
-    # A prefix token passes unchanged, even if it is not finite.
-    a, b = tl.where(turned, a * cos - b * sin, a), tl.where(turned, b * cos + a * sin, b)
+    a, b = turn_pair(a, b, cos, sin, turned)
     if INTERLEAVED:
         return tl.reshape(tl.join(a, b), (BLOCK, 2 * HALF))
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (BLOCK, 2 * HALF))
@@ -105,20 +104,20 @@ def turn(x, table, table_half, n, N, prefix, INVERSE: tl.constexpr, INTERLEAVED:
 
 @triton.jit
 def _block(
-    q, k, v, k_n, v_n, n, M, d, has_d, e, most, total, acc, scale2,
+    q, k, v, k_n, v_n, n, M, d, has_d, e, m_i, l_i, acc, scale2,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys n: (largest score so far, sum, weighted values)."""
     s = tl.dot(q, tl.trans(load_rows(k, k_n, n, M, d, has_d, MASKED, D)), input_precision=PRECISION)
     largest = tl.max(tl.where((n < M)[None, :], s * scale2, float("-inf")), 1) if MASKED else tl.max(s, 1) * scale2
-    new = tl.maximum(most, largest, propagate_nan=tl.PropagateNan.ALL)
+    new = tl.maximum(m_i, largest, propagate_nan=tl.PropagateNan.ALL)
     p = tl.exp2(s * scale2 - new[:, None])
     if MASKED:
         p = tl.where((n < M)[None, :], p, 0.0)
-    fade = tl.exp2(most - new)
+    alpha = tl.exp2(m_i - new)
     values = load_rows(v, v_n, n, M, e, e < D, MASKED, D)
-    acc = tl.dot(p.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
-    return new, total * fade + tl.sum(p, 1), acc
+    acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+    return new, l_i * alpha + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -137,7 +136,7 @@ def attn_forward_kernel(
     if CLIPS:
         N = length
         M = length
-    head, of_keys = h.to(tl.int64), (h // groups).to(tl.int64)
+    head, kv_head = h.to(tl.int64), (h // groups).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_D)
     d, has_d = channel(c, D, BLOCK_D, ROPE and not INTERLEAVED)
@@ -148,35 +147,30 @@ def attn_forward_kernel(
         if KEEP:
             at = turned_q + b * turned_b + head * turned_h + (start + m.to(tl.int64))[:, None] * turned_n + d[None, :]
             tl.store(at, rows, mask=(m < N)[:, None] & has_d[None, :])
-    k += b * k_b + of_keys * k_h + start * k_n
-    v += b * v_b + of_keys * v_h + start * v_n
+    k += b * k_b + kv_head * k_h + start * k_n
+    v += b * v_b + kv_head * v_h + start * v_n
     scale2 = scale * LOG2E
-    most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     whole = (M - 1) // BLOCK_N * BLOCK_N  # 1 to BLOCK_N keys are left, which come first
     n = tl.arange(0, BLOCK_N)
-    most, total, acc = _block(
-        rows, k, v, k_n, v_n, whole + n, M, d, has_d, c, most, total, acc, scale2, True, PRECISION, D
+    m_i, l_i, acc = _block(
+        rows, k, v, k_n, v_n, whole + n, M, d, has_d, c, m_i, l_i, acc, scale2, True, PRECISION, D
     )  # fmt: skip
     for begin in range(0, whole, BLOCK_N):
-        most, total, acc = _block(
-            rows, k, v, k_n, v_n, begin + n, M, d, has_d, c, most, total, acc, scale2, False, PRECISION, D
+        m_i, l_i, acc = _block(
+            rows, k, v, k_n, v_n, begin + n, M, d, has_d, c, m_i, l_i, acc, scale2, False, PRECISION, D
         )  # fmt: skip
     at = out + b * out_b + head * out_h + (start + m.to(tl.int64))[:, None] * out_n + c[None, :]
-    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(m < N)[:, None] & (c < D)[None, :])
-    tl.store(lse + b * lse_b + head * lse_h + start + m, (most + tl.log2(total)) / LOG2E, mask=m < N)
-
-
-def table_strides(table):
-    """The way to the sines, and the strides of clips and heads, 0 where there is one for all."""
-    return table.stride(0), *(table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))
+    tl.store(at, (acc / l_i[:, None]).to(out.dtype.element_ty), mask=(m < N)[:, None] & (c < D)[None, :])
+    tl.store(lse + b * lse_b + head * lse_h + start + m, (m_i + tl.log2(l_i)) / LOG2E, mask=m < N)
 
 
 def launch_options(kind, q, table, interleaved, cu):
     D = q.shape[-1]
     shape = dict(D=D, BLOCK_D=padded(D), ROPE=table is not None, INTERLEAVED=interleaved, PRECISION="tf32x3")
     most = 0 if cu is None else max(2, triton.next_power_of_2(count_clips(cu)))
-    return shape | plan(kind, q.dtype, D, generation(q)) | {"CLIPS": most}
+    return shape | blocks_of(kind, q.dtype, D, generation(q)) | {"CLIPS": most}
 
 
 def count_clips(cu):

@@ -1,19 +1,17 @@
 """rope3d in Triton: q and k in one launch, out of place or in place, on any strides with a contiguous last dimension.
 
 A program takes BLOCK_N tokens of one clip and up to HEADS heads of q or of k. It loads its rows of the table of cosines
-and sines once and turns every head with them, so that the table, which stays in L2, is read once for HEADS heads. Both
-channels of a pair lie in one thread: interleaved rows are loaded whole, 16 bytes a thread, and split in registers.
+and sines once and turns every head with them, so that the table, which stays in L2, is read once for HEADS heads.
 
 The table has a row per token, not per axis. At D = 64 a program reads 256 bytes of it per token from L2, beside 1,024 bytes
 of four bfloat16 heads from and to DRAM. Three axis tables would fit into L1, but two more complex products per pair (8 FMA,
 each of the three angles composed in float32) are as many instructions as the rotation of two heads, and cost exact angles.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
+from evaat_fast.kernels.launch import on, table_strides
+from evaat_fast.kernels.rope3d.pair import load_pair, store_pair, turn_pair
 
 HEADS = 4
 NUM_WARPS = 4
@@ -26,38 +24,16 @@ def block_n(head_dim):
 
 
 @triton.jit
-def _turn(a, b, cos, sin, rotated):
-    # A prefix token passes unchanged, even if it is not finite.
-    return tl.where(rotated, a * cos - b * sin, a), tl.where(rotated, b * cos + a * sin, b)
-
-
-@triton.jit
-def _heads(
-    x,
-    out,
-    x_h,
-    x_n,
-    out_h,
-    out_n,
-    table,
-    table_half,
-    table_h,
-    first_head,
-    heads,
-    n,
-    N,
-    prefix,
-    D: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr,
-    TABLE_PER_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
+def _turn_heads(
+    x, out, x_h, x_n, out_h, out_n, table, table_half, table_h, first_head, heads, n, N, prefix,
+    D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE_PER_HEAD: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     """Turns heads first_head .. first_head + HEADS - 1 of the tokens n of one clip."""
+    BLOCK_N: tl.constexpr = n.shape[0]
     c = tl.arange(0, BLOCK_C)
-    rotated = (n >= prefix)[:, None]
-    in_table = rotated & (n < N)[:, None] & (c < D // 2)[None, :]
+    turned = (n >= prefix)[:, None]
+    in_table = turned & (n < N)[:, None] & (c < D // 2)[None, :]
     # cos, sin float32 [BLOCK_N, BLOCK_C]: rows n - prefix of the table, shared by the heads unless each has its own.
     row = table + (n - prefix).to(tl.int64)[:, None] * (D // 2) + c[None, :]
     if not TABLE_PER_HEAD:
@@ -74,58 +50,18 @@ def _heads(
         s = -sin if INVERSE else sin
         source = x + h.to(tl.int64) * x_h + n.to(tl.int64)[:, None] * x_n
         target = out + h.to(tl.int64) * out_h + n.to(tl.int64)[:, None] * out_n
-        if INTERLEAVED:
-            d = tl.arange(0, 2 * BLOCK_C)[None, :]
-            mask = present & (d < D)
-            pairs = tl.load(source + d, mask=mask).to(tl.float32)
-            a, b = tl.split(tl.reshape(pairs, (n.shape[0], BLOCK_C, 2)))
-            a, b = _turn(a, b, cos, s, rotated)
-            pairs = tl.reshape(tl.join(a, b), (n.shape[0], 2 * BLOCK_C))
-            tl.store(target + d, pairs.to(out.dtype.element_ty), mask=mask)
-        else:
-            mask = present & (c < D // 2)[None, :]
-            a = tl.load(source + c[None, :], mask=mask).to(tl.float32)
-            b = tl.load(source + c[None, :] + D // 2, mask=mask).to(tl.float32)
-            a, b = _turn(a, b, cos, s, rotated)
-            tl.store(target + c[None, :], a.to(out.dtype.element_ty), mask=mask)
-            tl.store(target + c[None, :] + D // 2, b.to(out.dtype.element_ty), mask=mask)
+        a, b = load_pair(source, c, present, D, INTERLEAVED, BLOCK_N, BLOCK_C, False)
+        a, b = turn_pair(a, b, cos, s, turned)
+        store_pair(target, a, b, c, present, D, INTERLEAVED, BLOCK_N, BLOCK_C)
 
 
 @triton.jit
 def rope3d_kernel(
-    q,
-    k,
-    out_q,
-    out_k,
-    table,
-    table_half,
-    table_b,
-    table_h,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    out_q_b,
-    out_q_h,
-    out_q_n,
-    out_k_b,
-    out_k_h,
-    out_k_n,
-    q_heads,
-    k_heads,
-    N,
-    prefix,
-    first,
-    D: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr,
-    TABLE_PER_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    q, k, out_q, out_k, table, table_half, table_b, table_h,
+    q_b, q_h, q_n, k_b, k_h, k_n, out_q_b, out_q_h, out_q_n, out_k_b, out_k_h, out_k_n, q_heads, k_heads, N, prefix, first,
+    D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE_PER_HEAD: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """q [B, q_heads, N, D] -> out_q, and k likewise; tokens below first are not visited, those below prefix copied."""
     blocks = tl.cdiv(N - first, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -134,57 +70,20 @@ def rope3d_kernel(
     q_groups = tl.cdiv(q_heads, HEADS)
     table += b * table_b
     if group < q_groups:
-        _heads(
-            q + b * q_b,
-            out_q + b * out_q_b,
-            q_h,
-            q_n,
-            out_q_h,
-            out_q_n,
-            table,
-            table_half,
-            table_h,
-            group * HEADS,
-            q_heads,
-            n,
-            N,
-            prefix,
-            D,
-            INTERLEAVED,
-            INVERSE,
-            TABLE_PER_HEAD,
-            HEADS,
-            BLOCK_C,
-        )
+        _turn_heads(
+            q + b * q_b, out_q + b * out_q_b, q_h, q_n, out_q_h, out_q_n, table, table_half, table_h, group * HEADS, q_heads,
+            n, N, prefix, D, INTERLEAVED, INVERSE, TABLE_PER_HEAD, HEADS, BLOCK_C,
+        )  # fmt: skip
     else:
-        _heads(
-            k + b * k_b,
-            out_k + b * out_k_b,
-            k_h,
-            k_n,
-            out_k_h,
-            out_k_n,
-            table,
-            table_half,
-            table_h,
-            (group - q_groups) * HEADS,
-            k_heads,
-            n,
-            N,
-            prefix,
-            D,
-            INTERLEAVED,
-            INVERSE,
-            TABLE_PER_HEAD,
-            HEADS,
-            BLOCK_C,
-        )
+        _turn_heads(
+            k + b * k_b, out_k + b * out_k_b, k_h, k_n, out_k_h, out_k_n, table, table_half, table_h,
+            (group - q_groups) * HEADS, k_heads, n, N, prefix, D, INTERLEAVED, INVERSE, TABLE_PER_HEAD, HEADS, BLOCK_C,
+        )  # fmt: skip
 
 
 def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
-    """xs, outs: one or two tensors [B, H, N, D] each, outs may be xs; table: as `ops.freqs.table_of` makes it."""
-    q, out_q = xs[0], outs[0]
-    k, out_k = xs[-1], outs[-1]
+    """xs, outs: one or two tensors [B, H, N, D] each, outs may be xs; table: float32 [2, 1 or B, 1 or H, N - prefix, D/2]."""
+    (q, k), (out_q, out_k) = (xs[0], xs[-1]), (outs[0], outs[-1])
     B, q_heads, N, D = q.shape
     k_heads = k.shape[1] if len(xs) == 2 else 0
     first = prefix_tokens if out_q is q else 0
@@ -192,31 +91,11 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
     grid = (B * triton.cdiv(N - first, BLOCK_N), triton.cdiv(q_heads, HEADS) + triton.cdiv(k_heads, HEADS))
     if grid[0] * grid[1] == 0:
         return
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    table_half, table_b, _ = table_strides(table)
+    strides = [n for x in (q, k, out_q, out_k) for n in x.stride()[:3]]
+    with on(q):
         rope3d_kernel[grid](
-            q,
-            k,
-            out_q,
-            out_k,
-            table,
-            table.stride(0),
-            table.stride(1) if table.shape[1] > 1 else 0,
-            table.stride(2),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *out_q.stride()[:3],
-            *out_k.stride()[:3],
-            q_heads,
-            k_heads,
-            N,
-            prefix_tokens,
-            first,
-            D=D,
-            INTERLEAVED=interleaved,
-            INVERSE=inverse,
-            TABLE_PER_HEAD=table.shape[2] > 1,
-            HEADS=HEADS,
-            BLOCK_N=BLOCK_N,
-            BLOCK_C=triton.next_power_of_2(D // 2),
-            num_warps=NUM_WARPS,
-        )
+            q, k, out_q, out_k, table, table_half, table_b, table.stride(2), *strides, q_heads, k_heads, N, prefix_tokens, first,
+            D=D, INTERLEAVED=interleaved, INVERSE=inverse, TABLE_PER_HEAD=table.shape[2] > 1, HEADS=HEADS, BLOCK_N=BLOCK_N,
+            BLOCK_C=triton.next_power_of_2(D // 2), num_warps=NUM_WARPS,
+        )  # fmt: skip

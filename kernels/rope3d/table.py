@@ -4,11 +4,9 @@ Angles are float64, as time stamps may be large, and so are sine and cosine, by 
 [-pi/4, pi/4]: the library's functions keep an array on the stack for angles of astronomical size.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
+from evaat_fast.kernels.launch import on
 
 BLOCK = 1024  # entries of a program
 
@@ -35,24 +33,9 @@ def _sin_cos(angle):
 
 @triton.jit
 def rope3d_table_kernel(
-    freqs,
-    positions,
-    out,
-    freqs_h,
-    positions_b,
-    positions_n,
-    positions_axis,
-    out_half,
-    out_b,
-    out_h,
-    M,
-    Hp,
-    Wp,
-    C: tl.constexpr,
-    GRID: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    freqs, positions, out, freqs_h, positions_b, positions_n, positions_axis, out_half, out_b, out_h, M, Hp, Wp,
+    C: tl.constexpr, GRID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """freqs: float32 [.., 3, C]; positions: [.., M, 3] of integers or float32; out: cosines at out, sines at out + out_half."""
     blocks = tl.cdiv(M, BLOCK_M)
     n = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -90,19 +73,8 @@ def fill(out, freqs, positions, grid):
     BLOCK_M = max(1, BLOCK // BLOCK_C)
     _, Hp, Wp = grid or (1, 1, 1)
     strides = positions.stride() if positions is not None else (0, 0, 0)
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+    with on(out):
         rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](
-            freqs,
-            freqs if positions is None else positions,
-            out,
-            freqs.stride(0),
-            *strides,
-            *out.stride()[:3],
-            M,
-            Hp,
-            Wp,
-            C=C,
-            GRID=positions is None,
-            BLOCK_M=BLOCK_M,
-            BLOCK_C=BLOCK_C,
-        )
+            freqs, freqs if positions is None else positions, out, freqs.stride(0), *strides, *out.stride()[:3], M, Hp, Wp,
+            C=C, GRID=positions is None, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
+        )  # fmt: skip
