@@ -8,8 +8,8 @@ import triton.language as tl
 def turn_pair(a, b, cos, sin, turned):
     """(a, b) by the angles of cos and sin where turned; elsewhere it passes unchanged, even if it is not finite.
 
-    Products are fused by hand: left to the compiler, which one it fuses depends on how a kernel is specialised, and a rotation in
-    place differed from one out of place in the last bit.
+    Products are fused by hand: left to the compiler, which one it fuses depends on how a kernel is specialised, and a rotation
+    in place differed from one out of place in the last bit.
     """
     new_a, new_b = tl.fma(a, cos, -(b * sin)), tl.fma(b, cos, a * sin)
     return tl.where(turned, new_a, a), tl.where(turned, new_b, b)
@@ -17,17 +17,11 @@ def turn_pair(a, b, cos, sin, turned):
 
 @triton.jit
 def load_pair(
-    row,
-    c,
-    present,
-    D: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ZEROS: tl.constexpr,
-):
-    """float32 [BLOCK_N, BLOCK_C] twice: channels c of rows, pointers [BLOCK_N, 1] to D channels each. Interleaved rows are loaded
-    whole, 16 bytes a thread, and split in registers. ZEROS: instead of what is not present."""
+    row, c, present,
+    D: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ZEROS: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_N, BLOCK_C] twice: channels c of rows, pointers [BLOCK_N, 1] to D channels each. Interleaved rows are
+    loaded whole, 16 bytes a thread, and split in registers. ZEROS: instead of what is not present."""
     if INTERLEAVED:
         d = tl.arange(0, 2 * BLOCK_C)[None, :]
         if ZEROS:
