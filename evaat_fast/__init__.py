@@ -14,7 +14,7 @@ _LAZY = {
     "list_pretrained": "evaat_fast.model",
     "get_tokenizer": "evaat_fast.model",
 }
-_SUBMODULES = ("ops", "model", "data", "eval", "train", "kernels")
+_SUBMODULES = ("ops", "losses", "integrations", "model", "data", "eval", "train", "cli", "doctor", "kernels")
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
