@@ -10,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A layer may import itself and the layers before it.
-LAYERS = [("kernels",), ("ops",), ("losses", "model", "integrations"), ("data", "eval"), ("train",), ("cli", "doctor")]
+LAYERS = [
+    ("kernels",),
+    ("ops",),
+    ("losses", "model", "integrations"),
+    ("data", "eval"),
+    ("factory",),
+    ("train",),
+    ("cli", "doctor"),
+]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = set("triton decord av tokenizers ftfy regex tqdm matplotlib jinja2 huggingface_hub safetensors".split())
 
