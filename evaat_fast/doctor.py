@@ -85,12 +85,13 @@ def _backends():
 
 def _table():
     cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
     lines = [f"op x backend for {'CUDA' if cuda else 'CPU'} tensors (* serves a call that names none)"]
     ops, backends = (1 + max(map(len, names)) for names in (_dispatch.SUPPORT, _dispatch.BACKENDS))
     for op, row in _dispatch.SUPPORT.items():
         named = _dispatch._DEFAULT.get(op)
         order = (named,) if named else _dispatch.AUTO[op, cuda]
-        reasons = {b: _dispatch.unusable(op, b, cuda, torch.float32) for b in row}
+        reasons = {b: _dispatch.unusable(op, b, device, torch.float32) for b in row}
         served = next((b for b in order if b in reasons and reasons[b] is None), None)
         if named and served is None:
             why = reasons.get(named) or f"there is no {named} version of it"
