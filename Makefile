@@ -1,4 +1,4 @@
-# make demo: install, generate, train, evaluate, show.   make test: everything that runs without a GPU.
+# make demo: install, generate, train, evaluate, show.   make test: a sample of what runs without a GPU.   make test-all: all of it.
 # TORCH="torch==2.13.0" overrides which torch is installed where none is there yet.
 TORCH ?= torch>=2.6
 ifdef VIRTUAL_ENV
@@ -11,7 +11,7 @@ PYTHON := $(ENV)/bin/python
 STAMP := build/stamp$(subst /,-,$(abspath $(ENV)))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint clean
 demo: $(STAMP)-user
 	$(PYTHON) -m evaat_fast demo
 

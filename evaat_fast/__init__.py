@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "create_model": "evaat_fast.model",
-    "create_model_and_transforms": "evaat_fast.data.transforms",
+    "create_model_and_transforms": "evaat_fast.factory",
     "list_models": "evaat_fast.model",
     "list_pretrained": "evaat_fast.model",
     "get_tokenizer": "evaat_fast.model",
 }
-_SUBMODULES = ("ops", "model", "data", "eval", "train", "kernels")
+_SUBMODULES = ("ops", "losses", "integrations", "model", "data", "eval", "factory", "train", "cli", "doctor", "kernels")
 
 __all__ = [*_LAZY, *_SUBMODULES]
 

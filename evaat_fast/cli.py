@@ -153,9 +153,10 @@ def _train(arguments):
 def _eval(arguments):
     from pathlib import Path
 
-    from evaat_fast.train import checkpoint, evaluation, inputs, load, trainer
+    from evaat_fast.train import checkpoint, evaluation, inputs, load, packages, trainer
 
     config = load(arguments.config, arguments.overrides, training=False)
+    packages.require("evaluation", *packages.of_data(config))
     if arguments.json:
         trainer.check_folder(Path(arguments.json).parent, "--json")
         if Path(arguments.json).is_dir():
@@ -199,10 +200,12 @@ def _metrics(metrics):
 
 def _make_kitchen(arguments):
     from evaat_fast.data import kitchen
+    from evaat_fast.train import packages
     from evaat_fast.train.demo import video_progress
     from evaat_fast.train.trainer import check_folder
 
     check_folder(arguments.dir, "DIR")
+    packages.require("the toy kitchen", "av", *packages.of_progress())
     try:
         with video_progress() as progress:
             corpus = kitchen.generate(

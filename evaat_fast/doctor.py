@@ -33,8 +33,6 @@ def matrix():
 
 
 def _cell(row, backend):
-    if not row:
-        return "not built yet"
     if backend not in row:
         return "–"
     support = row[backend]
@@ -77,7 +75,7 @@ def _versions():
 
 def _backends():
     lines = []
-    for name in ("cpu", "triton", "gluon", "cuda"):
+    for name in ("cpu", "triton", "cuda"):
         reason = _dispatch.why_not(name)
         lines.append(f"{name:<10}{'imports' if reason is None else 'not usable: ' + reason}")
     if os.environ.get("EVAAT_FAST_BACKEND"):
@@ -87,22 +85,21 @@ def _backends():
 
 def _table():
     cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
     lines = [f"op x backend for {'CUDA' if cuda else 'CPU'} tensors (* serves a call that names none)"]
+    ops, backends = (1 + max(map(len, names)) for names in (_dispatch.SUPPORT, _dispatch.BACKENDS))
     for op, row in _dispatch.SUPPORT.items():
-        if not row:
-            lines.append(f"  {op:<20}not built yet")
-            continue
         named = _dispatch._DEFAULT.get(op)
         order = (named,) if named else _dispatch.AUTO[op, cuda]
-        reasons = {b: _dispatch.unusable(op, b, cuda, torch.float32) for b in row}
+        reasons = {b: _dispatch.unusable(op, b, device, torch.float32) for b in row}
         served = next((b for b in order if b in reasons and reasons[b] is None), None)
         if named and served is None:
             why = reasons.get(named) or f"there is no {named} version of it"
-            lines.append(f"  {op:<20}! EVAAT_FAST_BACKEND asks for {named}, which cannot serve: {why}")
+            lines.append(f"  {op:<{ops}}! EVAAT_FAST_BACKEND asks for {named}, which cannot serve: {why}")
             continue
         for i, (backend, support) in enumerate(row.items()):
             mark = "*" if backend == served else " "
             state = reasons[backend] or ("serves" if mark == "*" else "by name")
             note = f"  [{support.note}]" if support.note else ""
-            lines.append(f"  {op if i == 0 else '':<20}{mark} {backend:<10}{state}{note}")
+            lines.append(f"  {op if i == 0 else '':<{ops}}{mark} {backend:<{backends}}{state}{note}")
     return lines

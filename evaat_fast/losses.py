@@ -56,7 +56,16 @@ class ClipLoss(_Gathers):
     """`ops.clip_loss` with the arguments of AVION's ClipLoss.
 
     forward(image_features [N, E], text_features [N, E], logit_scale) -> {"loss", "clip_acc": per cent of images whose own text
-    has the largest logit}. cache_labels is accepted and not needed. With local_loss a rank compares its own rows with all.
+    has the largest logit}.
+
+    Args:
+        local_loss: a rank compares its own rows with all. cache_labels: accepted and not needed.
+        gather_with_grad, rank, world_size: how the features of all ranks are gathered. use_horovod: False.
+
+    Raises:
+        ValueError: use_horovod, or local_loss of several ranks without gather_with_grad. forward: as `ops.clip_loss`.
+
+    Source: AVION (arXiv 2309.16669), whose losses are open_clip's; CLIP (arXiv 2103.00020), figure 3.
     """
 
     def __init__(self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False):
@@ -102,7 +111,15 @@ class MaxMarginRankingLoss(_MaxMargin):
     """`ops.mi_mm_loss` with the arguments of AVION's MaxMarginRankingLoss.
 
     forward(image_features [N, E], text_features [N, E], weight=None) -> {"loss", "max_margin_loss"}; weight is not used.
-    fix_norm leaves each pair's own margin out of the mean.
+
+    Args:
+        margin: as `ops.mi_mm_loss`. fix_norm: leave each pair's own margin out of the mean. local_loss: accepted and not used.
+        gather_with_grad, rank, world_size: how the features of all ranks are gathered. use_horovod: False.
+
+    Raises:
+        ValueError: use_horovod. forward: as `ops.mi_mm_loss`.
+
+    Source: AVION (arXiv 2309.16669) and EgoVLP (arXiv 2206.01670), their MaxMarginRankingLoss.
     """
 
     def __init__(
@@ -120,8 +137,17 @@ class MaxMarginRankingLoss(_MaxMargin):
 class AdaptiveMaxMarginRankingLoss(_MaxMargin):
     """`ops.adaptive_mi_mm_loss` with the arguments of AVION's AdaptiveMaxMarginRankingLoss.
 
-    forward(image_features [N, E], text_features [N, E], weight [N]) -> {"loss", "max_margin_loss"}. temperature is
-    accepted and not used, as in theirs.
+    forward(image_features [N, E], text_features [N, E], weight [N]) -> {"loss", "max_margin_loss"}; weight: the relevancy of
+    each pair itself.
+
+    Args:
+        margin: as `ops.adaptive_mi_mm_loss`. temperature: accepted and not used, as in theirs. fix_norm, local_loss and the
+            rest: as `MaxMarginRankingLoss`.
+
+    Raises:
+        ValueError: use_horovod. forward: TypeError without a weight; others as `ops.adaptive_mi_mm_loss`.
+
+    Source: EgoVLP (arXiv 2206.01670) and AVION (arXiv 2309.16669), their AdaptiveMaxMarginRankingLoss.
     """
 
     def __init__(
@@ -149,9 +175,20 @@ class AdaptiveMaxMarginRankingLoss(_MaxMargin):
 class SymmetricMultiSimilarityLoss(_Gathers):
     """`ops.sms_loss` with the arguments of SMS-Loss's SymmetricMultiSimiliarityLoss (an alias of this).
 
-    matrix [V, C]: relevancy of all training clips and captions, numpy or torch; kept as uint8 codes of 240 steps, truncated as
-    theirs. forward(image_features [N, E], text_features [N, E], weight [N], relevancy_weight) -> {"loss", "max_margin_loss"}.
-    relevancy_weight [2N]: the captions' columns in matrix, then the clips' rows; None: no pair is relevant to another.
+    forward(image_features [N, E], text_features [N, E], weight [N], relevancy_weight) -> {"loss", "max_margin_loss"}; weight:
+    the relevancy of each pair itself. relevancy_weight [2N]: the captions' columns in matrix, then the clips' rows; None: no
+    pair is relevant to another.
+
+    Args:
+        margin: as `ops.sms_loss`. thres: its relaxation. matrix: [V, C], relevancy of all training clips and captions, numpy or
+            torch; kept as uint8 codes of 240 steps, truncated as theirs. fix_norm: True. local_loss: accepted and not used.
+        gather_with_grad, rank, world_size: how the features of all ranks are gathered. use_horovod: False.
+
+    Raises:
+        ValueError: fix_norm=False, use_horovod, a matrix as for `ops.quantize_relevancy`. forward: TypeError without a weight,
+        ValueError for a relevancy_weight without a matrix; others as `ops.sms_loss`.
+
+    Source: EVA02-AT (arXiv 2506.14356), section 3.3, and the authors' SMS-Loss code.
     """
 
     def __init__(
@@ -205,6 +242,14 @@ class EgoNCE(nn.Module):
 
     forward(x [N, N], mask_v [N, N], mask_n [N, N]) -> the loss. Positive are pairs whose mask, the product of both (or the
     one that `noun` and `verb` leave), is above 0, and each pair itself. `ops.ego_nce_loss` takes features and builds no matrix.
+
+    Args:
+        temperature: divides the cosines. noun, verb: whether the nouns' and the verbs' mask count.
+
+    Raises:
+        RuntimeError: forward, from torch, for shapes that do not fit one another.
+
+    Source: EgoVLP (arXiv 2206.01670), equation 2, and its code, where both directions are added.
     """
 
     def __init__(self, temperature=0.05, noun=True, verb=True):

@@ -1,4 +1,4 @@
-"""Fixtures of every tier. Unwritten outputs fail: torch.empty and its kin are filled with NaN."""
+"""Fixtures of every tier. Unwritten outputs fail: torch.empty and its kin are filled with what shows."""
 
 import os
 import random
@@ -39,12 +39,23 @@ def poisoned_empty(monkeypatch):
             x = make(*args, **kwargs)
             if torch.compiler.is_compiling() or type(x) is not torch.Tensor or x.device.type == "meta":
                 return x
-            return x.fill_(float("nan")) if x.is_floating_point() else x
+            return fill(x)
 
         return filled
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    def fill(x):
+        """NaN; of signed integers a number that is no index and no count; 165 of bytes; every second bool, as none is wrong."""
+        if x.dtype == torch.bool:
+            return x.copy_((torch.arange(x.numel(), device=x.device) % 2 == 0).view(x.shape))
+        if x.is_floating_point() or x.is_complex():
+            return x.fill_(float("nan"))
+        limits = torch.iinfo(x.dtype)
+        return x.fill_(limits.min // 3 if limits.min else 165)
+
+    made = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
+    for owner, names in made.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from corpus import corpus
 
 from evaat_fast.cli import main
 from evaat_fast.ops._core import dispatch as _dispatch
-from evaat_fast.train import load
+from evaat_fast.train import load, packages
 
 TINY = """
 [model]
@@ -105,13 +105,37 @@ def test_usage_errors(arguments, capsys):
     assert stop.value.code == 2 and "usage: evaat-fast" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named(toml, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    from evaat_fast.model import tokenizer
+@pytest.mark.parametrize(
+    "arguments,hidden,named,extras",
+    [
+        (["demo", "--out", "TMP/demo"], "av decord ftfy jinja2", "av, decord, ftfy, jinja2", "train,video"),
+        (["demo", "--out", "TMP/demo", "--set", "data.decoder=av"], "decord matplotlib", "matplotlib", "train"),
+        (["train", "TOML"], "decord tokenizers regex", "decord, regex, tokenizers", "train,video"),
+        (["train", "TOML", "--set", "data.decoder=av"], "decord ftfy", "ftfy", "train"),
+        (["eval", "TOML", "--checkpoint", "TOML"], "decord tokenizers", "decord, tokenizers", "train,video"),
+        (["make-kitchen", "TMP/kitchen"], "av", "av", "video"),
+    ],
+)
+def test_all_missing_packages_are_named_before_anything_is_made(
+    toml, tmp_path, arguments, hidden, named, extras, capsys, monkeypatch
+):
+    for name in hidden.split():
+        monkeypatch.setitem(sys.modules, name, None)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main([toml if a == "TOML" else a.replace("TMP", str(tmp_path)) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f" needs {named}: pip install 'evaat-fast[{extras}]'\n") and captured.out == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
-    tokenizer._libraries.cache_clear()
-    assert main(["train", toml]) == 2
-    assert "pip install 'evaat-fast[train]'" in capsys.readouterr().err
+
+def test_a_broken_package_says_why(tmp_path, monkeypatch):
+    (tmp_path / "decord.py").write_text("raise OSError('libavcodec.so.58: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "decord", raising=False)
+    with pytest.raises(
+        ImportError, match=r"the test needs decord \(libavcodec.so.58: cannot open .* install 'evaat-fast\[video\]'"
+    ):
+        packages.require("the test", "decord")
 
 
 def test_make_kitchen(tmp_path, capsys):

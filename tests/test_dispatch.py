@@ -83,6 +83,23 @@ def test_environment_variable_forces_and_never_falls_back():
     assert "patchify: backend 'cuda' was asked for" in run.stdout, run.stderr
 
 
+def test_doctor_prints_columns_with_a_space_between():
+    """Each row of the table, found by its words: an op or none, whether it serves (as `auto` would), a backend, its state."""
+    lines = doctor.report().splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("op x backend")) + 1 :]
+    rows, served, op = [], {}, None
+    for line in table:
+        words = line.split()
+        op, words = (words[0], words[1:]) if words[0] in _dispatch.SUPPORT else (op, words)
+        if words[0] == "*":
+            served[op], words = words[1], words[1:]
+        rows.append((op, words[0]))
+        assert len(words) > 1, line
+    assert rows == [(op, backend) for op, row in _dispatch.SUPPORT.items() for backend in row]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert served == {op: _dispatch.pick(op, device, torch.float32) for op in _dispatch.SUPPORT}
+
+
 def test_doctor_tells_everything():
     text = doctor.report()
     for op in _dispatch.SUPPORT:

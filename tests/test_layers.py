@@ -1,6 +1,7 @@
 """Imports run one way, and importing stays light: read from the source, then measured in a fresh process."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A layer may import itself and the layers before it.
-LAYERS = [("kernels",), ("ops",), ("losses", "model", "integrations"), ("data", "eval"), ("train",), ("cli", "doctor")]
+LAYERS = [
+    ("kernels",),
+    ("ops",),
+    ("losses", "model", "integrations"),
+    ("data", "eval"),
+    ("factory",),
+    ("train",),
+    ("cli", "doctor"),
+]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = set("triton decord av tokenizers ftfy regex tqdm matplotlib jinja2 huggingface_hub safetensors".split())
 
@@ -72,6 +81,33 @@ def test_import_is_light(statement, absent):
     code = f"import sys, torch; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {m.split(".")[0] for m in out} & absent
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts a process for each from one in which torch is imported")
+def test_every_submodule_is_an_attribute():
+    """After `import evaat_fast` alone: each in a process in which nothing else was imported."""
+    packages = [
+        ROOT / "evaat_fast",
+        *(ROOT / "evaat_fast" / name for name in ("data", "eval", "integrations", "model", "train")),
+    ]
+    names = []
+    for package in packages:
+        found = [p.stem for p in package.glob("*.py")] + [p.parent.name for p in package.glob("*/__init__.py")]
+        names += [".".join((*package.relative_to(ROOT).parts, name)) for name in found if not name.startswith("_")]
+    assert {"evaat_fast.losses", "evaat_fast.integrations.timm"} <= set(names)
+    code = f"""
+import os, torch, evaat_fast
+for name in {sorted(names)} + ["evaat_fast.kernels"]:
+    if (child := os.fork()) == 0:
+        try:
+            eval(name)
+        except BaseException as error:
+            print(name, repr(error), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "", run.stdout + run.stderr
 
 
 def test_kernels_folder_is_not_importable_by_its_bare_name():

@@ -84,3 +84,10 @@ def test_bad_build_settings(variables, message, tmp_path):
         pytest.skip("no nvcc here")
     run = setup(["build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l")], ROOT, **variables)
     assert run.returncode != 0 and message in run.stderr
+
+
+def test_every_phony_target_has_a_rule():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    (phony,) = (line.split(":")[1].split() for line in lines if line.startswith(".PHONY:"))
+    rules = {line.split(":")[0] for line in lines if line[:1].isalpha() and ":" in line}
+    assert set(phony) <= rules

@@ -43,6 +43,18 @@ def test_equals_float64(N, E, dtype, name):
         assert (a.cpu().double() - t).norm() <= 2 * (b.double() - t).norm() + rounding * t.norm()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_duplicate_pairs_are_ties(dtype):
+    """One pair twice, in tiles far apart: cosines equal to the last bit, so that no slope is made of noise."""
+    video, _, _ = batch(1000, 200, dtype)
+    video[900] = video[3]
+    c = torch.eye(1000, device="cuda")
+    c[900, 3] = c[3, 900] = 1
+    loss = lambda v, t: ops.sms_loss(v, t, c, margin=0.0, relaxation=0.0, backend="triton")  # noqa: E731
+    for out in gradients(loss, video, video.clone()):
+        assert not out.any()
+
+
 def test_every_source_of_labels_gives_the_same_bits():
     N = 300
     iou, verb, noun = torch.randint(0, 5, (9, 9)) / 4, torch.randint(0, 3, (N,)), torch.randint(0, 9, (N,))

@@ -4,7 +4,7 @@ import pairwise_oracle as oracle
 import pytest
 import torch
 from pairwise_oracle import gradients
-from test_pairwise_triton import batch, dtypes, rules, sms, sources
+from test_pairwise_triton import batch, dtypes, duplicates, rules, sms, sources
 
 from evaat_fast import ops
 from evaat_fast.ops.pairwise import triton as pairwise_triton
@@ -64,14 +64,12 @@ def test_everything_is_exact_on_kinks_and_ties(rule, weighted):
     assert torch.equal(-total.long(), plain)
 
 
-def test_duplicate_pairs_are_ties():
-    """Texts that equal their videos: no other pair comes near, so that noise between the two would be all there is."""
-    N = 200
-    video, _, _ = batch(N, 48)
-    video[150] = video[3]
-    c = torch.eye(N)
-    c[150, 3] = c[3, 150] = 1
-    for out in sms(video, video.clone(), c, margin=0.0, relaxation=0.0):
+@dtypes
+def test_duplicate_pairs_are_ties(dtype):
+    """Noise between the two would be all there is, as no other pair comes near. Each norm is another: so the order of scaling
+    shows."""
+    video, text, c = duplicates(200, dtype)
+    for out in sms(video, text, c, margin=0.0, relaxation=0.0):
         assert not out.any()
 
 

@@ -7,7 +7,7 @@ train = EK100(corpus.annotations, corpus.videos, "train", num_frames=8, transfor
 import importlib
 
 _LAZY = {"EK100": "ek100", "train_transform": "transforms", "eval_transform": "transforms", "read_clip": "video"}
-_SUBMODULES = ("ek100", "kitchen", "transforms", "video")
+_SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "transforms", "video")
 
 __all__ = [*_LAZY, *_SUBMODULES]
 

@@ -77,20 +77,6 @@ def eval_transform(image_size):
     return CentreCrop(image_size)
 
 
-def create_model_and_transforms(name, num_frames=None, pretrained=None, **overrides):
-    """`create_model`, and how to crop clips for it.
-
-    Returns:
-        (model, train_transform, eval_transform); the transforms take uint8 [T, H, W, 3] to uint8 [T, image_size,
-        image_size, 3]. The model normalises inside.
-    """
-    from evaat_fast.model import create_model
-
-    model = create_model(name, num_frames, pretrained, **overrides)
-    size = model.config.image_size
-    return model, train_transform(size), eval_transform(size)
-
-
 def _resized(clip, height, width):
     """Bilinear, antialiased, uint8 throughout: [T, H, W, 3] is channels-last, for which torch has a fast kernel."""
     if tuple(clip.shape[1:3]) == (height, width):

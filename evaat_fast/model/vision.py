@@ -14,15 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from evaat_fast import ops
 from evaat_fast.model.configs import NORMS
+from evaat_fast.ops._core.autocast import autocast_dtype
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
-
-
-def autocast_dtype(device):
-    """The dtype that autocast computes matrix products in on `device`, None where it is off."""
-    kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
 
 
 class Attention(nn.Module):
@@ -103,7 +97,7 @@ class PatchEmbed(nn.Module):
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C]."""
         weight = self.proj.weight
         if video.dtype == torch.uint8:
-            dtype = autocast_dtype(weight.device) or weight.dtype  # no wider copy of the video than the product needs
+            dtype = autocast_dtype(weight.device.type) or weight.dtype  # no wider copy of the video than the product needs
             if dtype == torch.float64:
                 rows = ops.patchify(video, self.patch, self.mean, self.std).double()
             else:
@@ -183,7 +177,7 @@ class VisionTransformer(nn.Module):
         weight = self.patch_embed.proj.weight
         if video.device != weight.device:
             raise ValueError(f"video: expected a tensor on {weight.device} as the model, got {video.device}")
-        if video.dtype not in (torch.uint8, weight.dtype) and autocast_dtype(weight.device) is None:
+        if video.dtype not in (torch.uint8, weight.dtype) and autocast_dtype(weight.device.type) is None:
             raise TypeError(f"video: expected uint8 or {weight.dtype} as the model, got {video.dtype}")
 
     def forward(self, video):

@@ -16,6 +16,7 @@ _SUBMODULES = (
     "evaluation",
     "inputs",
     "log",
+    "packages",
     "report",
     "sampler",
     "schedules",

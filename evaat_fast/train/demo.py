@@ -5,7 +5,6 @@
 
 import contextlib
 import copy
-import importlib.util
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 import evaat_fast
-from evaat_fast.train import evaluation, inputs, trainer
+from evaat_fast.train import evaluation, inputs, packages, trainer
 from evaat_fast.train.checkpoint import write_atomically
 from evaat_fast.train.config import FRAMES, KEYS, load, parse_override, with_values
 from evaat_fast.train.log import Progress, read
@@ -45,13 +44,16 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
 
     Raises:
         ConfigError: a folder that cannot be written, a device that is not there. FileExistsError: another corpus there.
-        ImportError: a package of the extras video and train is missing. OSError: the disk is full.
+        ImportError: packages of the extras video and train are missing; all are named before anything is made. OSError: the
+        disk is full.
     """
     say = (lambda *_: None) if quiet else (lambda line="": print(line, flush=True))
     out = trainer.check_folder(out, "--out")
-    _check_packages()
     configs, texts = _configs(out, seed, quick, overrides)
+    decoders = packages.of_data(configs["pretrain"]) + packages.of_data(configs["finetune"])
+    packages.require("the demo", "av", *decoders, *packages.PAGE, *packages.of_progress(quiet))
     device = trainer.choose_device(configs["pretrain"])
+    untrained = trainer.build_model(configs["pretrain"]).to(device)
     out.mkdir(parents=True, exist_ok=True)
     for stage, text in texts.items():
         write_atomically(out / f"{stage}.toml", lambda file, text=text: file.write(text))
@@ -68,7 +70,6 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
     progress.close()
     clock["decoding"] = time.perf_counter()
     rows = [("random scores", _chance(test))]
-    untrained = trainer.build_model(configs["pretrain"]).to(device)
     rows.append(("before training", evaluation.evaluate(untrained, test, configs["pretrain"], device)))
     say(f"     {len(test)} test clips, {len(test.captions)} captions; before training: {evaluation.summary(rows[-1][1])}")
 
@@ -141,12 +142,6 @@ def _text(value):
 def _finite(metrics):
     """JSON has no NaN: a metric that no query defines becomes null."""
     return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-
-
-def _check_packages():
-    for name in ("av", "decord", "tokenizers", "ftfy", "regex", "jinja2", "matplotlib", "tqdm"):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"the demo needs {name}: pip install 'evaat-fast[video,train]'")
 
 
 def _configs(out, seed, quick, overrides):

@@ -18,7 +18,7 @@ import torch
 
 import evaat_fast
 from evaat_fast import ops
-from evaat_fast.train import checkpoint, evaluation, inputs
+from evaat_fast.train import checkpoint, evaluation, inputs, packages
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import Log, Progress
 from evaat_fast.train.schedules import warmup
@@ -43,10 +43,11 @@ def train(config, *, resume=False, overwrite=False, quiet=False, datasets=None):
 
     Raises:
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
-            checkpoint that is missing or does not fit. Diverged: the loss became NaN or infinite; the checkpoint of
-            the last whole epoch stands.
+            checkpoint that is missing or does not fit. ImportError: packages that are missing, all of them named. Diverged:
+            the loss became NaN or infinite; the checkpoint of the last whole epoch stands.
     """
     device = choose_device(config)
+    packages.require("training", *packages.of_data(config), *packages.of_progress(quiet))
     out = check_folder(config.train.out)
     last = out / checkpoint.LAST
     if last.exists() and not (resume or overwrite):

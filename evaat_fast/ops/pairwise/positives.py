@@ -12,6 +12,10 @@ class VerbNounPositives:
         verbs, nouns: what each pair's caption has: int64 or int32 [N], one class id each (a negative one shares nothing), or
             bool or 0/1 numbers [N, K], as many of K classes as it has.
 
+    Raises:
+        TypeError: not tensors, or class ids that are not int64 or int32. ValueError: a shape, or two that differ in their
+        length or device.
+
     Source: EgoVLP (arXiv 2206.01670), section 3.2, its action-aware positives.
     """
 

@@ -21,6 +21,12 @@ class DenseRelevancy:
         codes: uint8 [N, N], rows = videos, columns = captions.
         scale: a finite float, the value of one step (1 / 240 for codes that are 240 times the relevancy), or a float tensor
             [256], the value of each code, as `quantize_relevancy` gives it.
+
+    Raises:
+        TypeError: codes is no dense uint8 tensor, scale no number. ValueError: codes has not two dimensions; scale is not
+        finite, of another shape or dtype, or requires a gradient.
+
+    Source: the authors' SMS-Loss code, which keeps relevancies as uint8.
     """
 
     def __init__(self, codes, scale):
@@ -40,6 +46,13 @@ class IndexedRelevancy:
         table: [V, C] float32, float64, bfloat16, float16, or uint8 codes with a scale; any strides.
         video_index, caption_index: int64 or int32 [N], the table's row of each video and column of each caption.
         scale: of codes, as for `DenseRelevancy`; None for a table of floats.
+
+    Raises:
+        TypeError: table is not a tensor of floats, or of uint8 beside a scale; an index not of int64 or int32. ValueError: a
+        shape, a device, indices of different lengths, or scale as for `DenseRelevancy`. An index outside the table is found by
+        the loss: IndexError on the CPU; on CUDA the loss is NaN, unless `validate=True` asks for the error.
+
+    Source: the authors' SMS-Loss code, whose matrix of all training clips and captions is read by their places in it.
     """
 
     def __init__(self, table, video_index, caption_index, scale=None):
@@ -67,6 +80,13 @@ class VerbNounRelevancy:
 
     A label is 0.5 * noun_iou, plus 0.5 for the same verb, in float64, rounded once: the same number that a matrix computed in
     float64 holds.
+
+    Raises:
+        TypeError: noun_iou is no float tensor, or class ids are not int64 or int32. ValueError: a shape, a device, ids of
+        different lengths, or noun_iou requires a gradient. A noun_set outside noun_iou is found by the loss, as for
+        `IndexedRelevancy`.
+
+    Source: Damen et al., "Rescaling Egocentric Vision", IJCV 2022, the relevancy of its multi-instance retrieval.
     """
 
     def __init__(self, verb, noun_set, noun_iou):
@@ -115,6 +135,12 @@ def quantize_relevancy(relevancy, steps=240):
 
     Returns:
         uint8, the shape of relevancy; float64 [256].
+
+    Raises:
+        TypeError: relevancy is no float tensor. ValueError: steps is no positive integer, or a label lies outside what the
+        codes hold, NaN included.
+
+    Source: the authors' SMS-Loss code (matrix * 240 as uint8).
     """
     if not isinstance(relevancy, torch.Tensor) or relevancy.dtype not in FLOATS:
         raise TypeError(f"relevancy: expected a float tensor, got {_kind(relevancy)}")

@@ -91,6 +91,9 @@ def patchify(
     Raises:
         TypeError: video is not a uint8 tensor, or dtype is not one of the three.
         ValueError: another shape, a patch that does not divide H and W, mean or std of another length, a std of 0.
+        RuntimeError: a backend that was asked for by name cannot serve the call.
+
+    Source: ViT (arXiv 2010.11929), section 3.1: a convolution whose stride is its kernel's size, as a product over patches.
     """
     if not isinstance(video, torch.Tensor) or video.dtype != torch.uint8:
         got = video.dtype if isinstance(video, torch.Tensor) else type(video).__name__

@@ -91,6 +91,8 @@ def rope3d_(
 
     Raises:
         as `rope3d`; ValueError also if q, k or freqs requires a gradient, or if memory overlaps.
+
+    Source: as `rope3d`.
     """
     _heads(q, k, in_place=True)
     rotation = _plan(q, k, backend, grid, freqs, prefix_tokens, positions, interleaved, inverse)
@@ -141,6 +143,8 @@ def rope3d_qkv_(
 
     Raises:
         as `rope3d`; ValueError also if qkv is not contiguous, or requires a gradient and is a leaf or a partial view.
+
+    Source: as `rope3d`.
     """
     if not isinstance(qkv, Tensor) or qkv.ndim != 3:
         raise wrong("qkv", "a tensor [B, N, 3 * num_heads * D]", qkv)

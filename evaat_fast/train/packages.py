@@ -1,0 +1,52 @@
+"""The packages of the extras that a command needs, looked for before it begins."""
+
+import importlib
+import sys
+
+from evaat_fast.train.config import Config
+
+# The extra that brings each module; PIL is pillow's.
+EXTRAS = {
+    "av": "video",
+    "decord": "video",
+    "ftfy": "train",
+    "jinja2": "train",
+    "matplotlib": "train",
+    "PIL": "train",
+    "regex": "train",
+    "tokenizers": "train",
+    "tqdm": "train",
+}
+PAGE = ("jinja2", "matplotlib", "PIL")  # what `report` needs
+
+
+def of_data(config: Config) -> tuple[str, ...]:
+    """What reading clips and captions needs."""
+    return config.data.decoder, "ftfy", "regex", "tokenizers"
+
+
+def of_progress(quiet: bool = False) -> tuple[str, ...]:
+    """What `Progress` needs: a bar is drawn on a terminal only."""
+    return () if quiet or not sys.stderr.isatty() else ("tqdm",)
+
+
+def require(what: str, *names: str) -> None:
+    """Imports the packages, as one that is there may still be broken.
+
+    Args:
+        what: needs them, to begin the message with. names: keys of EXTRAS.
+
+    Raises:
+        ImportError: names all that cannot be imported, and the one command that installs them.
+    """
+    missing = {}
+    for name in dict.fromkeys(names):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError) as error:  # OSError: a shared library of its own
+            absent = isinstance(error, ModuleNotFoundError) and error.name == name
+            missing[name] = "" if absent else f" ({(str(error) or type(error).__name__).splitlines()[0]})"
+    if missing:
+        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
+        listed = ", ".join(name + reason for name, reason in missing.items())
+        raise ImportError(f"{what} needs {listed}: pip install 'evaat-fast[{extras}]'")

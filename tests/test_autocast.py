@@ -1,0 +1,54 @@
+"""What autocast is set to, in eager calls and in compiled ones, where no part of a graph may break."""
+
+import pytest
+import torch
+
+import evaat_fast
+from evaat_fast.ops._core.autocast import autocast_dtype
+
+VIDEO = torch.randint(0, 256, (2, 2, 64, 64, 3), dtype=torch.uint8)
+TOKENS = torch.randint(0, 49408, (2, 7))
+
+
+@pytest.fixture
+def old_dynamo(monkeypatch):
+    """torch up to 2.11, whose Dynamo cannot trace this query."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+
+
+def test_the_dtype_of_where_it_stands():
+    assert autocast_dtype("cpu") is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast_dtype("cpu") == torch.bfloat16 and autocast_dtype("cuda") is None
+        with torch.autocast("cpu", torch.float16):
+            assert autocast_dtype("cpu") == torch.float16
+        with torch.autocast("cpu", enabled=False):
+            assert autocast_dtype("cpu") is None
+        assert autocast_dtype("meta") is None
+
+
+def test_a_compiled_call_follows_the_setting(old_dynamo):
+    compiled = torch.compile(lambda x: x.to(autocast_dtype(x.device.type) or x.dtype), fullgraph=True, backend="eager")
+    x = torch.ones(3)
+    assert compiled(x).dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert compiled(x).dtype == dtype
+    assert compiled(x).dtype == torch.float32
+    assert compiled(x.to("meta")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_towers_compile_whole_under_autocast(tower, backend, old_dynamo):
+    model = evaat_fast.create_model("eva02_at_tiny_patch16_64", num_frames=2, vision_layers=2, text_layers=2)
+    tower, given = getattr(model, tower), VIDEO if tower == "visual" else TOKENS
+    compiled = torch.compile(tower, fullgraph=True, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, want = compiled(given), tower(given)
+    assert ours.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, want, rtol=2e-2, atol=2e-2)
+    for of in (ours, want):
+        of.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
+        tower.zero_grad()
