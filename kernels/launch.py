@@ -5,14 +5,14 @@ import contextlib
 import torch
 
 
-def on(tensor):
-    """The device of a launch as a context."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def on(device):
+    """A launch's device as a context."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def generation(tensor):
+def generation(device):
     """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
-    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def table_strides(table):

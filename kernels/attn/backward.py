@@ -196,7 +196,7 @@ def backward(q, k, v, out, do, lse, dlse, delta, sums, grads, tables, prefix, in
     turns = [(lse, (0, 0, 0)) if table is None else (table, table_strides(table)) for table in tables]
     shared, strides = (q, k, v, do, lse, delta), of(q, k, v, do)
     limits = lse if cu is None else cu
-    with on(q):
+    with on(q.device):
         attn_delta_kernel[(triton.cdiv(N, rows) * B * H,)](
             out, do, lse if dlse is None else dlse, delta, *of(out, do), *lse.stride()[:2], H, N,
             D=D, BLOCK_D=padded(D), DLSE=dlse is not None, BLOCK_M=rows,
@@ -225,6 +225,6 @@ def _adding(sums, options, q):
     """How a block of keys adds to the sums, and to what. The interpreter has no reduction by descriptor."""
     if sums is None:
         return NOTHING.value, q
-    if not q.is_cuda or generation(q) < 9:
+    if not q.is_cuda or generation(q.device) < 9:
         return ATOMIC.value, sums
     return COPY.value, TensorDescriptor.from_tensor(sums, [1, options["BLOCK_M"], options["BLOCK_D"]])

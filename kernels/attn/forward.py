@@ -170,7 +170,7 @@ def launch_options(kind, q, table, interleaved, cu):
     D = q.shape[-1]
     shape = dict(D=D, BLOCK_D=padded(D), ROPE=table is not None, INTERLEAVED=interleaved, PRECISION="tf32x3")
     most = 0 if cu is None else max(2, triton.next_power_of_2(count_clips(cu)))
-    return shape | blocks_of(kind, q.dtype, D, generation(q)) | {"CLIPS": most}
+    return shape | blocks_of(kind, q.dtype, D, generation(q.device)) | {"CLIPS": most}
 
 
 def count_clips(cu):
@@ -190,7 +190,7 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, interleaved, scale, cu):
     options = launch_options("forward", q, table, interleaved, cu)
     kept, turns = q if turned_q is None else turned_q, (0, 0, 0) if table is None else table_strides(table)
     strides = [n for x in (q, k, v, out, kept) for n in x.stride()[:3]]
-    with on(q):
+    with on(q.device):
         attn_forward_kernel[programs(N, options["BLOCK_M"], H, B, cu)](
             q, k, v, out, lse, kept, lse if table is None else table, lse if cu is None else cu, *strides, *lse.stride()[:2],
             *turns, H // Hk, H, N, M, prefix, count_clips(cu), scale, KEEP=turned_q is not None, **options,

@@ -158,7 +158,7 @@ def _source(features, scale, positives, nothing):
     )  # fmt: skip
     kind = kind_of(positives)
     constants = dict(NORMALISE=inverses is not None, POSITIVES=kind, VERB_WORDS=words(verbs), NOUN_WORDS=words(nouns))
-    return arguments, constants | dict(GROUP=GROUP, **contrast_plan(video.dtype, kind, generation(video)))
+    return arguments, constants | dict(GROUP=GROUP, **contrast_plan(video.dtype, kind, generation(video.device)))
 
 
 def contrast_plan(dtype, positives, generation=9):
@@ -173,7 +173,7 @@ def contrast_plan(dtype, positives, generation=9):
 
 def tiles(rows, video, positives):
     """(down, across): how many tiles a panel of `rows` videos has; positives: as `stats`."""
-    block = contrast_plan(video.dtype, kind_of(positives), generation(video))["BLOCK"]
+    block = contrast_plan(video.dtype, kind_of(positives), generation(video.device))["BLOCK"]
     return triton.cdiv(rows, block), triton.cdiv(video.shape[0], block)
 
 
@@ -190,7 +190,7 @@ def stats(features, scale, positives, rows, columns, first, last):
     video = features[0]
     N, E = video.shape
     arguments, constants = _source(features, scale, positives, rows)
-    with on(video):
+    with on(video.device):
         contrast_stats_kernel[(rows.shape[2] // 4 * columns.shape[2],)](
             *arguments, rows, columns, first, last, N, E, **constants
         )  # fmt: skip
@@ -201,7 +201,7 @@ def slopes(features, scale, positives, totals, weight, panel, scale_slope, first
     video = features[0]
     N, E = video.shape
     arguments, constants = _source(features, scale, positives, panel)
-    with on(video):
+    with on(video.device):
         contrast_slopes_kernel[(scale_slope.shape[0],)](
             *arguments, *totals, totals[0] if weight is None else weight, panel, scale_slope, first, last, N, E,
             WEIGHTED=weight is not None, **constants,

@@ -275,7 +275,7 @@ def prepare(video, text, units, norms, inverses):
     """Norms of the rows, their inverses (both float32 [2, N]), and unit rows in the dtype of units [2, N, E], or None."""
     N, E = video.shape
     targets = (video, text) if units is None else units
-    with on(video):
+    with on(video.device):
         prepare_kernel[(N, 2)](
             video, text, video.stride(0), text.stride(0), *targets, norms, inverses, N, E,
             UNITS=units is not None, BLOCK_E=triton.next_power_of_2(E),
@@ -285,7 +285,7 @@ def prepare(video, text, units, norms, inverses):
 def own_cosines(video, text, inverses, diagonal):
     """diagonal: float32 [N]."""
     N, E = video.shape
-    with on(video):
+    with on(video.device):
         diagonal_kernel[(tiles(N, N, video.dtype)[0],)](
             video, text, video.stride(0), text.stride(0), inverses[0], inverses[1], diagonal, N, E, **plan(video.dtype)
         )
@@ -302,7 +302,7 @@ def sms_panel(features, vectors, labels, weight, panel, losses, sums, first, las
     down, across = tiles(last - first, N, video.dtype)
     nothing = video  # stands for a pointer that is not read
     pick = lambda x: nothing if x is None else x  # noqa: E731
-    with on(video):
+    with on(video.device):
         sms_kernel[(down * across,)](
             video, text, video.stride(0), text.stride(0), inverses[0], inverses[1], *vectors,
             table, table.stride(-2), table.stride(-1), table.stride(0) if table.ndim == 3 else 0,
@@ -318,7 +318,7 @@ def finish(video, text, norms, sums, weight, grad_video, grad_text, factor):
     N, E = video.shape
     needs = [x is not None for x in (grad_video, grad_text)]
     nothing = norms
-    with on(video):
+    with on(video.device):
         finish_kernel[(N, sum(needs))](
             video, text, video.stride(0), text.stride(0), norms, sums[0], sums[1],
             nothing if weight is None else weight, grad_video if needs[0] else nothing, grad_text if needs[1] else nothing,

@@ -122,9 +122,9 @@ def sms_rows(features, diagonal, own, labels, weight, entries, sums, grad, setti
     both = [(video, inverses[0], video_index, -2), (text, inverses[1], caption_index, -1)]
     (mine, inv_mine, mine_index, down), (other, inv_other, other_index, across) = both[::-1] if captions else both
     pick = lambda x: video if x is None else x  # stands for a pointer that is not read  # noqa: E731
-    plan = recompute_plan(E, generation(video))
+    plan = recompute_plan(E, generation(video.device))
     shared = (mine, other, mine.stride(0), other.stride(0), inv_mine, inv_other, diagonal)
-    with on(video):
+    with on(video.device):
         recompute_diagonal_kernel[(triton.cdiv(N, plan["BLOCK_N"]),)](*shared, N, E, CAPTIONS=captions, **plan)
         sms_recompute_kernel[(triton.cdiv(N, plan["BLOCK_M"]),)](
             *shared, own, table, table.stride(down), table.stride(across), table.stride(0) if table.ndim == 3 else 0,

@@ -104,7 +104,7 @@ def rotate_with_freqs(grads, outs, xs, partial, table, positions, prefix_tokens,
     pairs = [x for both in (grads, outs, xs) for x in (both[0], both[-1])]
     strides = [s for x in pairs for s in x.stride()[:3]]
     positions_b = positions.stride(0) if positions.shape[0] > 1 else 0
-    with on(table):
+    with on(table.device):
         rope3d_freqs_kernel[programs(grads, per_head)](
             *pairs, table, positions, partial, *table_strides(table), positions_b, *strides, q_heads, k_heads, N, prefix_tokens,
             D=D, INTERLEAVED=interleaved, INVERSE=inverse, HEADS=heads, BLOCK_N=tokens(D),

@@ -93,9 +93,10 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
         return
     table_half, table_b, _ = table_strides(table)
     strides = [n for x in (q, k, out_q, out_k) for n in x.stride()[:3]]
-    with on(q):
+    with on(q.device):
         rope3d_kernel[grid](
             q, k, out_q, out_k, table, table_half, table_b, table.stride(2), *strides,
-            q_heads, k_heads, N, prefix_tokens, first, D=D, INTERLEAVED=interleaved, INVERSE=inverse, TABLE_PER_HEAD=table.shape[2] > 1, HEADS=HEADS, BLOCK_N=BLOCK_N,
-            BLOCK_C=triton.next_power_of_2(D // 2), num_warps=NUM_WARPS,
+            q_heads, k_heads, N, prefix_tokens, first, D=D, INTERLEAVED=interleaved, INVERSE=inverse,
+            TABLE_PER_HEAD=table.shape[2] > 1, HEADS=HEADS, BLOCK_N=BLOCK_N, BLOCK_C=triton.next_power_of_2(D // 2),
+            num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -73,7 +73,7 @@ def fill(out, freqs, positions, grid):
     BLOCK_M = max(1, BLOCK // BLOCK_C)
     _, Hp, Wp = grid or (1, 1, 1)
     strides = positions.stride() if positions is not None else (0, 0, 0)
-    with on(out):
+    with on(out.device):
         rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](
             freqs, freqs if positions is None else positions, out, freqs.stride(0), *strides, *out.stride()[:3], M, Hp, Wp,
             C=C, GRID=positions is None, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,

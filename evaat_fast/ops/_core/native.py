@@ -23,7 +23,7 @@ def shared_stride(x: Tensor, dim: int) -> int:
     return x.stride(dim) if x.shape[dim] > 1 else 0
 
 
-def checked(op: str, x: Tensor, error: int) -> None:
-    """Raises a RuntimeError for a cudaError_t that is none."""
+def checked(op: str, shape: torch.Size, error: int) -> None:
+    """Raises a RuntimeError unless a kernel returned 0."""
     if error:
-        raise RuntimeError(f"{op}: CUDA error {error} at shape {list(x.shape)}")
+        raise RuntimeError(f"{op}: error {error} of its kernel at shape {list(shape)}")

@@ -37,6 +37,63 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def writable(op: str, name: str, x: Tensor) -> Tensor:
+    """x, if a kernel may change it in place: rows with a contiguous last dimension, and memory of its own for every element.
+
+    Raises:
+        ValueError: it may not. Others: as `memory_of`.
+    """
+    _own_memory(op, name, x)
+    if x.ndim and x.stride(-1) != 1:
+        raise ValueError(f"{name}: in place needs a contiguous last dimension, got strides {list(x.stride())}")
+    if overlaps(x):
+        raise ValueError(f"{name}: in place needs memory of its own for every element, got strides {list(x.stride())}")
+    return x
+
+
+def _own_memory(op, name, x):
+    if memory_of(op, name, x) is not x:
+        raise ValueError(f"{name}: in place needs a tensor with memory of its own, got a lazily negated or zero one")
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether two elements of x may lie at one address."""
+    end = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return True
+            end = (size - 1) * stride + end
+    return False
+
+
+def packed_base(op: str, qkv: Tensor, learns: bool) -> Tensor | None:
+    """What autograd is to see changed in place where a packed projection is: the projection, or the tensor that it is a reshape
+    of. Changing that replaces one node of the graph; changing the view would copy the gradient three times. None: no gradient.
+
+    Raises:
+        ValueError: qkv is not contiguous, a leaf that requires a gradient, or a view of a part of another tensor. Others: as
+        `memory_of`.
+    """
+    _own_memory(op, "qkv", qkv)
+    if not qkv.is_contiguous():
+        raise ValueError(f"qkv: expected a contiguous tensor, got strides {list(qkv.stride())}")
+    if not (torch.is_grad_enabled() and (qkv.requires_grad or learns)):
+        return None
+    if qkv.is_leaf and qkv.requires_grad:
+        raise ValueError("qkv: a leaf that requires a gradient cannot be changed in place; use rope3d")
+    if torch.compiler.is_compiling() or not qkv._is_view():
+        return qkv
+    base = qkv._base
+    if base is None or base.numel() != qkv.numel() or not base.is_contiguous():
+        shape = None if base is None else list(base.shape)
+        raise ValueError(
+            f"qkv: is a view of a part of a tensor {shape}, for which autograd would copy whole gradients; "
+            "pass the linear layer's own output, or use rope3d"
+        )
+    return base
+
+
 def keeps_numbers_elsewhere(kind: type) -> bool:
     """Whether a tensor of this class is a wrapper (fake and distributed tensors, say)."""
     return kind not in _PLAIN and issubclass(kind, Tensor) and kind.__torch_dispatch__ is not _DISABLED

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast.ops._core.autocast import autocast_dtype
-from evaat_fast.ops._core.tensor import memory_of
+from evaat_fast.ops._core.tensor import memory_of, packed_base
 from evaat_fast.ops.attn.clips import each_clip, sdpa_of_clips
 from evaat_fast.ops.attn.plan import TRITON, AttentionPlan, plan
 from evaat_fast.ops.attn.reference import attention_reference
 from evaat_fast.ops.attn.triton import attend, attend_packed
 from evaat_fast.ops.rope3d.rope3d import rotate_by_table
-from evaat_fast.ops.rope3d.rotate import consume, packed_base, rotate
+from evaat_fast.ops.rope3d.rotate import consume, rotate
 from evaat_fast.ops.rope3d.rotation import kind
 
 
@@ -77,6 +77,8 @@ def joint_attention(
     options |= dict(k_positions=k_positions, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
     call = plan(q.shape, q.dtype, q.device, k.shape, **options)
+    if call.rope or packed_clips or call.backend in TRITON:  # else nobody but torch reads their memory
+        q, k, v = (memory_of("joint_attention", name, x, rows=True) for name, x in (("q", q), ("k", k), ("v", v)))
     if not packed_clips:
         return _attend(q, k, v, call, return_lse)
     out = _attend(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), call, return_lse)
@@ -129,11 +131,7 @@ def joint_attention_qkv_(
     options |= dict(k_positions=None, scale=scale, cu_seqlens=None, max_seqlen=None)
     options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
     call = plan(shape, qkv.dtype, qkv.device, shape, **options)
-    base = None
-    if call.rope:
-        if memory_of("joint_attention_qkv_", "qkv", qkv) is not qkv or not qkv.is_contiguous():
-            raise ValueError(f"qkv: expected a contiguous tensor with memory of its own, got strides {list(qkv.stride())}")
-        base = packed_base(qkv) if torch.is_grad_enabled() and qkv.requires_grad else None
+    base = packed_base("joint_attention_qkv_", qkv, False) if call.rope else None
     # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
     in_place = call.rope and call.backend != "reference" and not call.rotation.learns() and not torch.compiler.is_compiling()
     if not in_place:
@@ -169,10 +167,8 @@ def _check(q, k, v, packed_clips):
 
 
 def _attend(q, k, v, call: AttentionPlan, return_lse):
-    """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v, with B = 1 for packed clips."""
+    """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v whose memory can be read; B = 1 for packed clips."""
     on_triton = call.backend in TRITON and q.numel() and k.numel()
-    if call.rope or on_triton or call.cu_seqlens is not None:  # else nobody but torch reads their memory
-        q, k, v = (memory_of("joint_attention", name, x, rows=True) for name, x in (("q", q), ("k", k), ("v", v)))
     if call.rope and not (on_triton and call.fuses()):
         # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
         if call.k_positions is None:

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from evaat_fast.ops._core.register import register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows
 from evaat_fast.ops.attn.plan import AttentionPlan
-from evaat_fast.ops.rope3d.rotate import empty, split_heads, turn, used_again
+from evaat_fast.ops.rope3d.rotate import empty, used_again
 from evaat_fast.ops.rope3d.table import table_of
 
 
@@ -39,14 +39,15 @@ def _forward_fake(q, k, v, keep, call):
 def attn_forward(q, k, v, keep, call):
     """(output, log-sum-exps float32 [B, H, N], turned queries if keep, turned keys); what is not turned is empty."""
     from evaat_fast.kernels.attn.forward import forward
+    from evaat_fast.kernels.rope3d.rotate import rotate
 
-    table, k_table = _tables(q, call)
+    (table, k_table), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
     out, lse, turned_q, turned_k = _forward_fake(q, k, v, keep, call)
     if call.rope:
-        turn([k], [turned_k], k_table, call.rotation)
+        rotate([k], [turned_k], k_table, *rotation, False)
         k = turned_k
     kept = turned_q if call.rope and keep else None
-    forward(q, k, v, out, lse, kept, table, call.rotation.prefix_tokens, call.rotation.interleaved, call.scale, call.cu_seqlens)
+    forward(q, k, v, out, lse, kept, table, *rotation, call.scale, call.cu_seqlens)
     return out, lse, turned_q, turned_k
 
 
@@ -119,6 +120,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan) -> tuple[Tensor
     return attn_forward.at(traced(type(q)))(q, k, v, False, call)[:2]
 
 
+def _parts(qkv, num_heads):
+    """q, k and v [B, H, N, D], views of a projection [B, N, 3*H*D]."""
+    return qkv.view(*qkv.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+
+
 def _packed_fake(qkv, num_heads, keep, call):
     B, N, width = qkv.shape
     out = qkv.new_empty((B, N, num_heads, width // (3 * num_heads))).transpose(1, 2)
@@ -134,12 +140,12 @@ def _packed_fake(qkv, num_heads, keep, call):
 def attn_qkv_forward_(qkv, num_heads, keep, call):
     """(output, log-sum-exps float32 [B, H, N]); the keys are turned where they lie, with keep also the queries."""
     from evaat_fast.kernels.attn.forward import forward
+    from evaat_fast.kernels.rope3d.rotate import rotate
 
-    q, k, v = split_heads(qkv, num_heads).chunk(3, 1)
-    table, _ = _tables(q, call)
+    q, k, v = _parts(qkv, num_heads)
+    (table, _), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
     out, lse = _packed_fake(qkv, num_heads, keep, call)
-    turn([k], [k], table, call.rotation)
-    rotation = call.rotation.prefix_tokens, call.rotation.interleaved
+    rotate([k], [k], table, *rotation, False)
     forward(q, k, v, out, lse, q if keep else None, table, *rotation, call.scale, None)
     if not qkv.is_inference():
         torch.autograd.graph.increment_version(qkv)
@@ -156,8 +162,8 @@ def attn_qkv_forward_(qkv, num_heads, keep, call):
 def attn_qkv_backward(qkv, out, lse, grad, grad_lse, num_heads, call):
     """The gradient of the projection as it was before its queries and keys were turned."""
     dqkv = qkv.new_empty(qkv.shape)
-    q, k, v = split_heads(qkv, num_heads).chunk(3, 1)
-    _launch_backward(q, k, v, out, lse, grad, grad_lse, split_heads(dqkv, num_heads).chunk(3, 1), call)
+    q, k, v = _parts(qkv, num_heads)
+    _launch_backward(q, k, v, out, lse, grad, grad_lse, _parts(dqkv, num_heads), call)
     return dqkv
 
 

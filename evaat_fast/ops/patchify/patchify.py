@@ -57,12 +57,12 @@ def _patchify(video, patch, mean, std, dtype, backend):
     if backend == "cpu":
         from evaat_fast import _cpu
 
-        checked("patchify", video, _cpu.patchify(**call, threads=torch.get_num_threads()))
+        checked("patchify", video.shape, _cpu.patchify(**call, threads=torch.get_num_threads()))
     else:
         from evaat_fast import _cuda
 
         with torch.cuda.device(video.device):
-            checked("patchify", video, _cuda.patchify(**call, stream=torch.cuda.current_stream().cuda_stream))
+            checked("patchify", video.shape, _cuda.patchify(**call, stream=torch.cuda.current_stream().cuda_stream))
     return out
 
 

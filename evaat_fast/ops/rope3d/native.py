@@ -46,9 +46,9 @@ def _module(rotation):
 def _run(function, x, *arguments):
     if x.is_cuda:
         with torch.cuda.device(x.device):
-            checked(function.__name__, x, function(*arguments, torch.cuda.current_stream().cuda_stream))
+            checked(function.__name__, x.shape, function(*arguments, torch.cuda.current_stream().cuda_stream))
     else:
-        checked(function.__name__, x, function(*arguments, torch.get_num_threads()))
+        checked(function.__name__, x.shape, function(*arguments, torch.get_num_threads()))
 
 
 def _call(module, x, rotation):

@@ -26,6 +26,13 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, prefix_tokens: int, interleaved: b
     return torch.cat((x[:, :, :prefix_tokens], rows.to(x.dtype)), 2)
 
 
+def turn_into(xs: list[Tensor], outs: list[Tensor], cos: Tensor, sin: Tensor, prefix_tokens: int, interleaved: bool) -> None:
+    """Writes the turned xs to outs, which may be the same tensors."""
+    for x, out in zip(xs, outs, strict=True):
+        first = prefix_tokens if out is x else 0
+        out[:, :, first:] = turn(x, cos, sin, prefix_tokens, interleaved)[:, :, first:]
+
+
 def cos_sin(freqs, positions, grid, prefix_tokens: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
     """cos and sin of all angles, [1 or B, 1 or H, N - prefix, D/2]; in float64, as time stamps may be large."""
     freqs = joint(head_dim, device=device) if freqs is None else freqs

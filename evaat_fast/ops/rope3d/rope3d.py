@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import traced
-from evaat_fast.ops._core.tensor import memory_of
+from evaat_fast.ops._core.tensor import memory_of, packed_base, writable
 from evaat_fast.ops.rope3d import rotate as rotating
 from evaat_fast.ops.rope3d.freqs import joint_freqs, spatial_freqs, split_freqs
 from evaat_fast.ops.rope3d.reference import rope3d_reference
@@ -103,11 +103,6 @@ def rope3d_(
                     f"{name}: requires a gradient, and rope3d_ computes none; use rope3d_qkv_ (in place on the packed "
                     "tensor), rope3d, or torch.no_grad()"
                 )
-    for name, x in (("q", q), ("k", k)):
-        if x is not None and x.stride(3) != 1:
-            raise ValueError(f"{name}: in place needs a contiguous last dimension, got strides {list(x.stride())}")
-        if x is not None and rotating.overlaps(x):
-            raise ValueError(f"{name}: in place needs memory of its own for every element, got strides {list(x.stride())}")
     if k is not None and (k is q or _share_memory(q, k)):
         raise ValueError("k: shares its memory with q, so that in place it would be rotated twice")
     rotating.rope3d_op_.at(traced(type(q)))([q] if k is None else [q, k], rotation)
@@ -148,24 +143,17 @@ def rope3d_qkv_(
     """
     if not isinstance(qkv, Tensor) or qkv.ndim != 3:
         raise wrong("qkv", "a tensor [B, N, 3 * num_heads * D]", qkv)
-    _writable("qkv", qkv)
     if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"num_heads: expected a positive int such that 3 * num_heads divides {qkv.shape[2]}, got {num_heads!r}"
         )
     if qkv.dtype not in _FLOATS:
         raise TypeError(f"q: expected float32, bfloat16, float16 or float64, got {qkv.dtype}")
-    if not qkv.is_contiguous():
-        raise ValueError(f"qkv: expected a contiguous tensor, got strides {list(qkv.stride())}")
+    base = packed_base("rope3d_qkv_", qkv, isinstance(freqs, Tensor) and freqs.requires_grad)
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
     backend = dispatch.pick("rope3d", qkv.device, qkv.dtype, backend)
     rotation = plan(shape, qkv.device, None, backend, grid, freqs, prefix_tokens, positions, interleaved, inverse)
-    learns = rotation.learns()
-    base = rotating.packed_base(qkv) if learns or (torch.is_grad_enabled() and qkv.requires_grad) else None
-    if learns and backend == "reference":
-        q, k, v = rotating.split_heads(qkv.clone(), num_heads).chunk(3, 1)
-        return qkv.copy_(torch.cat((*rotating.rotate(q, k, rotation), v), 1).transpose(1, 2).flatten(2))
     return rotating.rotate_packed_(qkv, base, num_heads, rotation)
 
 
@@ -188,7 +176,7 @@ def _heads(q, k, in_place=False):
 
 def _head(name, x, in_place):
     if isinstance(x, Tensor):
-        x = _writable(name, x) if in_place else memory_of("rope3d", name, x, rows=True)
+        x = writable("rope3d", name, x) if in_place else memory_of("rope3d", name, x, rows=True)
     if not isinstance(x, Tensor) or x.ndim != 4:
         raise wrong(name, "a tensor [B, H, N, D]", x)
     return x
@@ -197,12 +185,6 @@ def _head(name, x, in_place):
 def _plan(q, k, backend, *settings) -> Rotation:
     backend = dispatch.pick("rope3d", q.device, q.dtype, backend)
     return plan(q.shape, q.device, None if k is None else k.shape[1], backend, *settings)
-
-
-def _writable(name, x):
-    if memory_of("rope3d", name, x) is not x:
-        raise ValueError(f"{name}: in place needs a tensor with memory of its own, got a lazily negated or zero one")
-    return x
 
 
 def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: bool) -> Tensor:

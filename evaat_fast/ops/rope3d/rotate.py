@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evaat_fast.ops._core.register import register, traced
-from evaat_fast.ops._core.tensor import contiguous_rows
-from evaat_fast.ops.rope3d import native
-from evaat_fast.ops.rope3d.reference import rope3d_reference
-from evaat_fast.ops.rope3d.reference import turn as turn_reference
+from evaat_fast.ops._core.tensor import contiguous_rows, overlaps
+from evaat_fast.ops.rope3d import native, reference
 from evaat_fast.ops.rope3d.rotation import Rotation
 from evaat_fast.ops.rope3d.table import rows_of, table_of
 
@@ -35,9 +33,7 @@ def turn(xs: list[Tensor], outs: list[Tensor], table, rotation: Rotation) -> Non
         rotate(xs, outs, table, rotation.prefix_tokens, rotation.interleaved, rotation.inverse)
     elif rotation.backend == "reference":
         cos, sin = table[0], -table[1] if rotation.inverse else table[1]
-        for x, out in zip(xs, outs, strict=True):
-            first = rotation.prefix_tokens if out is x else 0
-            out[:, :, first:] = turn_reference(x, cos, sin, rotation.prefix_tokens, rotation.interleaved)[:, :, first:]
+        reference.turn_into(xs, outs, cos, sin, rotation.prefix_tokens, rotation.interleaved)
     else:
         native.turn(xs, outs, table, rotation)
 
@@ -100,7 +96,7 @@ def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False)
     if rotation.backend == "reference":
         options = dict(freqs=rotation.freqs, prefix_tokens=rotation.prefix_tokens, positions=rotation.positions)
         options |= dict(interleaved=rotation.interleaved, inverse=rotation.inverse)
-        out = rope3d_reference(q, k, rotation.grid or None, **options)
+        out = reference.rope3d_reference(q, k, rotation.grid or None, **options)
         return (out, None) if k is None else out
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad) or rotation.learns()):
         out = _Rotate.apply(*_leaves(q, k), rotation.freqs, rotation.positions, rotation.bare(), owned)
@@ -182,12 +178,15 @@ def rope3d_qkv_freqs_op(grad, x, num_heads, rotation):
 
 
 def rotate_packed_(qkv: Tensor, base: Tensor | None, num_heads: int, rotation: Rotation) -> Tensor:
-    """qkv [B, N, 3*H*D] of a checked call, its q and k turned in place. base: as `packed_base` gives it; None: no gradient."""
+    """qkv [B, N, 3*H*D] of a checked call, its q and k turned in place. base: as `packed_base` gives it."""
     if base is None:
         rope3d_qkv_op_.at(traced(type(qkv)))(qkv, num_heads, rotation)
         return qkv
-    saved = None
-    if rotation.learns():
+    saved, learns = None, rotation.learns()
+    if learns and rotation.backend == "reference":
+        q, k, v = split_heads(qkv.clone(), num_heads).chunk(3, 1)
+        return qkv.copy_(torch.cat((*rotate(q, k, rotation), v), 1).transpose(1, 2).flatten(2))
+    if learns:
         # What is left in place is rounded: in bfloat16 that would put 0.2 % of noise into the gradient of freqs.
         saved = qkv.detach()[..., : qkv.shape[2] // 3 * 2].clone()
     out = _RotatePacked.apply(base, saved, rotation.freqs, rotation.positions, qkv.shape, num_heads, rotation.bare())
@@ -262,38 +261,6 @@ def used_again() -> RuntimeError:
     return RuntimeError("qkv: was used again after joint_attention_qkv_, which consumes it; clone it before")
 
 
-def packed_base(qkv: Tensor) -> Tensor:
-    """What autograd is to see changed in place: qkv, or the tensor that it is a reshape of. Changing that replaces one node of
-    the graph; changing the view would copy the gradient three times.
-
-    Raises:
-        ValueError: qkv is a leaf that requires a gradient, or a view of a part of another tensor.
-    """
-    if qkv.is_leaf and qkv.requires_grad:
-        raise ValueError("qkv: a leaf that requires a gradient cannot be changed in place; use rope3d")
-    if torch.compiler.is_compiling() or not qkv._is_view():
-        return qkv
-    base = qkv._base
-    if base is None or base.numel() != qkv.numel() or not base.is_contiguous():
-        shape = None if base is None else list(base.shape)
-        raise ValueError(
-            f"qkv: is a view of a part of a tensor {shape}, for which autograd would copy whole gradients; "
-            "pass the linear layer's own output, or use rope3d"
-        )
-    return base
-
-
-def overlaps(x: Tensor) -> bool:
-    """Whether two elements of x may lie at one address."""
-    end = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1:
-            if stride < end:
-                return True
-            end = (size - 1) * stride + end
-    return False
-
-
 @register("rope3d_table(Tensor x, Tensor table, {settings}) -> Tensor", lambda x, table, rotation: empty(x), Rotation)
 def rope3d_table_op(x, table, rotation):
     out = empty(x)
@@ -322,6 +289,6 @@ def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: b
     """The turned x [B, H, N, D] by cosines, then sines, that somebody else made: float32 [2, 1 or B, 1 or H, N - prefix_tokens,
     D/2], contiguous. No gradient for the table."""
     if backend == "reference":
-        return turn_reference(x, *table, prefix_tokens, interleaved)
+        return reference.turn(x, *table, prefix_tokens, interleaved)
     rotation = Rotation(None, None, (), prefix_tokens, interleaved, False, backend)
     return _RotateByTable.apply(contiguous_rows(x), table, rotation)
