@@ -27,7 +27,7 @@ def turn_with_freqs(
     chunks = -(-(N - rotation.prefix_tokens) // module.ROPE_CHUNK)
     partial = xs[0].new_empty((B, chunks, table.shape[2], 3, D // 2), dtype=torch.float64)
     tensors = [
-        module.RopeGradient(grad=_tensor(module, grad, out), saved=x.data_ptr(), saved_strides=x.stride()[:3])
+        module.RopeGradient(_tensor(module, grad, out), x.data_ptr(), x.stride()[:3])
         for grad, out, x in zip(grads, outs, xs, strict=True)
     ]
     at = (positions.data_ptr(), shared_stride(positions, 0), partial.data_ptr())
@@ -58,10 +58,10 @@ def _call(module, x, rotation):
 
 
 def _tensor(module, x, out):
-    strides, out_strides = x.stride()[:3], out.stride()[:3]
-    return module.RopeTensor(x=x.data_ptr(), strides=strides, out=out.data_ptr(), out_strides=out_strides, heads=x.shape[1])
+    return module.RopeTensor(x.data_ptr(), x.stride()[:3], out.data_ptr(), out.stride()[:3], x.shape[1])
 
 
 def _table(table):
     """Cosines, sines, and the strides of a table's clips and heads."""
-    return table.data_ptr(), table[1].data_ptr(), shared_stride(table, 1), shared_stride(table, 2)
+    cos = table.data_ptr()
+    return cos, cos + table.stride(0) * table.element_size(), shared_stride(table, 1), shared_stride(table, 2)

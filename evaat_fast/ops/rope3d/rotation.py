@@ -61,9 +61,10 @@ def plan(
 
     of: the name of `positions` in errors.
     """
-    for name, value in (("interleaved", interleaved), ("inverse", inverse)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved: expected True or False, got {interleaved!r}")
+    if not isinstance(inverse, bool):
+        raise TypeError(f"inverse: expected True or False, got {inverse!r}")
     B, Hq, N, D = shape
     if D % 2 or not 2 <= D <= 256:
         raise ValueError(f"q: expected an even head dim from 2 to 256, got {D}")
@@ -118,10 +119,11 @@ def check_place(grid, prefix_tokens, positions) -> None:
 def check_grid(grid) -> tuple[int, int, int]:
     try:
         T, Hp, Wp = grid
+        for n in (T, Hp, Wp):
+            if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 1:
+                raise ValueError
     except (TypeError, ValueError):
         raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}") from None
-    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in (T, Hp, Wp)):
-        raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}")
     return T, Hp, Wp
 
 
