@@ -31,9 +31,10 @@ _SCHEMA = {
 
 
 def traced(*classes: type) -> bool:
-    """Whether a call of tensors of these classes must pass through torch's dispatcher, where a compiler, a mode or a wrapper
-    sees it; else an operator's body may be called as it is."""
-    return torch.compiler.is_compiling() or _modes() > 0 or any(map(keeps_numbers_elsewhere, classes))
+    """Whether a call of tensors of these classes must pass through torch's dispatcher, where a compiler, a tracer, a mode or a
+    wrapper sees it; else an operator's body may be called as it is."""
+    seen = torch.compiler.is_compiling() or _modes() > 0 or torch.jit.is_tracing()
+    return seen or any(map(keeps_numbers_elsewhere, classes))
 
 
 class Operator:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import memory_of, packed_base, writable
 from evaat_fast.ops.rope3d import rotate as rotating
 from evaat_fast.ops.rope3d.freqs import joint_freqs, spatial_freqs, split_freqs
@@ -105,7 +104,7 @@ def rope3d_(
                 )
     if k is not None and (k is q or _share_memory(q, k)):
         raise ValueError("k: shares its memory with q, so that in place it would be rotated twice")
-    rotating.rope3d_op_.at(traced(type(q)))([q] if k is None else [q, k], rotation)
+    rotating.rotate_([q] if k is None else [q, k], rotation)
     return q if k is None else (q, k)
 
 

@@ -105,6 +105,15 @@ def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False)
     return out[0], out[1] if k is not None else None
 
 
+def rotate_(xs: list[Tensor], rotation: Rotation) -> None:
+    """Turns the xs of a checked call in place, without a gradient."""
+    if torch.jit.is_tracing():  # which loses an operator that changes a list's elements
+        for x, out in zip(xs, rope3d_op.at(True)(xs, rotation), strict=True):
+            x.copy_(out)
+    else:
+        rope3d_op_.at(traced(type(xs[0])))(xs, rotation)
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(q, k, freqs, positions, bare, owned):
