@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import evaat_fast
+from evaat_fast import ops
 from evaat_fast.ops._core.autocast import autocast_dtype
 
 VIDEO = torch.randint(0, 256, (2, 2, 64, 64, 3), dtype=torch.uint8)
@@ -38,13 +39,17 @@ def test_a_compiled_call_follows_the_setting(old_dynamo):
     assert compiled(x.to("meta")).dtype == torch.float32
 
 
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@devices
 @pytest.mark.parametrize("tower", ["visual", "text"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_towers_compile_whole_under_autocast(tower, backend, old_dynamo):
-    model = evaat_fast.create_model("eva02_at_tiny_patch16_64", num_frames=2, vision_layers=2, text_layers=2)
-    tower, given = getattr(model, tower), VIDEO if tower == "visual" else TOKENS
+def test_towers_compile_whole_under_autocast(tower, backend, old_dynamo, device):
+    model = evaat_fast.create_model("eva02_at_tiny_patch16_64", num_frames=2, vision_layers=2, text_layers=2).to(device)
+    tower, given = getattr(model, tower), (VIDEO if tower == "visual" else TOKENS).to(device)
     compiled = torch.compile(tower, fullgraph=True, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         ours, want = compiled(given), tower(given)
     assert ours.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(ours, want, rtol=2e-2, atol=2e-2)
@@ -52,3 +57,31 @@ def test_towers_compile_whole_under_autocast(tower, backend, old_dynamo):
         of.float().square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in tower.parameters())
         tower.zero_grad()
+
+
+GRID, N, PAIRS = (2, 2, 2), 9, 12
+HEADS, PACKED, FEATURES = (2, 2, N, 16), (2, N, 96), (PAIRS, 16)
+OPS = {
+    "rope3d": (lambda x: ops.rope3d(x, x * 2, GRID)[0], HEADS),
+    "rope3d_qkv_": (lambda x: ops.rope3d_qkv_(x * 1, 2, GRID), PACKED),
+    "joint_attention": (lambda x: ops.joint_attention(x, x * 2, x * 3, grid=GRID), HEADS),
+    "joint_attention_qkv_": (lambda x: ops.joint_attention_qkv_(x * 1, 2, GRID), PACKED),
+    "sms_loss": (lambda x: ops.sms_loss(x, x * 2 + 1, torch.eye(PAIRS, device=x.device)), FEATURES),
+    "mi_mm_loss": (lambda x: ops.mi_mm_loss(x, x * 2 + 1), FEATURES),
+    "adaptive_mi_mm_loss": (lambda x: ops.adaptive_mi_mm_loss(x, x + 1, torch.ones(PAIRS, device=x.device)), FEATURES),
+    "clip_loss": (lambda x: ops.clip_loss(x, x * 2 + 1, 2.0), FEATURES),
+    "ego_nce_loss": (lambda x: ops.ego_nce_loss(x, x + 1, torch.eye(PAIRS, dtype=torch.bool, device=x.device)), FEATURES),
+}
+
+
+@devices
+@pytest.mark.parametrize("name", OPS)
+def test_ops_compile_whole_under_autocast(name, old_dynamo, device):
+    call, shape = OPS[name]
+    x = torch.randn(shape, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        ours, want = torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x)
+        grads = [torch.autograd.grad(of.float().square().sum(), x)[0] for of in (ours, want)]
+    assert ours.dtype == want.dtype
+    torch.testing.assert_close(ours, want, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
