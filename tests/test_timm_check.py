@@ -1,0 +1,125 @@
+"""integrations.timm compares results before it changes a model, touches nothing by that, and says why it refuses."""
+
+import sys
+
+import peers
+import pytest
+import torch
+from test_timm import CLOSE, counted, image, make
+
+from evaat_fast.integrations import timm as integration
+
+
+@pytest.fixture
+def eva():
+    return peers.peer("timm.models.eva")
+
+
+def kinds(model):
+    return {type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__}
+
+
+CHANGES = {
+    "scale": lambda theirs, self, x, rope, mask, causal: theirs(self, 1.5 * x, rope, mask, causal),
+    "causal order": lambda theirs, self, x, rope, mask, causal: theirs(self, x, rope, mask, mask is None),
+    "no rotation": lambda theirs, self, x, rope, mask, causal: theirs(self, x, None, mask, causal),
+    "mask": lambda theirs, self, x, rope, mask, causal: theirs(self, x, rope, None, causal),
+    "NaN": lambda theirs, self, x, rope, mask, causal: theirs(self, x, rope, mask, causal) * float("nan"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_timm_that_computes_something_else(eva, monkeypatch, change, dtype):
+    theirs = eva.EvaAttention.forward
+
+    def forward(self, x, rope=None, attn_mask=None, is_causal=False):
+        return change(theirs, self, x, rope, attn_mask, is_causal)
+
+    model = make(depth=2).to(dtype)
+    monkeypatch.setattr(eva.EvaAttention, "forward", forward)
+    with pytest.raises(ValueError, match="timm's EvaAttention computes something else than ours: with.* rope.* the results differ"):
+        integration.accelerate(model)
+    assert kinds(model) == {"EvaAttention"}
+
+
+def test_a_timm_that_cannot_be_run(eva, monkeypatch):
+    model = make(depth=1)
+    monkeypatch.setattr(eva.EvaAttention, "forward", lambda self, x, rope=None, attn_mask=None: x)
+    expected = r"cannot be run on a tiny input.*TypeError: .*is_causal.*; tested with timm 1\.\d+\.\d+ to"
+    with pytest.raises(ValueError, match=expected):
+        integration.accelerate(model)
+    assert kinds(model) == {"EvaAttention"}
+
+
+def test_no_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaat_fast.integrations.timm_attention", None)
+    with pytest.raises(ImportError, match=r"timm \(tested: .* is needed: pip install 'evaat-fast\[peers\]'"):
+        integration.accelerate(torch.nn.Linear(2, 2))
+
+
+def test_nothing_is_touched():
+    model = make(depth=2).train()
+    model.blocks[1].eval()
+    modes = [m.training for m in model.modules()]
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        integration.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state) and [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_one_comparison_for_each_kind():
+    one, two = (counted(integration.accelerate, make(depth=n))[1] for n in (1, 3))
+    assert one == two > 0
+    mixed = make(depth=3)
+    mixed.blocks[1].double()
+    mixed.blocks[2].attn.num_prefix_tokens = 2
+    assert counted(integration.accelerate, mixed)[1] >= 2 * one
+    assert counted(integration.accelerate, mixed)[1] == 0
+
+
+def test_weights_do_not_hide_a_difference(eva, monkeypatch):
+    """Zeros in and out: the model's own weights would make any two attentions equal."""
+    theirs = eva.EvaAttention.forward
+    model = make(depth=1)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight.zero_()
+    monkeypatch.setattr(eva.EvaAttention, "forward", lambda self, x, **rest: theirs(self, 2 * x, **rest))
+    with pytest.raises(ValueError, match="computes something else"):
+        integration.accelerate(model)
+
+
+def test_meta_device():
+    x, model = image(), make(depth=2).eval()
+    with torch.device("meta"):
+        empty = make(depth=2).eval()
+        integration.accelerate(empty)
+    assert kinds(empty) == {"JointEvaAttention"} and empty.blocks[0].attn.proj.weight.is_meta
+    empty.load_state_dict(model.state_dict(), assign=True)
+    attention, expected = empty.blocks[0].attn, model.blocks[0].attn(x := torch.randn(1, 17, 192))
+    torch.testing.assert_close(attention(x), expected, **CLOSE)
+
+
+def test_somebody_elses_attention(eva):
+    """A subclass may compute anything, and a forward of the instance would hide ours."""
+    model = make(depth=2)
+    model.blocks[0].attn.__class__ = type("OwnAttention", (eva.EvaAttention,), {})
+    integration.accelerate(model)
+    assert kinds(model) == {"OwnAttention", "JointEvaAttention"}
+    integration.restore(model)
+    assert kinds(model) == {"OwnAttention", "EvaAttention"}
+    model.blocks[1].attn.forward = lambda x, **rest: x
+    with pytest.raises(ValueError, match=r"the forward of blocks\.1\.attn was replaced on the instance"):
+        integration.accelerate(model)
+
+
+def test_bad_input():
+    peers.peer("timm")
+    for function in (integration.accelerate, integration.restore):
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+            function("eva02")
+        with pytest.raises(ValueError, match="model: expected timm's EvaAttention or AttentionRope in it, found none in Linear"):
+            function(torch.nn.Linear(2, 2))
