@@ -1,7 +1,6 @@
 """integrations.timm: the same model with our kernels in it, forward and backward, in all its copies, and back again."""
 
 import copy
-import io
 import pickle
 import subprocess
 import sys
@@ -123,7 +122,9 @@ def test_low_precision_and_checkpointing():
         assert (a.float() - b.float()).norm() <= 0.05 * b.float().norm() + 1e-3
 
 
-@pytest.mark.parametrize("options", [dict(num_kv_heads=2, gated=True), dict(rotate_half=True, qk_norm=True), dict(attn_drop=0.5)])
+@pytest.mark.parametrize(
+    "options", [dict(num_kv_heads=2, gated=True), dict(rotate_half=True, qk_norm=True), dict(attn_drop=0.5)]
+)
 @pytest.mark.parametrize("mask", [False, True])
 def test_attention_modules(options, mask):
     """Grouped queries, gates, norms, half-split pairs, dropout, masks and causal order, each as timm has it."""
@@ -166,10 +167,10 @@ def test_copies_run_on_their_own_weights(duplicate):
     with torch.no_grad():
         before = attention(x)
         theirs = copy.copy(attention)
-        theirs.v_proj = other
+        theirs.proj = other
         expected = theirs(x)
         twin = duplicate(integration.accelerate(model).blocks[0].attn)
-        twin.v_proj = other
+        twin.proj = other
         torch.testing.assert_close(twin(x), expected, **CLOSE)
         torch.testing.assert_close(attention(x), before, **CLOSE)
     assert type(twin) is type(attention) and (expected - before).abs().max() > 0.01
@@ -205,69 +206,3 @@ print(type(model.blocks[0].attn).__name__)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "JointEvaAttention\n", done.stderr
-
-
-def scripted(model, x):
-    return saved_and_loaded(torch.jit.script(model))
-
-
-def traced(model, x):
-    return saved_and_loaded(torch.jit.trace(model, x))
-
-
-def saved_and_loaded(model):
-    file = io.BytesIO()
-    torch.jit.save(model, file)
-    file.seek(0)
-    return torch.jit.load(file)
-
-
-def symbolic(model, x):
-    return torch.fx.symbolic_trace(model)
-
-
-def features(model, x):
-    """timm's own use of torch.fx, and a pickle of what it makes."""
-    layers = peers.peer("timm.layers")
-    nodes = layers.get_graph_node_names(model)[1]
-    graph = pickle.loads(pickle.dumps(layers.create_feature_extractor(model, [nodes[-1]])))
-    return lambda x: graph(x)[nodes[-1]]
-
-
-def symbolic_scripted(model, x):
-    return saved_and_loaded(torch.jit.script(torch.fx.symbolic_trace(model)))
-
-
-def exported(model, x):
-    return torch.export.export(model, (x,)).module()
-
-
-def compiled(model, x):
-    return torch.compile(model, backend="aot_eager", fullgraph=True)
-
-
-OURS = (symbolic, features, exported, compiled)
-THEIRS = (scripted, traced, symbolic_scripted)
-
-
-@pytest.mark.filterwarnings("ignore:.*deprecated")
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"])
-@pytest.mark.parametrize("transform", [*OURS, *THEIRS], ids=lambda f: f.__name__)
-def test_graphs(transform, name):
-    """What timm's own models can be made into, an accelerated one can: with our operators, or, to be saved, with timm's."""
-    model, x = make(name, depth=2).eval(), image(name)
-    with torch.no_grad():
-        expected = model(x)
-        graph = transform(integration.accelerate(model), x)
-        out, calls = counted(graph, x)
-    assert calls >= 2 if transform in OURS else calls == 0
-    torch.testing.assert_close(out, expected, **CLOSE)
-    assert counted(model, x)[1] >= 2, "the model itself is as it was"
-
-
-def test_compiled_gradients():
-    model, x = make(depth=2), image(batch=1)
-    expected = run(model, x)
-    graph = torch.compile(integration.accelerate(model), backend="aot_eager", fullgraph=True)
-    for a, b in zip(run(graph, x), expected, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
