@@ -38,8 +38,9 @@ $(STAMP)-user: $(SOURCES) $(STAMP)-torch
 	$(PYTHON) -m pip install -q -e ".[video,train]"
 	@touch $@
 
+# timm wants a torchvision, whose releases each want one torch: pip is told to keep the torch that is there.
 $(STAMP)-dev: $(SOURCES) $(STAMP)-torch
-	$(PYTHON) -m pip install -q -e ".[video,train,bench,dev]"
+	$(PYTHON) -m pip install -q -e ".[video,train,bench,dev,peers]" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')"
 	@touch $@ $(STAMP)-user
 
 clean:

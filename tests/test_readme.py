@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from peers import peer
 
 import evaat_fast
 
@@ -15,20 +15,25 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
 
 
-class EvaAttention(torch.nn.Module):
-    """What accelerate() looks at in timm's attention."""
+PYTHON = [code for language, code in BLOCKS if language == "python"]
 
-    def forward(self, x, rope=None):
-        return x
+
+def run(blocks, names):
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), names)
 
 
 def test_python_blocks_run_in_order():
     pytest.importorskip("tokenizers")
-    # What stands for the reader's own model where timm is not installed, as it need not be.
-    names = {"timm_model": type("EvaAttention", (EvaAttention,), {"__module__": "timm.models.eva"})()}
-    for language, code in BLOCKS:
-        if language == "python":
-            exec(compile(code, "README.md", "exec"), names)
+    run([code for code in PYTHON if "evaat_fast.integrations" not in code], {})
+
+
+def test_blocks_for_other_libraries():
+    timm, _ = peer("timm"), peer("transformers.integrations.hub_kernels")
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=2)
+    blocks = [code for code in PYTHON if "evaat_fast.integrations" in code]
+    assert len(blocks) == 2
+    run(blocks, {"timm_model": model})
 
 
 def as_run_here(words, folder):

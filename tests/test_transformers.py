@@ -1,5 +1,8 @@
 """integrations.transformers: the same model with joint_attention in it, forward and backward."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from peers import peer
@@ -16,14 +19,15 @@ MODELS = {
 }  # fmt: skip
 
 
-def library():
+@pytest.fixture(autouse=True)
+def transformers():
     peer("transformers.integrations.hub_kernels")  # it finds out whether there is a package `kernels`, once
     integration.register()
     return peer("transformers")
 
 
 def make(name, implementation, **changes):
-    transformers = library()
+    transformers = peer("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**MODELS[name] | changes, attn_implementation=implementation)
     return getattr(transformers, f"{name}Model")(config).eval()
@@ -39,10 +43,18 @@ def run(model, name):
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    count, original = [], integration.joint_attention
-    monkeypatch.setattr(integration, "joint_attention", lambda *a, **k: (count.append(1), original(*a, **k))[1])
-    return count
+def calls(transformers):
+    """The calls that transformers' models make of what `register` gave them."""
+    interface, count = transformers.AttentionInterface, []
+    assert interface()["evaat_fast"] is integration.attention
+
+    def counting(*arguments, **options):
+        count.append(1)
+        return integration.attention(*arguments, **options)
+
+    interface.register("evaat_fast", counting)
+    yield count
+    integration.register()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -53,8 +65,18 @@ def test_equal(name, calls):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_what_it_has_not_is_said():
-    transformers = library()
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies(duplicate, calls):
+    model = make("ViT", "evaat_fast")
+    twin = duplicate(model)
+    expected = run(model, "ViT")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(map(torch.equal, run(twin, "ViT"), expected)) and len(calls) == 4
+
+
+def test_what_it_has_not_is_said(transformers):
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=50)
     bert = transformers.BertModel(transformers.BertConfig(**small, attn_implementation="evaat_fast")).eval()
     tokens = torch.randint(0, 50, (2, 7))

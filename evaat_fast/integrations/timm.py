@@ -60,9 +60,7 @@ def accelerate(model: Model) -> Model:
     attentions = [(name, module) for name, module in _attentions(model) if type(module) in joint]
     for name, module in attentions:
         if "forward" in vars(module):
-            raise ValueError(
-                f"model: the forward of {name} was replaced on the instance, which would hide ours; undo that first"
-            )
+            raise ValueError(f"model: {name}.forward was replaced on the instance, which would hide ours; undo that first")
         kinds.setdefault(_kind(module), module)
     for module in kinds.values():
         _compare(module)

@@ -6,19 +6,33 @@ model = AutoModel.from_pretrained("facebook/vjepa2-vitl-fpc64-256", attn_impleme
 transformers' models rotate queries and keys themselves, so this is the attention alone. It has no mask, no causal order and no
 dropout: a model that asks for one gets an error, not another attention. Where one tower of several asks, the implementation can
 be chosen for each: attn_implementation={"vision_config": "evaat_fast", "text_config": "sdpa"}.
+
+A model holds the name, not this function: its copies and its pickles load wherever `register` has been called.
 """
+
+from typing import Any
+
+from torch import Tensor, nn
 
 from evaat_fast.ops.attn.attn import joint_attention
 
+__all__ = ["attention", "register"]
 
-def register(name="evaat_fast"):
+
+def register(name: str = "evaat_fast") -> None:
     """Makes `name` an attention implementation that transformers' models accept (transformers 4.48 and later).
 
     Args:
         name: what `attn_implementation` is to be. Registering twice is registering once.
 
+    Returns:
+        None.
+
     Raises:
-        ImportError: transformers is not installed, or older. TypeError: name is no string.
+        ImportError: transformers is not installed, or older.
+        TypeError: name is no string.
+
+    Source: transformers.AttentionInterface (https://github.com/huggingface/transformers).
     """
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {name!r}")
@@ -34,11 +48,33 @@ def register(name="evaat_fast"):
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
-    """What transformers calls: query [B, H, N, D], key and value [B, Hk, M, D] to ([B, N, H, D], None).
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls.
+
+    Args:
+        module: the model's attention; its `is_causal` holds where the argument is None.
+        query: [B, H, N, D]. key, value: [B, Hk, M, D] with H a multiple of Hk.
+        attention_mask, dropout, is_causal: to be none, zero and false.
+        scaling: factor of the scores, D**-0.5 by default.
+        options: what else transformers passes; what would change the scores is to be None.
+
+    Returns:
+        ([B, N, H, D], None): the result, and no weights.
 
     Raises:
-        ValueError: a mask, causal order, dropout, or an option that changes the scores is asked for.
+        ValueError: a mask, causal order, dropout, or an option that changes the scores is asked for; also as `joint_attention`.
+
+    Source: sdpa_attention_forward of transformers.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     asked = {

@@ -300,4 +300,6 @@ def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: b
     if backend == "reference":
         return reference.turn(x, *table, prefix_tokens, interleaved)
     rotation = Rotation(None, None, (), prefix_tokens, interleaved, False, backend)
+    if not (torch.is_grad_enabled() and x.requires_grad):  # where none is wanted, Dynamo takes no function with setup_context
+        return rope3d_table_op.at(traced(type(x)))(contiguous_rows(x), table, rotation)
     return _RotateByTable.apply(contiguous_rows(x), table, rotation)
