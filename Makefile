@@ -9,6 +9,7 @@ endif
 PYTHON := $(ENV)/bin/python
 # What is installed where: a stamp per environment, kept in this tree, so that two clones can share an environment.
 STAMP := build/stamp$(subst /,-,$(abspath $(ENV)))
+DEV := video,train,bench,dev
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test test-all lint clean
@@ -38,9 +39,11 @@ $(STAMP)-user: $(SOURCES) $(STAMP)-torch
 	$(PYTHON) -m pip install -q -e ".[video,train]"
 	@touch $@
 
-# timm wants a torchvision, whose releases each want one torch: pip is told to keep the torch that is there.
+# timm wants a torchvision, and each torchvision one torch: pip is told to keep the torch that is there. Where there is no
+# torchvision for it, the tests that compare with timm, open_clip and transformers are skipped.
 $(STAMP)-dev: $(SOURCES) $(STAMP)-torch
-	$(PYTHON) -m pip install -q -e ".[video,train,bench,dev,peers]" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')"
+	@torch=$$($(PYTHON) -c 'import torch; print(torch.__version__)'); \
+	$(PYTHON) -m pip install -q -e ".[$(DEV),peers]" "torch==$$torch" || $(PYTHON) -m pip install -q -e ".[$(DEV)]"
 	@touch $@ $(STAMP)-user
 
 clean:
