@@ -51,12 +51,18 @@ def exported(model, x):
     return torch.export.export(model, (x,)).module()
 
 
+# The first two have the one and the other of timm's classes.
+NAMES = (
+    "eva02_tiny_patch14_224",
+    "vit_small_patch16_rope_mixed_224",
+    pytest.param("vit_small_patch16_dinov3", marks=pytest.mark.slow),
+)
 OURS = (symbolic, features, exported)
 THEIRS = (scripted, traced, symbolic_scripted)
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("transform", [*OURS, *THEIRS], ids=lambda f: f.__name__)
 def test_graphs(transform, name):
     """What timm's own models can be made into, an accelerated one can: with our operators, or, to be saved, with timm's."""
