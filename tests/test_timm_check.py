@@ -56,7 +56,7 @@ def test_a_timm_that_cannot_be_run(eva, monkeypatch):
 
 
 def test_no_timm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "evaat_fast.integrations.timm_attention", None)
+    monkeypatch.setitem(sys.modules, "evaat_fast.integrations._timm_attention", None)
     with pytest.raises(ImportError, match=r"timm \(tested: .* is needed: pip install 'evaat-fast\[peers\]'"):
         integration.accelerate(torch.nn.Linear(2, 2))
 

@@ -94,7 +94,7 @@ def restore(model: Model) -> Model:
 def _classes() -> dict[type[nn.Module], type[nn.Module]]:
     """timm's classes to ours."""
     try:
-        from evaat_fast.integrations.timm_attention import JOINT
+        from evaat_fast.integrations._timm_attention import JOINT
     except ImportError as error:
         raise ImportError(f"timm (tested: {TESTED}) is needed: pip install 'evaat-fast[peers]' ({error})") from error
     return JOINT
