@@ -164,7 +164,7 @@ def off_diagonal(gradient, x, slope_x, other):
 def test_off_diagonal_part_of_the_gradients(dtype, N, bound, small_panels, monkeypatch):
     monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 128)
     video, text, c = batch(N, 64, dtype)
-    _, *ours = sms_step(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")
+    _, *ours = sms_step.body(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")
     v, t = video.double(), text.double()
     x = (oracle.unit(t) @ oracle.unit(v).T).requires_grad_()
     slope = gradients(lambda x: oracle.penalties(x, c.double(), c.double().diag(), 0.6, 0.1, 1.1 / 240).mean(), x)[1]
@@ -291,7 +291,7 @@ def test_the_gradients_are_all_that_is_saved():
 def test_scaled_backward(dtype):
     """A power of two as the loss scale scales the gradients exactly, before they are rounded."""
     video, text, c = batch(33, 16, dtype)
-    plain = sms_step(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")[1:]
+    plain = sms_step.body(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")[1:]
     scaled = gradients(lambda v, t: ops.sms_loss(v, t, c) * 1024, video, text)[1:]
     assert all(torch.equal((1024 * p).to(dtype), s) for p, s in zip(plain, scaled, strict=True))
     loss = ops.sms_loss(video.requires_grad_(), text, c)

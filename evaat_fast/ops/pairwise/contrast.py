@@ -66,7 +66,7 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
     video, text = check_features("clip_loss", video, text)
     check_common("clip_loss", reduction, group, grad_mode)
     logit_scale = _check_scale(logit_scale, video)
-    backend = _dispatch.pick("clip_loss", video, backend)
+    backend = _dispatch.pick("clip_loss", video.device, video.dtype, backend)
     if backend != "reference":
         return contrast_loss_step(video, text, logit_scale, None, reduction, backend)
     if video.shape[0] == 1:
@@ -95,7 +95,7 @@ def ego_nce_loss(video, text, positives, *, temperature=0.05, reduction="mean", 
     positives = as_positives(positives, video.shape[0], video.device)
     if not number("temperature", temperature) > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    backend = _dispatch.pick("ego_nce_loss", video, backend)
+    backend = _dispatch.pick("ego_nce_loss", video.device, video.dtype, backend)
     if backend != "reference":
         scale = torch.full((), 1 / temperature, dtype=torch.promote_types(video.dtype, torch.float32), device=video.device)
         return contrast_loss_step(video, text, scale, positives, reduction, backend)

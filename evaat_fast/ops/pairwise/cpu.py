@@ -6,7 +6,10 @@ need nothing but the diagonal of the similarities; the contrastive ones twice, u
 
 import torch
 
-from evaat_fast.ops._core.dispatch import DTYPE_CODE
+from evaat_fast import _cpu as _module
+from evaat_fast.ops._core.native import dtype_codes
+
+DTYPE_CODE = dtype_codes(_module)
 
 _RULES = {"code": 0, "paper": 1, "charades": 2}  # of csrc/pairwise/pairwise.h: Rule, SmsMode, kCodes, kMaskBlock
 _LOSS, _SLOPES, _EACH, _WEIGHTED = range(4)

@@ -104,7 +104,7 @@ _VERB_NOUN = WeakIdKeyDictionary()
 
 def _verb_noun_table(noun_iou):
     """([2, S, S], values): labels of pairs of another verb and of the same, as codes where 256 values suffice."""
-    if torch.compiler.is_compiling() or traced():  # how many values there are is then not known
+    if torch.compiler.is_compiling() or traced(type(noun_iou)):  # how many values there are is then not known
         return _both_verbs(noun_iou), None
     version, *made = _VERB_NOUN.get(noun_iou, (None,))
     if version is None or version != noun_iou._version:

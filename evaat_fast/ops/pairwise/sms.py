@@ -139,14 +139,14 @@ def sms_loss(
     if relaxation < 0:
         raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
     eps = _EPS[rule] if eps is None else number("eps", eps)
-    if validate or (validate is None and video.is_cpu and not torch.compiler.is_compiling() and not traced()):
+    if validate or (validate is None and video.is_cpu and not torch.compiler.is_compiling() and not traced(type(video), type(text))):
         labels.check_indices()
     settings = (number("margin", margin), relaxation, eps)
     return _max_margin("sms_loss", video, text, labels, self_relevancy, settings, rule, reduction, backend)
 
 
 def _max_margin(op, video, text, labels, self_relevancy, settings, rule, reduction, backend):
-    backend = _dispatch.pick(op, video, backend)
+    backend = _dispatch.pick(op, video.device, video.dtype, backend)
     if backend != "reference":
         return sms_loss_step(video, text, labels, self_relevancy, settings, rule, reduction, backend)
     wide = torch.promote_types(video.dtype, torch.float32)

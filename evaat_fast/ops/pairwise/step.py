@@ -2,7 +2,7 @@
 
 import torch
 
-from evaat_fast.ops._core.register import register
+from evaat_fast.ops._core.register import register, traced
 from evaat_fast.ops.pairwise.check import no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
 from evaat_fast.ops.pairwise.relevancy import Labels
@@ -75,7 +75,7 @@ class Sms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, video, text, *arguments):
-        loss, *gradients = sms_step(video, text, *arguments)
+        loss, *gradients = sms_step.at(traced(type(video), type(text)))(video, text, *arguments)
         ctx.save_for_backward(*gradients)
         ctx.dtype, ctx.needs = video.dtype, arguments[-3:-1]
         return loss
@@ -98,13 +98,13 @@ class SmsEach(torch.autograd.Function):
         *settings, need_video, need_text, backend = arguments
         ctx.save_for_backward(video, text, *settings[:6])
         ctx.settings, ctx.needs, ctx.backend = settings[7:-1], (need_video, need_text), backend
-        return sms_step(video, text, *settings, False, False, backend)[0]
+        return sms_step.at(traced(type(video), type(text)))(video, text, *settings, False, False, backend)[0]
 
     @staticmethod
     def backward(ctx, weight):
         _refuse_double_backward()
         video, text, *labels = ctx.saved_tensors
-        _, *gradients = sms_step(video, text, *labels, weight.contiguous(), *ctx.settings, False, *ctx.needs, ctx.backend)
+        _, *gradients = sms_step.at(traced(type(video), type(text)))(video, text, *labels, weight.contiguous(), *ctx.settings, False, *ctx.needs, ctx.backend)
         gradients = (g.to(video.dtype) if need else None for g, need in zip(gradients, ctx.needs, strict=True))
         return *gradients, *[None] * 15
 
@@ -116,7 +116,7 @@ def sms_loss_step(video, text, labels, self_relevancy, settings, rule, reduction
     each = reduction == "none"
     arguments = (*labels.tensors(), self_relevancy, None, *settings, rule, each, *needs, backend)
     if not any(needs):
-        return sms_step(video, text, *arguments)[0]
+        return sms_step.at(traced(type(video), type(text)))(video, text, *arguments)[0]
     return (SmsEach if each else Sms).apply(video, text, *arguments)
 
 
@@ -157,7 +157,7 @@ class Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, video, text, scale, *arguments):
-        loss, *gradients = contrast_step(video, text, scale, *arguments)
+        loss, *gradients = contrast_step.at(traced(type(video), type(text)))(video, text, scale, *arguments)
         ctx.save_for_backward(*gradients)
         ctx.dtypes, ctx.needs = (video.dtype, text.dtype, scale.dtype), arguments[-4:-1]
         return loss
@@ -180,13 +180,13 @@ class ContrastEach(torch.autograd.Function):
         *settings, _, _, _, ctx.backend = arguments
         ctx.save_for_backward(video, text, scale, *settings[:3])
         ctx.normalise, ctx.needs = settings[4], arguments[-4:-1]
-        return contrast_step(video, text, scale, *settings, False, False, False, ctx.backend)[0]
+        return contrast_step.at(traced(type(video), type(text)))(video, text, scale, *settings, False, False, False, ctx.backend)[0]
 
     @staticmethod
     def backward(ctx, weight):
         _refuse_double_backward()
         tensors = ctx.saved_tensors
-        _, *gradients = contrast_step(*tensors, weight.contiguous(), ctx.normalise, False, *ctx.needs, ctx.backend)
+        _, *gradients = contrast_step.at(traced(type(tensors[0]), type(tensors[1])))(*tensors, weight.contiguous(), ctx.normalise, False, *ctx.needs, ctx.backend)
         gradients = (g.to(x.dtype) if need else None for g, x, need in zip(gradients, tensors[:3], ctx.needs, strict=True))
         return *gradients, *[None] * 10
 
@@ -199,5 +199,5 @@ def contrast_loss_step(video, text, scale, positives, reduction, backend):
     pairs = positives.tensors() if normalise else (None, None, None)
     arguments = (video, text, scale, *pairs, None, normalise, each, *needs, backend)
     if not any(needs):
-        return contrast_step(*arguments)[0]
+        return contrast_step.at(traced(type(video), type(text)))(*arguments)[0]
     return (ContrastEach if each else Contrast).apply(*arguments)
