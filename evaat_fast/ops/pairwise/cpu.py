@@ -36,7 +36,7 @@ def _done(status):
 class _Cpu(Step):
     def begin(self, dtype: torch.dtype) -> None:
         """Room for a panel of that dtype."""
-        self.rows = self.work.panel_rows or panel_rows(self.N, dtype.itemsize)
+        self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, dtype.itemsize))
         self.panel, self.threads = torch.empty((self.rows, self.N), dtype=dtype), torch.get_num_threads()
 
     def normalise(self, video: bool, text: bool) -> None:

@@ -51,7 +51,7 @@ class _Triton(Step):
 
     def begin(self) -> None:
         """Room for a panel, where slopes are asked for."""
-        self.rows = self.work.panel_rows or panel_rows(self.N, self.dtype.itemsize)
+        self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, self.dtype.itemsize))
         self.panel = self.empty(self.rows, self.N, dtype=self.dtype) if self.learns else None
         self.weight = None if self.weight is None else self.weight.float()
 
