@@ -69,7 +69,7 @@ def test_float64_to_1e12(N, E, backend, rule):
 
 
 def run_panels(x, c, w, numbers, rule, dtype, rows, threads, mode="slopes", weight=None):
-    """The C++ epilogue on similarities as given: (slopes, videos in the rows), row sums, column sums, row and column losses."""
+    """The C++ epilogue on similarities as given: slopes (videos in the rows), row sums, column sums, row and column losses."""
     N, wide, codes = len(x), torch.promote_types(dtype, F32), dtype_codes(_cpu)
     s = x.T.to(dtype).contiguous()
     assert torch.equal(s.double(), x.T.double())
@@ -77,11 +77,11 @@ def run_panels(x, c, w, numbers, rule, dtype, rows, threads, mode="slopes", weig
     row_loss, row_sum = torch.zeros(N, dtype=F64), torch.zeros(N, dtype=torch.int32)
     col_sum, col_loss = torch.zeros(threads, N, dtype=torch.int32), torch.zeros(threads, N, dtype=F64)
     ones = torch.ones(N) if dtype == BF16 else None
-    penalty = dict(zip(("margin", "relaxation", "eps"), numbers, strict=True), rule=_cpu.SMS_RULES[rule])
+    penalty = _cpu.Penalty(**dict(zip(("margin", "relaxation", "eps"), numbers, strict=True), rule=_cpu.SMS_RULES[rule]))
     step = _cpu.SmsStep(
         wide=codes[wide], dtype=codes[dtype], N=N, row_scale=pointer(ones), col_scale=pointer(ones),
         diagonal=pointer(diagonal), self=pointer(w), weight=pointer(weight), mode=_cpu.SMS_MODES[mode],
-        labels=_cpu.PairLabels(table=pointer(c), dtype=codes[wide], stride_row=N, stride_col=1), penalty=_cpu.Penalty(**penalty),
+        labels=_cpu.PairLabels(table=pointer(c), dtype=codes[wide], stride_row=N, stride_col=1), penalty=penalty,
         row_loss=pointer(row_loss), col_loss=pointer(col_loss), row_sum=pointer(row_sum), col_sum=pointer(col_sum),
     )  # fmt: skip
     for first in range(0, N, rows):

@@ -131,9 +131,8 @@ def test_without_panels_equals_panels(N, E):
         lambda v, t, s: (s(v, t, c, reduction="none") * weight).sum(),
     ]
     for step in steps:
-        panels, ours, again = (
-            gradients(lambda v, t: step(v, t, losses(rows).sms_loss), video, text) for rows in (None, 0, 0)  # noqa: B023
-        )
+        run = lambda rows, step=step: gradients(lambda v, t: step(v, t, losses(rows).sms_loss), video, text)  # noqa: E731
+        panels, ours, again = run(None), run(0), run(0)
         assert all(map(torch.equal, ours, again)), "two runs differ"
         for a, b in zip(ours, panels, strict=True):
             assert (a.double() - b.double()).norm() <= 4e-3 * b.double().norm()

@@ -1,1 +1,1 @@
-"""The pairwise losses in Triton: `panel.py` what all share, `sms.py` and `sms_recompute.py` max-margin, `contrast.py` log-sum-exp."""
+"""The pairwise losses in Triton: max-margin (`sms.py`, `sms_recompute.py`) and log-sum-exp (`contrast.py`) over `panel.py`."""

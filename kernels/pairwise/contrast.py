@@ -162,8 +162,9 @@ def config(dtype, kind, generation=9):
 def _constants(video, positives):
     """What both kernels are compiled for."""
     kind = DENSE if positives.dense is not None else SHARED if positives.verbs is not None else OWN
-    words = {f"{name}_WORDS": 1 if x is None else x.shape[1] for name, x in (("VERB", positives.verbs), ("NOUN", positives.nouns))}
-    return dict(POSITIVES=kind, GROUP=GROUP, **words, **config(video.dtype, kind, generation(video.device)))
+    words = lambda x: 1 if x is None else x.shape[1]  # noqa: E731
+    shape = config(video.dtype, kind, generation(video.device))
+    return dict(VERB_WORDS=words(positives.verbs), NOUN_WORDS=words(positives.nouns), POSITIVES=kind, GROUP=GROUP, **shape)
 
 
 def tiles_of(rows, video, positives):

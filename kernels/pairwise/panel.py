@@ -110,9 +110,7 @@ def _floored(norm):
 
 
 @triton.jit
-def diagonal_kernel(
-    f, inv_video, inv_text, diagonal, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
-):
+def diagonal_kernel(f, inv_video, inv_text, diagonal, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """float32 [N]: each pair's own cosine, as a tile of the whole matrix gives it."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     s = products(f, n, n, BLOCK, BLOCK, BLOCK_K, PRECISION)

@@ -167,13 +167,9 @@ def sms_kernel(
     for i in tl.static_range(4):
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         if masked:
-            loss, slope = _strip(
-                quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N, RULE, True
-            )
+            loss, slope = _strip(quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N, RULE, True)
         else:
-            loss, slope = _strip(
-                quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N, RULE, False
-            )
+            loss, slope = _strip(quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N, RULE, False)
         losses += loss
         slopes += slope
     if out.panel is not None:

@@ -1,7 +1,7 @@
 """The contrastive losses over a batch of N videos and N captions: InfoNCE, as CLIP has it, and EgoNCE.
 
-    loss = clip_loss(video, text, logit_scale.exp())
-    loss = ego_nce_loss(video, text, VerbNounPositives(verbs, nouns))
+loss = clip_loss(video, text, logit_scale.exp())
+loss = ego_nce_loss(video, text, VerbNounPositives(verbs, nouns))
 """
 
 import torch

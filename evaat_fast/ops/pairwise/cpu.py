@@ -181,7 +181,7 @@ class Contrast(_Cpu):
 
 def _positives(positives, rows, N):
     """The positives as the kernel takes them, with room for a panel's mask, and the tensors that must live as long."""
-    dense, verbs, nouns = positives.tensors()
+    dense, verbs, nouns = positives.dense, positives.verbs, positives.nouns
     if dense is None and verbs is None:
         return _cpu.PairPositives(), None
     kept = dense, mask = dense, torch.empty((rows, -(-N // _cpu.MASK_BLOCK) * _cpu.MASK_BLOCK), dtype=torch.uint8)

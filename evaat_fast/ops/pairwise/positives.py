@@ -52,14 +52,11 @@ def _bits(name, x):
 
 @dataclass(frozen=True)
 class Positives:
-    """What the kernels are given: bool [N, N], or the verb and the noun bits int32 [N, words]; of none, each pair's own alone."""
+    """What the kernels are given: bool [N, N], or the verb and the noun bits int32 [N, words]; none: each pair alone."""
 
     dense: Tensor | None = None
     verbs: Tensor | None = None
     nouns: Tensor | None = None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.dense, self.verbs, self.nouns
 
     def rows(self, first, last):
         """bool [last - first, N]: the captions that are positive for videos first .. last - 1, beside their own."""
@@ -89,4 +86,3 @@ def as_positives(positives, N, device):
     if on != device:
         raise ValueError(f"positives: expected the features' device {device}, got {on}")
     return Positives(*result)
-

@@ -29,7 +29,17 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(norm < 1e-8, unit.detach(), unit)
 
 
-def sms_loss_reference(video, text, relevancy, self_relevancy, margin, relaxation, eps, rule="code", reduction="mean") -> Tensor:
+def sms_loss_reference(
+    video: Tensor,
+    text: Tensor,
+    relevancy: Tensor,
+    self_relevancy: Tensor,
+    margin: float,
+    relaxation: float,
+    eps: float,
+    rule: str = "code",
+    reduction: str = "mean",
+) -> Tensor:
     """relevancy [N, N] (rows = videos) and self_relevancy [N] have the dtype of the computation: float32, or float64 for
     float64 features.
 
@@ -47,7 +57,7 @@ def sms_loss_reference(video, text, relevancy, self_relevancy, margin, relaxatio
     return _reduced((terms[0].sum(1) + terms[1].sum(0)) / max(2 * (N - 1), 1), reduction)
 
 
-def penalty(d, gap, margin, relaxation, eps, rule) -> Tensor:
+def penalty(d: Tensor, gap: Tensor, margin: float, relaxation: float, eps: float, rule: str) -> Tensor:
     """f(m, d) of one side. The rules differ in what d == eps means, in whether equal labels keep their margin * d, and in
     whether a pair of a higher label than the anchor's own counts."""
     m = margin * d - gap
@@ -59,14 +69,16 @@ def penalty(d, gap, margin, relaxation, eps, rule) -> Tensor:
     return torch.where(equal, (near.abs() - relaxation).relu(), torch.where(more, m.relu(), less))
 
 
-def clip_loss_reference(video, text, logit_scale, reduction="mean") -> Tensor:
+def clip_loss_reference(video: Tensor, text: Tensor, logit_scale: float | Tensor, reduction: str = "mean") -> Tensor:
     """The mean of both directions' cross-entropies of logit_scale * t_i . v_j, in float32 or float64."""
     dtype = wide(video.dtype)
     logits = logit_scale * (video.to(dtype) @ text.to(dtype).T)
     return _reduced(cross_entropies(logits, torch.eye(len(video), dtype=torch.bool, device=video.device)) / 2, reduction)
 
 
-def ego_nce_loss_reference(video, text, positives, temperature, reduction="mean") -> Tensor:
+def ego_nce_loss_reference(
+    video: Tensor, text: Tensor, positives: Tensor, temperature: float, reduction: str = "mean"
+) -> Tensor:
     """positives: bool [N, N], rows = videos; every pair is a positive of its own. Both directions' cross-entropies of the
     cosines over the temperature, added."""
     dtype = wide(video.dtype)

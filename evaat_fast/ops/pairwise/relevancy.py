@@ -41,9 +41,10 @@ class DenseRelevancy:
         self.codes = codes
         self.values = _values(scale, codes.device)
 
-    def labels(self, N: int, device: torch.device) -> "Labels":
-        """For a batch of N pairs."""
-        return _fitting(Labels(self.codes, values=self.values), N, device, "codes", "codes")
+    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
+        """Those of a batch of N pairs, and in the dtype `own` each pair's own; check: wait for the device to see whether all
+        indices lie in the table."""
+        return _fitting(Labels(self.codes, values=self.values), N, device, check, own, "codes", "codes")
 
 
 class IndexedRelevancy:
@@ -75,10 +76,10 @@ class IndexedRelevancy:
         self.table, self.video_index, self.caption_index = table, video_index, caption_index
         self.values = None if scale is None else _values(scale, table.device)
 
-    def labels(self, N: int, device: torch.device) -> "Labels":
+    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
         """As `DenseRelevancy.labels`."""
         labels = Labels(self.table, self.video_index, self.caption_index, None, self.values)
-        return _fitting(labels, N, device, "table", "video_index")
+        return _fitting(labels, N, device, check, own, "table", "video_index")
 
 
 class VerbNounRelevancy:
@@ -110,10 +111,10 @@ class VerbNounRelevancy:
         self.verb, self.noun_set = verb.view(-1) if verb is noun_set else verb, noun_set  # torch.compile takes no tensor twice
         self.table, self.values = _verb_noun_table(memory_of("VerbNounRelevancy", "noun_iou", noun_iou))
 
-    def labels(self, N: int, device: torch.device) -> "Labels":
+    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
         """As `DenseRelevancy.labels`."""
         labels = Labels(self.table, self.noun_set, self.noun_set.view(-1), self.verb, self.values)
-        return _fitting(labels, N, device, "noun_iou", "noun_set")
+        return _fitting(labels, N, device, check, own, "noun_iou", "noun_set")
 
 
 _VERB_NOUN = WeakIdKeyDictionary()
@@ -180,9 +181,6 @@ class Labels:
     verb: Tensor | None = None
     values: Tensor | None = None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.table, self.video_index, self.caption_index, self.verb, self.values
-
     def rows(self, first, last, dtype):
         """[last - first, N] in `dtype`: the labels of videos first .. last - 1. An index out of range reads NaN."""
         if self.video_index is None:
@@ -238,7 +236,7 @@ def _values(scale, device):
     return memory_of("the labels", "scale", scale).to(device)
 
 
-def _fitting(labels, N, device, table, index):
+def _fitting(labels, N, device, check, own, table, index):
     """labels, checked against the batch; table, index: what the source calls them."""
     if labels.video_index is not None and labels.video_index.shape[0] != N:
         raise ValueError(f"relevancy.{index}: expected {N} entries, one for each pair, got {labels.video_index.shape[0]}")
@@ -247,7 +245,9 @@ def _fitting(labels, N, device, table, index):
     if labels.table.device != device:
         raise ValueError(f"relevancy.{table}: expected the features' device {device}, got {labels.table.device}")
     no_gradient(f"relevancy.{table}", labels.table.requires_grad)
-    return labels
+    if check:
+        labels.check_indices()
+    return labels, None if own is None else labels.diagonal(own)
 
 
 def _check_ids(op, device, **ids):
@@ -271,4 +271,3 @@ def _check_table(name, x, shape):
     memory_of("the loss", name, x)
     if x.ndim != 2:
         raise ValueError(f"{name}: expected the shape {shape}, got {list(x.shape)}")
-

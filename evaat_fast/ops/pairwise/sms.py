@@ -1,6 +1,6 @@
 """The max-margin losses over a batch of N videos and N captions: SMS, MI-MM and Adaptive MI-MM.
 
-    loss = sms_loss(video, text, IndexedRelevancy(table, video_index, caption_index))
+loss = sms_loss(video, text, IndexedRelevancy(table, video_index, caption_index))
 """
 
 import torch
@@ -168,24 +168,21 @@ def max_margin(
     video, text = check_features(op, video, text)
     check_common(op, reduction, group, grad_mode)
     N, dtype, device = video.shape[0], wide(video.dtype), video.device
+    backend = dispatch.pick(op, device, video.dtype, backend)
+    # C++ would read outside of the table, so its indices are checked whatever `validate` says: here, or where a compiler or a
+    # mode hides the numbers, in the operator.
+    hidden = traced(type(video), type(text))
+    checked = bool(validate) or (device.type == "cpu" and not hidden and (validate is None or backend != "reference"))
     if relevancy is None:
         labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
     elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
-        labels = relevancy.labels(N, device)
-        own = labels.diagonal(dtype) if self_relevancy is None else None
+        labels, own = relevancy.labels(N, device, checked, dtype if self_relevancy is None else None)
     else:
         sources = f"[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy"
         labels = Labels(_floats("relevancy", relevancy, (N, N), device, sources))
         own = labels.table.diagonal()
     if self_relevancy is not None:
         own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
-    backend = dispatch.pick(op, device, video.dtype, backend)
-    # C++ would read outside of the table, so its indices are checked whatever `validate` says: here, or where a compiler or a
-    # mode hides the numbers, in the operator.
-    hidden = traced(type(video), type(text))
-    checked = bool(validate) or (device.type == "cpu" and not hidden and (validate is None or backend != "reference"))
-    if checked and labels.video_index is not None:
-        labels.check_indices()
     if backend != "reference":
         work = step.Work(reduction == "none", True, True, False, backend, panel_rows)
         return step.loss(step.sms_step, step.SmsSettings(labels, own, costs, checked, work), (video, text))

@@ -45,7 +45,8 @@ class SmsSettings:
     work: Work
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return *self.labels.tensors(), self.own
+        of = self.labels
+        return of.table, of.video_index, of.caption_index, of.verb, of.values, self.own
 
     def of(self, work: Work) -> "SmsSettings":
         return SmsSettings(self.labels, self.own, self.penalty, self.checked, work)
@@ -61,7 +62,7 @@ class ContrastSettings:
     work: Work
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.positives.tensors()
+        return self.positives.dense, self.positives.verbs, self.positives.nouns
 
     def of(self, work: Work) -> "ContrastSettings":
         return ContrastSettings(self.positives, self.normalise, work)

@@ -160,7 +160,8 @@ class Contrast(_Triton):
         if normalise:
             self.normalise()
         self.begin()
-        dense, verbs, nouns = self.settings.positives.tensors()
+        from_pairs = self.settings.positives
+        dense, verbs, nouns = from_pairs.dense, from_pairs.verbs, from_pairs.nouns
         strides = (None, None) if dense is None else dense.stride()
         self.positives = contrast.Positives(dense, *strides, verbs, nouns)
         self.source = self.video, self.text, self.inverses, self.scale.reshape(1), self.positives
