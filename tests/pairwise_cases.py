@@ -1,11 +1,17 @@
 """One random call of a pairwise loss, any of them, held to float64; for the CPU, interpreter and GPU tests."""
 
 import random
+from types import SimpleNamespace
 
 import torch
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
+from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.contrast import contrast
+from evaat_fast.ops.pairwise.reference import Penalty
+from evaat_fast.ops.pairwise.relevancy import Labels
+from evaat_fast.ops.pairwise.sms import max_margin
 
 SIZES = (0, 1, 2, 3, 31, 32, 33, 127, 128, 129, 1000, 4097)
 FEATURES = (1, 8, 63, 64, 200, 256, 512, 768, 1024)
@@ -20,6 +26,41 @@ VIEWS = {
 # A step's relative error of gradients beside twice torch's own: 16-bit slopes and unit rows are rounded once each before they
 # are added up; where bfloat16 rows are multiplied as such (CPU, N >= 1024), a cosine near a kink may round to its other side.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+
+def penalty(margin=0.6, relaxation=0.1, eps=None, rule="code"):
+    return Penalty(margin, relaxation, eps if eps is not None else 1.1 / 240 if rule == "code" else 0.1, rule)
+
+
+def losses(panel_rows):
+    """The public losses, in panels of so many videos; 0: without panels, where a kernel can; None: as the backend chooses."""
+
+    def sms_loss(video, text, relevancy, *, self_relevancy=None, reduction="mean", backend=None, **costs):
+        how = {"reduction": reduction, "backend": backend, "panel_rows": panel_rows}
+        return max_margin("sms_loss", video, text, relevancy, self_relevancy, penalty(**costs), **how)
+
+    def adaptive_mi_mm_loss(video, text, self_relevancy=None, *, margin=0.4, **how):
+        costs = penalty(margin, 0.0, -torch.inf)
+        return max_margin("mi_mm_loss", video, text, None, self_relevancy, costs, panel_rows=panel_rows, **how)
+
+    def mi_mm_loss(video, text, *, margin=0.2, **how):
+        return adaptive_mi_mm_loss(video, text, margin=margin, **how)
+
+    def clip_loss(video, text, logit_scale, **how):
+        return contrast("clip_loss", video, text, logit_scale, None, panel_rows=panel_rows, **how)
+
+    def ego_nce_loss(video, text, positives, *, temperature=0.05, **how):
+        return contrast("ego_nce_loss", video, text, 1 / temperature, positives, panel_rows=panel_rows, **how)
+
+    every = (sms_loss, mi_mm_loss, adaptive_mi_mm_loss, clip_loss, ego_nce_loss)
+    return SimpleNamespace(**{loss.__name__: loss for loss in every})
+
+
+def settings(c, rows=None, *, indices=(), own=None, each=False, needs=(True, True), checked=False):
+    """What the operator sms_step is given beside features and weight, for labels c and the default penalty."""
+    labels = Labels(c, *indices)
+    own = labels.diagonal(torch.promote_types(c.dtype, torch.float32)) if own is None else own
+    return step.SmsSettings(labels, own, penalty(), checked, step.Work(each, *needs, False, "cpu", rows))
 
 
 def labels(kind, N, device):
@@ -40,7 +81,7 @@ def labels(kind, N, device):
     return ours, matrix.double()
 
 
-def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES):
+def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES, no_panels=False):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     pick = lambda *choices: rng.choice(choices)  # noqa: E731
@@ -89,8 +130,10 @@ def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES):
             for side, x in zip(sides, chosen, strict=True):
                 both[side] = x
             viewed = [VIEWS[view](x) if N else x for view, x in zip(views, both, strict=True)]
-            out = getattr(ops, name)(*viewed, *arguments, **given, backend=backend)
-            assert out.shape == ((N,) if reduction == "none" else ()) and out.dtype == torch.promote_types(cast, torch.float32)
+            every = losses(0) if no_panels and E <= 256 else ops
+            out = getattr(every, name)(*viewed, *arguments, **given, backend=backend)
+            shape, wide = (N,) if reduction == "none" else (), torch.promote_types(cast, torch.float32)
+            assert out.shape == shape and out.dtype == wide, what
             return (out * (factor if weight is None else factor * weight.to(device, out.dtype))).sum()
 
         return [x.cpu() for x in gradients(loss, *(leaves[side] for side in sides))]
@@ -104,6 +147,9 @@ def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES):
         30.0 * abs(factor) * (1 if weight is None else N**0.5)
     )  # logits of a few tens are rounded before they are subtracted
     eps = 1e-14 if dtype == torch.float64 else 2.4e-7
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        # Tensor cores truncate their float32 sums, 16 products at a time: a bias that grows with E.
+        eps += E * 2**-30
     assert (result[0].double() - truth[0]).abs() <= 2 * (low[0].double() - truth[0]).abs() + eps * entry, what
     rounding = 1e-2 if dtype == torch.bfloat16 and N > 1000 else ROUNDING[dtype]
     for side, a, b, t in zip(sides, result[1:], low[1:], truth[1:], strict=True):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pairwise_cases as cases
 import pairwise_oracle as oracle
 import pytest
 import torch
@@ -10,17 +11,19 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
-from evaat_fast.ops.pairwise import cpu as pairwise_cpu
-from evaat_fast.ops.pairwise.contrast import clip_loss_reference
+from evaat_fast.ops._core.register import flat
+from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.positives import Positives
+from evaat_fast.ops.pairwise.reference import clip_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (129, 200), (300, 64)]
 
 
 @pytest.fixture(params=[13, 1 << 20], ids=["panels of 13 rows", "one panel"])
-def panels(request, monkeypatch):
-    monkeypatch.setattr(pairwise_cpu, "_PANEL", 0)
-    monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", request.param)
+def panels(request):
+    """The losses."""
+    return cases.losses(request.param)
 
 
 def batch(N, E, dtype=F32):
@@ -34,7 +37,7 @@ def batch(N, E, dtype=F32):
 def test_equals_cross_entropy(N, E, dtype, panels):
     video, text = batch(N, E, dtype)
     scale = torch.tensor(14.0)
-    ours = gradients(lambda v, t, s: ops.clip_loss(v, t, s, backend="cpu"), video, text, scale)
+    ours = gradients(lambda v, t, s: panels.clip_loss(v, t, s, backend="cpu"), video, text, scale)
     low = gradients(clip_loss_reference, video, text, scale)
     truth = gradients(oracle.clip, video.double(), text.double(), scale.double())
     for name, *three in zip(("video", "text"), ours[1:3], low[1:3], truth[1:3], strict=True):
@@ -47,7 +50,7 @@ def test_equals_cross_entropy(N, E, dtype, panels):
 @pytest.mark.parametrize("N,E", SIZES)
 def test_float64_to_1e12(N, E, panels, isa):
     video, text = batch(N, E, F64)
-    ours = gradients(ops.clip_loss, video, text, torch.tensor(14.0, dtype=F64))
+    ours = gradients(panels.clip_loss, video, text, torch.tensor(14.0, dtype=F64))
     truth = gradients(oracle.clip, video, text, torch.tensor(14.0, dtype=F64))
     for a, b in zip(ours, truth, strict=True):
         assert a.dtype == F64 and (a - b).abs().max() <= 1e-12 * max(b.abs().max(), 1e-2)
@@ -64,7 +67,7 @@ def test_instruction_sets(isa):
 @pytest.mark.parametrize("scale", [1000.0, -1000.0, 0.0, 1e-3])
 def test_stable_with_logits_of_a_thousand(scale, panels, isa):
     video, text = batch(40, 16)
-    ours = gradients(lambda v, t: ops.clip_loss(v, t, scale), video, text)
+    ours = gradients(lambda v, t: panels.clip_loss(v, t, scale), video, text)
     truth = gradients(lambda v, t: oracle.clip(v, t, scale), video.double(), text.double())
     for a, b in zip(ours, truth, strict=True):
         assert a.isfinite().all() and (a.double() - b).norm() <= 3e-4 * b.norm().clamp_min(1e-6)
@@ -97,7 +100,7 @@ def test_no_pairs(N, backend, dtype):
 def test_nan_and_inf_reach_the_loss(bad, backend, panels):
     video, text = batch(40, 16)
     video[17, 3] = bad
-    assert ops.clip_loss(video, text, 5.0, backend=backend).isnan()
+    assert panels.clip_loss(video, text, 5.0, backend=backend).isnan()
 
 
 def test_views_and_one_sided_gradients():
@@ -123,7 +126,7 @@ def test_reduction_none_has_the_reference_s_gradients(N, E, panels):
     video, text = batch(N, E, F64)
     weight, scale = torch.randn(N, dtype=F64), torch.tensor(6.0, dtype=F64)
     ours, want = (
-        gradients(lambda *x, b=b: (ops.clip_loss(*x, reduction="none", backend=b) * weight).sum(), video, text, scale)
+        gradients(lambda *x, b=b: (panels.clip_loss(*x, reduction="none", backend=b) * weight).sum(), video, text, scale)
         for b in ("cpu", "reference")
     )
     for a, b in zip(ours, want, strict=True):
@@ -175,19 +178,24 @@ def test_fake_tensors(name, dtype):
 def test_opcheck():
     video, text = batch(24, 8)
     c, index = torch.rand(24, 24), torch.randint(0, 24, (24,))
-    weight, settings = torch.rand(24), (0.6, 0.1, 0.005, "code")
+    weight = torch.rand(24)
     check = torch.library.opcheck
     sms, contrast = torch.ops.evaat_fast.sms_step.default, torch.ops.evaat_fast.contrast_step.default
-    check(sms, (video, text, c, *[None] * 6, *settings, False, True, True, "cpu"))
-    check(sms, (video.bfloat16(), text.bfloat16(), c, index, index, *[None] * 4, *settings, False, True, False, "cpu"))
-    check(sms, (video, text, c, *[None] * 6, *settings, True, False, False, "cpu"))
-    check(sms, (video, text, c, *[None] * 4, c[0], weight, *settings, False, True, True, "cpu"))
-    scale, none, hot = torch.tensor(9.0), [None] * 4, torch.ones(24, 1, dtype=torch.int32)
-    check(contrast, (video, text, scale, *none, False, False, True, True, True, "cpu"))
-    check(contrast, (video[:1], text[:1], scale, *none, False, False, False, True, False, "cpu"))
-    check(contrast, (video, text, scale, None, None, None, weight, False, False, True, True, True, "cpu"))
-    check(contrast, (video, text, scale, c > 0.5, *none[1:], True, False, True, True, False, "cpu"))
-    check(contrast, (video, text, scale, None, hot, hot, None, True, True, False, False, False, "cpu"))
+    given = cases.settings
+    check(sms, (video, text, None, *flat(given(c))))
+    check(sms, (video.bfloat16(), text.bfloat16(), None, *flat(given(c, indices=(index, index), needs=(True, False)))))
+    check(sms, (video, text, None, *flat(given(c, 13, each=True, needs=(False, False)))))
+    check(sms, (video, text, weight, *flat(given(c, own=c[0]))))
+    scale, hot = torch.tensor(9.0), torch.ones(24, 1, dtype=torch.int32)
+
+    def infonce(positives, normalise, each, *needs):
+        return flat(step.ContrastSettings(positives, normalise, step.Work(each, *needs, "cpu", None)))
+
+    check(contrast, (video, text, scale, None, *infonce(Positives(), False, False, True, True, True)))
+    check(contrast, (video[:1], text[:1], scale, None, *infonce(Positives(), False, False, False, True, False)))
+    check(contrast, (video, text, scale, weight, *infonce(Positives(), False, False, True, True, True)))
+    check(contrast, (video, text, scale, None, *infonce(Positives(c > 0.5), True, False, True, True, False)))
+    check(contrast, (video, text, scale, None, *infonce(Positives(None, hot, hot), True, True, False, False, False)))
 
 
 @pytest.mark.parametrize("name", losses())
@@ -222,6 +230,7 @@ MEMORY = """
 import gc, torch
 from pathlib import Path
 from evaat_fast import ops
+from evaat_fast.ops._core.register import flat
 def status(name):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 torch.set_num_threads(2)

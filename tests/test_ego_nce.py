@@ -6,12 +6,12 @@ import pairwise_oracle as oracle
 import pytest
 import torch
 from check import close
+from pairwise_cases import losses
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
-from evaat_fast.ops.pairwise import cpu as pairwise_cpu
-from evaat_fast.ops.pairwise.contrast import ego_nce_loss_reference
 from evaat_fast.ops.pairwise.positives import Positives
+from evaat_fast.ops.pairwise.reference import ego_nce_loss_reference
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -36,11 +36,10 @@ def published(video, text, verbs, nouns, temperature=0.05):
     return -terms[0] - terms[1]
 
 
-@pytest.fixture(params=[False, True], ids=["one panel", "panels"])
-def panels(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(pairwise_cpu, "_PANEL", 0)
-        monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 13)
+@pytest.fixture(params=[None, 13], ids=["one panel", "panels"])
+def panels(request):
+    """The losses."""
+    return losses(request.param)
 
 
 @pytest.mark.parametrize("source", ["matrix", "bits"])
@@ -50,7 +49,7 @@ def panels(request, monkeypatch):
 def test_equals_the_published_formula(N, E, dtype, backend, source, panels, isa):
     video, text, verbs, nouns = batch(N, E, dtype)
     positives = matrix(verbs, nouns) if source == "matrix" else ops.VerbNounPositives(verbs, nouns)
-    ours = gradients(lambda v, t: ops.ego_nce_loss(v, t, positives, backend=backend), video, text)
+    ours = gradients(lambda v, t: panels.ego_nce_loss(v, t, positives, backend=backend), video, text)
     truth = gradients(lambda v, t: published(v, t, verbs, nouns), video.double(), text.double())
     low = gradients(lambda v, t: ego_nce_loss_reference(v, t, matrix(verbs, nouns), 0.05), video, text)
     assert ours[0].dtype == torch.promote_types(dtype, F32)
@@ -102,8 +101,8 @@ def test_all_32_bits_of_a_word_count():
 def test_an_asymmetric_matrix_means_the_same_pairs_in_both_directions(backend, panels):
     video, text, _, _ = batch(45, 12, F64)
     positives = torch.rand(45, 45) < 0.1
-    ours = gradients(lambda v, t: ops.ego_nce_loss(v, t, positives, backend=backend), video, text)
-    swapped = gradients(lambda t, v: ops.ego_nce_loss(t, v, positives.T, backend=backend), text, video)
+    ours = gradients(lambda v, t: panels.ego_nce_loss(v, t, positives, backend=backend), video, text)
+    swapped = gradients(lambda t, v: panels.ego_nce_loss(t, v, positives.T, backend=backend), text, video)
     for a, b in zip(ours, (swapped[0], swapped[2], swapped[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
@@ -111,7 +110,7 @@ def test_an_asymmetric_matrix_means_the_same_pairs_in_both_directions(backend, p
 def test_reduction_none(panels):
     video, text, verbs, nouns = batch(60, 12, F64)
     weight = torch.randn(60, dtype=F64)
-    run = functools.partial(ops.ego_nce_loss, positives=ops.VerbNounPositives(verbs, nouns), reduction="none")
+    run = functools.partial(panels.ego_nce_loss, positives=ops.VerbNounPositives(verbs, nouns), reduction="none")
     ours, want = (gradients(lambda v, t, b=b: (run(v, t, backend=b) * weight).sum(), video, text) for b in ("cpu", "reference"))
     for a, b in zip(ours, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import functools
 
+import pairwise_cases as cases
 import pairwise_oracle as oracle
 import pytest
 import torch
@@ -9,8 +10,9 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
-from evaat_fast.ops.pairwise import cpu as pairwise_cpu
-from evaat_fast.ops.pairwise.sms import sms_loss_reference
+from evaat_fast.ops._core.native import dtype_codes, pointer
+from evaat_fast.ops.pairwise.cpu import native_bf16
+from evaat_fast.ops.pairwise.reference import sms_loss_reference
 from evaat_fast.ops.pairwise.step import sms_step
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -18,10 +20,7 @@ SIZES = [(2, 1), (3, 200), (31, 63), (32, 64), (33, 256), (127, 8), (128, 64), (
 RULES = ["code", "paper", "charades"]
 
 
-@pytest.fixture
-def small_panels(monkeypatch):
-    monkeypatch.setattr(pairwise_cpu, "_PANEL", 0)
-    monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 13)
+IN_PANELS = cases.losses(13)
 
 
 def batch(N, E, dtype=F32, agree=0.7):
@@ -42,9 +41,9 @@ def low_precision(video, text, c, rule):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("N,E", SIZES)
-def test_equals_oracle(N, E, dtype, backend, rule):
+def test_equals_oracle(N, E, dtype, backend, rule, losses=ops):
     video, text, c = batch(N, E, dtype)
-    ours = gradients(lambda v, t: ops.sms_loss(v, t, c, rule=rule, backend=backend), video, text)
+    ours = gradients(lambda v, t: losses.sms_loss(v, t, c, rule=rule, backend=backend), video, text)
     low = gradients(lambda v, t: low_precision(v, t, c, rule), video, text)
     # Features and labels as the computation sees them: rounding a label would move pairs across eps.
     truth = gradients(lambda v, t: oracle.sms(v, t, c, rule=rule), video.double(), text.double())
@@ -53,9 +52,8 @@ def test_equals_oracle(N, E, dtype, backend, rule):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_thousand_pairs_in_panels(dtype, small_panels, monkeypatch):
-    monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 300)
-    test_equals_oracle(1000, 256, dtype, "cpu", "code")
+def test_a_thousand_pairs_in_panels(dtype):
+    test_equals_oracle(1000, 256, dtype, "cpu", "code", cases.losses(300))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -70,36 +68,31 @@ def test_float64_to_1e12(N, E, backend, rule):
         assert a.dtype == F64 and (a - b).abs().max() <= 1e-12 * max(b.abs().max(), 1e-3)
 
 
-def run_panels(x, c, w, settings, rule, dtype, rows, threads, mode=pairwise_cpu._SLOPES, weight=None):
-    """The C++ epilogue on similarities as given: (slopes, videos in the rows), row sums, column sums, row and column losses."""
-    N, wide = len(x), torch.promote_types(dtype, F32)
+def run_panels(x, c, w, numbers, rule, dtype, rows, threads, mode="slopes", weight=None):
+    """The C++ epilogue on similarities as given: slopes (videos in the rows), row sums, column sums, row and column losses."""
+    N, wide, codes = len(x), torch.promote_types(dtype, F32), dtype_codes(_cpu)
     s = x.T.to(dtype).contiguous()
     assert torch.equal(s.double(), x.T.double())
     diagonal, c, w = x.diag().to(wide).contiguous(), c.to(wide).contiguous(), w.to(wide).contiguous()
     row_loss, row_sum = torch.zeros(N, dtype=F64), torch.zeros(N, dtype=torch.int32)
     col_sum, col_loss = torch.zeros(threads, N, dtype=torch.int32), torch.zeros(threads, N, dtype=F64)
-    ones = torch.ones(N)
-    scales = [ones.data_ptr()] * 2 if dtype == BF16 else [0, 0]
-    code = {F32: 0, BF16: 1, F64: 3}
-    labels = (c.data_ptr(), code[wide], 0, N, 1, 0, 0, 0, 0)
+    ones = torch.ones(N) if dtype == BF16 else None
+    penalty = _cpu.Penalty(**dict(zip(("margin", "relaxation", "eps"), numbers, strict=True), rule=_cpu.SMS_RULES[rule]))
+    step = _cpu.SmsStep(
+        wide=codes[wide], dtype=codes[dtype], N=N, row_scale=pointer(ones), col_scale=pointer(ones),
+        diagonal=pointer(diagonal), self=pointer(w), weight=pointer(weight), mode=_cpu.SMS_MODES[mode],
+        labels=_cpu.PairLabels(table=pointer(c), dtype=codes[wide], stride_row=N, stride_col=1), penalty=penalty,
+        row_loss=pointer(row_loss), col_loss=pointer(col_loss), row_sum=pointer(row_sum), col_sum=pointer(col_sum),
+    )  # fmt: skip
     for first in range(0, N, rows):
         part = s[first : first + rows]
-        where = (
-            code[wide],
-            code[dtype],
-            part.data_ptr(),
-            len(part),
-            N,
-            first,
-            *scales,
-            diagonal.data_ptr(),
-            w.data_ptr(),
-            labels,
-        )
-        sums = [y.data_ptr() for y in (row_loss, col_loss, row_sum, col_sum)]
-        weights = 0 if weight is None else weight.data_ptr()
-        _cpu.sms_panel(*where, *settings, RULES.index(rule), mode, weights, sums, threads)
+        assert not _cpu.sms_panel(step, part.data_ptr(), first, len(part), threads)
     return s, row_sum, col_sum.sum(0), row_loss, col_loss.sum(0)
+
+
+def test_a_field_that_does_not_exist_is_an_error():
+    with pytest.raises(AttributeError, match="colour"):
+        _cpu.Penalty(margin=0.1, colour=1)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -118,17 +111,17 @@ def test_slopes_are_exact_on_kinks_and_ties(N, rows, threads, dtype, rule, isa):
     assert truth.sum() == 0
     total = oracle.penalties(x.double(), c.double(), w.double(), margin, relaxation, eps, rule)
     assert row_loss.sum() == total.sum()
-    for mode in (pairwise_cpu._LOSS, pairwise_cpu._EACH):
+    for mode in ("loss", "each"):
         again, _, _, of_rows, of_columns = run_panels(x, c, w, settings, rule, dtype, rows, threads, mode)
         assert torch.equal(again.double(), x.T.double()), "similarities must be left alone"
-        if mode == pairwise_cpu._LOSS:
+        if mode == "loss":
             assert torch.equal(of_rows, row_loss) and not of_columns.any()
         else:  # text i is the anchor in the first half, video j in the second
             of_texts, of_videos = total.view(2, N, N - 1).sum(2)
             assert torch.equal(of_columns, of_texts) and torch.equal(of_rows, of_videos)
     if dtype != BF16:  # the slopes of a weighted sum are those of each side times the anchor's weight
         weight = torch.randint(-3, 4, (N,)).to(dtype)
-        mode = pairwise_cpu._WEIGHTED
+        mode = "weighted"
         s, row_sum, col_sum, _, _ = run_panels(x, c, w, settings, rule, dtype, rows, threads, mode, weight)
         weighted = oracle.slopes(x, c, w, *settings, rule, weight)
         assert torch.equal(s.long(), (weighted - torch.diag(weighted.diag())).T)
@@ -161,10 +154,9 @@ def off_diagonal(gradient, x, slope_x, other):
 
 
 @pytest.mark.parametrize("dtype,N,bound", [(F32, 150, 2e-5), (F16, 150, 2e-5), (BF16, 150, 2e-5), (BF16, 1030, 2e-2)], ids=str)
-def test_off_diagonal_part_of_the_gradients(dtype, N, bound, small_panels, monkeypatch):
-    monkeypatch.setattr(pairwise_cpu, "_LEAST_ROWS", 128)
+def test_off_diagonal_part_of_the_gradients(dtype, N, bound):
     video, text, c = batch(N, 64, dtype)
-    _, *ours = sms_step(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")
+    _, *ours = sms_step.body(video, text, None, cases.settings(c, 128))
     v, t = video.double(), text.double()
     x = (oracle.unit(t) @ oracle.unit(v).T).requires_grad_()
     slope = gradients(lambda x: oracle.penalties(x, c.double(), c.double().diag(), 0.6, 0.1, 1.1 / 240).mean(), x)[1]
@@ -181,11 +173,11 @@ def test_off_diagonal_part_of_the_gradients(dtype, N, bound, small_panels, monke
             assert error <= theirs, f"{error:.1e}, torch in bfloat16 makes {theirs:.1e}"
 
 
-@pytest.mark.skipif(not pairwise_cpu._native_bf16(), reason="bfloat16 rows are widened on this CPU")
-def test_bfloat16_products(small_panels):
+@pytest.mark.skipif(not native_bf16(), reason="bfloat16 rows are widened on this CPU")
+def test_bfloat16_products():
     """Above the threshold bfloat16 rows are multiplied as such; the whole gradients stay within their own rounding."""
     video, text, c = batch(1024, 200, BF16)
-    ours = gradients(lambda v, t: ops.sms_loss(v, t, c), video, text)
+    ours = gradients(lambda v, t: IN_PANELS.sms_loss(v, t, c), video, text)
     truth = gradients(lambda v, t: oracle.sms(v, t, c), video.double(), text.double())
     for a, b, bound in zip(ours, truth, (1e-5, 3e-3, 3e-3), strict=True):
         assert (a.double() - b).norm() <= bound * b.norm()
@@ -224,10 +216,10 @@ def test_rows_without_a_direction_get_no_gradient(dtype, backend):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["video", "text"])
-def test_nan_and_inf_reach_the_loss(where, bad, backend, small_panels):
+def test_nan_and_inf_reach_the_loss(where, bad, backend):
     video, text, c = batch(40, 16)
     (video if where == "video" else text)[17, 3] = bad
-    assert ops.sms_loss(video, text, c, backend=backend).isnan()
+    assert IN_PANELS.sms_loss(video, text, c, backend=backend).isnan()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -291,7 +283,7 @@ def test_the_gradients_are_all_that_is_saved():
 def test_scaled_backward(dtype):
     """A power of two as the loss scale scales the gradients exactly, before they are rounded."""
     video, text, c = batch(33, 16, dtype)
-    plain = sms_step(video, text, c, *[None] * 6, 0.6, 0.1, 1.1 / 240, "code", False, True, True, "cpu")[1:]
+    plain = sms_step.body(video, text, None, cases.settings(c))[1:]
     scaled = gradients(lambda v, t: ops.sms_loss(v, t, c) * 1024, video, text)[1:]
     assert all(torch.equal((1024 * p).to(dtype), s) for p, s in zip(plain, scaled, strict=True))
     loss = ops.sms_loss(video.requires_grad_(), text, c)
@@ -373,14 +365,14 @@ def test_reduction_none(op, backend):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("N,E", SIZES)
-def test_reduction_none_has_the_reference_s_gradients(N, E, rule, small_panels):
+def test_reduction_none_has_the_reference_s_gradients(N, E, rule):
     """Any weights of the entries, on one side and on both."""
     video, text, c = batch(N, E, F64)
     weight = torch.randn(N, dtype=F64)
 
     def run(backend):
         def loss(v, t):
-            return (ops.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend) * weight).sum()
+            return (IN_PANELS.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend) * weight).sum()
 
         return *gradients(loss, video, text), gradients(lambda v: loss(v, text), video)[1]
 
@@ -390,8 +382,8 @@ def test_reduction_none_has_the_reference_s_gradients(N, E, rule, small_panels):
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_reduction_none_of_narrow_features(dtype, isa):
-    """Beyond the size from which bfloat16 rows are multiplied as such."""
-    N = pairwise_cpu._BF16_ROWS + 77
+    """Beyond 1024, from where bfloat16 rows are multiplied as such."""
+    N = 1101
     video, text, c = batch(N, 24, dtype)
     weight = torch.randn(N)
 
@@ -408,7 +400,7 @@ def test_reduction_none_saves_no_matrix():
     video, text, c = batch(300, 8)
     out = ops.sms_loss(video.requires_grad_(), text, c, reduction="none", backend="cpu")
     saved = sum(x.numel() for x in out.grad_fn.saved_tensors if x is not None)
-    assert saved == 300 * 300 + 2 * 300 * 8  # the caller's own labels, and the features
+    assert saved == 300 * 300 + 300 + 2 * 300 * 8  # the caller's own labels, their diagonal, and the features
 
 
 def test_reduction_none_is_row_i_and_column_i():

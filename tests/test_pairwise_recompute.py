@@ -3,22 +3,40 @@
 import pairwise_oracle as oracle
 import pytest
 import torch
+from pairwise_cases import losses, penalty
 from pairwise_oracle import gradients
-from test_pairwise_triton import batch, dtypes, duplicates, rules, sms, sources
+from test_pairwise_triton import batch, dtypes, duplicates, kernel_labels, kernel_pairs, rules, sources, unchecked
 
 from evaat_fast import ops
-from evaat_fast.ops.pairwise import triton as pairwise_triton
-from evaat_fast.ops.pairwise.sms import sms_loss_reference
+from evaat_fast.ops.pairwise.reference import sms_loss_reference
+from evaat_fast.ops.pairwise.step import Work
 
 pytestmark = pytest.mark.interpret
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
 
 
-@pytest.fixture(autouse=True)
-def recompute(monkeypatch):
-    """It serves bfloat16, which the interpreter does not have, at N >= 256k."""
-    monkeypatch.setattr(pairwise_triton, "_recomputes", lambda N, E, dtype: True)
-    monkeypatch.setattr(pairwise_triton, "multiply", None)  # what panels would be multiplied with
+# It serves bfloat16, which the interpreter does not have, at N >= 256k.
+sms_loss = losses(0).sms_loss
+
+
+def sms(video, text, c, **options):
+    return gradients(lambda v, t: sms_loss(v, t, c, backend="triton", **options), video, text)
+
+
+def test_the_kernel_without_panels_serves_large_batches_of_bfloat16():
+    from evaat_fast.ops.pairwise import triton
+
+    work = lambda *needs, rows=None: Work(False, *needs, False, "triton", rows)  # noqa: E731
+    for shape, dtype, how, served in [
+        ((1 << 18, 256), torch.bfloat16, work(True, False), True),
+        ((1 << 18, 256), torch.bfloat16, work(False, False), False),
+        ((1 << 18, 256), torch.bfloat16, work(True, True, rows=128), False),
+        ((1 << 18, 257), torch.bfloat16, work(True, True), False),
+        ((1 << 17, 256), torch.bfloat16, work(True, True), False),
+        ((1 << 18, 256), F16, work(True, True), False),
+        ((100, 256), F32, work(True, True, rows=0), True),
+    ]:
+        assert (triton.Sms.fitting(shape, dtype, how) is triton.SmsWithoutPanels) == served
 
 
 @pytest.mark.sample(12)
@@ -40,15 +58,13 @@ def test_equals_oracle(N, E, dtype, rule):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_everything_is_exact_on_kinks_and_ties(rule, weighted):
     """Rows of four signs: cosines are halves, and with quarters as labels every m is exact, kinks and ties frequent."""
-    from evaat_fast.kernels.pairwise import sms as kernels
     from evaat_fast.kernels.pairwise.sms_recompute import sms_rows
 
     N, settings = 150, (0.5, 0.25, 0.25)
     features = [torch.randint(0, 2, (N, 4)) * 2.0 - 1 for _ in range(2)]
     c, w = torch.randint(0, 5, (N, N)) / 4, torch.randint(0, 5, (N,)) / 4
     weight = torch.randint(-3, 4, (N,)).float() if weighted else None
-    norms, inverses = torch.empty(2, 2, N)
-    kernels.prepare(*features, None, norms, inverses)
+    pairs = kernel_pairs(*features, w, weight)
     x = features[1] @ features[0].T / 4
     truth = oracle.slopes(x, c, w, *settings, rule, weight)
     own, plain = truth.diag(), oracle.slopes(x, c, w, *settings, rule).diag()
@@ -56,8 +72,7 @@ def test_everything_is_exact_on_kinks_and_ties(rule, weighted):
     penalties = oracle.penalties(x.double(), c.double(), w.double(), *settings, rule).view(2, N, N - 1).sum(2)
     for captions in (False, True):
         entries, sums, grad = torch.full((N,), torch.nan, dtype=F64), torch.zeros(N, dtype=torch.int32), torch.empty(N, 4)
-        rows = (torch.empty(N), w, (c, None, None, None, None), weight, entries, sums, grad)
-        sms_rows((*features, inverses), *rows, settings, rule, captions)
+        sms_rows(*features, pairs, kernel_labels(c), penalty(*settings, rule), entries, sums, grad, captions)
         assert torch.equal(grad, (off if captions else off.T) @ features[1 - captions] / 2)
         assert torch.equal(entries, penalties[1 - captions])
         total += sums
@@ -100,7 +115,7 @@ def test_reduction_none(rule, dtype):
     weight = torch.randn(140)
 
     def run(backend, *features):
-        loss = lambda v, t: ops.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend)  # noqa: E731
+        loss = lambda v, t: sms_loss(v, t, c, rule=rule, reduction="none", backend=backend)  # noqa: E731
         return gradients(lambda v, t: (loss(v, t) * weight.to(torch.promote_types(v.dtype, F32))).sum(), *features)
 
     ours, truth = run("triton", video, text), run("reference", video.double(), text.double())
@@ -110,7 +125,7 @@ def test_reduction_none(rule, dtype):
 
 def test_one_sided_gradients():
     video, text, c = batch(40, 16)
-    loss = lambda v, t: ops.sms_loss(v, t, c, backend="triton")  # noqa: E731
+    loss = lambda v, t: sms_loss(v, t, c, backend="triton")  # noqa: E731
     value, both_video, both_text = sms(video, text, c)
     for side, want in (
         (gradients(lambda v: loss(v, text), video), both_video),
@@ -119,8 +134,7 @@ def test_one_sided_gradients():
         assert torch.equal(side[0], value) and torch.equal(side[1], want)
 
 
-def test_nan_inf_and_indices_out_of_range_reach_the_loss(monkeypatch):
-    monkeypatch.setattr("evaat_fast.ops.pairwise.relevancy.Labels.check_indices", lambda self: None)
+def test_nan_inf_and_indices_out_of_range_reach_the_loss():
     for bad in (torch.nan, torch.inf):
         for where in (0, 1):
             features = list(batch(20, 8)[:2])
@@ -128,8 +142,8 @@ def test_nan_inf_and_indices_out_of_range_reach_the_loss(monkeypatch):
             assert not sms(*features, torch.rand(20, 20))[0].isfinite()
     index = torch.arange(5)
     for bad in (-1, 5):
-        labels = ops.IndexedRelevancy(torch.rand(5, 5), index, index.index_fill(0, torch.tensor([2]), bad))
-        assert sms(*batch(5, 8)[:2], labels)[0].isnan()
+        indices = index, index.index_fill(0, torch.tensor([2]), bad)
+        assert unchecked(*batch(5, 8)[:2], torch.rand(5, 5), indices, 0)[0].isnan()
 
 
 def test_rows_without_a_direction_get_no_gradient():

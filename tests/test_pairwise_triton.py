@@ -1,5 +1,6 @@
 """The Triton kernels of the pairwise losses in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
 
+import pairwise_cases as cases
 import pairwise_oracle as oracle
 import pytest
 import torch
@@ -7,8 +8,8 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
-from evaat_fast.ops.pairwise import triton as pairwise_triton
-from evaat_fast.ops.pairwise.sms import sms_loss_reference
+from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.reference import sms_loss_reference
 
 pytestmark = pytest.mark.interpret
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
@@ -23,14 +24,21 @@ def batch(N, E, dtype=F32):
     return video.to(dtype), (0.7 * video + torch.randn(N, E)).to(dtype), torch.randint(0, 11, (N, N)) / 10
 
 
-@pytest.fixture(params=[False, True], ids=["one panel", "panels"])
-def panels(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(pairwise_triton, "_PANEL", 0)
+@pytest.fixture(params=[None, 128], ids=["one panel", "panels"])
+def panels(request):
+    """The losses."""
+    return cases.losses(request.param)
 
 
-def sms(video, text, c, **options):
-    return gradients(lambda v, t: ops.sms_loss(v, t, c, backend="triton", **options), video, text)
+def sms(video, text, c, panels=ops, **options):
+    return gradients(lambda v, t: panels.sms_loss(v, t, c, backend="triton", **options), video, text)
+
+
+def unchecked(video, text, c, indices, rows=None):
+    """What CUDA tensors get, whose indices are not read back: the operator's loss and gradients."""
+    given = cases.settings(c, rows, indices=indices, own=torch.ones(len(video)), checked=True)
+    work = step.Work(False, True, True, False, "triton", rows)
+    return step.sms_step.body(video, text, None, given.of(work))
 
 
 @pytest.mark.sample(24)
@@ -43,29 +51,43 @@ def test_equals_oracle(N, E, dtype, rule, panels):
     reference = lambda v, t: sms_loss_reference(v, t, c, c.diag(), 0.6, 0.1, eps, rule)  # noqa: E731
     low = gradients(reference, video, text)
     truth = gradients(lambda v, t: oracle.sms(v, t, c, rule=rule), video.double(), text.double())
-    for name, ours, a, b in zip(("loss", "video", "text"), sms(video, text, c, rule=rule), low, truth, strict=True):
+    for name, ours, a, b in zip(("loss", "video", "text"), sms(video, text, c, panels, rule=rule), low, truth, strict=True):
         if name == "loss" or dtype == F32:
             close(ours, a, b, what=name)
         else:  # unit rows are rounded once more before the products of the slopes
             assert (ours.double() - b).norm() <= 1.6 * (a.double() - b).norm() + 2e-4 * b.norm(), name
 
 
+def kernel_pairs(video, text, own, weight=None):
+    from evaat_fast.kernels.pairwise import panel, sms
+
+    norms, inverses = torch.empty(2, 2, len(video))
+    panel.prepare(video, text, None, norms, inverses)
+    pairs = sms.Pairs(*inverses, torch.empty(len(video)), own, weight)
+    panel.own_cosines(video, text, inverses, pairs.cosine)
+    return pairs
+
+
+def kernel_labels(c):
+    from evaat_fast.kernels.pairwise import sms
+
+    return sms.Labels(c, *c.stride(), 0, *c.shape, None, None, None, None)
+
+
 def panel_of(video, text, c, w, settings, rule, weight=None, rows=None):
     """(slopes, sums of both sides, losses of both sides) of the kernel, panel by panel."""
+    from evaat_fast.kernels.pairwise import panel
     from evaat_fast.kernels.pairwise import sms as kernels
 
-    N, E = video.shape
-    norms, inverses = torch.empty(2, 2, N)
-    units, diagonal, sums = torch.empty(2, N, E), torch.empty(N), torch.zeros(2, N, dtype=torch.int32)
-    kernels.prepare(video, text, units, norms, inverses)
-    kernels.own_cosines(video, text, inverses, diagonal)
+    N = len(video)
+    pairs, sums = kernel_pairs(video, text, w, weight), torch.zeros(2, N, dtype=torch.int32)
     slopes, entries = torch.full((N, N), torch.nan), torch.zeros(2, N)
     for first in range(0, N, rows or N):
         last = min(first + (rows or N), N)
-        down, across = kernels.tiles(last - first, N, video.dtype)
+        down, across = panel.tiles(last - first, N, panel.config(video.dtype)["BLOCK"])
         parts = torch.full((across, last - first), torch.nan), torch.full((down, N), torch.nan)
-        arguments = (diagonal, w), (c, None, None, None, None), weight, slopes[first:last], parts, sums
-        kernels.sms_panel((video, text, inverses), *arguments, first, last, settings, rule)
+        out = kernels.Out(slopes[first:last], *sums, *parts)
+        kernels.sms_panel(video, text, pairs, kernel_labels(c), cases.penalty(*settings, rule), out, first, last)
         entries[0, first:last] = parts[0].sum(0)
         entries[1] += parts[1].sum(0)
     return slopes, sums, entries
@@ -103,7 +125,7 @@ def test_duplicate_pairs_are_ties(dtype, panels):
     """Noise between the two would be all there is, as no other pair comes near. Each norm is another: so the order of scaling
     shows."""
     video, text, c = duplicates(200, dtype)
-    for out in sms(video, text, c, margin=0.0, relaxation=0.0):
+    for out in sms(video, text, c, panels, margin=0.0, relaxation=0.0):
         assert not out.any()
 
 
@@ -135,14 +157,12 @@ def test_equal_values_give_equal_bits(dtype):
         assert all(map(torch.equal, sms(video, text, source), want)), name
 
 
-def test_an_index_out_of_range_makes_the_loss_nan(monkeypatch):
-    """What CUDA tensors get, whose indices are not read back."""
-    monkeypatch.setattr("evaat_fast.ops.pairwise.relevancy.Labels.check_indices", lambda self: None)
+def test_an_index_out_of_range_makes_the_loss_nan():
     video, text, _ = batch(5, 8)
     index = torch.arange(5)
     for bad in (-1, 5):
-        labels = ops.IndexedRelevancy(torch.rand(5, 5), index, index.index_fill(0, torch.tensor([2]), bad))
-        assert ops.sms_loss(video, text, labels, backend="triton").isnan()
+        indices = index, index.index_fill(0, torch.tensor([2]), bad)
+        assert unchecked(video, text, torch.rand(5, 5), indices)[0].isnan()
 
 
 @pytest.mark.sample(5)
@@ -154,7 +174,7 @@ def test_reduction_none(rule, dtype, panels):
 
     def run(backend, *features):
         def loss(v, t):
-            entries = ops.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend)
+            entries = panels.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend)
             return (entries * weight.to(entries.dtype)).sum()
 
         return gradients(loss, *features)
@@ -162,7 +182,7 @@ def test_reduction_none(rule, dtype, panels):
     ours, truth = run("triton", video, text), run("reference", video.double(), text.double())
     for a, b in zip(ours, truth, strict=True):
         assert (a.double() - b).norm() <= {F32: 1e-5, F16: 2e-3}[dtype] * b.norm()
-    entries = ops.sms_loss(video, text, c, rule=rule, reduction="none", backend="triton")
+    entries = panels.sms_loss(video, text, c, rule=rule, reduction="none", backend="triton")
     want = ops.sms_loss(video.double(), text.double(), c, rule=rule, reduction="none", backend="reference")
     torch.testing.assert_close(entries.double(), want, rtol=1e-5, atol=1e-6)
 
@@ -247,8 +267,9 @@ def agree(ours, low, truth, dtype):
 def test_clip_equals_the_reference(N, E, dtype, panels):
     video, text, _, _ = contrast_batch(N, E, dtype)
     scale = torch.tensor(14.0)
-    run = lambda backend: lambda v, t, s: ops.clip_loss(v, t, s, backend=backend)  # noqa: E731
-    ours, low = gradients(run("triton"), video, text, scale), gradients(run("reference"), video, text, scale)
+    run = lambda backend: lambda v, t, s: panels.clip_loss(v, t, s, backend=backend)  # noqa: E731
+    ours = gradients(run("triton"), video, text, scale)
+    low = gradients(lambda v, t, s: oracle.clip(v.float(), t.float(), s), video, text, scale)
     truth = gradients(run("reference"), video.double(), text.double(), scale.double())
     assert abs(ours[0] - truth[0]) <= 14 * 2e-7 and abs(ours[3] - truth[3]) <= 14 * 2e-7
     agree(ours[1:3], low[1:3], truth[1:3], dtype)
@@ -263,7 +284,7 @@ def test_ego_nce_equals_the_reference(N, E, source, dtype, panels):
     dense = (verbs.double() @ verbs.double().T) * (nouns.double() @ nouns.double().T) > 0
     dense &= source != "own"
     positives = ops.VerbNounPositives(verbs, nouns) if source == "bits" else dense
-    ours = gradients(lambda v, t: ops.ego_nce_loss(v, t, positives, backend="triton"), 3 * video, text)
+    ours = gradients(lambda v, t: panels.ego_nce_loss(v, t, positives, backend="triton"), 3 * video, text)
     run = lambda v, t: ops.ego_nce_loss(v, t, dense, backend="reference")  # noqa: E731
     low, truth = gradients(run, 3 * video, text), gradients(run, (3 * video).double(), text.double())
     assert abs(ours[0] - truth[0]) <= 20 * 4e-7
@@ -277,7 +298,7 @@ def test_contrast_reduction_none(op, panels):
 
     def run(backend, *features):
         def loss(v, t):
-            entries = getattr(ops, op)(v, t, other, reduction="none", backend=backend)
+            entries = getattr(panels, op)(v, t, other, reduction="none", backend=backend)
             return (entries * weight.to(entries.dtype)).sum()
 
         return gradients(loss, *features)

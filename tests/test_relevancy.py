@@ -284,7 +284,7 @@ BAD = [
     (lambda: clip(logit_scale=torch.ones((), device="meta")), ValueError, "logit_scale: expected the features' device cpu"),
     (lambda: clip(text=torch.randn(2, 4)), ValueError, "text: expected video's shape"),
     (lambda: clip(group=object()), NotImplementedError, r"clip_loss\(group=...\) .* not built yet"),
-    (lambda: clip(backend="gluon"), RuntimeError, "clip_loss: backend 'gluon' was asked for but cannot serve"),
+    (lambda: clip(backend="triton"), RuntimeError, "clip_loss: backend 'triton' was asked for but cannot serve"),
     (lambda: ops.VerbNounRelevancy(ID, ID, None), TypeError, r"noun_iou: expected a float tensor \[S, S\], got NoneType"),
     (lambda: ops.VerbNounRelevancy(ID, ID, torch.rand(3, 4)), ValueError, r"noun_iou: expected the shape \[S, S\], got .*4"),
     (lambda: ops.VerbNounRelevancy(ID.float(), ID, torch.rand(3, 3)), TypeError, "verb: expected a tensor of int64 or int32"),

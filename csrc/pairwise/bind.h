@@ -1,76 +1,92 @@
-// The pairwise losses for Python: argument unpacking only.
+// The pairwise losses for Python: structs whose fields are set by name, and the functions that take them.
 #pragma once
-#include <array>
+#include <type_traits>
 
 #include "common/bind.h"
-#include "common/cpu.h"
 #include "pairwise/pairwise.h"
 
 namespace evaat {
 
+// A struct that Python makes with any of its fields as keywords; pointers are integers, and what is not named is 0 or null.
+template <class S>
+class Struct : public py::class_<S> {
+ public:
+  Struct(py::module_& m, const char* name) : py::class_<S>(m, name, py::module_local()) {
+    this->def(py::init([](const py::kwargs& fields) {
+      S made{};
+      const py::object object = py::cast(&made, py::return_value_policy::reference);
+      for (const auto& [name, value] : fields) py::setattr(object, name, value);
+      return made;
+    }));
+  }
+  template <class M>
+  Struct& with(const char* name, M S::* member) {
+    if constexpr (std::is_pointer_v<M>)
+      this->def_property(name, [member](const S& s) { return Pointer(s.*member); },
+                         [member](S& s, Pointer p) { s.*member = reinterpret_cast<M>(p); });
+    else
+      this->def_readwrite(name, member);
+    return *this;
+  }
+};
+
+template <class Step>
+void bind_panel(py::module_& m, const char* name, int (*run)(const Step&, Panel, int)) {
+  m.def(name,
+        [run](const Step& step, Pointer s, int64_t first, int64_t rows, int threads) {
+          return run(step, {at<void>(s), first, rows}, threads);
+        },
+        py::arg("step"), py::arg("s"), py::arg("first"), py::arg("rows"), py::arg("threads"), NoGil());
+}
+
 inline void bind_pairwise(py::module_& m) {
-  const auto check = [](int status, const char* op) {
-    if (status == kBadDtype) throw py::type_error(std::string(op) + ": dtype not supported by the cpu backend");
-  };
-  // Features: (data, row stride) of video and of text. wide: the dtype code of the computation.
-  m.def("pair_prepare", [check](int dtype, int wide, const std::array<int64_t, 4>& features, int64_t N, int64_t E, Pointer norm_video,
-                          Pointer norm_text, Pointer diagonal, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {
-    int status;
-    {
-      py::gil_scoped_release release;
-      status = pair_prepare(dtype, wide, {at<const void>(Pointer(features[0])), features[1]},
-                                  {at<const void>(Pointer(features[2])), features[3]}, N, E, at<void>(norm_video), at<void>(norm_text),
-                                  at<void>(diagonal), at<void>(unit_video), at<void>(unit_text), unit_bf16, threads);
-    }
-    check(status, "sms_loss");
-  });
-  // labels: table, dtype code, the strides of halves, rows and columns, video_index, caption_index, verb, values (0: none).
-  // sums: row_loss, col_loss (0: none), row_sum, col_sum.
-  m.def("sms_panel", [check](int wide, int dtype, Pointer s, int64_t rows, int64_t N, int64_t first, Pointer row_scale, Pointer col_scale,
-                        Pointer diagonal, Pointer self, const std::array<int64_t, 9>& labels, double margin, double relaxation,
-                        double eps, int rule, int mode, Pointer weight, const std::array<Pointer, 4>& sums, int threads) {
-    int status;
-    {
-      py::gil_scoped_release release;
-      const PairLabels from = {at<const void>(Pointer(labels[0])), int(labels[1]), labels[2], labels[3], labels[4],
-                                      at<const int64_t>(Pointer(labels[5])), at<const int64_t>(Pointer(labels[6])),
-                                      at<const int64_t>(Pointer(labels[7])), at<const void>(Pointer(labels[8]))};
-      status = sms_panel({wide, dtype, at<void>(s), rows, N, first, at<const void>(row_scale), at<const void>(col_scale),
-                                 at<const void>(diagonal), at<const void>(self), from, margin, relaxation, eps, rule, mode,
-                                 at<const void>(weight), at<double>(sums[0]), at<double>(sums[1]), at<int32_t>(sums[2]),
-                                 at<int32_t>(sums[3])},
-                                threads);
-    }
-    check(status, "sms_loss");
-  });
-  m.def("pair_finish", [check](int dtype, int wide, const std::array<int64_t, 4>& features, Pointer norm_x, Pointer norm_other, Pointer slope,
-                         Pointer gradient, double factor, int64_t N, int64_t E, int threads) {
-    int status;
-    {
-      py::gil_scoped_release release;
-      status = pair_finish(dtype, wide, {at<const void>(Pointer(features[0])), features[1]}, at<const void>(norm_x),
-                                 {at<const void>(Pointer(features[2])), features[3]}, at<const void>(norm_other),
-                                 at<const void>(slope), at<void>(gradient), factor, N, E, threads);
-    }
-    check(status, "sms_loss");
-  });
-  // positives: dense, its strides, verbs, nouns, their words, mask. vectors: weight (0: none), then the largest and the sum of row,
-  // column, positive row and positive column, then row_slope. slopes: the second sweep.
-  m.def("contrast_panel", [check](bool slopes, int wide, Pointer s, int64_t rows, int64_t N, int64_t first, double scale,
-                             const std::array<int64_t, 8>& positives, const std::array<Pointer, 10>& vectors, int threads) {
-    int status;
-    {
-      py::gil_scoped_release release;
-      const auto total = [&](int i) { return LogSumExp{at<double>(vectors[i]), at<double>(vectors[i + 1])}; };
-      const PairPositives from = {at<const uint8_t>(Pointer(positives[0])), positives[1], positives[2],
-                                         at<const int32_t>(Pointer(positives[3])), at<const int32_t>(Pointer(positives[4])),
-                                         positives[5], positives[6]};
-      const ContrastPanel panel = {wide, at<void>(s), rows, N, first, scale, from, at<uint8_t>(Pointer(positives[7])),
-                                          at<const double>(vectors[0]), total(1), total(3), total(5), total(7), at<double>(vectors[9])};
-      status = slopes ? contrast_slopes(panel, threads) : contrast_stats(panel, threads);
-    }
-    check(status, "contrast");
-  });
+  m.attr("LABEL_CODES") = kCodes;
+  m.attr("MASK_BLOCK") = kMaskBlock;
+  m.attr("SMS_RULES") = py::dict(py::arg("code") = int(kCode), py::arg("paper") = int(kPaper), py::arg("charades") = int(kCharades));
+  m.attr("SMS_MODES") = py::dict(py::arg("loss") = int(kLoss), py::arg("slopes") = int(kSlopes), py::arg("each") = int(kEach),
+                                 py::arg("weighted") = int(kWeighted));
+  Struct<PairFeatures>(m, "PairFeatures")
+      .with("dtype", &PairFeatures::dtype).with("wide", &PairFeatures::wide).with("N", &PairFeatures::N).with("E", &PairFeatures::E)
+      .with("video", &PairFeatures::video).with("text", &PairFeatures::text).with("video_stride", &PairFeatures::video_stride)
+      .with("text_stride", &PairFeatures::text_stride).with("norm_video", &PairFeatures::norm_video)
+      .with("norm_text", &PairFeatures::norm_text);
+  Struct<PairLabels>(m, "PairLabels")
+      .with("table", &PairLabels::table).with("dtype", &PairLabels::dtype).with("stride_half", &PairLabels::stride_half)
+      .with("stride_row", &PairLabels::stride_row).with("stride_col", &PairLabels::stride_col)
+      .with("video_index", &PairLabels::video_index).with("caption_index", &PairLabels::caption_index).with("verb", &PairLabels::verb)
+      .with("values", &PairLabels::values);
+  Struct<Penalty>(m, "Penalty")
+      .with("margin", &Penalty::margin).with("relaxation", &Penalty::relaxation).with("eps", &Penalty::eps).with("rule", &Penalty::rule);
+  Struct<SmsStep>(m, "SmsStep")
+      .with("wide", &SmsStep::wide).with("dtype", &SmsStep::dtype).with("N", &SmsStep::N).with("row_scale", &SmsStep::row_scale)
+      .with("col_scale", &SmsStep::col_scale).with("diagonal", &SmsStep::diagonal).with("self", &SmsStep::self)
+      .with("labels", &SmsStep::labels).with("penalty", &SmsStep::penalty).with("mode", &SmsStep::mode).with("weight", &SmsStep::weight)
+      .with("row_loss", &SmsStep::row_loss).with("col_loss", &SmsStep::col_loss).with("row_sum", &SmsStep::row_sum)
+      .with("col_sum", &SmsStep::col_sum);
+  Struct<PairPositives>(m, "PairPositives")
+      .with("dense", &PairPositives::dense).with("stride_row", &PairPositives::stride_row)
+      .with("stride_col", &PairPositives::stride_col).with("verbs", &PairPositives::verbs).with("nouns", &PairPositives::nouns)
+      .with("verb_words", &PairPositives::verb_words).with("noun_words", &PairPositives::noun_words)
+      .with("mask", &PairPositives::mask);
+  Struct<LogSumExp>(m, "LogSumExp").with("largest", &LogSumExp::largest).with("sum", &LogSumExp::sum);
+  Struct<ContrastStep>(m, "ContrastStep")
+      .with("wide", &ContrastStep::wide).with("N", &ContrastStep::N).with("scale", &ContrastStep::scale)
+      .with("positives", &ContrastStep::positives).with("weight", &ContrastStep::weight).with("row", &ContrastStep::row)
+      .with("column", &ContrastStep::column).with("positive_row", &ContrastStep::positive_row)
+      .with("positive_column", &ContrastStep::positive_column).with("row_slope", &ContrastStep::row_slope);
+  m.def("pair_prepare",
+        [](const PairFeatures& pairs, Pointer diagonal, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {
+          return pair_prepare(pairs, at<void>(diagonal), at<void>(unit_video), at<void>(unit_text), unit_bf16, threads);
+        },
+        py::arg("pairs"), py::arg("diagonal"), py::arg("unit_video"), py::arg("unit_text"), py::arg("unit_bf16"), py::arg("threads"), NoGil());
+  m.def("pair_finish",
+        [](const PairFeatures& pairs, bool of_text, Pointer slope, Pointer gradient, double factor, int threads) {
+          return pair_finish(pairs, of_text, at<const void>(slope), at<void>(gradient), factor, threads);
+        },
+        py::arg("pairs"), py::arg("of_text"), py::arg("slope"), py::arg("gradient"), py::arg("factor"), py::arg("threads"), NoGil());
+  bind_panel(m, "sms_panel", sms_panel);
+  bind_panel(m, "contrast_stats", contrast_stats);
+  bind_panel(m, "contrast_slopes", contrast_slopes);
 }
 
 }  // namespace evaat

@@ -255,17 +255,17 @@ struct RowSlopesOfMask {
 };
 
 template <class T>
-void stats(const ContrastPanel& p, int threads) {
-  const T* s = static_cast<const T*>(p.s);
-  const T scale = T(p.scale);
+int stats(const ContrastStep& p, Panel panel, int threads) {
+  const T *s = static_cast<const T*>(panel.s), scale = T(p.scale);
   const int64_t stride = (p.N + kBlock - 1) / kBlock * kBlock;
+  uint8_t* const masks = p.positives.mask;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const int64_t j = p.first + r;
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    const int64_t j = panel.first + r;
     run_best<RowStats>(s + r * p.N, p.N, scale, p.row.largest + j, p.row.sum + j);
-    if (p.mask) {
-      run_best<RowMask>(&p.positives, j, p.N, p.mask + r * stride);
-      run_best<RowPositives>(s + r * p.N, static_cast<const uint8_t*>(p.mask + r * stride), p.N, scale, p.positive_row.largest + j,
+    if (masks) {
+      run_best<RowMask>(&p.positives, j, p.N, masks + r * stride);
+      run_best<RowPositives>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, p.positive_row.largest + j,
                              p.positive_row.sum + j);
     } else {
       p.positive_row.largest[j] = p.positive_column.largest[j] = double(scale * s[r * p.N + j]);
@@ -275,56 +275,56 @@ void stats(const ContrastPanel& p, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < p.N; i += kColumns) {
     const int64_t count = std::min(kColumns, p.N - i);
-    run_best<ColumnStats>(s + i, p.rows, p.N, count, scale, p.column.largest + i, p.column.sum + i);
-    if (p.mask)
-      run_best<ColumnPositives>(s + i, static_cast<const uint8_t*>(p.mask + i), stride, p.rows, p.N, count, scale,
+    run_best<ColumnStats>(s + i, panel.rows, p.N, count, scale, p.column.largest + i, p.column.sum + i);
+    if (masks)
+      run_best<ColumnPositives>(s + i, static_cast<const uint8_t*>(masks + i), stride, panel.rows, p.N, count, scale,
                                 p.positive_column.largest + i, p.positive_column.sum + i);
   }
+  return kOk;
 }
 
 // Every column's total in the type of the computation.
 template <class T>
 struct Columns {
   std::vector<T> largest, inverse;
-  Columns(const ContrastPanel& p, const LogSumExp& from) : largest(p.N), inverse(p.N) {
+  Columns(const ContrastStep& p, const LogSumExp& from) : largest(p.N), inverse(p.N) {
     for (int64_t i = 0; i < p.N; ++i) largest[i] = T(from.largest[i]), inverse[i] = T((p.weight ? p.weight[i] : 1) / from.sum[i]);
   }
   Totals<T> view() const { return {largest.data(), inverse.data()}; }
 };
 
 template <class T>
-void slopes(const ContrastPanel& p, int threads) {
-  T* s = static_cast<T*>(p.s);
-  const T scale = T(p.scale);
+int slopes(const ContrastStep& p, Panel panel, int threads) {
+  T *s = static_cast<T*>(panel.s), scale = T(p.scale);
   const int64_t stride = (p.N + kBlock - 1) / kBlock * kBlock;
+  uint8_t* const masks = p.positives.mask;
   const Columns<T> columns(p, p.column), positive_columns(p, p.positive_column);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const int64_t j = p.first + r;
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    const int64_t j = panel.first + r;
     const double weight = p.weight ? p.weight[j] : 1;
     const auto total = [&](const LogSumExp& from) { return Total<T>{T(from.largest[j]), T(weight / from.sum[j])}; };
-    if (p.mask) {
-      run_best<RowMask>(&p.positives, j, p.N, p.mask + r * stride);
-      run_best<RowSlopesOfMask>(s + r * p.N, static_cast<const uint8_t*>(p.mask + r * stride), p.N, scale, total(p.row), columns.view(),
+    if (masks) {
+      run_best<RowMask>(&p.positives, j, p.N, masks + r * stride);
+      run_best<RowSlopesOfMask>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, total(p.row), columns.view(),
                                 total(p.positive_row), positive_columns.view(), p.row_slope + j);
     } else {
       run_best<RowSlopes>(s + r * p.N, p.N, j, scale, T(weight), total(p.row), columns.view(), p.row_slope + j);
     }
   }
+  return kOk;
 }
 
 }  // namespace
 
-int contrast_stats(const ContrastPanel& panel, int threads) {
-  if (panel.wide != kFloat32 && panel.wide != kFloat64) return kBadDtype;
-  panel.wide == kFloat32 ? stats<float>(panel, threads) : stats<double>(panel, threads);
-  return kOk;
+int contrast_stats(const ContrastStep& step, Panel panel, int threads) {
+  if (step.wide == kFloat32) return stats<float>(step, panel, threads);
+  return step.wide == kFloat64 ? stats<double>(step, panel, threads) : kBadDtype;
 }
 
-int contrast_slopes(const ContrastPanel& panel, int threads) {
-  if (panel.wide != kFloat32 && panel.wide != kFloat64) return kBadDtype;
-  panel.wide == kFloat32 ? slopes<float>(panel, threads) : slopes<double>(panel, threads);
-  return kOk;
+int contrast_slopes(const ContrastStep& step, Panel panel, int threads) {
+  if (step.wide == kFloat32) return slopes<float>(step, panel, threads);
+  return step.wide == kFloat64 ? slopes<double>(step, panel, threads) : kBadDtype;
 }
 
 }  // namespace evaat

@@ -1,7 +1,7 @@
 // What the pairwise losses do with a panel of the N x N similarities, between the matrix products that torch makes.
 //
-// A panel is rows first .. first + rows - 1 (videos) times all N columns (captions), contiguous. float stands for the type of the
-// computation below: float32 features (and narrower ones) are computed in float, float64 in double; `wide` is its Dtype code.
+// float stands for the type of the computation below: float32 features (and narrower ones) are computed in float, float64 in
+// double; `wide` is its Dtype code. Every function returns a Status.
 #pragma once
 #include <cstdint>
 
@@ -19,44 +19,58 @@ struct PairLabels {
   const void* values;  // float [256], for codes only
 };
 
-// N rows of E features of any Dtype, the last dimension contiguous.
+// N pairs of rows of E features of any Dtype, the last dimension contiguous, and their norms |v| and |t|, float [N].
 struct PairFeatures {
-  const void* data;
-  int64_t stride;
+  int dtype, wide;
+  int64_t N, E;
+  const void *video, *text;
+  int64_t video_stride, text_stride;
+  void *norm_video, *norm_text;
 };
 
-// norm_* [N] and diagonal [N]: |v|, |t| and cos(v, t) of each pair. unit_*: the rows divided by max(norm, 1e-8), in the type of
-// the computation, or in bfloat16 where unit_bf16; null to leave them out.
-int pair_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int64_t N, int64_t E, void* norm_video, void* norm_text,
-                 void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads);
+// Fills the norms and diagonal [N], cos(v, t) of each pair. unit_*: the rows divided by max(norm, 1e-8), in the type of the
+// computation, or in bfloat16 where unit_bf16; null to leave them out.
+int pair_prepare(const PairFeatures& pairs, void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads);
 
-enum Rule { kCode, kPaper, kCharades };  // which penalty a difference of labels gets: evaat_fast/ops/pairwise.py
+// Of the videos, or of the captions. slope: float [N]. In place: gradient[i] = factor * (gradient[i] + slope[i] * unit(other[i])),
+// taken through the normalisation; zero where the norm is < 1e-8.
+int pair_finish(const PairFeatures& pairs, bool of_text, const void* slope, void* gradient, double factor, int threads);
+
+// Rows first .. first + rows - 1 (videos) of the similarities times all N columns (captions), contiguous.
+struct Panel {
+  void* s;
+  int64_t first, rows;
+};
+
+enum SmsRule { kCode, kPaper, kCharades };  // which penalty a difference of labels gets: evaat_fast/ops/pairwise/reference.py
+
+struct Penalty {
+  double margin, relaxation, eps;
+  int rule;
+};
 
 // What a panel is read for: the sum of all penalties; that, and its slopes; the penalties of each row and column; the slopes of a
 // weighted sum of those.
 enum SmsMode { kLoss, kSlopes, kEach, kWeighted };
 
-struct SmsPanel {
+// What all panels of a step share.
+struct SmsStep {
   int wide, dtype;  // dtype of s: `wide`, or bfloat16 for products of raw rows, which row_scale and col_scale turn into cosines
-  void* s;          // in: similarities; out, 0 on the diagonal, kSlopes: g1 + g2 in {-2 .. 2}; kWeighted: weight_i g1 + weight_j g2
-  int64_t rows, N, first;
+  int64_t N;
   const void *row_scale, *col_scale;  // float [N] or null
   const void *diagonal, *self;        // float [N]: cosine and relevancy of each pair itself
   PairLabels labels;
-  double margin, relaxation, eps;
-  int rule, mode;
+  Penalty penalty;
+  int mode;
   const void* weight;  // float [N], kWeighted only, where dtype is `wide`
   double* row_loss;    // [N]: sum of both penalties over each row's pairs; kEach: of those anchored at the row's video
   double* col_loss;    // [threads, N], accumulated: of those anchored at the column's caption, kEach only
   int32_t* row_sum;    // [N]: sum of g2 (anchored at the row's video)
   int32_t* col_sum;    // [threads, N], accumulated: sums of g1 (anchored at the column's caption)
 };
-int sms_panel(const SmsPanel& panel, int threads);
 
-// slope: float [N]. In place: gradient[i] = factor * (gradient[i] + slope[i] * unit(other[i])), taken through the normalisation of x; zero where
-// norm_x < 1e-8.
-int pair_finish(int dtype, int wide, PairFeatures x, const void* norm_x, PairFeatures other, const void* norm_other,
-                const void* slope, void* gradient, double factor, int64_t N, int64_t E, int threads);
+// s, similarities, becomes, with 0 on the diagonal, kSlopes: g1 + g2 in {-2 .. 2}; kWeighted: weight_i g1 + weight_j g2.
+int sms_panel(const SmsStep& step, Panel panel, int threads);
 
 constexpr int64_t kMaskBlock = 32;
 
@@ -67,6 +81,7 @@ struct PairPositives {
   int64_t stride_row, stride_col;
   const int32_t *verbs, *nouns;
   int64_t verb_words, noun_words;
+  uint8_t* mask;  // scratch [rows of a panel, N rounded up to kMaskBlock]; null: every pair is its only positive
 };
 
 // [N] each: the largest logit, and the sum of exp(logit - largest).
@@ -74,21 +89,19 @@ struct LogSumExp {
   double *largest, *sum;
 };
 
-// Both sweeps of InfoNCE and EgoNCE. The logits are scale * s.
-struct ContrastPanel {
+// What all panels of both sweeps of InfoNCE and EgoNCE share. The logits are scale * s.
+struct ContrastStep {
   int wide;
-  void* s;
-  int64_t rows, N, first;
+  int64_t N;
   double scale;
   PairPositives positives;
-  uint8_t* mask;         // scratch [rows, N rounded up to kMaskBlock]; null: every pair is its only positive
   const double* weight;  // [N], what each pair's own loss counts, or null for 1
   LogSumExp row, column, positive_row, positive_column;
   double* row_slope;     // [N]: sum of slope * s over the row, second sweep
 };
 // First sweep: fills the row's of the panel's rows, and carries the columns' (which begin as -inf and 0) one panel on.
-int contrast_stats(const ContrastPanel& panel, int threads);
+int contrast_stats(const ContrastStep& step, Panel panel, int threads);
 // Second sweep: s becomes its slopes, weight_row * (exp(logit - row) - [positive] exp(logit - positive_row)) + the column's.
-int contrast_slopes(const ContrastPanel& panel, int threads);
+int contrast_slopes(const ContrastStep& step, Panel panel, int threads);
 
 }  // namespace evaat

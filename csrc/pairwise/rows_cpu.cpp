@@ -20,23 +20,17 @@ EVAAT_INLINE double dot(const T* a, const T* b, int64_t E) {
   return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
 }
 
-template <class T>
-EVAAT_INLINE T clamped(T norm) {
-  return norm < T(1e-8) ? T(1e-8) : norm;  // NaN stays NaN
-}
-
 template <class T, class X>
 EVAAT_INLINE void unit_row(const X* x, T norm, int64_t E, T* unit) {
-  const T divisor = clamped(norm);
+  const T divisor = norm < T(1e-8) ? T(1e-8) : norm;  // NaN stays NaN
   for (int64_t e = 0; e < E; ++e) unit[e] = T(widen(x[e])) / divisor;
 }
 
 template <class T, class X>
-EVAAT_INLINE void normalise(const X* x, int64_t E, T* scratch, T* norm) {
-  for (int64_t e = 0; e < E; ++e) scratch[e] = T(widen(x[e]));
-  *norm = T(std::sqrt(dot(scratch, scratch, E)));
-  const T divisor = clamped(*norm);
-  for (int64_t e = 0; e < E; ++e) scratch[e] /= divisor;
+EVAAT_INLINE void normalise(const X* x, int64_t E, T* unit, T* norm) {
+  for (int64_t e = 0; e < E; ++e) unit[e] = T(widen(x[e]));
+  *norm = T(std::sqrt(dot(unit, unit, E)));
+  unit_row(unit, *norm, E, unit);
 }
 
 // a and b become the unit rows of one pair.
@@ -68,79 +62,66 @@ void store_row(const T* row, int64_t E, void* out, int64_t i) {
   for (int64_t e = 0; e < E; ++e) narrow(to[e], row[e]);
 }
 
-template <class T, class X>
-int prepare_all(PairFeatures video, PairFeatures text, int64_t N, int64_t E, T* norm_video, T* norm_text, T* diagonal,
-                void* unit_video, void* unit_text, bool unit_bf16, int threads) {
+// The rows of every pair i, in parallel; each thread has scratch for two rows of T.
+template <class T, class X, class Body>
+int each_pair(const PairFeatures& pairs, int threads, Body body) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> a(E), b(E);
+    std::vector<T> a(pairs.E), b(pairs.E);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < N; ++i) {
-      const X* x = static_cast<const X*>(video.data) + i * video.stride;
-      const X* y = static_cast<const X*>(text.data) + i * text.stride;
-      run_best<Prepare>(x, y, E, a.data(), b.data(), norm_video + i, norm_text + i, diagonal + i);
-      if constexpr (sizeof(T) == 4) {
-        if (unit_bf16) {
-          store_row<BFloat>(a.data(), E, unit_video, i);
-          store_row<BFloat>(b.data(), E, unit_text, i);
-          continue;
-        }
-      }
-      store_row<T>(a.data(), E, unit_video, i);
-      store_row<T>(b.data(), E, unit_text, i);
-    }
+    for (int64_t i = 0; i < pairs.N; ++i)
+      body(i, static_cast<const X*>(pairs.video) + i * pairs.video_stride, static_cast<const X*>(pairs.text) + i * pairs.text_stride,
+           a.data(), b.data());
   }
   return kOk;
 }
 
-template <class T, class X>
-int finish_all(PairFeatures x, const T* norm_x, PairFeatures other, const T* norm_other, const T* slope, T* gradient,
-               double factor, int64_t N, int64_t E, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<T> a(E), b(E);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < N; ++i) {
-      T* row = gradient + i * E;
-      const X* from = static_cast<const X*>(x.data) + i * x.stride;
-      const X* pair = static_cast<const X*>(other.data) + i * other.stride;
-      if (norm_x[i] < T(1e-8))
-        std::fill(row, row + E, T(0));
-      else
-        run_best<Finish>(from, norm_x[i], pair, norm_other[i], slope[i], factor, E, a.data(), b.data(), row);
-    }
-  }
-  return kOk;
+// run(X(), T()) for the type of the features and that of the computation.
+template <class Run>
+int of_types(const PairFeatures& pairs, Run run) {
+  if (pairs.dtype == kFloat64 && pairs.wide == kFloat64) return run(double(), double());
+  if (pairs.wide != kFloat32) return kBadDtype;
+  if (pairs.dtype == kFloat32) return run(float(), float());
+  if (pairs.dtype == kBFloat16) return run(BFloat(), float());
+  return pairs.dtype == kFloat16 ? run(Half(), float()) : kBadDtype;
 }
 
 }  // namespace
 
-int pair_prepare(int dtype, int wide, PairFeatures video, PairFeatures text, int64_t N, int64_t E, void* norm_video, void* norm_text,
-                 void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads) {
-  auto run = [&](auto x, auto t) {
+int pair_prepare(const PairFeatures& pairs, void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads) {
+  const int64_t E = pairs.E;
+  return of_types(pairs, [&](auto x, auto t) {
     using X = decltype(x);
     using T = decltype(t);
-    return prepare_all<T, X>(video, text, N, E, (T*)norm_video, (T*)norm_text, (T*)diagonal, unit_video, unit_text, unit_bf16, threads);
-  };
-  if (dtype == kFloat64 && wide == kFloat64) return run(double(), double());
-  if (wide != kFloat32) return kBadDtype;
-  if (dtype == kFloat32) return run(float(), float());
-  if (dtype == kBFloat16) return run(BFloat(), float());
-  return dtype == kFloat16 ? run(Half(), float()) : kBadDtype;
+    return each_pair<T, X>(pairs, threads, [=](int64_t i, const X* v, const X* t, T* a, T* b) {
+      run_best<Prepare>(v, t, E, a, b, (T*)pairs.norm_video + i, (T*)pairs.norm_text + i, (T*)diagonal + i);
+      if (sizeof(T) == 4 && unit_bf16) {
+        store_row<BFloat>(a, E, unit_video, i);
+        store_row<BFloat>(b, E, unit_text, i);
+      } else {
+        store_row<T>(a, E, unit_video, i);
+        store_row<T>(b, E, unit_text, i);
+      }
+    });
+  });
 }
 
-int pair_finish(int dtype, int wide, PairFeatures x, const void* norm_x, PairFeatures other, const void* norm_other,
-                const void* slope, void* gradient, double factor, int64_t N, int64_t E, int threads) {
-  auto run = [&](auto from, auto t) {
-    using X = decltype(from);
+int pair_finish(const PairFeatures& pairs, bool of_text, const void* slope, void* gradient, double factor, int threads) {
+  const int64_t E = pairs.E;
+  return of_types(pairs, [&](auto x, auto t) {
+    using X = decltype(x);
     using T = decltype(t);
-    return finish_all<T, X>(x, (const T*)norm_x, other, (const T*)norm_other, (const T*)slope, (T*)gradient, factor, N, E, threads);
-  };
-  if (dtype == kFloat64 && wide == kFloat64) return run(double(), double());
-  if (wide != kFloat32) return kBadDtype;
-  if (dtype == kFloat32) return run(float(), float());
-  if (dtype == kBFloat16) return run(BFloat(), float());
-  return dtype == kFloat16 ? run(Half(), float()) : kBadDtype;
+    const T *norm_video = (const T*)pairs.norm_video, *norm_text = (const T*)pairs.norm_text;
+    return each_pair<T, X>(pairs, threads, [=](int64_t i, const X* v, const X* t, T* a, T* b) {
+      T* row = (T*)gradient + i * E;
+      const X *mine = of_text ? t : v, *other = of_text ? v : t;
+      const T norm = of_text ? norm_text[i] : norm_video[i], norm_other = of_text ? norm_video[i] : norm_text[i];
+      if (norm < T(1e-8))
+        std::fill(row, row + E, T(0));
+      else
+        run_best<Finish>(mine, norm, other, norm_other, ((const T*)slope)[i], factor, E, a, b, row);
+    });
+  });
 }
 
 }  // namespace evaat

@@ -307,8 +307,8 @@ const T* labels_of(const PairLabels& labels, int wide_dtype, int64_t j, int64_t 
 }
 
 template <class T, class S, int mode, int rule>
-void panel_rows(const SmsPanel& p, int threads) {
-  const int64_t groups = (p.rows + kRows - 1) / kRows;
+void panel_rows(const SmsStep& p, Panel panel, int threads) {
+  const int64_t groups = (panel.rows + kRows - 1) / kRows;
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
@@ -318,7 +318,7 @@ void panel_rows(const SmsPanel& p, int threads) {
 #endif
     alignas(64) T gathered[kRows][kColumns];
     Block<T, S> b;
-    b.margin = T(p.margin), b.relaxation = T(p.relaxation), b.eps = T(p.eps);
+    b.margin = T(p.penalty.margin), b.relaxation = T(p.penalty.relaxation), b.eps = T(p.penalty.eps);
     b.diagonal = static_cast<const T*>(p.diagonal), b.self = static_cast<const T*>(p.self);
     b.col_scale = static_cast<const T*>(p.col_scale);
     b.weight = static_cast<const T*>(p.weight);
@@ -327,10 +327,10 @@ void panel_rows(const SmsPanel& p, int threads) {
 #pragma omp for schedule(static)
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t top = group * kRows;
-      b.rows = int(std::min<int64_t>(kRows, p.rows - top));
+      b.rows = int(std::min<int64_t>(kRows, panel.rows - top));
       for (int r = 0; r < b.rows; ++r) {
-        const int64_t j = p.first + top + r;
-        b.s[r] = static_cast<S*>(p.s) + (top + r) * p.N;
+        const int64_t j = panel.first + top + r;
+        b.s[r] = static_cast<S*>(panel.s) + (top + r) * p.N;
         b.own[r] = j;
         b.row_diagonal[r] = b.diagonal[j], b.row_self[r] = b.self[j];
         b.row_scale[r] = p.row_scale ? static_cast<const T*>(p.row_scale)[j] : T(1);
@@ -347,29 +347,29 @@ void panel_rows(const SmsPanel& p, int threads) {
 }
 
 template <class T, class S, int rule>
-int panel_of_rule(const SmsPanel& p, int threads) {
+int panel_of_rule(const SmsStep& p, Panel panel, int threads) {
   switch (p.mode) {
-    case kLoss: return panel_rows<T, S, kLoss, rule>(p, threads), kOk;
-    case kSlopes: return panel_rows<T, S, kSlopes, rule>(p, threads), kOk;
-    case kEach: return panel_rows<T, S, kEach, rule>(p, threads), kOk;
+    case kLoss: return panel_rows<T, S, kLoss, rule>(p, panel, threads), kOk;
+    case kSlopes: return panel_rows<T, S, kSlopes, rule>(p, panel, threads), kOk;
+    case kEach: return panel_rows<T, S, kEach, rule>(p, panel, threads), kOk;
     default: break;
   }
-  if constexpr (sizeof(S) == sizeof(T)) return panel_rows<T, S, kWeighted, rule>(p, threads), kOk;
+  if constexpr (sizeof(S) == sizeof(T)) return panel_rows<T, S, kWeighted, rule>(p, panel, threads), kOk;
   return kBadDtype;  // weighted slopes are no integers
 }
 
 template <class T, class S>
-int panel_of(const SmsPanel& p, int threads) {
-  if (p.rule == kPaper) return panel_of_rule<T, S, kPaper>(p, threads);
-  return p.rule == kCharades ? panel_of_rule<T, S, kCharades>(p, threads) : panel_of_rule<T, S, kCode>(p, threads);
+int panel_of(const SmsStep& p, Panel panel, int threads) {
+  if (p.penalty.rule == kPaper) return panel_of_rule<T, S, kPaper>(p, panel, threads);
+  return p.penalty.rule == kCharades ? panel_of_rule<T, S, kCharades>(p, panel, threads) : panel_of_rule<T, S, kCode>(p, panel, threads);
 }
 
 }  // namespace
 
-int sms_panel(const SmsPanel& panel, int threads) {
-  if (panel.wide == kFloat64 && panel.dtype == kFloat64) return panel_of<double, double>(panel, threads);
-  if (panel.wide == kFloat32 && panel.dtype == kFloat32) return panel_of<float, float>(panel, threads);
-  if (panel.wide == kFloat32 && panel.dtype == kBFloat16) return panel_of<float, BFloat>(panel, threads);
+int sms_panel(const SmsStep& step, Panel panel, int threads) {
+  if (step.wide == kFloat64 && step.dtype == kFloat64) return panel_of<double, double>(step, panel, threads);
+  if (step.wide == kFloat32 && step.dtype == kFloat32) return panel_of<float, float>(step, panel, threads);
+  if (step.wide == kFloat32 && step.dtype == kBFloat16) return panel_of<float, BFloat>(step, panel, threads);
   return kBadDtype;
 }
 

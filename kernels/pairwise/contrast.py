@@ -7,13 +7,34 @@ as a panel, which two plain matrix products turn into gradients: 8 N^2 E operati
 No atomics: two runs agree to the last bit.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import generation, on
-from evaat_fast.kernels.pairwise.sms import GROUP, _halves, _place, _products, plan
+from evaat_fast.kernels.pairwise import panel
+from evaat_fast.kernels.pairwise.panel import GROUP, features, place, products, strips, tiles
 
 # Which pairs are positive beside each pair itself: none, those of a matrix [N, N], or those that share a verb and a noun.
 OWN, DENSE, SHARED = 0, 1, 2
+
+
+class Positives(NamedTuple):
+    """bool [N, N] and its strides, or the verb and the noun bits int32 [N, words]; None where there are none."""
+
+    dense: object
+    row: object
+    column: object
+    verbs: object
+    nouns: object
+
+
+class Totals(NamedTuple):
+    """float32 [2, 2, N] of rows and of columns: log-sum-exps of all pairs and of the positive ones, each as two numbers to add,
+    since one float32 of 100 would round a probability by 4e-6."""
+
+    rows: object
+    columns: object
 
 
 @triton.jit
@@ -28,20 +49,18 @@ def _shares(words, m, n, N, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _logits(
-    x, inverses, scale, dense, dense_row, dense_col, verbs, nouns, m, n, N,
-    NORMALISE: tl.constexpr, POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
-):  # fmt: skip
+def _logits(x, inverses, scale, positives, m, n, N, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr):
     """(products or cosines, logits, whether positive) of videos m and captions n, from the raw products."""
-    if NORMALISE:
+    if inverses is not None:
         row, column = tl.load(inverses + m, mask=m < N, other=0.0), tl.load(inverses + N + n, mask=n < N, other=0.0)
         x = x * row[:, None] * column[None, :]
     positive = m[:, None] == n[None, :]
-    if POSITIVES == 1:
-        at = dense + m.to(tl.int64)[:, None] * dense_row + n.to(tl.int64)[None, :] * dense_col
+    if positives.dense is not None:
+        at = positives.dense + m.to(tl.int64)[:, None] * positives.row + n.to(tl.int64)[None, :] * positives.column
         positive = positive | (tl.load(at, mask=(m < N)[:, None] & (n < N)[None, :], other=0) != 0)
-    if POSITIVES == 2:
-        positive = positive | (_shares(verbs, m, n, N, VERB_WORDS) & _shares(nouns, m, n, N, NOUN_WORDS))
+    if positives.verbs is not None:
+        shared = _shares(positives.verbs, m, n, N, VERB_WORDS) & _shares(positives.nouns, m, n, N, NOUN_WORDS)
+        positive = positive | shared
     return x, x * tl.load(scale), positive
 
 
@@ -55,7 +74,7 @@ def _log_sum_exp(s, keep, axis: tl.constexpr):
 
 
 @triton.jit
-def _put(target, half, pair, mask):
+def _store_pair(target, half, pair, mask):
     tl.store(target, pair[0], mask=mask)
     tl.store(target + half, pair[1], mask=mask)
 
@@ -69,65 +88,48 @@ def _probability(s, totals, N, i, mask, axis: tl.constexpr):
 
 @triton.jit
 def contrast_stats_kernel(
-    video, text, video_n, text_n, inverses, scale, dense, dense_row, dense_col, verbs, nouns, rows, columns, first, last, N, E,
-    NORMALISE: tl.constexpr, POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
+    f, inverses, scale, positives, rows, columns, first, last,
+    POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each
     strip's columns of all pairs and of the positive ones, each as two numbers to add; columns: [2, 2, down, N], the same over a
-    tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals. A strip is a quarter of a
-    tile, see `sms_kernel`.
+    tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals.
     """
-    tile_m, tile_n = _place(tl.program_id(0), last - first, N, BLOCK, BLOCK, GROUP)
+    N = f.N
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK, GROUP)
     m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
-    product = _products(
-        video, text, video_n, text_n, m, tile_n * BLOCK + tl.arange(0, BLOCK), N, E, BLOCK, BLOCK, BLOCK_K, PRECISION
-    )  # fmt: skip
-    left, right = _halves(product, BLOCK, BLOCK)
-    strips = _halves(left, BLOCK, BLOCK // 2) + _halves(right, BLOCK, BLOCK // 2)
+    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, BLOCK, BLOCK_K, PRECISION), BLOCK)
     height, down, across = last - first, tl.cdiv(last - first, BLOCK), tl.cdiv(N, BLOCK) * 4
     by_row, by_column = across.to(tl.int64) * height, down.to(tl.int64) * N
     for i in tl.static_range(4):
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        x, s, positive = _logits(
-            strips[i], inverses, scale, dense, dense_row, dense_col, verbs, nouns, m, n, N,
-            NORMALISE, POSITIVES, VERB_WORDS, NOUN_WORDS,
-        )  # fmt: skip
+        x, s, positive = _logits(quarters[i], inverses, scale, positives, m, n, N, VERB_WORDS, NOUN_WORDS)
         inside = (m < last)[:, None] & (n < N)[None, :]
         row, column = rows + (tile_n * 4 + i).to(tl.int64) * height + (m - first), columns + tile_m.to(tl.int64) * N + n
-        _put(row, by_row, _log_sum_exp(s, inside, 1), m < last)
-        _put(column, by_column, _log_sum_exp(s, inside, 0), n < N)
+        _store_pair(row, by_row, _log_sum_exp(s, inside, 1), m < last)
+        _store_pair(column, by_column, _log_sum_exp(s, inside, 0), n < N)
         if POSITIVES != 0:
-            _put(row + 2 * by_row, by_row, _log_sum_exp(s, inside & positive, 1), m < last)
-            _put(column + 2 * by_column, by_column, _log_sum_exp(s, inside & positive, 0), n < N)
+            _store_pair(row + 2 * by_row, by_row, _log_sum_exp(s, inside & positive, 1), m < last)
+            _store_pair(column + 2 * by_column, by_column, _log_sum_exp(s, inside & positive, 0), n < N)
 
 
 @triton.jit
 def contrast_slopes_kernel(
-    video, text, video_n, text_n, inverses, scale, dense, dense_row, dense_col, verbs, nouns,
-    row_totals, col_totals, weight, panel, scale_slope, first, last, N, E,
-    NORMALISE: tl.constexpr, POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    f, inverses, scale, positives, totals, weight, panel, scale_slope, first, last,
+    POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """row_totals, col_totals: float32 [2, 2, N], log-sum-exps of all pairs and of positive ones, each as two numbers to add,
-    since one float32 of 100 would round a probability by 4e-6. panel [last - first, N]: slopes
-    of the logits; scale_slope: float32 [tiles], their sum with the products.
-    """
-    tile_m, tile_n = _place(tl.program_id(0), last - first, N, BLOCK, BLOCK, GROUP)
+    """panel [last - first, N]: slopes of the logits; scale_slope: float32 [tiles], their sum with the products."""
+    N, row_totals, col_totals = f.N, totals.rows, totals.columns
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK, GROUP)
     m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
-    product = _products(
-        video, text, video_n, text_n, m, tile_n * BLOCK + tl.arange(0, BLOCK), N, E, BLOCK, BLOCK, BLOCK_K, PRECISION
-    )  # fmt: skip
-    left, right = _halves(product, BLOCK, BLOCK)
-    strips = _halves(left, BLOCK, BLOCK // 2) + _halves(right, BLOCK, BLOCK // 2)
+    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, BLOCK, BLOCK_K, PRECISION), BLOCK)
     in_m, total = m < last, tl.zeros((BLOCK, BLOCK // 4), tl.float32)
     for i in tl.static_range(4):
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         in_n = n < N
-        x, s, positive = _logits(
-            strips[i], inverses, scale, dense, dense_row, dense_col, verbs, nouns, m, n, N,
-            NORMALISE, POSITIVES, VERB_WORDS, NOUN_WORDS,
-        )  # fmt: skip
+        x, s, positive = _logits(quarters[i], inverses, scale, positives, m, n, N, VERB_WORDS, NOUN_WORDS)
         of_row, of_col = _probability(s, row_totals, N, m, in_m, 1), _probability(s, col_totals, N, n, in_n, 0)
         if POSITIVES == 0:
             own = tl.where(positive, 1.0, 0.0)
@@ -135,7 +137,7 @@ def contrast_slopes_kernel(
         else:
             of_row -= tl.where(positive, _probability(s, row_totals + 2 * N, N, m, in_m, 1), 0.0)
             of_col -= tl.where(positive, _probability(s, col_totals + 2 * N, N, n, in_n, 0), 0.0)
-        if WEIGHTED:
+        if weight is not None:
             of_row *= tl.load(weight + m, mask=in_m, other=0.0)[:, None]
             of_col *= tl.load(weight + n, mask=in_n, other=0.0)[None, :]
         inside = in_m[:, None] & in_n[None, :]
@@ -146,63 +148,44 @@ def contrast_slopes_kernel(
     tl.store(scale_slope + tile_m * tl.cdiv(N, BLOCK) + tile_n, tl.sum(tl.sum(total, 1), 0))
 
 
-def _source(features, scale, positives, nothing):
-    """The arguments that both kernels begin with, and their constants."""
-    video, text, inverses = features
-    dense, verbs, nouns = positives
-    words = lambda x: 1 if x is None else x.shape[1]  # noqa: E731
-    arguments = (
-        video, text, video.stride(0), text.stride(0), nothing if inverses is None else inverses, scale,
-        nothing if dense is None else dense, *((0, 0) if dense is None else dense.stride()),
-        nothing if verbs is None else verbs, nothing if nouns is None else nouns,
-    )  # fmt: skip
-    kind = kind_of(positives)
-    constants = dict(NORMALISE=inverses is not None, POSITIVES=kind, VERB_WORDS=words(verbs), NOUN_WORDS=words(nouns))
-    return arguments, constants | dict(GROUP=GROUP, **contrast_plan(video.dtype, kind, generation(video.device)))
-
-
-def contrast_plan(dtype, positives, generation=9):
-    """As `plan`; four totals and a mask leave registers for 64 x 64 in 4 warps, the bits of classes in 8.
+def config(dtype, kind, generation=9):
+    """As `panel.config`; four totals and a mask leave registers for 64 x 64 in 4 warps, the bits of classes in 8.
 
     So many on Blackwell for all: of any other tiles there, Triton 3.6 cannot compile the slopes of 16-bit features.
     """
-    if generation >= 10 or positives == SHARED:
-        return plan(dtype) | {"BLOCK": 64, "num_warps": 8}
-    return plan(dtype) if positives == OWN else plan(dtype) | {"BLOCK": 64, "num_warps": 4}
+    shape = panel.config(dtype)
+    if generation >= 10 or kind == SHARED:
+        return shape | {"BLOCK": 64, "num_warps": 8}
+    return shape if kind == OWN else shape | {"BLOCK": 64, "num_warps": 4}
 
 
-def tiles(rows, video, positives):
-    """(down, across): how many tiles a panel of `rows` videos has; positives: as `stats`."""
-    block = contrast_plan(video.dtype, kind_of(positives), generation(video.device))["BLOCK"]
-    return triton.cdiv(rows, block), triton.cdiv(video.shape[0], block)
+def _constants(video, positives):
+    """What both kernels are compiled for."""
+    kind = DENSE if positives.dense is not None else SHARED if positives.verbs is not None else OWN
+    words = lambda x: 1 if x is None else x.shape[1]  # noqa: E731
+    shape = config(video.dtype, kind, generation(video.device))
+    return dict(VERB_WORDS=words(positives.verbs), NOUN_WORDS=words(positives.nouns), POSITIVES=kind, GROUP=GROUP, **shape)
 
 
-def kind_of(positives):
-    dense, verbs, _ = positives
-    return DENSE if dense is not None else SHARED if verbs is not None else OWN
+def tiles_of(rows, video, positives):
+    """(down, across): how many tiles a panel of `rows` videos has."""
+    return tiles(rows, len(video), _constants(video, positives)["BLOCK"])
 
 
-def stats(features, scale, positives, rows, columns, first, last):
-    """features: video, text, inverses of their norms [2, N] or None for products as they are. scale: float32 of one element.
-    positives: (bool [N, N], verb bits, noun bits as int32 [N, words]), None where there are none. rows, columns: as the kernel
-    takes them.
+def stats(video, text, inverses, scale, positives, rows, columns, first, last):
+    """inverses: of the norms, float32 [2, N], or None for products as they are. scale: float32 of one element. rows, columns:
+    as the kernel takes them.
     """
-    video = features[0]
-    N, E = video.shape
-    arguments, constants = _source(features, scale, positives, rows)
     with on(video.device):
         contrast_stats_kernel[(rows.shape[2] // 4 * columns.shape[2],)](
-            *arguments, rows, columns, first, last, N, E, **constants
-        )  # fmt: skip
+            features(video, text), inverses, scale, positives, rows, columns, first, last, **_constants(video, positives)
+        )
 
 
-def slopes(features, scale, positives, totals, weight, panel, scale_slope, first, last):
-    """totals: row_totals, col_totals. Others: as `stats`, and as the kernel takes them."""
-    video = features[0]
-    N, E = video.shape
-    arguments, constants = _source(features, scale, positives, panel)
+def slopes(video, text, inverses, scale, positives, totals, weight, panel, scale_slope, first, last):
+    """As `stats`; totals, weight (float32 [N] or None), panel, scale_slope: as the kernel takes them."""
     with on(video.device):
-        contrast_slopes_kernel[(scale_slope.shape[0],)](
-            *arguments, *totals, totals[0] if weight is None else weight, panel, scale_slope, first, last, N, E,
-            WEIGHTED=weight is not None, **constants,
+        contrast_slopes_kernel[(len(scale_slope),)](
+            features(video, text), inverses, scale, positives, totals, weight, panel, scale_slope, first, last,
+            **_constants(video, positives),
         )  # fmt: skip

@@ -7,12 +7,13 @@ similarities anew, 8 N^2 E operations instead of 6, but needs no memory beside i
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import generation, on
-from evaat_fast.kernels.pairwise.sms import RULES, _labels, _side
+from evaat_fast.kernels.pairwise.panel import features
+from evaat_fast.kernels.pairwise.sms import RULES, Labels, Pairs, labels_of, numbers, side
 
 MOST_FEATURES = 256  # of which a gradient fits into registers
 
 
-def recompute_plan(E, generation=9):
+def config(E, generation=9):
     """Tiles and launch for 16-bit features. Hopper and later: 128 rows in 8 warps, half of whose registers hold the gradient,
     so that only 16 columns at a time fit beside it without a spill (60 instructions a pair; 32 columns spill 8 to 144 bytes).
     Before Hopper the rows that stay take registers too, where E > 128.
@@ -49,87 +50,76 @@ def _cosines(x, y, inv_mine, inv_other, CAPTIONS: tl.constexpr):
 
 @triton.jit
 def recompute_diagonal_kernel(
-    mine, other, mine_n, other_n, inv_mine, inv_other, diagonal, N, E,
-    CAPTIONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+    f, pairs, CAPTIONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """float32 [N]: each pair's own cosine, from a tile of the shape that the next kernel multiplies, so that ties are exact."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M + tl.arange(0, BLOCK_M)
-    inv_m, inv_n = tl.load(inv_mine + m, mask=m < N, other=0.0), tl.load(inv_other + n, mask=n < N, other=0.0)
-    s = _cosines(_rows(mine, mine_n, m, N, E, BLOCK_E), _rows(other, other_n, n, N, E, BLOCK_E), inv_m, inv_n, CAPTIONS)
-    tl.store(diagonal + n, tl.sum(tl.where(m[:, None] == n[None, :], s, 0.0), 0), mask=n < N)
+    inv_m = tl.load(pairs.inv_video + m, mask=m < f.N, other=0.0)
+    inv_n = tl.load(pairs.inv_text + n, mask=n < f.N, other=0.0)
+    x, y = _rows(f.video, f.video_n, m, f.N, f.E, BLOCK_E), _rows(f.text, f.text_n, n, f.N, f.E, BLOCK_E)
+    s = _cosines(x, y, inv_m, inv_n, CAPTIONS)
+    tl.store(pairs.cosine + n, tl.sum(tl.where(m[:, None] == n[None, :], s, 0.0), 0), mask=n < f.N)
 
 
 @triton.jit
 def sms_recompute_kernel(
-    mine, other, mine_n, other_n, inv_mine, inv_other, diagonal, self_relevancy,
-    table, table_mine, table_other, table_half, mine_index, other_index, verb, values, V, C,
-    weight, entries, sums, grad, N, E, margin, relaxation, eps,
-    CAPTIONS: tl.constexpr, INDEXED: tl.constexpr, CODES: tl.constexpr, RULE: tl.constexpr, WRITE: tl.constexpr,
-    WEIGHTED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    f, pairs, labels, penalty, entries, sums, grad,
+    CAPTIONS: tl.constexpr, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Rows of `mine`, which are the videos, or with CAPTIONS the captions, and all rows of `other`.
+    """All rows that stay and all others. f, pairs, labels: the videos' side, which stay; with CAPTIONS the captions' side.
 
-    entries: float64 [N], sums of the penalties anchored at each row; sums: int32 [N], of their slopes. grad, if WRITE: float32
-    [N, E], sums of the slopes of both sides times the other's unit rows; weight: float32 [N], what each pair's own loss counts,
-    if WEIGHTED. table_mine, table_other: strides of the labels; V, C: their sizes along mine and other.
+    entries: float64 [N], sums of the penalties anchored at each row; sums: int32 [N], of their slopes. grad: float32 [N, E] or
+    None, sums of the slopes of both sides times the other's unit rows.
     """
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m, N = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), f.N
     in_m = m < N
-    inv_m, own_m = tl.load(inv_mine + m, mask=in_m, other=0.0), tl.load(diagonal + m, mask=in_m, other=0.0)
-    self_m, weight_m = tl.load(self_relevancy + m, mask=in_m, other=0.0), inv_m
-    if WEIGHTED:
-        weight_m = tl.load(weight + m, mask=in_m, other=0.0)
-    x = _rows(mine, mine_n, m, N, E, BLOCK_E)
+    inv_m, cosine_m = tl.load(pairs.inv_video + m, mask=in_m, other=0.0), tl.load(pairs.cosine + m, mask=in_m, other=0.0)
+    own_m, weight_m = tl.load(pairs.own + m, mask=in_m, other=0.0), inv_m
+    if pairs.weight is not None:
+        weight_m = tl.load(pairs.weight + m, mask=in_m, other=0.0)
+    x = _rows(f.video, f.video_n, m, N, f.E, BLOCK_E)
     loss, slopes = tl.zeros((BLOCK_M,), tl.float64), tl.zeros((BLOCK_M,), tl.int32)
     total = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for begin in range(0, N, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
         in_n = n < N
-        y = _rows(other, other_n, n, N, E, BLOCK_E)
-        inv_n = tl.load(inv_other + n, mask=in_n, other=0.0)
-        own_n, self_n = tl.load(diagonal + n, mask=in_n, other=0.0), tl.load(self_relevancy + n, mask=in_n, other=0.0)
+        y = _rows(f.text, f.text_n, n, N, f.E, BLOCK_E)
+        inv_n = tl.load(pairs.inv_text + n, mask=in_n, other=0.0)
+        cosine_n, own_n = tl.load(pairs.cosine + n, mask=in_n, other=0.0), tl.load(pairs.own + n, mask=in_n, other=0.0)
         s = _cosines(x, y, inv_m, inv_n, CAPTIONS)
-        label = _labels(
-            table, table_mine, table_other, table_half, mine_index, other_index, verb, values, m, n, N, V, C, INDEXED, CODES
-        )  # fmt: skip
+        label = labels_of(labels, m, n, N)
         keep = in_m[:, None] & in_n[None, :] & (m[:, None] != n[None, :])
-        loss_m, slope_m = _side(self_m[:, None], label, own_m[:, None], s, margin, relaxation, eps, keep, RULE, True)
+        loss_m, slope_m = side(own_m[:, None], label, cosine_m[:, None], s, penalty, keep, RULE, True)
         loss += tl.sum(loss_m, 1).to(tl.float64)
         slopes += tl.sum(slope_m, 1).to(tl.int32)
-        if WRITE:
-            _, slope_n = _side(self_n[None, :], label, own_n[None, :], s, margin, relaxation, eps, keep, RULE, True)
-            if WEIGHTED:
+        if grad is not None:
+            _, slope_n = side(own_n[None, :], label, cosine_n[None, :], s, penalty, keep, RULE, True)
+            if pairs.weight is not None:
                 slope_m *= weight_m[:, None]
-                slope_n *= tl.load(weight + n, mask=in_n, other=0.0)[None, :]
+                slope_n *= tl.load(pairs.weight + n, mask=in_n, other=0.0)[None, :]
             # The raw rows that are here already, and a rounded 1 / norm in the slope: as exact as a rounded unit row.
             slope = ((slope_m + slope_n) * inv_n[None, :]).to(y.dtype)
             total = tl.dot(slope, y, total, input_precision="tf32x3")
     tl.store(entries + m, loss, mask=in_m)
     tl.store(sums + m, slopes, mask=in_m)
-    if WRITE:
+    if grad is not None:
         e = tl.arange(0, BLOCK_E)
-        tl.store(grad + m.to(tl.int64)[:, None] * E + e[None, :], total, mask=in_m[:, None] & (e < E)[None, :])
+        tl.store(grad + m.to(tl.int64)[:, None] * f.E + e[None, :], total, mask=in_m[:, None] & (e < f.E)[None, :])
 
 
-def sms_rows(features, diagonal, own, labels, weight, entries, sums, grad, settings, rule, captions):
-    """One run. features: video, text, inverses of their norms [2, N]; diagonal: float32 [N], scratch. labels, settings, rule:
-    as `pairwise.sms_panel`. weight, grad: None, or as the kernel takes them. captions: whether they are the rows that stay.
+def sms_rows(video, text, pairs, labels, penalty, entries, sums, grad, captions):
+    """One run. pairs, labels, penalty: as `sms.sms_panel`; pairs.cosine is scratch. entries, sums, grad: as the kernel takes
+    them. captions: whether they are the rows that stay.
     """
-    video, text, inverses = features
-    table, video_index, caption_index, verb, values = labels
-    N, E = video.shape
-    both = [(video, inverses[0], video_index, -2), (text, inverses[1], caption_index, -1)]
-    (mine, inv_mine, mine_index, down), (other, inv_other, other_index, across) = both[::-1] if captions else both
-    pick = lambda x: video if x is None else x  # stands for a pointer that is not read  # noqa: E731
-    plan = recompute_plan(E, generation(video.device))
-    shared = (mine, other, mine.stride(0), other.stride(0), inv_mine, inv_other, diagonal)
+    if captions:  # the two sides change places
+        video, text = text, video
+        pairs = Pairs(pairs.inv_text, pairs.inv_video, *pairs[2:])
+        v, w = labels, labels.verb
+        labels = Labels(v.table, v.column, v.row, v.half, v.C, v.V, v.caption_index, v.video_index, w, v.values)
+    shape, f = config(video.shape[1], generation(video.device)), features(video, text)
     with on(video.device):
-        recompute_diagonal_kernel[(triton.cdiv(N, plan["BLOCK_N"]),)](*shared, N, E, CAPTIONS=captions, **plan)
-        sms_recompute_kernel[(triton.cdiv(N, plan["BLOCK_M"]),)](
-            *shared, own, table, table.stride(down), table.stride(across), table.stride(0) if table.ndim == 3 else 0,
-            pick(mine_index), pick(other_index), pick(verb), pick(values), table.shape[down], table.shape[across],
-            pick(weight), entries, sums, pick(grad), N, E, *settings,
-            CAPTIONS=captions, INDEXED=mine_index is not None, CODES=values is not None, RULE=RULES[rule],
-            WRITE=grad is not None, WEIGHTED=weight is not None, **plan,
-        )  # fmt: skip
+        recompute_diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK_N"]),)](f, pairs, CAPTIONS=captions, **shape)
+        sms_recompute_kernel[(triton.cdiv(f.N, shape["BLOCK_M"]),)](
+            f, pairs, labels, numbers(penalty), entries, sums, grad, CAPTIONS=captions, RULE=RULES[penalty.rule], **shape
+        )

@@ -1,49 +1,32 @@
 """The contrastive losses over a batch of N videos and N captions: InfoNCE, as CLIP has it, and EgoNCE.
 
-    loss = clip_loss(video, text, logit_scale.exp())
-    loss = ego_nce_loss(video, text, VerbNounPositives(verbs, nouns))
-
-The references below are the specification; they build the [N, N] matrix.
+loss = clip_loss(video, text, logit_scale.exp())
+loss = ego_nce_loss(video, text, VerbNounPositives(verbs, nouns))
 """
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from evaat_fast.ops._core import dispatch as _dispatch
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import memory_of, number
-from evaat_fast.ops.pairwise.check import check_common, check_features, no_autocast, no_pair
-from evaat_fast.ops.pairwise.positives import VerbNounPositives, as_positives
-from evaat_fast.ops.pairwise.relevancy import FLOATS
-from evaat_fast.ops.pairwise.sms import unit_rows
-from evaat_fast.ops.pairwise.step import contrast_loss_step
+from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.check import FLOATS, check_common, check_features, no_autocast, no_pair
+from evaat_fast.ops.pairwise.positives import Positives, VerbNounPositives, as_positives
+from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference, wide
 
 __all__ = ["VerbNounPositives", "clip_loss", "clip_loss_reference", "ego_nce_loss", "ego_nce_loss_reference"]
 
 
-def clip_loss_reference(video, text, logit_scale, reduction="mean"):
-    """The specification: the mean of both directions' cross-entropies of logit_scale * t_i . v_j, in float32 or float64."""
-    wide = torch.promote_types(video.dtype, torch.float32)
-    logits = logit_scale * (text.to(wide) @ video.to(wide).T)
-    target = torch.arange(video.shape[0], device=video.device)
-    entries = [cross_entropy(x, target, reduction="none") for x in (logits, logits.T)]
-    entries = (entries[0] + entries[1]) / 2
-    return entries if reduction == "none" else entries.sum() / max(video.shape[0], 1)
-
-
-def ego_nce_loss_reference(video, text, positives, temperature, reduction="mean"):
-    """The specification. positives: bool [N, N], rows = videos; every pair is a positive of its own.
-
-    With x the cosines over the temperature, the sum of both directions' mean -log(sum of exp(x) over positives / over all).
-    """
-    wide = torch.promote_types(video.dtype, torch.float32)
-    x = unit_rows(video.to(wide)) @ unit_rows(text.to(wide)).T / temperature
-    keep = positives | torch.eye(video.shape[0], dtype=torch.bool, device=video.device)
-    only = x.masked_fill(~keep, -torch.inf)
-    entries = sum(x.logsumexp(dim) - only.logsumexp(dim) for dim in (0, 1))
-    return entries if reduction == "none" else entries.sum() / max(video.shape[0], 1)
-
-
-def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mode="ddp", backend=None):
+def clip_loss(
+    video: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    reduction: str = "mean",
+    group: object = None,
+    grad_mode: str = "ddp",
+    backend: str | None = None,
+) -> Tensor:
     """Symmetric InfoNCE: ½ (CE(logit_scale * t v^T) + CE(logit_scale * v t^T)), every pair its own class.
 
     Args:
@@ -63,19 +46,22 @@ def clip_loss(video, text, logit_scale, *, reduction="mean", group=None, grad_mo
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
-    video, text = check_features("clip_loss", video, text)
-    check_common("clip_loss", reduction, group, grad_mode)
-    logit_scale = _check_scale(logit_scale, video)
-    backend = _dispatch.pick("clip_loss", video, backend)
-    if backend != "reference":
-        return contrast_loss_step(video, text, logit_scale, None, reduction, backend)
-    if video.shape[0] == 1:
-        video, text, logit_scale = no_pair(video, text, logit_scale)
-    with no_autocast(video):
-        return clip_loss_reference(video, text, logit_scale, reduction)
+    return contrast(
+        "clip_loss", video, text, logit_scale, None, reduction=reduction, group=group, grad_mode=grad_mode, backend=backend
+    )
 
 
-def ego_nce_loss(video, text, positives, *, temperature=0.05, reduction="mean", group=None, grad_mode="ddp", backend=None):
+def ego_nce_loss(
+    video: Tensor,
+    text: Tensor,
+    positives: Tensor | VerbNounPositives,
+    *,
+    temperature: float = 0.05,
+    reduction: str = "mean",
+    group: object = None,
+    grad_mode: str = "ddp",
+    backend: str | None = None,
+) -> Tensor:
     """EgoVLP's EgoNCE: InfoNCE with several positives, -mean log(sum over positives / sum over all) of both directions, added.
 
     Args:
@@ -90,30 +76,51 @@ def ego_nce_loss(video, text, positives, *, temperature=0.05, reduction="mean", 
 
     Source: EgoVLP (arXiv 2206.01670), equation 2, and its code, where both directions are added.
     """
-    video, text = check_features("ego_nce_loss", video, text)
-    check_common("ego_nce_loss", reduction, group, grad_mode)
-    positives = as_positives(positives, video.shape[0], video.device)
     if not number("temperature", temperature) > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    backend = _dispatch.pick("ego_nce_loss", video, backend)
+    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    return contrast("ego_nce_loss", video, text, 1 / number("temperature", temperature), positives, **options)
+
+
+def contrast(
+    op: str,
+    video: Tensor,
+    text: Tensor,
+    scale: float | Tensor,
+    positives: Tensor | VerbNounPositives | None,
+    *,
+    reduction: str = "mean",
+    group: object = None,
+    grad_mode: str = "ddp",
+    backend: str | None = None,
+    panel_rows: int | None = None,
+) -> Tensor:
+    """Checks a call, plans it, and runs it. positives None: InfoNCE. panel_rows: as `step.Work` says."""
+    video, text = check_features(op, video, text)
+    check_common(op, reduction, group, grad_mode)
+    N, normalise = video.shape[0], op == "ego_nce_loss"
+    pairs = as_positives(positives, N, video.device) if normalise else Positives()
+    multiplier = _check_scale(scale, video.device, wide(video.dtype))
+    backend = dispatch.pick(op, video.device, video.dtype, backend)
     if backend != "reference":
-        scale = torch.full((), 1 / temperature, dtype=torch.promote_types(video.dtype, torch.float32), device=video.device)
-        return contrast_loss_step(video, text, scale, positives, reduction, backend)
-    if video.shape[0] == 1:
-        video, text = no_pair(video, text)
-    with no_autocast(video):
-        return ego_nce_loss_reference(video, text, positives.rows(0, video.shape[0]), temperature, reduction)
+        work = step.Work(reduction == "none", True, True, True, backend, panel_rows)
+        return step.loss(step.contrast_step, step.ContrastSettings(pairs, normalise, work), (video, text, multiplier))
+    if N == 1:
+        video, text, multiplier = no_pair(video, text, multiplier)
+    with no_autocast(video.device.type):
+        if normalise:
+            return ego_nce_loss_reference(video, text, pairs.rows(0, N), 1 / scale, reduction)
+        return clip_loss_reference(video, text, multiplier, reduction)
 
 
-def _check_scale(scale, video):
+def _check_scale(scale, device, dtype):
     """logit_scale as a tensor [] in the dtype of the computation."""
-    wide = torch.promote_types(video.dtype, torch.float32)
-    if not isinstance(scale, torch.Tensor):
-        return torch.full((), number("logit_scale", scale), dtype=wide, device=video.device)
+    if not isinstance(scale, Tensor):
+        return torch.full((), number("logit_scale", scale), dtype=dtype, device=device)
     if scale.dtype not in FLOATS:
         raise TypeError(f"logit_scale: expected a float or a float tensor, got {scale.dtype}")
     if scale.numel() != 1:
         raise ValueError(f"logit_scale: expected one element, got the shape {list(scale.shape)}")
-    if scale.device != video.device:
-        raise ValueError(f"logit_scale: expected the features' device {video.device}, got {scale.device}")
-    return memory_of("clip_loss", "logit_scale", scale).reshape(()).to(wide)
+    if scale.device != device:
+        raise ValueError(f"logit_scale: expected the features' device {device}, got {scale.device}")
+    return memory_of("clip_loss", "logit_scale", scale).reshape(()).to(dtype)

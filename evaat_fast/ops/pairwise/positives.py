@@ -1,8 +1,12 @@
 """Which pairs of a batch count as positive for EgoNCE: a matrix, or what the captions speak of."""
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from evaat_fast.ops._core.tensor import memory_of
+from evaat_fast.ops.pairwise.check import kind
 
 
 class VerbNounPositives:
@@ -30,7 +34,7 @@ class VerbNounPositives:
 def _bits(name, x):
     """int32 [N, words]: bit c of a row's 32-bit words is class c."""
     if not isinstance(x, torch.Tensor) or x.is_complex():
-        raise TypeError(f"{name}: expected a tensor of class ids [N] or of 0 and 1 [N, K], got {_kind(x)}")
+        raise TypeError(f"{name}: expected a tensor of class ids [N] or of 0 and 1 [N, K], got {kind(x)}")
     memory_of("VerbNounPositives", name, x)
     if x.ndim == 1:
         if x.dtype not in (torch.int64, torch.int32):
@@ -46,14 +50,13 @@ def _bits(name, x):
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
+@dataclass(frozen=True)
 class Positives:
-    """What the kernels are given: bool [N, N] or None; the verb and the noun bits int32 [N, words], or None."""
+    """What the kernels are given: bool [N, N], or the verb and the noun bits int32 [N, words]; none: each pair alone."""
 
-    def __init__(self, dense, verbs, nouns):
-        self.dense, self.verbs, self.nouns = dense, verbs, nouns
-
-    def tensors(self):
-        return self.dense, self.verbs, self.nouns
+    dense: Tensor | None = None
+    verbs: Tensor | None = None
+    nouns: Tensor | None = None
 
     def rows(self, first, last):
         """bool [last - first, N]: the captions that are positive for videos first .. last - 1, beside their own."""
@@ -79,11 +82,7 @@ def as_positives(positives, N, device):
             raise ValueError(f"positives: expected the shape [{N}, {N}], got {list(positives.shape)}")
         on, result = positives.device, (memory_of("ego_nce_loss", "positives", positives), None, None)
     else:
-        raise TypeError(f"positives: expected a bool tensor [{N}, {N}] or a VerbNounPositives, got {_kind(positives)}")
+        raise TypeError(f"positives: expected a bool tensor [{N}, {N}] or a VerbNounPositives, got {kind(positives)}")
     if on != device:
         raise ValueError(f"positives: expected the features' device {device}, got {on}")
     return Positives(*result)
-
-
-def _kind(x):
-    return x.dtype if isinstance(x, torch.Tensor) else type(x).__name__

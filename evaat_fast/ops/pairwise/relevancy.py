@@ -4,13 +4,16 @@ A loss takes any of them as `relevancy` and reads the same number for the same p
 to float32 (float64 for float64 features) before anything is computed with them, so equal values give equal bits.
 """
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import memory_of, number
+from evaat_fast.ops.pairwise.check import FLOATS, kind, no_gradient
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INDICES = (torch.int64, torch.int32)
 
 
@@ -31,12 +34,17 @@ class DenseRelevancy:
 
     def __init__(self, codes, scale):
         if not isinstance(codes, torch.Tensor) or codes.dtype != torch.uint8:
-            raise TypeError(f"codes: expected a uint8 tensor, got {_kind(codes)}")
+            raise TypeError(f"codes: expected a uint8 tensor, got {kind(codes)}")
         memory_of("DenseRelevancy", "codes", codes)
         if codes.ndim != 2:
             raise ValueError(f"codes: expected the shape [N, N], got {list(codes.shape)}")
         self.codes = codes
         self.values = _values(scale, codes.device)
+
+    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
+        """Those of a batch of N pairs, and in the dtype `own` each pair's own; check: wait for the device to see whether all
+        indices lie in the table."""
+        return _fitting(Labels(self.codes, values=self.values), N, device, check, own, "codes", "codes")
 
 
 class IndexedRelevancy:
@@ -59,7 +67,7 @@ class IndexedRelevancy:
         if scale is None:
             _check_table("table", table, "[V, C], or uint8 codes with a scale")
         elif not isinstance(table, torch.Tensor) or table.dtype != torch.uint8 or table.ndim != 2:
-            got = f"{_kind(table)} {list(table.shape)}" if isinstance(table, torch.Tensor) else _kind(table)
+            got = f"{kind(table)} {list(table.shape)}" if isinstance(table, torch.Tensor) else kind(table)
             raise TypeError(f"table: expected uint8 codes [V, C] beside a scale, got {got}")
         _check_ids("IndexedRelevancy", table.device, video_index=video_index, caption_index=caption_index)
         if caption_index is video_index:
@@ -67,6 +75,11 @@ class IndexedRelevancy:
         table = memory_of("IndexedRelevancy", "table", table)
         self.table, self.video_index, self.caption_index = table, video_index, caption_index
         self.values = None if scale is None else _values(scale, table.device)
+
+    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
+        """As `DenseRelevancy.labels`."""
+        labels = Labels(self.table, self.video_index, self.caption_index, None, self.values)
+        return _fitting(labels, N, device, check, own, "table", "video_index")
 
 
 class VerbNounRelevancy:
@@ -93,10 +106,15 @@ class VerbNounRelevancy:
         _check_table("noun_iou", noun_iou, "[S, S]")
         if noun_iou.shape[0] != noun_iou.shape[1]:
             raise ValueError(f"noun_iou: expected the shape [S, S], got {list(noun_iou.shape)}")
-        no_gradient("noun_iou", noun_iou)
+        no_gradient("noun_iou", noun_iou.requires_grad)
         _check_ids("VerbNounRelevancy", noun_iou.device, verb=verb, noun_set=noun_set)
         self.verb, self.noun_set = verb.view(-1) if verb is noun_set else verb, noun_set  # torch.compile takes no tensor twice
         self.table, self.values = _verb_noun_table(memory_of("VerbNounRelevancy", "noun_iou", noun_iou))
+
+    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
+        """As `DenseRelevancy.labels`."""
+        labels = Labels(self.table, self.noun_set, self.noun_set.view(-1), self.verb, self.values)
+        return _fitting(labels, N, device, check, own, "noun_iou", "noun_set")
 
 
 _VERB_NOUN = WeakIdKeyDictionary()
@@ -104,7 +122,7 @@ _VERB_NOUN = WeakIdKeyDictionary()
 
 def _verb_noun_table(noun_iou):
     """([2, S, S], values): labels of pairs of another verb and of the same, as codes where 256 values suffice."""
-    if torch.compiler.is_compiling() or traced():  # how many values there are is then not known
+    if torch.compiler.is_compiling() or traced(type(noun_iou)):  # how many values there are is then not known
         return _both_verbs(noun_iou), None
     version, *made = _VERB_NOUN.get(noun_iou, (None,))
     if version is None or version != noun_iou._version:
@@ -143,7 +161,7 @@ def quantize_relevancy(relevancy, steps=240):
     Source: the authors' SMS-Loss code (matrix * 240 as uint8).
     """
     if not isinstance(relevancy, torch.Tensor) or relevancy.dtype not in FLOATS:
-        raise TypeError(f"relevancy: expected a float tensor, got {_kind(relevancy)}")
+        raise TypeError(f"relevancy: expected a float tensor, got {kind(relevancy)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected a positive integer, got {steps!r}")
     scaled = relevancy.detach() * steps
@@ -152,22 +170,16 @@ def quantize_relevancy(relevancy, steps=240):
     return scaled.to(torch.uint8), torch.arange(256, dtype=torch.float64, device=relevancy.device) / steps
 
 
+@dataclass(frozen=True)
 class Labels:
     """What the kernels are given for any source: the stored tensor [V, C], or [2, V, C] with the verbs that choose between the
     two; the indices into it or None; the value of each code, float [256], where it holds codes."""
 
-    def __init__(self, table, video_index=None, caption_index=None, verb=None, values=None):
-        self.table, self.video_index, self.caption_index, self.verb, self.values = (
-            table,
-            video_index,
-            caption_index,
-            verb,
-            values,
-        )
-
-    def tensors(self):
-        """What the constructor takes."""
-        return self.table, self.video_index, self.caption_index, self.verb, self.values
+    table: Tensor
+    video_index: Tensor | None = None
+    caption_index: Tensor | None = None
+    verb: Tensor | None = None
+    values: Tensor | None = None
 
     def rows(self, first, last, dtype):
         """[last - first, N] in `dtype`: the labels of videos first .. last - 1. An index out of range reads NaN."""
@@ -220,40 +232,22 @@ def _values(scale, device):
         return torch.arange(256, dtype=torch.float64, device=device) * number("scale", scale)
     if scale.dtype not in FLOATS or scale.shape != (256,):
         raise ValueError(f"scale: expected a float, or a float tensor [256], got {scale.dtype} {list(scale.shape)}")
-    no_gradient("scale", scale)
+    no_gradient("scale", scale.requires_grad)
     return memory_of("the labels", "scale", scale).to(device)
 
 
-def as_labels(relevancy, N, device):
-    """Checks a loss's `relevancy` argument against the batch and returns its Labels."""
-    if isinstance(relevancy, (IndexedRelevancy, VerbNounRelevancy)):
-        indexed = isinstance(relevancy, IndexedRelevancy)
-        index = relevancy.video_index if indexed else relevancy.noun_set
-        name, table, size = "relevancy.table" if indexed else "relevancy.noun_iou", relevancy.table, index.shape[0]
-        if size != N:
-            field = "video_index" if indexed else "noun_set"
-            raise ValueError(f"relevancy.{field}: expected {N} entries, one for each pair, got {size}")
-        others = (relevancy.caption_index, None) if indexed else (index.view(-1), relevancy.verb)
-        labels = Labels(table, index, *others, relevancy.values)
-    elif isinstance(relevancy, DenseRelevancy):
-        name, table = "relevancy.codes", relevancy.codes
-        labels = Labels(table, values=relevancy.values)
-    else:
-        name, table = "relevancy", relevancy
-        _check_table("relevancy", table, f"[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy")
-        table = memory_of("the loss", "relevancy", table)
-        labels = Labels(table)
-    if labels.video_index is None and table.shape != (N, N):
-        raise ValueError(f"{name}: expected the shape [{N}, {N}], got {list(table.shape)}")
-    if table.device != device:
-        raise ValueError(f"{name}: expected the features' device {device}, got {table.device}")
-    no_gradient(name, table)
-    return labels
-
-
-def no_gradient(name, x):
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: requires a gradient, and the losses compute none for labels; pass it detached")
+def _fitting(labels, N, device, check, own, table, index):
+    """labels, checked against the batch; table, index: what the source calls them."""
+    if labels.video_index is not None and labels.video_index.shape[0] != N:
+        raise ValueError(f"relevancy.{index}: expected {N} entries, one for each pair, got {labels.video_index.shape[0]}")
+    if labels.video_index is None and labels.table.shape != (N, N):
+        raise ValueError(f"relevancy.{table}: expected the shape [{N}, {N}], got {list(labels.table.shape)}")
+    if labels.table.device != device:
+        raise ValueError(f"relevancy.{table}: expected the features' device {device}, got {labels.table.device}")
+    no_gradient(f"relevancy.{table}", labels.table.requires_grad)
+    if check:
+        labels.check_indices()
+    return labels, None if own is None else labels.diagonal(own)
 
 
 def _check_ids(op, device, **ids):
@@ -261,7 +255,7 @@ def _check_ids(op, device, **ids):
     (first, a), (second, b) = ids.items()
     for name, x in ids.items():
         if not isinstance(x, torch.Tensor) or x.dtype not in _INDICES:
-            raise TypeError(f"{name}: expected a tensor of int64 or int32, got {_kind(x)}")
+            raise TypeError(f"{name}: expected a tensor of int64 or int32, got {kind(x)}")
         memory_of(op, name, x)
         if x.ndim != 1:
             raise ValueError(f"{name}: expected the shape [N], got {list(x.shape)}")
@@ -273,11 +267,7 @@ def _check_ids(op, device, **ids):
 
 def _check_table(name, x, shape):
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a float tensor {shape}, got {_kind(x)}")
+        raise TypeError(f"{name}: expected a float tensor {shape}, got {kind(x)}")
     memory_of("the loss", name, x)
     if x.ndim != 2:
         raise ValueError(f"{name}: expected the shape {shape}, got {list(x.shape)}")
-
-
-def _kind(x):
-    return x.dtype if isinstance(x, torch.Tensor) else type(x).__name__

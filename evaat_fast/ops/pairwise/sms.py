@@ -1,27 +1,24 @@
 """The max-margin losses over a batch of N videos and N captions: SMS, MI-MM and Adaptive MI-MM.
 
-    loss = sms_loss(video, text, IndexedRelevancy(table, video_index, caption_index))
-
-The reference below is the specification; it builds the [N, N] matrix.
+loss = sms_loss(video, text, IndexedRelevancy(table, video_index, caption_index))
 """
 
 import torch
+from torch import Tensor
 
-from evaat_fast.ops._core import dispatch as _dispatch
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import memory_of, number
-from evaat_fast.ops.pairwise.check import check_common, check_features, no_autocast, no_pair
+from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.check import FLOATS, check_common, check_features, kind, no_autocast, no_gradient, no_pair
+from evaat_fast.ops.pairwise.reference import Penalty, penalty, sms_loss_reference, wide
 from evaat_fast.ops.pairwise.relevancy import (
-    FLOATS,
     DenseRelevancy,
     IndexedRelevancy,
     Labels,
     VerbNounRelevancy,
-    as_labels,
-    no_gradient,
     quantize_relevancy,
 )
-from evaat_fast.ops.pairwise.step import sms_loss_step
 
 __all__ = [
     "DenseRelevancy",
@@ -29,68 +26,32 @@ __all__ = [
     "VerbNounRelevancy",
     "adaptive_mi_mm_loss",
     "mi_mm_loss",
+    "penalty",
     "quantize_relevancy",
     "sms_loss",
     "sms_loss_reference",
 ]
 
+Relevancy = Tensor | DenseRelevancy | IndexedRelevancy | VerbNounRelevancy
 _EPS = {"code": 1.1 / 240, "paper": 0.1, "charades": 0.1}
 
 
-def unit_rows(x):
-    """x / |x| by rows; a row with |x| < 1e-8 is divided by 1e-8 and gets no gradient."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    unit = x / norm.clamp_min(1e-8)
-    return torch.where(norm < 1e-8, unit.detach(), unit)
-
-
-def sms_loss_reference(video, text, relevancy, self_relevancy, margin, relaxation, eps, rule="code", reduction="mean"):
-    """The specification. relevancy [N, N] (rows = videos) and self_relevancy [N] have the dtype of the computation: float32,
-    or float64 for float64 features.
-
-    x_ij = t_i . v_j of unit rows, c_ij = relevancy[j, i], w = self_relevancy. Every i != j counts twice, from text i and from
-    video j: m1 = margin * (w_i - c_ij) - (x_ii - x_ij) and m2 = margin * (w_j - c_ij) - (x_jj - x_ij).
-    """
-    N, wide = video.shape[0], relevancy.dtype
-    x = unit_rows(text.to(wide)) @ unit_rows(video.to(wide)).T
-    diagonal = torch.eye(N, dtype=torch.bool, device=x.device)
-    terms = []
-    for anchor in (1, 0):  # text i stands in the rows, video j in the columns
-        d = self_relevancy.unsqueeze(anchor) - relevancy.T
-        gap = x.diagonal().unsqueeze(anchor) - x
-        terms.append(penalty(d, gap, margin, relaxation, eps, rule).masked_fill(diagonal, 0.0))
-    entries = (terms[0].sum(1) + terms[1].sum(0)) / max(2 * (N - 1), 1)
-    return entries if reduction == "none" else entries.sum() / max(N, 1)
-
-
-def penalty(d, gap, margin, relaxation, eps, rule):
-    """f(m, d) of one side. The rules differ in what d == eps means, in whether equal labels keep their margin * d, and in
-    whether a pair of a higher label than the anchor's own counts."""
-    m = margin * d - gap
-    equal, more = d.abs() < eps, (d > eps if rule == "code" else d >= eps)
-    near = m if rule == "code" else -gap
-    less = (-m).relu()
-    if rule == "charades":
-        less = less.masked_fill(d <= -eps, 0.0)
-    return torch.where(equal, (near.abs() - relaxation).relu(), torch.where(more, m.relu(), less))
-
-
 def sms_loss(
-    video,
-    text,
-    relevancy,
+    video: Tensor,
+    text: Tensor,
+    relevancy: Relevancy,
     *,
-    self_relevancy=None,
-    margin=0.6,
-    relaxation=0.1,
-    eps=None,
-    rule="code",
-    reduction="mean",
-    group=None,
-    grad_mode="ddp",
-    validate=None,
-    backend=None,
-):
+    self_relevancy: Tensor | None = None,
+    margin: float = 0.6,
+    relaxation: float = 0.1,
+    eps: float | None = None,
+    rule: str = "code",
+    reduction: str = "mean",
+    group: object = None,
+    grad_mode: str = "ddp",
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """The Symmetric Multi-Similarity loss for graded labels.
 
     With x_ij the cosine of caption i and video j, c_ij the relevancy of (video j, caption i) and w_i that of pair i itself:
@@ -128,36 +89,26 @@ def sms_loss(
 
     Source: EVA02-AT (arXiv 2506.14356), section 3.3, and the authors' SMS-Loss code.
     """
-    video, text = check_features("sms_loss", video, text)
-    check_common("sms_loss", reduction, group, grad_mode)
     if not isinstance(rule, str) or rule not in _EPS:
         raise ValueError(f'rule: expected "code", "paper" or "charades", got {rule!r}')
-    labels = as_labels(relevancy, video.shape[0], video.device)
-    if self_relevancy is not None:
-        self_relevancy = _check_self(self_relevancy, video)
     relaxation = number("relaxation", relaxation)
     if relaxation < 0:
         raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
-    eps = _EPS[rule] if eps is None else number("eps", eps)
-    if validate or (validate is None and video.is_cpu and not torch.compiler.is_compiling() and not traced()):
-        labels.check_indices()
-    settings = (number("margin", margin), relaxation, eps)
-    return _max_margin("sms_loss", video, text, labels, self_relevancy, settings, rule, reduction, backend)
+    costs = Penalty(number("margin", margin), relaxation, _EPS[rule] if eps is None else number("eps", eps), rule)
+    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "validate": validate, "backend": backend}
+    return max_margin("sms_loss", video, text, relevancy, self_relevancy, costs, **options)
 
 
-def _max_margin(op, video, text, labels, self_relevancy, settings, rule, reduction, backend):
-    backend = _dispatch.pick(op, video, backend)
-    if backend != "reference":
-        return sms_loss_step(video, text, labels, self_relevancy, settings, rule, reduction, backend)
-    wide = torch.promote_types(video.dtype, torch.float32)
-    w = labels.diagonal(wide) if self_relevancy is None else self_relevancy.to(wide)
-    if video.shape[0] == 1:
-        video, text = no_pair(video, text)
-    with no_autocast(video):
-        return sms_loss_reference(video, text, labels.matrix(wide), w, *settings, rule, reduction)
-
-
-def mi_mm_loss(video, text, *, margin=0.2, reduction="mean", group=None, grad_mode="ddp", backend=None):
+def mi_mm_loss(
+    video: Tensor,
+    text: Tensor,
+    *,
+    margin: float = 0.2,
+    reduction: str = "mean",
+    group: object = None,
+    grad_mode: str = "ddp",
+    backend: str | None = None,
+) -> Tensor:
     """The max-margin ranking loss of multi-instance retrieval: the sum of relu(margin - x_ii + x_ij) and
     relu(margin - x_jj + x_ij) over i != j, divided by 2 N (N - 1).
 
@@ -165,14 +116,21 @@ def mi_mm_loss(video, text, *, margin=0.2, reduction="mean", group=None, grad_mo
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    video, text = check_features("mi_mm_loss", video, text)
-    w = video.new_ones(1, dtype=torch.promote_types(video.dtype, torch.float32)).expand(video.shape[0])
-    return _first_branch("mi_mm_loss", video, text, w, margin, reduction, group, grad_mode, backend)
+    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    return max_margin("mi_mm_loss", video, text, None, None, _first_branch(margin), **options)
 
 
 def adaptive_mi_mm_loss(
-    video, text, self_relevancy, *, margin=0.4, reduction="mean", group=None, grad_mode="ddp", backend=None
-):
+    video: Tensor,
+    text: Tensor,
+    self_relevancy: Tensor,
+    *,
+    margin: float = 0.4,
+    reduction: str = "mean",
+    group: object = None,
+    grad_mode: str = "ddp",
+    backend: str | None = None,
+) -> Tensor:
     """`mi_mm_loss` with a margin of its own for each pair: margin * self_relevancy of the anchor.
 
     Args:
@@ -180,27 +138,68 @@ def adaptive_mi_mm_loss(
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    video, text = check_features("adaptive_mi_mm_loss", video, text)
-    self_relevancy = _check_self(self_relevancy, video)
-    return _first_branch("adaptive_mi_mm_loss", video, text, self_relevancy, margin, reduction, group, grad_mode, backend)
+    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    if self_relevancy is None:
+        raise TypeError("self_relevancy: expected a float tensor [N], got NoneType")
+    return max_margin("adaptive_mi_mm_loss", video, text, None, self_relevancy, _first_branch(margin), **options)
 
 
-def _first_branch(op, video, text, self_relevancy, margin, reduction, group, grad_mode, backend):
+def _first_branch(margin):
+    return Penalty(number("margin", margin), 0.0, -torch.inf, "code")  # every d is above eps
+
+
+def max_margin(
+    op: str,
+    video: Tensor,
+    text: Tensor,
+    relevancy: Relevancy | None,
+    self_relevancy: Tensor | None,
+    costs: Penalty,
+    *,
+    reduction: str = "mean",
+    group: object = None,
+    grad_mode: str = "ddp",
+    validate: bool | None = None,
+    backend: str | None = None,
+    panel_rows: int | None = None,
+) -> Tensor:
+    """Checks a call, plans it, and runs it. relevancy None: nothing between pairs, and 1 of each itself. panel_rows: as
+    `step.Work` says."""
+    video, text = check_features(op, video, text)
     check_common(op, reduction, group, grad_mode)
-    N = video.shape[0]
-    zeros = self_relevancy.new_zeros((1, 1)).expand(N, N)
-    settings = (number("margin", margin), 0.0, -torch.inf)  # every d is above eps
-    return _max_margin(op, video, text, Labels(zeros), self_relevancy, settings, "code", reduction, backend)
+    N, dtype, device = video.shape[0], wide(video.dtype), video.device
+    backend = dispatch.pick(op, device, video.dtype, backend)
+    # C++ would read outside of the table, so its indices are checked whatever `validate` says: here, or where a compiler or a
+    # mode hides the numbers, in the operator.
+    hidden = traced(type(video), type(text))
+    checked = bool(validate) or (device.type == "cpu" and not hidden and (validate is None or backend != "reference"))
+    if relevancy is None:
+        labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
+    elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
+        labels, own = relevancy.labels(N, device, checked, dtype if self_relevancy is None else None)
+    else:
+        sources = f"[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy"
+        labels = Labels(_floats("relevancy", relevancy, (N, N), device, sources))
+        own = labels.table.diagonal()
+    if self_relevancy is not None:
+        own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
+    if backend != "reference":
+        work = step.Work(reduction == "none", True, True, False, backend, panel_rows)
+        return step.loss(step.sms_step, step.SmsSettings(labels, own, costs, checked, work), (video, text))
+    if N == 1:
+        video, text = no_pair(video, text)
+    with no_autocast(device.type):
+        return sms_loss_reference(video, text, labels.matrix(dtype), own.to(dtype), **vars(costs), reduction=reduction)
 
 
-def _check_self(x, video):
-    N, device = video.shape[0], video.device
-    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"self_relevancy: expected a float tensor [{N}], got {got}")
-    if x.shape != (N,):
-        raise ValueError(f"self_relevancy: expected the shape [{N}], got {list(x.shape)}")
+def _floats(name, x, shape, device, expected):
+    """x, a float tensor of that shape on the features' device, without a gradient."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float tensor {expected}, got {kind(x)}")
+    x = memory_of("the loss", name, x)  # a nested tensor has no shape to speak of
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected the shape {expected if x.ndim != len(shape) else list(shape)}, got {list(x.shape)}")
     if x.device != device:
-        raise ValueError(f"self_relevancy: expected the features' device {device}, got {x.device}")
-    no_gradient("self_relevancy", x)
-    return memory_of("the loss", "self_relevancy", x)
+        raise ValueError(f"{name}: expected the features' device {device}, got {x.device}")
+    no_gradient(name, x.requires_grad)
+    return x

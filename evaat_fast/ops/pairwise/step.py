@@ -1,65 +1,168 @@
-"""One step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
+"""A step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from evaat_fast.ops._core.register import register
+from evaat_fast.ops._core.register import Operator, register, traced
+from evaat_fast.ops._core.tensor import contiguous_rows
+from evaat_fast.ops.pairwise import panels
 from evaat_fast.ops.pairwise.check import no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
+from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
 
 
-def _fake_sms(video, text, *arguments):
-    *_, each, need_video, need_text, _ = arguments
-    wide = torch.promote_types(video.dtype, torch.float32)
-    gradients = [video.new_empty(video.shape if need else (0,), dtype=wide) for need in (need_video, need_text)]
-    return video.new_empty(video.shape[:1] if each else (), dtype=wide), *gradients
+@dataclass(frozen=True)
+class Work:
+    """What a step computes, and how.
+
+    each: the loss is [N], as `reduction="none"`, and there are no gradients. panel_rows: videos of a panel; 0: no panels, in
+    a kernel that needs none; None: as the backend chooses.
+    """
+
+    each: bool
+    need_video: bool
+    need_text: bool
+    need_scale: bool
+    backend: str
+    panel_rows: int | None
+
+    def needs(self) -> tuple[bool, bool, bool]:
+        return self.need_video, self.need_text, self.need_scale
+
+
+@dataclass(frozen=True)
+class SmsSettings:
+    """A max-margin loss: the labels of all pairs, checked or not, and [N] those of each pair itself."""
+
+    labels: Labels
+    own: Tensor
+    penalty: Penalty
+    checked: bool
+    work: Work
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        of = self.labels
+        return of.table, of.video_index, of.caption_index, of.verb, of.values, self.own
+
+    def of(self, work: Work) -> "SmsSettings":
+        return SmsSettings(self.labels, self.own, self.penalty, self.checked, work)
+
+
+@dataclass(frozen=True)
+class ContrastSettings:
+    """A log-sum-exp loss. normalise: EgoNCE, of cosines and with both directions added; else InfoNCE, of products and their
+    mean."""
+
+    positives: Positives
+    normalise: bool
+    work: Work
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.positives.dense, self.positives.verbs, self.positives.nouns
+
+    def of(self, work: Work) -> "ContrastSettings":
+        return ContrastSettings(self.positives, self.normalise, work)
+
+
+class Step:
+    """One step on one backend: what it is given, and room for the gradients. A backend's class has what `panels.run` calls."""
+
+    rows: int
+    unit_video: Tensor | None
+    unit_text: Tensor | None
+
+    def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings):
+        self.video, self.text, self.scale, self.weight = contiguous_rows(video), contiguous_rows(text), scale, weight
+        self.settings, self.work = settings, settings.work
+        self.N, self.E = video.shape
+        self.dtype, self.wide, self.device = video.dtype, wide(video.dtype), video.device
+        needs = self.work.needs()[:2]
+        self.gradients = [torch.empty((self.N, self.E) if x else (0,), dtype=self.wide, device=self.device) for x in needs]
+        self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=True))
+        self.learns = any(self.work.needs())
+
+    @classmethod
+    def fitting(cls, shape: torch.Size, dtype: torch.dtype, work: Work) -> "type[Step]":
+        """The class for features of that shape and dtype."""
+        return cls
+
+    def prepare(self) -> None:
+        raise NotImplementedError
+
+    def sweeps(self) -> Iterator:
+        """Functions of (first, last) that read those rows of the similarities and return their slopes, or None."""
+        raise NotImplementedError
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        """out (+)= a @ b."""
+        raise NotImplementedError
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """The loss and all gradients."""
+        raise NotImplementedError
+
+
+def _outputs(inputs, work):
+    """Loss and gradients, not yet written: empty where they are not asked for, but for the scale's."""
+    dtype = wide(inputs[0].dtype)
+    loss = inputs[0].new_empty(inputs[0].shape[:1] if work.each else (), dtype=dtype)
+    asked = zip(inputs, work.needs(), strict=False)
+    return loss, *(x.new_empty(x.shape if need or x.ndim == 0 else (0,), dtype=dtype) for x, need in asked)
+
+
+def _run(name, inputs, weight, settings):
+    video, work = inputs[0], settings.work
+    if video.shape[0] < 2:  # no pair: the softmax of one is one, whatever the logit
+        return tuple(x.zero_() for x in _outputs(inputs, work))
+    if work.backend == "triton":
+        from evaat_fast.ops.pairwise import triton as backend
+    else:
+        from evaat_fast.ops.pairwise import cpu as backend
+    video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
+    with no_autocast(video.device.type):
+        fitting = getattr(backend, name).fitting(video.shape, video.dtype, work)
+        return panels.run(fitting(video, text, scale, weight, settings))
 
 
 @register(
-    "sms_step(Tensor video, Tensor text, Tensor table, Tensor? video_index, Tensor? caption_index, Tensor? verb, "
-    "Tensor? values, Tensor? self_relevancy, Tensor? weight, float margin, float relaxation, float eps, str rule, bool each, "
-    "bool need_video, bool need_text, str backend) -> (Tensor, Tensor, Tensor)",
-    _fake_sms,
+    "sms_step(Tensor video, Tensor text, Tensor? weight, {settings}) -> (Tensor, Tensor, Tensor)",
+    lambda video, text, weight, settings: _outputs((video, text), settings.work),
+    SmsSettings,
 )
 @torch.no_grad()
-def sms_step(
-    video,
-    text,
-    table,
-    video_index,
-    caption_index,
-    verb,
-    values,
-    self_relevancy,
-    weight,
-    margin,
-    relaxation,
-    eps,
-    rule,
-    each,
-    need_video,
-    need_text,
-    backend,
-):
+def sms_step(video, text, weight, settings):
     """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features.
 
-    each: the loss is [N], as `reduction="none"`. weight [N]: the gradients are those of the sum of weight * entries, else of
-    the mean.
+    weight [N]: the gradients are those of the sum of weight * entries, else of the mean.
     """
-    wide = torch.promote_types(video.dtype, torch.float32)
-    labels = Labels(table, video_index, caption_index, verb, values)
-    if video.is_cpu:
-        labels.check_indices()
-    if video.shape[0] < 2:
-        return tuple(x.zero_() for x in _fake_sms(video, text, each, need_video, need_text, backend))
-    own = labels.diagonal(wide) if self_relevancy is None else self_relevancy.to(wide)
-    arguments = (video, text, labels, own.contiguous(), weight, (margin, relaxation, eps), rule, each, need_video, need_text)
-    if backend == "triton":
-        from evaat_fast.ops.pairwise.triton import sms
-    else:
-        from evaat_fast.ops.pairwise.cpu import sms
-    with no_autocast(video):
-        return sms(*arguments)
+    if video.is_cpu and not settings.checked:
+        settings.labels.check_indices()
+    return _run("Sms", (video, text), weight, settings)
+
+
+@register(
+    "contrast_step(Tensor video, Tensor text, Tensor scale, Tensor? weight, {settings}) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda video, text, scale, weight, settings: _outputs((video, text, scale), settings.work),
+    ContrastSettings,
+)
+@torch.no_grad()
+def contrast_step(video, text, scale, weight, settings):
+    """As `sms_step`, with the gradient of scale, [] in the dtype of the computation."""
+    return _run("Contrast", (video, text, scale), weight, settings)
+
+
+def _call(step: Operator, inputs, weight, settings):
+    return step.at(traced(*map(type, inputs[:2])))(*inputs, weight, settings)
+
+
+def _given(gradients, inputs_dtypes, work):
+    """What a backward pass returns for the inputs."""
+    asked = zip(gradients, inputs_dtypes, work.needs(), strict=False)
+    return (gradient.to(dtype) if need else None for gradient, dtype, need in asked)
 
 
 def _refuse_double_backward():
@@ -69,135 +172,49 @@ def _refuse_double_backward():
         raise RuntimeError('the losses have no double backward (create_graph=True) in a kernel; use backend="reference"')
 
 
-class Sms(torch.autograd.Function):
-    """The mean saves the two gradients and nothing else. They stay in float32 until the factor of the backward pass is known,
-    so that a loss scale reaches them before float16 rounds them."""
+class Mean(torch.autograd.Function):
+    """Saves the gradients and nothing else. They stay in float32 until the factor of the backward pass is known, so that a
+    loss scale reaches them before float16 rounds them."""
 
     @staticmethod
-    def forward(ctx, video, text, *arguments):
-        loss, *gradients = sms_step(video, text, *arguments)
+    def forward(ctx, step, settings, *inputs):
+        loss, *gradients = _call(step, inputs, None, settings)
         ctx.save_for_backward(*gradients)
-        ctx.dtype, ctx.needs = video.dtype, arguments[-3:-1]
+        ctx.dtypes, ctx.work = [x.dtype for x in inputs], settings.work
         return loss
 
     @staticmethod
     def backward(ctx, factor):
         _refuse_double_backward()
-        gradients = (
-            (gradient * factor).to(ctx.dtype) if need else None
-            for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        )
-        return *gradients, *[None] * 15
+        return None, None, *_given([gradient * factor for gradient in ctx.saved_tensors], ctx.dtypes, ctx.work)
 
 
-class SmsEach(torch.autograd.Function):
+class Each(torch.autograd.Function):
     """Each pair's own loss: the backward pass computes the similarities again, now that it knows what each counts."""
 
     @staticmethod
-    def forward(ctx, video, text, *arguments):
-        *settings, need_video, need_text, backend = arguments
-        ctx.save_for_backward(video, text, *settings[:6])
-        ctx.settings, ctx.needs, ctx.backend = settings[7:-1], (need_video, need_text), backend
-        return sms_step(video, text, *settings, False, False, backend)[0]
+    def forward(ctx, step, entries, gradients, *inputs):
+        ctx.save_for_backward(*inputs, *gradients.tensors())
+        ctx.step, ctx.settings, ctx.count = step, gradients, len(inputs)
+        return _call(step, inputs, None, entries)[0]
 
     @staticmethod
     def backward(ctx, weight):
         _refuse_double_backward()
-        video, text, *labels = ctx.saved_tensors
-        _, *gradients = sms_step(video, text, *labels, weight.contiguous(), *ctx.settings, False, *ctx.needs, ctx.backend)
-        gradients = (g.to(video.dtype) if need else None for g, need in zip(gradients, ctx.needs, strict=True))
-        return *gradients, *[None] * 15
+        inputs = ctx.saved_tensors[: ctx.count]  # which also finds out whether the labels have changed
+        _, *gradients = _call(ctx.step, inputs, weight.contiguous(), ctx.settings)
+        return None, None, None, *_given(gradients, [x.dtype for x in inputs], ctx.settings.work)
 
 
-def sms_loss_step(video, text, labels, self_relevancy, settings, rule, reduction, backend):
-    """The loss of a checked call on a backend that is not the reference."""
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text)]
-    text = text.view_as(text) if text is video else text  # torch.compile takes no tensor twice
-    each = reduction == "none"
-    arguments = (*labels.tensors(), self_relevancy, None, *settings, rule, each, *needs, backend)
+def loss(step: Operator, settings, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The loss of a checked call. settings: with the work of its forward pass, all gradients asked for."""
+    work, (video, text, *scale) = settings.work, inputs
+    inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    needs += [False] * (3 - len(needs))
+    how = work.backend, work.panel_rows
+    nothing = settings.of(Work(work.each, False, False, False, *how))
     if not any(needs):
-        return sms_step(video, text, *arguments)[0]
-    return (SmsEach if each else Sms).apply(video, text, *arguments)
-
-
-def _fake_contrast(video, text, scale, dense, verbs, nouns, weight, normalise, each, need_video, need_text, *others):
-    wide = torch.promote_types(video.dtype, torch.float32)
-    gradients = [video.new_empty(video.shape if need else (0,), dtype=wide) for need in (need_video, need_text)]
-    return video.new_empty(video.shape[:1] if each else (), dtype=wide), *gradients, video.new_empty((), dtype=wide)
-
-
-@register(
-    "contrast_step(Tensor video, Tensor text, Tensor scale, Tensor? dense, Tensor? verbs, Tensor? nouns, Tensor? weight, "
-    "bool normalise, bool each, bool need_video, bool need_text, bool need_scale, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_contrast,
-)
-@torch.no_grad()
-def contrast_step(video, text, scale, dense, verbs, nouns, weight, normalise, each, need_video, need_text, need_scale, backend):
-    """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features. scale: [] of that dtype.
-
-    normalise: EgoNCE, of cosines and with both directions added; else InfoNCE, of products and their mean. each, weight: as
-    `sms_step`.
-    """
-    needs = (need_video, need_text, need_scale)
-    if video.shape[0] < 2:  # the softmax of one is one, whatever the logit
-        fakes = _fake_contrast(video, text, scale, dense, verbs, nouns, weight, normalise, each, *needs, backend)
-        return tuple(x.zero_() for x in fakes)
-    positives = Positives(dense, verbs, nouns)
-    if backend == "triton":
-        from evaat_fast.ops.pairwise.triton import contrast
-    else:
-        from evaat_fast.ops.pairwise.cpu import contrast
-    with no_autocast(video):
-        return contrast(video, text, scale, positives, weight, normalise, each, *needs)
-
-
-class Contrast(torch.autograd.Function):
-    """Saves the gradients of both features and of the scale."""
-
-    @staticmethod
-    def forward(ctx, video, text, scale, *arguments):
-        loss, *gradients = contrast_step(video, text, scale, *arguments)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes, ctx.needs = (video.dtype, text.dtype, scale.dtype), arguments[-4:-1]
-        return loss
-
-    @staticmethod
-    def backward(ctx, factor):
-        _refuse_double_backward()
-        gradients = (
-            (gradient * factor).to(dtype) if need else None
-            for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-        )
-        return *gradients, *[None] * 10
-
-
-class ContrastEach(torch.autograd.Function):
-    """As `SmsEach`."""
-
-    @staticmethod
-    def forward(ctx, video, text, scale, *arguments):
-        *settings, _, _, _, ctx.backend = arguments
-        ctx.save_for_backward(video, text, scale, *settings[:3])
-        ctx.normalise, ctx.needs = settings[4], arguments[-4:-1]
-        return contrast_step(video, text, scale, *settings, False, False, False, ctx.backend)[0]
-
-    @staticmethod
-    def backward(ctx, weight):
-        _refuse_double_backward()
-        tensors = ctx.saved_tensors
-        _, *gradients = contrast_step(*tensors, weight.contiguous(), ctx.normalise, False, *ctx.needs, ctx.backend)
-        gradients = (g.to(x.dtype) if need else None for g, x, need in zip(gradients, tensors[:3], ctx.needs, strict=True))
-        return *gradients, *[None] * 10
-
-
-def contrast_loss_step(video, text, scale, positives, reduction, backend):
-    """As `sms_loss_step`; positives None: InfoNCE."""
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (video, text, scale)]
-    text = text.view_as(text) if text is video else text
-    each, normalise = reduction == "none", positives is not None
-    pairs = positives.tensors() if normalise else (None, None, None)
-    arguments = (video, text, scale, *pairs, None, normalise, each, *needs, backend)
-    if not any(needs):
-        return contrast_step(*arguments)[0]
-    return (ContrastEach if each else Contrast).apply(*arguments)
+        return _call(step, inputs, None, nothing)[0]
+    asked = settings.of(Work(False, *needs, *how))
+    return Each.apply(step, nothing, asked, *inputs) if work.each else Mean.apply(step, asked, *inputs)

@@ -7,16 +7,29 @@ that needs neither panel nor unit rows. Nothing waits for the GPU.
 import functools
 
 import torch
+from torch import Tensor
+
+from evaat_fast.kernels.pairwise import contrast, panel, sms
+from evaat_fast.kernels.pairwise.sms_recompute import MOST_FEATURES, sms_rows
+from evaat_fast.ops.pairwise.step import Step
 
 # Bytes of a panel, which should stay in L2 between the kernel that writes it and the two products that read it; from N = 128k
 # its 128 rows, the least a product is efficient with, take more.
-_PANEL = 32 << 20
-_LEAST_ROWS = 128
-_RECOMPUTE = 1 << 18  # pairs from which a step does without panels
+PANEL_BYTES = 32 << 20
+LEAST_ROWS = 128
+NO_PANELS = 1 << 18  # pairs from which a step does without panels
 
 
-def _panel_rows(N, size):
-    return min(N, max(_LEAST_ROWS, _PANEL // (N * size) // _LEAST_ROWS * _LEAST_ROWS))
+def panel_rows(N: int, size: int) -> int:
+    """Rows of a panel whose elements have `size` bytes."""
+    return min(N, max(LEAST_ROWS, PANEL_BYTES // (N * size) // LEAST_ROWS * LEAST_ROWS))
+
+
+def without_panels(N: int, E: int, dtype: torch.dtype) -> bool:
+    """Whether a max-margin step with gradients does without panels: where their least rows leave L2, and a text gradient that
+    every panel adds to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never
+    too large; float32 would spill."""
+    return N >= NO_PANELS and E <= MOST_FEATURES and dtype == torch.bfloat16
 
 
 @functools.cache
@@ -25,104 +38,112 @@ def _has_out_dtype():
     return hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-def multiply(a, b, out, begin=True):
-    """out (+)= a @ b in float32; 16-bit products are rounded once each where torch cannot keep their sums."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out) if begin else out.addmm_(a, b)
-    elif a.is_cuda and _has_out_dtype():
-        torch.mm(a, b, out_dtype=out.dtype, out=out) if begin else torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        product = torch.mm(a, b)
-        out.copy_(product) if begin else out.add_(product)
+class _Triton(Step):
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def normalise(self, units: bool = True) -> None:
+        """Norms, their inverses, and the unit rows in the features' dtype."""
+        self.norms, self.inverses = self.empty(2, 2, self.N)
+        made = self.empty(2, self.N, self.E, dtype=self.dtype) if units else None
+        self.unit_video, self.unit_text = (None, None) if made is None else made
+        panel.prepare(self.video, self.text, made, self.norms, self.inverses)
 
-def _rows(x):
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    def begin(self) -> None:
+        """Room for a panel, where slopes are asked for."""
+        self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, self.dtype.itemsize))
+        self.panel = self.empty(self.rows, self.N, dtype=self.dtype) if self.learns else None
+        self.weight = None if self.weight is None else self.weight.float()
 
-
-def _recomputes(N, E, dtype):
-    """Whether a step with gradients does without panels: where their least rows leave L2, and a text gradient that every panel
-    adds to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never too large;
-    float32 would spill."""
-    from evaat_fast.kernels.pairwise.sms_recompute import MOST_FEATURES
-
-    return N >= _RECOMPUTE and E <= MOST_FEATURES and dtype == torch.bfloat16
-
-
-def sms(video, text, labels, own, weight, settings, rule, each, need_video, need_text):
-    """As `sms_step`."""
-    from evaat_fast.kernels.pairwise import sms as kernels
-
-    N, E = video.shape
-    if (need_video or need_text) and _recomputes(N, E, video.dtype):
-        return _sms_recompute(video, text, labels, own, weight, settings, rule, need_video, need_text)
-    dtype, device = video.dtype, video.device
-    video, text, need = _rows(video), _rows(text), need_video or need_text
-    norms, inverses = torch.empty((2, 2, N), dtype=torch.float32, device=device)
-    diagonal = torch.empty(N, dtype=torch.float32, device=device)
-    unit_video, unit_text = units = torch.empty((2, N, E), dtype=dtype, device=device)
-    kernels.prepare(video, text, units, norms, inverses)
-    kernels.own_cosines(video, text, inverses, diagonal)
-
-    rows = _panel_rows(N, dtype.itemsize)
-    down, across = kernels.tiles(rows, N, dtype)
-    panel = torch.empty((rows, N), dtype=dtype, device=device) if need else None
-    sums = torch.zeros((2, N), dtype=torch.int32, device=device)
-    losses = torch.zeros((2, N) if each else (), dtype=torch.float64, device=device)
-    part = torch.empty((across, rows) if each else (down * across,), dtype=torch.float32, device=device)
-    part_col = torch.empty((down, N), dtype=torch.float32, device=device) if each else None
-    grads = [torch.empty((N, E) if x else (0,), dtype=torch.float32, device=device) for x in (need_video, need_text)]
-    weight, source = None if weight is None else weight.float(), _source(labels)
-    for first in range(0, N, rows):
-        last = min(first + rows, N)
-        slopes = panel[: last - first] if need else None
-        down, across = kernels.tiles(last - first, N, dtype)
-        here = part.flatten()[: across * (last - first) if each else down * across]
-        parts = (here, part_col)
-        kernels.sms_panel(
-            (video, text, inverses), (diagonal, own), source, weight, slopes, parts, sums, first, last, settings, rule
-        )
-        if each:
-            losses[0, first:last] = here.view(across, last - first).sum(0, dtype=torch.float64)
-            losses[1] += part_col[:down].sum(0, dtype=torch.float64)
+    def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        """In float32; 16-bit products are rounded once each where torch cannot keep their sums."""
+        if a.dtype == out.dtype:
+            out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+        elif a.is_cuda and _has_out_dtype():
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
-            losses += here.sum(dtype=torch.float64)
-        if need_video:
-            multiply(slopes, unit_text, grads[0][first:last])
-        if need_text:
-            multiply(slopes.T, unit_video[first:last], grads[1], first == 0)
-    if need:
-        factor = 1 / (2 * (N - 1)) if weight is not None else 1 / (2 * N * (N - 1))
-        wanted = [g if x else None for g, x in zip(grads, (need_video, need_text), strict=True)]
-        kernels.finish(video, text, norms, sums, weight, *wanted, factor)
-    losses = losses.sum(0) / (2 * (N - 1)) if each else losses / (2 * N * (N - 1))
-    return losses.float(), *grads
+            part = torch.mm(a, b)
+            out.add_(part) if add else out.copy_(part)
+
+    def through_norms(self, sums: Tensor, weight: Tensor | None, factor: float) -> None:
+        panel.finish(self.video, self.text, self.norms, sums, weight, self.grad_video, self.grad_text, factor)
 
 
-def _source(labels):
-    """The labels as the kernels take them."""
-    return *labels.tensors()[:4], None if labels.values is None else labels.values.float()
+class Sms(_Triton):
+    @classmethod
+    def fitting(cls, shape, dtype, work):
+        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(*shape, dtype))
+        return SmsWithoutPanels if none and any(work.needs()) else cls
+
+    def arguments(self) -> None:
+        """What the kernels are given of pairs and labels."""
+        source, weight = self.settings.labels, None if self.weight is None else self.weight.float()
+        table, own = source.table, self.settings.own.to(self.wide).contiguous()
+        self.labels = sms.Labels(
+            table, *table.stride()[-2:], table.stride(0) if table.ndim == 3 else 0, *table.shape[-2:],
+            source.video_index, source.caption_index, source.verb, None if source.values is None else source.values.float(),
+        )  # fmt: skip
+        self.pairs = sms.Pairs(*self.inverses, self.empty(self.N), own, weight)
+
+    def prepare(self):
+        N, each = self.N, self.work.each
+        self.normalise()
+        self.begin()
+        self.arguments()
+        panel.own_cosines(self.video, self.text, self.inverses, self.pairs.cosine)
+        self.block = panel.config(self.dtype)["BLOCK"]
+        down, across = panel.tiles(self.rows, N, self.block)
+        self.sums = torch.zeros((2, N), dtype=torch.int32, device=self.device)
+        self.losses = torch.zeros((2, N) if each else (), dtype=torch.float64, device=self.device)
+        self.part = self.empty(across * self.rows if each else down * across)
+        self.part_col = self.empty(down, N) if each else None
+
+    def sweeps(self):
+        yield self.slopes
+
+    def slopes(self, first, last):
+        rows, each = last - first, self.work.each
+        down, across = panel.tiles(rows, self.N, self.block)
+        slopes = self.panel[:rows] if self.learns else None
+        part = self.part[: across * rows if each else down * across]
+        out = sms.Out(slopes, *self.sums, part, self.part_col)
+        sms.sms_panel(self.video, self.text, self.pairs, self.labels, self.settings.penalty, out, first, last)
+        if each:
+            self.losses[0, first:last] = part.view(across, rows).sum(0, dtype=torch.float64)
+            self.losses[1] += self.part_col[:down].sum(0, dtype=torch.float64)
+        else:
+            self.losses += part.sum(dtype=torch.float64)
+        return slopes
+
+    def share(self) -> float:
+        """What a slope counts."""
+        return 1 / (2 * (self.N - 1)) if self.weight is not None else 1 / (2 * self.N * (self.N - 1))
+
+    def finish(self):
+        N = self.N
+        if self.learns:
+            self.through_norms(self.sums, self.pairs.weight, self.share())
+        loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
+        return loss.float(), *self.gradients
 
 
-def _sms_recompute(video, text, labels, own, weight, settings, rule, need_video, need_text):
-    """A step with gradients, without panels."""
-    from evaat_fast.kernels.pairwise import sms as kernels
-    from evaat_fast.kernels.pairwise.sms_recompute import sms_rows
+class SmsWithoutPanels(Sms):
+    """A step with gradients, in a kernel that runs once for the videos and once for the captions."""
 
-    N, E = video.shape
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=video.device)
-    video, text, (norms, inverses), diagonal = _rows(video), _rows(text), empty(2, 2, N), empty(N)
-    kernels.prepare(video, text, None, norms, inverses)
-    entries, sums = empty(2, N, dtype=torch.float64), empty(2, N, dtype=torch.int32)
-    grads = [empty(N, E) if need else empty(0) for need in (need_video, need_text)]
-    wanted = [g if need else None for g, need in zip(grads, (need_video, need_text), strict=True)]
-    weight, source = None if weight is None else weight.float(), _source(labels)
-    for i, captions in enumerate((False, True)):
-        rows = (diagonal, own, source, weight, entries[i], sums[i], wanted[i])
-        sms_rows((video, text, inverses), *rows, settings, rule, captions)
-    share = 1 / (2 * (N - 1)) if weight is not None else 1 / (2 * N * (N - 1))
-    kernels.finish(video, text, norms, sums, weight, *wanted, share)
-    return (entries.sum() * share).float(), *grads
+    def prepare(self):
+        self.normalise(units=False)
+        self.arguments()
+
+    def sweeps(self):
+        return ()
+
+    def finish(self):
+        entries, sums = self.empty(2, self.N, dtype=torch.float64), self.empty(2, self.N, dtype=torch.int32)
+        for i, grad in enumerate((self.grad_video, self.grad_text)):
+            out = entries[i], sums[i], grad
+            sms_rows(self.video, self.text, self.pairs, self.labels, self.settings.penalty, *out, captions=i == 1)
+        self.through_norms(sums, self.pairs.weight, self.share())
+        return (entries.sum() * self.share()).float(), *self.gradients
 
 
 def _two_floats(x):
@@ -132,55 +153,55 @@ def _two_floats(x):
     return torch.stack((high, low.float()), 1)
 
 
-def contrast(video, text, scale, positives, weight, normalise, each, need_video, need_text, need_scale):
-    """As `contrast_step`."""
-    from evaat_fast.kernels.pairwise import contrast as pairwise_contrast
-    from evaat_fast.kernels.pairwise import sms as kernels
+class Contrast(_Triton):
+    def prepare(self):
+        N, normalise = self.N, self.settings.normalise
+        self.unit_video, self.unit_text, self.inverses = self.video, self.text, None
+        if normalise:
+            self.normalise()
+        self.begin()
+        from_pairs = self.settings.positives
+        dense, verbs, nouns = from_pairs.dense, from_pairs.verbs, from_pairs.nouns
+        strides = (None, None) if dense is None else dense.stride()
+        self.positives = contrast.Positives(dense, *strides, verbs, nouns)
+        self.source = self.video, self.text, self.inverses, self.scale.reshape(1), self.positives
+        self.row_totals, self.col_totals = torch.full((2, 2, N), -torch.inf, dtype=torch.float64, device=self.device)
+        self.grad_scale = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    N, E = video.shape
-    dtype, device, share = video.dtype, video.device, 1.0 if normalise else 0.5
-    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)  # noqa: E731
-    video, text, inverses, unit_video, unit_text = _rows(video), _rows(text), None, video, text
-    if normalise:
-        norms, inverses = empty(2, 2, N)
-        unit_video, unit_text = units = torch.empty((2, N, E), dtype=dtype, device=device)
-        kernels.prepare(video, text, units, norms, inverses)
-    source = (video, text, inverses), scale.reshape(1), positives.tensors()
-    rows = _panel_rows(N, dtype.itemsize)
-    panels = [(first, min(first + rows, N)) for first in range(0, N, rows)]
-    row_totals, col_totals = torch.full((2, 2, N), -torch.inf, dtype=torch.float64, device=device)
-    for first, last in panels:
-        down, across = pairwise_contrast.tiles(last - first, video, source[2])
-        of_rows, of_columns = empty(2, 2, 4 * across, last - first), empty(2, 2, down, N)
-        pairwise_contrast.stats(*source, of_rows, of_columns, first, last)
-        row_totals[:, first:last] = of_rows.sum(1, dtype=torch.float64).logsumexp(1)
-        col_totals = torch.logaddexp(col_totals, of_columns.sum(1, dtype=torch.float64).logsumexp(1))
-    if positives.tensors() == (None, None, None):  # the own logits, from the same products
-        own, ones = empty(N), torch.ones((2, N), device=device)
-        kernels.own_cosines(video, text, ones if inverses is None else inverses, own)
-        row_totals[1] = col_totals[1] = own * scale
-    entries = share * ((row_totals[0] - row_totals[1]) + (col_totals[0] - col_totals[1]))
-    loss = (entries if each else entries.sum() / N).float()
-    totals = [_two_floats(x) for x in (row_totals, col_totals)]
-    grads = [empty(N, E) if need else empty(0) for need in (need_video, need_text)]
-    grad_scale = torch.zeros((), dtype=torch.float64, device=device)
-    if not (need_video or need_text or need_scale):
-        return loss, *grads, grad_scale.float()
-    panel = torch.empty((rows, N), dtype=dtype, device=device)
-    for first, last in panels:
-        down, across = pairwise_contrast.tiles(last - first, video, source[2])
-        slopes, part = panel[: last - first], empty(down * across)
-        pairwise_contrast.slopes(*source, totals, weight, slopes, part, first, last)
-        grad_scale += part.sum(dtype=torch.float64)
-        if need_video:
-            multiply(slopes, unit_text, grads[0][first:last])
-        if need_text:
-            multiply(slopes.T, unit_video[first:last], grads[1], first == 0)
-    share = share if weight is not None else share / N
-    for grad in grads:
-        grad.mul_(scale * share)
-    if normalise:
-        no_sums = torch.zeros((2, N), dtype=torch.int32, device=device)
-        wanted = [g if need else None for g, need in zip(grads, (need_video, need_text), strict=True)]
-        kernels.finish(video, text, norms, no_sums, None, *wanted, 1.0)
-    return loss, *grads, (grad_scale * share).float()
+    def sweeps(self):
+        yield self.stats
+        self.total()
+        if self.learns:
+            yield self.slopes
+
+    def stats(self, first, last):
+        down, across = contrast.tiles_of(last - first, self.video, self.positives)
+        of_rows, of_columns = self.empty(2, 2, 4 * across, last - first), self.empty(2, 2, down, self.N)
+        contrast.stats(*self.source, of_rows, of_columns, first, last)
+        self.row_totals[:, first:last] = of_rows.sum(1, dtype=torch.float64).logsumexp(1)
+        self.col_totals = torch.logaddexp(self.col_totals, of_columns.sum(1, dtype=torch.float64).logsumexp(1))
+
+    def total(self) -> None:
+        if self.positives.dense is None and self.positives.verbs is None:  # the own logits, from the same products
+            own, ones = self.empty(self.N), torch.ones((2, self.N), device=self.device)
+            panel.own_cosines(self.video, self.text, ones if self.inverses is None else self.inverses, own)
+            self.row_totals[1] = self.col_totals[1] = own * self.scale
+        self.totals = contrast.Totals(_two_floats(self.row_totals), _two_floats(self.col_totals))
+
+    def slopes(self, first, last):
+        down, across = contrast.tiles_of(last - first, self.video, self.positives)
+        slopes, part = self.panel[: last - first], self.empty(down * across)
+        contrast.slopes(*self.source, self.totals, self.weight, slopes, part, first, last)
+        self.grad_scale += part.sum(dtype=torch.float64)
+        return slopes
+
+    def finish(self):
+        share = 1.0 if self.settings.normalise else 0.5
+        entries = share * ((self.row_totals[0] - self.row_totals[1]) + (self.col_totals[0] - self.col_totals[1]))
+        loss = (entries if self.work.each else entries.sum() / self.N).float()
+        share = share if self.weight is not None else share / self.N
+        for grad in self.gradients:
+            grad.mul_(self.scale * share)
+        if self.learns and self.settings.normalise:
+            self.through_norms(torch.zeros((2, self.N), dtype=torch.int32, device=self.device), None, 1.0)
+        return loss, *self.gradients, (self.grad_scale * share).float()
