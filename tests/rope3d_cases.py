@@ -146,8 +146,14 @@ def seeds_of(block):
 
 
 def random_call(seed, backend, device, dtypes, largest=1.0):
-    """One random valid call, checked."""
-    r = random.Random(seed)
+    """One random valid call, checked; a failure names its seed."""
+    try:
+        _random_call(random.Random(seed), seed, backend, device, dtypes, largest)
+    except AssertionError as wrong:
+        raise AssertionError(f"seed {seed}: {wrong}") from wrong
+
+
+def _random_call(r, seed, backend, device, dtypes, largest):
     torch.manual_seed(seed)
     B, Hq, D = (
         r.choice([0, 1, 1, 2, 3]),
