@@ -152,10 +152,10 @@ def keep_freed_memory():
 def measure(bench, shape, dtype, mode, args):
     """Records of all providers for one case: checked against float64, then timed."""
     inputs = bench.inputs(shape, DTYPES[dtype], args.device)
-    records, steps = [], check(bench, inputs, shape, dtype, mode, args)
-    for name in (*bench.providers, *bench.yardsticks):
-        records.append({"shape": shape, "dtype": dtype, "mode": mode, "provider": name, **steps[name][1]})
-    steps = {name: step for name, (step, _) in steps.items() if step is not None}
+    found = check(bench, inputs, mode, DTYPES[dtype], args)
+    of_case = {"shape": shape, "dtype": dtype, "mode": mode}
+    records = [{**of_case, "provider": name, **known} for name, (_, known) in found.items()]
+    steps = {name: step for name, (step, _) in found.items() if step is not None}
     baseline = bench.base(args.device)
     if args.device == "cpu":
         times = time_cpu({n: p(cloned(inputs), mode) for n, p in steps.items()}, args.seconds) if steps else {}
@@ -179,8 +179,8 @@ def measure(bench, shape, dtype, mode, args):
     return records
 
 
-def check(bench, inputs, shape, dtype, mode, args):
-    """{name: (its provider if it may be timed, what is known of it)} for providers and yardsticks."""
+def check(bench, inputs, mode, dtype, args):
+    """{name: (its provider if it may be timed, what is known of it)} for the providers and yardsticks that are asked for."""
     to_double, found = bench.to_double or doubled, {}
     truth = [t.detach().clone() for t in bench.truth(to_double(cloned(inputs)), mode)()]
     low = [t.detach().clone() for t in (bench.low or bench.truth)(cloned(inputs), mode)()]
@@ -188,7 +188,6 @@ def check(bench, inputs, shape, dtype, mode, args):
     distance = lambda xs: max(((x.double() - t).abs().max().item() for x, t in zip(xs, truth, strict=True)), default=0.0)  # noqa: E731
     for name, provider in {**bench.providers, **bench.yardsticks}.items():
         if (args.providers and name not in args.providers) or any(word in name for word in args.skip):
-            found[name] = (None, {"absent": "not asked for"})
             continue
         if name in bench.yardsticks:
             found[name] = (provider, {"yardstick": True})
@@ -199,7 +198,7 @@ def check(bench, inputs, shape, dtype, mode, args):
             ours = [t.detach().clone() for t in getattr(step, "results", step)()]
             record |= {"error": distance(ours), "torch_error": distance(low)}
             for o, w, t in zip(ours, low, truth, strict=True):
-                close(o, w, t, name) if name.startswith("evaat") else near(o, w, t, DTYPES[dtype], name)
+                close(o, w, t, name) if name.startswith("evaat") else near(o, w, t, dtype, name)
         except Exception as error:
             found[name] = (None, {**record, **_reason(name, error)})
         else:

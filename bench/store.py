@@ -1,6 +1,7 @@
 """The results as files: four significant digits, a record a line, and what is said of what is absent."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -40,13 +41,16 @@ def case(record):
     return label(record["shape"]), record["dtype"], record["mode"]
 
 
+def short(number, digits=3):
+    """So many significant digits, and never an exponent: 1003, 62.2, 0.0421."""
+    return f"{number:.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}" if number else "0"
+
+
 def without(records, key):
     """[(reason, [provider, ...])] of the records that have `key`, "absent" or "fail", in their order. A provider that was
-    tried in other cases too is followed by those it is about: "Liger (ego N256 E256)"."""
+    tried in other cases too is followed by those it is about: "Liger [ego]"."""
     asked, found = {}, {}
     for r in records:
-        if r.get("absent") == "not asked for":
-            continue
         asked.setdefault(r["provider"], []).append(case(r))
         if key in r:
             found.setdefault(r[key], {}).setdefault(r["provider"], []).append(case(r))
@@ -54,11 +58,16 @@ def without(records, key):
 
 
 def _only(cases, asked):
-    """Which of the cases asked for: nothing to add if all, else by shape, dtype or mode where one of them says it."""
+    """Which of the cases asked for: nothing to add if all; a word that only they have, as "ego", "N64" or "fwdbwd"; several
+    shapes, dtypes or modes; or every one."""
     if len(cases) == len(asked):
         return ""
+    words = lambda c: " ".join(c).split()  # noqa: E731
+    for word in words(cases[0]):
+        if [c for c in asked if word in words(c)] == cases:
+            return f" [{word}]"
     for axis in range(3):
         values = dict.fromkeys(c[axis] for c in cases)
         if [c for c in asked if c[axis] in values] == cases:
-            return f" ({', '.join(values)})"
-    return f" ({', '.join(' '.join(c) for c in cases)})"
+            return f" [{', '.join(values)}]"
+    return f" [{', '.join(' '.join(c) for c in cases)}]"
