@@ -72,7 +72,8 @@ bench() {
   [ -f "bench/$op.py" ] || return 0
   # Every attention of others three ways, and Inductor's compile times, are for whoever has an hour: python bench/OP.py
   step "bench $op $*" 20 $((seconds + 30)) python3 "bench/$op.py" --device cuda --seconds 0.12 --budget "$seconds" \
-    --json "$results/$op.json" "$@" --skip "compile(" "flex_attention" "eager rope + sdpa " "eager rope + f" "eager rope + x"
+    --json "$results/$op.json" "$@" --skip "compile(" "flex_attention" "sdpa math" "sdpa efficient" "eager rope + sdpa " \
+    "eager rope + f" "eager rope + x"
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader
@@ -119,6 +120,7 @@ echo "== $SECONDS s: gpu_check ends"
 printf '== passed: %s\n' "${passed[@]}"
 [ ${#skipped[@]} = 0 ] || printf '== skipped: %s\n' "${skipped[@]}"
 [ ${#failed[@]} = 0 ] || printf '== FAILED: %s\n' "${failed[@]}"
+sed -n 's/^  \(.*\) FAIL: /== FAILED check: \1: /p' "$logs/gpu_check.log" | cut -c1-240 | head -30
 [ ! -f "$logs/tests.tsv" ] || sed -n 's/^failed/== FAILED test:/p' "$logs/tests.tsv"
 exec 1>&3 2>&4
 for _ in 1 2 3 4 5; do kill -0 "$tee_pid" 2>/dev/null && sleep 0.2; done # until the log is whole

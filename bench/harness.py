@@ -218,9 +218,10 @@ def _reason(name, error):
 
 def _timed_on_gpu(name, provider, inputs, mode, seconds):
     try:
+        mine = cloned(inputs)
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        provider(cloned(inputs), mode)()
+        provider(mine, mode)()
         record = {"peak_mib": (torch.cuda.max_memory_allocated() - held) / 2**20}
         found = time_gpu(lambda i: provider(i, mode), inputs, seconds)
     except Exception as error:  # out of memory with a second copy of the inputs, for one

@@ -196,7 +196,7 @@ def bare_products(inputs, mode):
     video, text = inputs["video"].detach(), inputs["text"].detach()
     N = len(video)
     S, dv, dt = video.new_empty(N, N), torch.empty_like(video), torch.empty_like(text)
-    G = torch.randint(-2, 3, (N, N), device=video.device).to(video.dtype)
+    G = torch.randint(-2, 3, (N, N), dtype=torch.int8, device=video.device).to(video.dtype)
 
     def work():
         torch.mm(video, text.T, out=S)

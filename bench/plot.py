@@ -31,8 +31,9 @@ def texts():
 
 
 def cell(r):
-    peak = f", {r['peak_mib']:.0f} MiB" if "peak_mib" in r else ""
-    return f"{short(r['ms']['p50'])} ms ({r['ratio']:.2f} x{peak})"
+    beside = [f"{r['ratio']:.2f} x"] if r.get("ratio") else []
+    beside += [f"{r['peak_mib']:.0f} MiB"] if "peak_mib" in r else []
+    return f"{short(r['ms']['p50'])} ms" + (f" ({', '.join(beside)})" if beside else "")
 
 
 def conditions(data):
@@ -64,6 +65,7 @@ def table(data, choice=None):
         lines.append(f"| {shape} | {dtype} | {mode} | " + " | ".join(cells) + " |")
     peak = ", extra memory at its peak" if any("peak_mib" in r for r in ran) else ""
     note = f"`python bench/{data['op']}.py` on {conditions(data)}. In brackets: time relative to *{data['baseline']}*{peak}."
+    note += "".join(f" {line}" for line in data.get("notes", []))
     failed = dict.fromkeys(name for _, names in without(records, "fail") for name in names)
     if failed:
         note += f" Failed the check, so not timed: {'; '.join(failed)}."

@@ -16,6 +16,7 @@ import torch
 L2_BYTES = 256e6  # five times an H200's L2 cache
 SHORT = 0.2e-3  # seconds; below, a graph has at least LEAST_STEPS, or its own launch (5 us) is part of the result
 LEAST_STEPS = 10
+LONG = 5e-3  # seconds; above, what L2 holds at the start (20 us of traffic) is no part of the result, and few repeats will do
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,29 @@ def time_cpu(steps, seconds, least=7):
 def time_gpu(make_step, inputs, seconds):
     """GpuTime of make_step(inputs)(); seconds: to spend on the replays."""
     size = sum(x.numel() * x.element_size() for x in inputs.values() if isinstance(x, torch.Tensor))
-    steps = [make_step(c) for c in [inputs] + [cloned(inputs) for _ in range(min(15, int(L2_BYTES // max(size, 1))))]]
-    for step in steps * 2:
-        step()
-    torch.cuda.synchronize()
+    steps = [make_step(inputs)]
+    steps[0]()
+    long = _on_device(steps[0]) > LONG
+    if not long:
+        steps += [make_step(cloned(inputs)) for _ in range(min(15, int(L2_BYTES // max(size, 1))))]
+        _all(steps)
     eager = _eager(steps)
-    queued = _queued(steps, eager)
+    queued = _queued(steps, eager, 2 if long else 5)
     if queued < SHORT:
         steps *= math.ceil(LEAST_STEPS / len(steps))
     graph, why = _capture(steps)
-    run = graph.replay if graph else lambda: [step() for step in steps]
+    run = graph.replay if graph else lambda: _all(steps)
     run()
     torch.cuda.synchronize()
     times, until = [], time.perf_counter() + seconds
-    while len(times) < 10 or time.perf_counter() < until:
+    while len(times) < (3 if long else 10) or time.perf_counter() < until:
         times.append(_on_device(run) / len(steps))
     return GpuTime(times, queued, eager * 1e6, why)
+
+
+def _all(steps):
+    for step in steps:
+        step()
 
 
 def _on_device(run):
@@ -102,7 +110,7 @@ def _eager(steps, calls=50, most_seconds=0.2):
     return statistics.median(times)
 
 
-def _queued(steps, eager, repeats=5):
+def _queued(steps, eager, repeats):
     """Median seconds of a step on the device, of eager calls that are issued while it still writes a large buffer."""
     filler = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")  # at least 0.1 ms to fill
     fills = min(400, math.ceil(1.5 * eager * len(steps) / 1e-4))  # a stream takes about a thousand launches ahead
@@ -110,7 +118,7 @@ def _queued(steps, eager, repeats=5):
     for _ in range(repeats):
         for _ in range(fills):
             filler.fill_(0)
-        times.append(_on_device(lambda: [step() for step in steps]) / len(steps))
+        times.append(_on_device(lambda: _all(steps)) / len(steps))
     return statistics.median(times)
 
 
@@ -118,13 +126,11 @@ def _capture(steps):
     """(a CUDA graph of the steps, None), or (None, why they cannot be captured)."""
     try:
         with torch.cuda.stream(torch.cuda.Stream()):
-            for step in steps:
-                step()
+            _all(steps)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for step in steps:
-                step()
+            _all(steps)
         return graph, None
     except Exception as error:  # whatever a peer raises there
         torch.cuda.synchronize()
