@@ -1,7 +1,7 @@
 """Variants of kernels that await a GPU's verdict: python bench/lab.py [--list] [NAME ...]
 
 An entry asks one question and says what is expected and what decides it. Its first variant is what is shipped, launched as the
-others are. A variant is held to the rule of tests/check.py, or to float64 products, then timed as a provider is; one that fails
+others are. A variant is held to the rule of tests/check.py or of its own benchmark, then timed as a provider is; one that fails
 has no time. When the verdict is in, the shipped configuration changes and the entry goes.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import pairwise
 import store
 import torch
 from rope3d import angles
@@ -153,63 +154,44 @@ def attention_cases(device, small):
         yield Case(f"B {B} H {H} N {N}", inputs, variants, check, yardstick, work)
 
 
-def products_of(rows):
-    """The three products of a step, panel by panel, with sums and similarities in float32: what cuBLAS leaves of the time."""
+def panels_of(rows):
+    """A step in panels of so many rows; None: as shipped."""
 
     def make(inputs):
-        video, text = inputs["video"], inputs["text"]
-        (N, E), options = video.shape, dict(out_dtype=torch.float32) if video.is_cuda else {}
-        wide = torch.float32 if video.is_cuda else video.dtype
-        similarities, slopes = (torch.empty(rows, N, dtype=x, device=video.device) for x in (wide, video.dtype))
-        slopes.copy_(inputs["slopes"][None].expand_as(slopes))
-        dv, dt = (torch.empty(N, E, dtype=wide, device=video.device) for _ in range(2))
+        from evaat_fast.ops.pairwise.contrast import contrast
+        from evaat_fast.ops.pairwise.sms import Penalty, max_margin
+
+        video, text, how = inputs["video"], inputs["text"], {"panel_rows": rows}
+        costs = Penalty(pairwise.MARGIN, pairwise.RELAXATION, pairwise.EPS, "code")
 
         def step():
-            for first in range(0, N, rows):
-                part, own = slopes[: min(rows, N - first)], video[first : first + rows]
-                torch.mm(own, text.T, out=similarities[: len(part)], **options)
-                torch.mm(part, text, out=dv[first : first + rows], **options)
-                if first == 0:
-                    torch.mm(part.T, own, out=dt, **options)
-                else:
-                    torch.addmm(dt, part.T, own, out=dt, **options)
-            return dv, dt
+            if inputs["loss"] == "sms":
+                loss = max_margin("sms_loss", video, text, pairwise.our_labels(inputs), None, costs, **how)
+            else:
+                loss = contrast("clip_loss", video, text, pairwise.SCALE, None, **how)
+            return loss.detach(), *torch.autograd.grad(loss, (video, text))
 
         return step
 
     return make
 
 
-def products_cases(device, small):
-    variants = {f"{rows} rows": products_of(rows) for rows in ((32, 64) if small else (512, 128, 1024, 2048, 4096))}
+def panels_cases(device, small):
     N, E = (100, 32) if small else (32768, 256)
-    generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device).bfloat16()  # noqa: E731
-    inputs = {"video": draw(N, E), "text": draw(N, E), "slopes": draw(N)}
-    dv = inputs["slopes"].double() @ inputs["text"].double()  # every row of the slopes is the same
-    dt = inputs["slopes"].double()[:, None] * inputs["video"].double().sum(0)
+    variants = {"as shipped": panels_of(None)}
+    variants |= {f"{rows} rows": panels_of(rows) for rows in ((32, 64) if small else (128, 512, 1024, 2048, 4096))}
+    for loss in ("sms", "clip"):
+        shape = {"loss": loss, "N": N, "E": E}
+        inputs = pairwise.inputs(shape, torch.float32 if small else torch.bfloat16, device)
+        truth = [x.detach() for x in pairwise.CHUNKED(pairwise.to_double(inputs), "fwdbwd")()]
+        low = [x.detach() for x in pairwise.low(inputs, "fwdbwd")()]
 
-    def check(results):
-        for name, ours, exact in zip(("dVideo", "dText"), results, (dv.expand(N, E), dt), strict=True):
-            error = (ours.double() - exact).norm() / exact.norm()
-            assert error <= 1e-2, f"{name}: {error:.1e}"
+        def check(results, low=low, truth=truth):
+            for ours, theirs, exact in zip(results, low, truth, strict=True):
+                pairwise.check(ours, theirs, exact, "a result")
 
-    yield Case(f"N {N} E {E}", inputs, variants, check, products_of(min(N, 8192)), {"flop": 6 * N**2 * E})
-
-
-def copies_cases(device, small):
-    def by(function):
-        def make(inputs):
-            out = torch.empty_like(inputs["x"])
-            return lambda: (function(inputs["x"], out), out)
-
-        return make
-
-    variants = {"mul by 1": by(copy_kernel), "copy_": by(lambda x, out: out.copy_(x))}
-    for size in [1 << 10] if small else [38_500_000, 1 << 30]:
-        x = torch.rand(size, device=device).bfloat16()
-        same = lambda results, x=x: torch.testing.assert_close(results[1], x, rtol=0, atol=0)  # noqa: E731
-        yield Case(f"{2 * size / 1e6:.0f} MB", {"x": x}, variants, same, by(copy_kernel), {"byte": 4 * size})
+        yardstick = lambda i: pairwise.bare_products(i, "fwdbwd")  # noqa: E731
+        yield Case(store.label(shape), inputs, variants, check, yardstick, pairwise.BENCH.work(shape, "fwdbwd", 2))
 
 
 ENTRIES = {
@@ -226,16 +208,10 @@ ENTRIES = {
         attention_cases,
     ),
     "panels": Entry(
-        "How many rows must a panel of the pairwise losses have for its products to be efficient?",
-        "512 rows: above the 3 ms that two of the three took at N 32k; 2,048 rows: near 2.1 ms, which is 780 TFLOP/s",
-        "the fewest rows within 5 % of the fastest; the panel in bytes of ops/pairwise follows",
-        products_cases,
-    ),
-    "copies": Entry(
-        "Which copy is the yardstick of a memory-bound kernel?",
-        "mul by 1: 4.1 TB/s; copy_ in a graph: 2.7 TB/s, a copy engine's",
-        "the fastest, which timing.copy_kernel then is",
-        copies_cases,
+        "How many rows should a panel of SMS and CLIP have?",
+        "20.9 and 17 ms at N 32k with 512 rows; 2,048 save launches and products, and leave L2",
+        "the fastest of both losses, as the panel's bytes in ops/pairwise",
+        panels_cases,
     ),
 }
 
