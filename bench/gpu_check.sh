@@ -62,7 +62,7 @@ tests() {
   ((most < left)) || most=$left
   step "$name" 30 "$most" env OMP_NUM_THREADS=2 PYTHONPATH="$PWD/bench" AT_ONCE_TSV="$logs/tests.tsv" \
     AT_ONCE_UNTIL=$(($(date +%s) + most - 25)) python3 $safe -m pytest -q -rfE --tb=short -p no:cacheprovider -p at_once \
-    --timeout 120 "${parallel[@]}" -m "gpu and not slow" "$@"
+    --timeout 200 "${parallel[@]}" -m "gpu and not slow" "$@"
 }
 
 # bench OP SECONDS ARGUMENTS...: begins no case after so many seconds.
