@@ -20,7 +20,7 @@ def shape(T, B, H, D, patches=14):
 
 
 # EVA02-AT-B (H 12, 14 x 14 patches) and -L (H 16, 16 x 16 patches), D = 64, then a sweep over tokens and head dims.
-GPU_SHAPES = [shape(T, 32, 12, 64) for T in (4, 8, 16, 32)] + [shape(T, 16, 16, 64, 16) for T in (4, 8, 16, 32)]
+GPU_SHAPES = [shape(T, 32, 12, 64) for T in (4, 16, 8, 32)] + [shape(T, 16, 16, 64, 16) for T in (4, 8, 16, 32)]
 GPU_SHAPES += [shape(T, 64 // T, 8, D, 32) for D in (64, 128) for T in (1, 4, 16)]
 CPU_SHAPES = [shape(1, 4, 12, 64), shape(4, 2, 12, 64), shape(8, 4, 4, 32, 4)]
 

@@ -8,17 +8,17 @@ times torch's own largest error, since some round more often by design; one that
 
 CPU: providers take turns within one run, medians are printed, and the ratio is the median of the ratios turn by turn: on a
 machine with neighbours only those hold. Freed memory stays with the process, as it does in a training loop of steady shapes.
-GPU: a CUDA graph walks over copies of the inputs that together exceed the L2 cache.
+GPU: see timing.py. The JSON is written after every case, so a run that is stopped keeps what it has; --append goes on with it.
 """
 
 import argparse
 import ctypes
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import platform
-import random
 import re
 import statistics
 import subprocess
@@ -27,7 +27,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import store
 import torch
+from timing import cloned, peaks, quantiles, time_cpu, time_gpu
 
 import evaat_fast
 
@@ -60,6 +62,7 @@ class Benchmark:
     truth: callable  # (inputs, mode) -> step, in the dtype of its inputs
     work: callable  # (shape, mode, element size) -> {"flop": n} or {"byte": n}
     baseline: str
+    gpu_baseline: str = None  # where it is another one there
     yardsticks: dict = field(default_factory=dict)  # name -> the same, timed but not checked: a copy, a bare product
     peak: callable = None  # (shape, dtype, mode, provider) -> MiB of a CPU step in a fresh process
     check: callable = None  # (ours, low, truth, name) -> None or AssertionError, where tests/check.py's rule does not fit
@@ -68,6 +71,10 @@ class Benchmark:
     modes: tuple = MODES
     dtypes: tuple = ("fp32", "bf16")
     notes: list = field(default_factory=list)
+
+    def base(self, device):
+        """The baseline on that device."""
+        return self.gpu_baseline or self.baseline if device == "cuda" else self.baseline
 
 
 @functools.cache
@@ -93,18 +100,12 @@ def doubled(inputs):
     return {n: x.detach().double().requires_grad_(x.requires_grad) if floating(x) else x for n, x in inputs.items()}
 
 
-def cloned(inputs):
-    return {
-        n: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for n, x in inputs.items()
-    }
-
-
 def environment(device):
     """Machine and versions, for the header line and the JSON."""
     git = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
     info = {
         "evaat_fast": evaat_fast.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": git.stdout.strip() or os.environ.get("EVAAT_FAST_COMMIT", "unknown"),  # a copy of the tree has no history
         "python": platform.python_version(),
         "torch": torch.__version__,
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -148,118 +149,19 @@ def keep_freed_memory():
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def time_cpu(steps, seconds, least=7):
-    """{name: [seconds per call, turn by turn]}: every step once a turn, in turns of changing order."""
-    names, times, generator = list(steps), {n: [] for n in steps}, random.Random(0)
-    for name in names:
-        steps[name]()
-    until = time.perf_counter() + seconds * len(names)
-    while time.perf_counter() < until or len(times[names[0]]) < least:
-        for name in names:
-            began = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - began)
-        generator.shuffle(names)  # who runs before decides what the caches and the heap hold: 20 % for a pass over memory
-    return times
-
-
-def time_gpu(make_step, inputs, seconds):
-    """Seconds per call of one provider on the device, and the wall microseconds of an eager call."""
-    size = sum(x.numel() * x.element_size() for x in inputs.values() if isinstance(x, torch.Tensor))
-    copies = [inputs] + [cloned(inputs) for _ in range(min(15, int(256e6 // max(size, 1))))]  # 256 MB: five times an H200's L2
-    steps = [make_step(c) for c in copies]
-    for step in steps:
-        step()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for step in steps:
-        step()
-    wall = (time.perf_counter() - began) / len(steps)
-    torch.cuda.synchronize()
-    try:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            for step in steps:
-                step()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            for step in steps:
-                step()
-        run = graph.replay
-    except Exception:  # a provider that cannot be captured is timed with its launches
-        torch.cuda.synchronize()
-        run = lambda: [step() for step in steps]  # noqa: E731
-    run()
-    torch.cuda.synchronize()
-    times, until = [], time.perf_counter() + seconds
-    while len(times) < 10 or time.perf_counter() < until:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(steps))
-    return times, wall * 1e6
-
-
-def peaks(device):
-    """Copy bandwidth (bytes/s, read + write) and matmul rate (FLOP/s) of this run, which shares of peak refer to."""
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    x = torch.empty(1 << 28 if device == "cuda" else 1 << 24, device=device)
-    y, c = torch.empty_like(x), torch.empty_like(a)
-    steps = {"copy": lambda: y.copy_(x), "matmul": lambda: torch.mm(a, b, out=c)}
-    if device == "cuda":
-        best = {name: min(time_gpu(lambda _, f=f: f, {"x": x}, 0.5)[0]) for name, f in steps.items()}
-    else:
-        best = {name: min(t) for name, t in time_cpu(steps, 0.5).items()}
-    return {"copy_bytes_per_s": 2 * 4 * x.numel() / best["copy"], "matmul_flop_per_s": 2 * n**3 / best["matmul"]}
-
-
-def quantiles(times):
-    cut = statistics.quantiles(times, n=10)
-    return {"p20": cut[1] * 1e3, "p50": statistics.median(times) * 1e3, "p80": cut[7] * 1e3}
-
-
 def measure(bench, shape, dtype, mode, args):
     """Records of all providers for one case: checked against float64, then timed."""
     inputs = bench.inputs(shape, DTYPES[dtype], args.device)
-    to_double, everyone = bench.to_double or doubled, {**bench.providers, **bench.yardsticks}
-    truth = [t.detach().clone() for t in bench.truth(to_double(cloned(inputs)), mode)()]
-    low = [t.detach().clone() for t in (bench.low or bench.truth)(cloned(inputs), mode)()]
-    close, records, steps = bench.check or of_tests("check").close, [], {}
-    for name, provider in everyone.items():
-        record = {"shape": shape, "dtype": dtype, "mode": mode, "provider": name}
-        records.append(record)
-        if (args.providers and name not in args.providers) or any(word in name for word in args.skip):
-            record["absent"] = "not asked for"
-            continue
-        if name in bench.yardsticks:
-            record["yardstick"], steps[name] = True, provider
-            continue
-        try:
-            step = provider(cloned(inputs), mode)
-            ours = [t.detach().clone() for t in getattr(step, "results", step)()]
-            record["error"] = max(((o.double() - t).abs().max().item() for o, t in zip(ours, truth, strict=True)), default=0.0)
-            record["torch_error"] = max(
-                ((o.double() - t).abs().max().item() for o, t in zip(low, truth, strict=True)), default=0.0
-            )
-            for o, w, t in zip(ours, low, truth, strict=True):
-                close(o, w, t, name) if name.startswith("evaat") else near(o, w, t, DTYPES[dtype], name)
-            steps[name] = provider
-        except Unavailable as why:
-            record["absent"] = str(why)
-        except AssertionError as wrong:
-            record["fail"] = str(wrong)
-        except Exception as error:
-            if name.startswith("evaat"):
-                raise
-            record["absent"] = f"{type(error).__name__}: {error}"
+    found = check(bench, inputs, mode, DTYPES[dtype], args)
+    of_case = {"shape": shape, "dtype": dtype, "mode": mode}
+    records = [{**of_case, "provider": name, **known} for name, (_, known) in found.items()]
+    steps = {name: step for name, (step, _) in found.items() if step is not None}
+    baseline = bench.base(args.device)
     if args.device == "cpu":
         times = time_cpu({n: p(cloned(inputs), mode) for n, p in steps.items()}, args.seconds) if steps else {}
         for record in records:
             if record["provider"] in times:
-                mine, base = times[record["provider"]], times.get(bench.baseline)
+                mine, base = times[record["provider"]], times.get(baseline)
                 record["ms"] = quantiles(mine)
                 record["ratio"] = statistics.median(a / b for a, b in zip(mine, base, strict=True)) if base else None
                 if bench.peak and not record.get("yardstick"):
@@ -267,14 +169,8 @@ def measure(bench, shape, dtype, mode, args):
     else:
         for record in records:
             if record["provider"] in steps:
-                make = lambda c, p=steps[record["provider"]]: p(c, mode)  # noqa: E731
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-                make(cloned(inputs))()
-                record["peak_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
-                times, record["eager_us"] = time_gpu(make, inputs, args.seconds)
-                record["ms"] = quantiles(times)
-        base = next((r["ms"]["p50"] for r in records if r["provider"] == bench.baseline and "ms" in r), None)
+                record |= _timed_on_gpu(record["provider"], steps[record["provider"]], inputs, mode, args.seconds)
+        base = next((r["ms"]["p50"] for r in records if r["provider"] == baseline and "ms" in r), None)
         for record in records:
             if "ms" in record and base:
                 record["ratio"] = record["ms"]["p50"] / base
@@ -283,18 +179,67 @@ def measure(bench, shape, dtype, mode, args):
     return records
 
 
+def check(bench, inputs, mode, dtype, args):
+    """{name: (its provider if it may be timed, what is known of it)} for the providers and yardsticks that are asked for."""
+    to_double, found = bench.to_double or doubled, {}
+    truth = [t.detach().clone() for t in bench.truth(to_double(cloned(inputs)), mode)()]
+    low = [t.detach().clone() for t in (bench.low or bench.truth)(cloned(inputs), mode)()]
+    close = bench.check or of_tests("check").close
+    distance = lambda xs: max(((x.double() - t).abs().max().item() for x, t in zip(xs, truth, strict=True)), default=0.0)  # noqa: E731
+    for name, provider in {**bench.providers, **bench.yardsticks}.items():
+        if (args.providers and name not in args.providers) or any(word in name for word in args.skip):
+            continue
+        if name in bench.yardsticks:
+            found[name] = (provider, {"yardstick": True})
+            continue
+        record = {}
+        try:
+            step = provider(cloned(inputs), mode)
+            ours = [t.detach().clone() for t in getattr(step, "results", step)()]
+            record |= {"error": distance(ours), "torch_error": distance(low)}
+            for o, w, t in zip(ours, low, truth, strict=True):
+                close(o, w, t, name) if name.startswith("evaat") else near(o, w, t, dtype, name)
+        except Exception as error:
+            found[name] = (None, {**record, **_reason(name, error)})
+        else:
+            found[name] = (provider, record)
+    return found
+
+
+def _reason(name, error):
+    """What a record says of an exception. A wrong result is a failure, and so is whatever stops a provider of ours, but that it
+    is not for this machine; the others are then shown all the same."""
+    if isinstance(error, Unavailable):
+        return {"absent": str(error)}
+    if isinstance(error, AssertionError):
+        return {"fail": str(error)}
+    return {"fail" if name.startswith("evaat") else "absent": f"{type(error).__name__}: {error}"}
+
+
+def _timed_on_gpu(name, provider, inputs, mode, seconds):
+    try:
+        mine = cloned(inputs)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        provider(mine, mode)()
+        record = {"peak_mib": (torch.cuda.max_memory_allocated() - held) / 2**20}
+        found = time_gpu(lambda i: provider(i, mode), inputs, seconds)
+    except Exception as error:  # out of memory with a second copy of the inputs, for one
+        return _reason(name, error)
+    record |= {"eager_us": found.eager_us, "queued_ms": found.queued * 1e3, "ms": quantiles(found.seconds)}
+    return record | ({"not_captured": found.not_captured} if found.not_captured else {})
+
+
 def print_case(records, peak):
     first = records[0]
     print(f"\n{json.dumps(first['shape'])}  {first['dtype']}  {first['mode']}")
     heads = f"{'rate':>15} {'% peak':>7} {'x base':>7} {'MiB':>7} {'max error':>10} {'torch':>9}"
-    width, absent = 2 + max(len(r["provider"]) for r in records), {}
+    width = 2 + max(len(r["provider"]) for r in records)
     print(f"  {'provider':<{width}}{'ms p50':>9} {'p20-p80':>17} {heads}")
     for r in records:
-        if "absent" in r:
-            absent.setdefault(r["absent"], []).append(r["provider"])
-        elif "fail" in r:
-            print(f"  {r['provider']:<{width}}FAIL: {r['fail'][:120]}")
-        else:
+        if "fail" in r:
+            print(f"  {r['provider']:<{width}}FAIL: {r['fail']}")
+        elif "ms" in r:
             seconds, (unit, amount) = r["ms"]["p50"] / 1e3, next(iter(r["work"].items()))
             scale, name = (1e12, "TFLOP/s") if unit == "flop" else (1e9, "GB/s")
             top = peak["matmul_flop_per_s" if unit == "flop" else "copy_bytes_per_s"]
@@ -305,9 +250,10 @@ def print_case(records, peak):
                 f"  {r['provider']:<{width}}{r['ms']['p50']:>9.3f} {span:>17} {amount / seconds / scale:>7.3f} {name:<7}"
                 f"{100 * amount / seconds / top:>7.0f} {ratio:>7} {memory:>7} {errors}"
             )
-    absent.pop("not asked for", None)
-    for why, names in absent.items():
-        print(f"  absent, {why[:100]}: {'; '.join(names)}")
+            if r.get("queued_ms", r["ms"]["p50"]) < 0.9 * r["ms"]["p50"]:
+                print(f"  {'':<{width}}{r['queued_ms']:>9.3f} as eager calls: the capture adds work of its own")
+    for why, names in store.without(records, "absent"):
+        print(f"  absent, {why}: {'; '.join(names)}")
 
 
 def main(bench, argv=None):
@@ -319,17 +265,30 @@ def main(bench, argv=None):
     parser.add_argument("--providers", nargs="+", choices=[*bench.providers, *bench.yardsticks], metavar="NAME")
     parser.add_argument("--skip", nargs="+", default=[], metavar="WORD", help="leave out providers whose name has a word in it")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--first", type=int, metavar="N", help="the first N shapes only")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no case after so many seconds")
+    parser.add_argument("--append", action="store_true", help="keep the cases of this commit and device that the JSON has")
     parser.add_argument("--threads", type=int, help="CPU threads (all processors by default)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider and case")
-    parser.add_argument("--json", type=Path, help="where to write (build/bench/DEVICE/OP.json by default)")
+    parser.add_argument(
+        "--json", type=Path, help="where to write (build/bench/DEVICE/OP.json by default), without page and plot"
+    )
     parser.add_argument("--record", action="store_true", help="write to bench/results/DEVICE/OP.json, which is committed")
     args = parser.parse_args(argv)
+    began = time.monotonic()
     torch.manual_seed(0)
     if args.device == "cpu":
         keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    info, peak = environment(args.device), peaks(args.device)
+    info = environment(args.device)
+    folder = HERE / "results" if args.record else HERE.parent / "build" / "bench"
+    path = args.json or folder / slug(info) / f"{bench.op}.json"
+    results = _begun(path, info) if args.append else None
+    if results is None:
+        results = {"op": bench.op, "baseline": bench.base(args.device), "environment": info, "peak": peaks(args.device)}
+        results["records"] = []
+    peak, records = results["peak"], results["records"]
     print("  ".join(f"{k} {v}" for k, v in info.items()))
     print(f"copy {peak['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {peak['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s, this run")
     if args.device == "cpu":
@@ -337,22 +296,32 @@ def main(bench, argv=None):
     for note in bench.notes:
         print(note)
     shapes = bench.cpu_shapes if args.device == "cpu" else bench.gpu_shapes
-    records = []
-    for shape in shapes[:1] if args.quick else shapes:
-        for dtype in args.dtype or (bench.dtypes if args.device == "cpu" else [d for d in bench.dtypes if d != "fp32"]):
-            for mode in args.mode or bench.modes:
-                records += measure(bench, shape, dtype, mode, args)
-                print_case(records[-len(bench.providers) - len(bench.yardsticks) :], peak)
-    folder = HERE / "results" if args.record else HERE.parent / "build" / "bench"
-    path = args.json or folder / slug(info) / f"{bench.op}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    payload = {"op": bench.op, "baseline": bench.baseline, "environment": info, "peak": peak, "records": records}
-    path.with_suffix(".part").write_text(json.dumps(payload, indent=1) + "\n")
-    os.replace(path.with_suffix(".part"), path)
-    of_plot = importlib.import_module("plot")
-    print(f"\nwrote {path} and {of_plot.page(path, payload).name}, to read")
-    wrong = [r for r in records if "fail" in r and r["provider"].startswith("evaat")]
-    return 1 if wrong else 0
+    dtypes = args.dtype or (bench.dtypes if args.device == "cpu" else [d for d in bench.dtypes if d != "fp32"])
+    cases = list(itertools.product(shapes[: 1 if args.quick else args.first], dtypes, args.mode or bench.modes))
+    there = {store.case(r) for r in records}
+    cases = [c for c in cases if (store.label(c[0]), *c[1:]) not in there]
+    for done, (shape, dtype, mode) in enumerate(cases):
+        if args.budget is not None and time.monotonic() - began > args.budget:
+            print(f"\n{len(cases) - done} of {len(cases)} cases not begun: the {args.budget:.0f} s are over")
+            break
+        new = measure(bench, shape, dtype, mode, args)
+        print_case(new, peak)
+        records += new
+        store.write(path, results)
+    print(f"\n{len(records)} records in {path}")
+    if not args.json and records:
+        print(f"and {importlib.import_module('plot').page(path, json.loads(path.read_text())).name}, to read")
+    return 1 if any("fail" in r and r["provider"].startswith("evaat") for r in records) else 0
+
+
+def _begun(path, info):
+    """The results that are there, if the same code made them on the same device."""
+    try:
+        results = json.loads(path.read_text())
+    except OSError:
+        return None
+    same = all(results["environment"].get(k) == info[k] for k in ("commit", "device", "torch", "triton"))
+    return results if same else None
 
 
 def run(bench):

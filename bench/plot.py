@@ -1,7 +1,10 @@
 """Draws figures from the committed JSON, and the tables of the README: python bench/plot.py [--check]
 
 bench/results/DEVICE/OP.json -> OP.svg and OP.md beside it (a page with every number), and the text between the markers of
-README.md. --check changes nothing and fails if the README or a page differs from what the JSON says.
+README.md and docs/*.md. --check changes nothing and fails if one of these differs from what the JSON says.
+
+A marker is <!-- results DEVICE/OP --> ... <!-- end results DEVICE/OP -->. After the name it may choose: ": N4096 fwd" the cases
+with those words in their shape, dtype or mode, ": fwd | NAME; NAME" these providers of them.
 """
 
 import argparse
@@ -11,8 +14,10 @@ import re
 import sys
 from pathlib import Path
 
+from store import case, label, short, without
+
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+ROOT = HERE.parent
 
 
 def results():
@@ -20,42 +25,53 @@ def results():
         yield path, json.loads(path.read_text())
 
 
-def label(shape):
-    return " ".join(v if isinstance(v, str) else f"{k}{v}" for k, v in shape.items() if k not in ("Hp", "Wp"))
+def texts():
+    """The files that may have markers."""
+    return [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
 def cell(r):
-    peak = f", {r['peak_mib']:.0f} MiB" if "peak_mib" in r else ""
-    return f"{r['ms']['p50']:.2f} ms ({r['ratio']:.2f} x{peak})"
+    beside = [f"{r['ratio']:.2f} x"] if r.get("ratio") else []
+    beside += [f"{r['peak_mib']:.0f} MiB"] if "peak_mib" in r else []
+    return f"{short(r['ms']['p50'])} ms" + (f" ({', '.join(beside)})" if beside else "")
 
 
 def conditions(data):
     e = data["environment"]
-    where = f"{e['threads']} threads, {e['isa']}" if "threads" in e else f"CUDA {e['cuda']}, clocks {e['clocks']}"
+    if "threads" in e:
+        where = f"{e['threads']} threads, {e['isa']}"
+    else:
+        _, clock, driver = e["clocks"].split(", ")  # the first is that of a GPU that rests
+        where = f"CUDA {e['cuda']}, driver {driver}, clock up to {clock}"
     return f"{e['device']}, {where}; torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}"
 
 
-def table(data, only=None):
-    """Markdown: one row per case, one column per provider that ran; times relative to the baseline's. only: a word of the
-    shapes to show, as "N4096"."""
-    ran = [r for r in data["records"] if "ms" in r and (only is None or only in label(r["shape"]).split())]
-    columns = list(dict.fromkeys(r["provider"] for r in ran))
-    cases = {}
+def table(data, choice=None):
+    """Markdown: one row per case, one column per provider that ran; times relative to the baseline's. choice: of a marker."""
+    words, _, names = (choice or "").partition("|")
+    names = [name.strip() for name in names.split(";") if name.strip()]
+    unknown = set(names) - {r["provider"] for r in data["records"]}
+    if unknown:
+        raise ValueError(f"{data['op']}: the results have no provider {', '.join(sorted(unknown))}")
+    records = [r for r in data["records"] if set(words.split()) <= set(" ".join(case(r)).split())]
+    records = [r for r in records if not names or r["provider"] in names]
+    ran = [r for r in records if "ms" in r]
+    columns, cases = names or list(dict.fromkeys(r["provider"] for r in ran)), {}
     for r in ran:
-        cases.setdefault((label(r["shape"]), r["dtype"], r["mode"]), {})[r["provider"]] = r
+        cases.setdefault(case(r), {})[r["provider"]] = r
     lines = ["| shape | dtype | mode | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
     for (shape, dtype, mode), row in cases.items():
         cells = [cell(row[c]) if c in row else "–" for c in columns]
         lines.append(f"| {shape} | {dtype} | {mode} | " + " | ".join(cells) + " |")
-    absent = {r["provider"]: r["absent"] for r in data["records"] if "absent" in r and r["absent"] != "not asked for"}
-    failed = sorted({r["provider"] for r in data["records"] if "fail" in r})
-    command = f"python bench/{data['op']}.py"
     peak = ", extra memory at its peak" if any("peak_mib" in r for r in ran) else ""
-    note = f"`{command}` on {conditions(data)}. In brackets: time relative to *{data['baseline']}*{peak}."
-    if absent:
-        note += " Absent there: " + "; ".join(f"{p} ({why[:60]})" for p, why in absent.items()) + "."
+    note = f"`python bench/{data['op']}.py` on {conditions(data)}. In brackets: time relative to *{data['baseline']}*{peak}."
+    note += "".join(f" {line}" for line in data.get("notes", []))
+    failed = dict.fromkeys(name for _, names in without(records, "fail") for name in names)
     if failed:
-        note += f" Failed the check, so not timed: {', '.join(failed)}."
+        note += f" Failed the check, so not timed: {'; '.join(failed)}."
+    absent = [f"{'; '.join(names)} ({why})" for why, names in without(records, "absent")]
+    if absent:
+        note += f" Absent there: {'; '.join(absent)}."
     return "\n".join([*lines, "", note])
 
 
@@ -75,10 +91,10 @@ def figure(path, data):
     size = (2 + 3.2 * max(1, len(modes)), 1.2 + 0.24 * len(providers) + 0.14 * len(cases))
     fig, axes = plt.subplots(1, max(1, len(modes)), figsize=size, sharey=True, squeeze=False)
     for ax, mode in zip(axes[0], modes, strict=False):
-        for i, case in enumerate(cases):
-            rows = [r for r in ran if r["mode"] == mode and (label(r["shape"]), r["dtype"]) == case]
+        for i, name in enumerate(cases):
+            rows = [r for r in ran if r["mode"] == mode and (label(r["shape"]), r["dtype"]) == name]
             y = [providers.index(r["provider"]) + 0.5 * (i / max(1, len(cases) - 1) - 0.5) for r in rows]
-            ax.plot([r["ratio"] for r in rows], y, "osD^v"[i % 5], ms=3.5, color=f"C{i % 10}", label=" ".join(case))
+            ax.plot([r["ratio"] for r in rows], y, "osD^v"[i % 5], ms=3.5, color=f"C{i % 10}", label=" ".join(name))
         ax.axvline(1, color="grey", linewidth=0.8)
         ax.set(xscale="log", title=mode)
         for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
@@ -103,30 +119,37 @@ def page_text(data, has_figure):
     for r in data["records"]:
         of_tests[label(r["shape"]), r["dtype"]].append(r)
     modes = list(dict.fromkeys(r["mode"] for r in data["records"]))
-    peak, absent = data["peak"], {}
+    peak = data["peak"]
+    rates = f"{peak['copy_bytes_per_s'] / 1e9:.1f} GB/s{_engine(data)}, matmul {peak['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s"
     lines = [
         f"# {data['op']}: {data['environment']['device']}",
         "",
         f"`python bench/{data['op']}.py` on {conditions(data)}.",
         "",
+        f"Copy {rates} in this run.",
+        f"x: time relative to *{data['baseline']}*. Error: the largest against float64, in brackets torch's own.",
     ]
-    lines += [
-        f"Copy {peak['copy_bytes_per_s'] / 1e9:.1f} GB/s, matmul {peak['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s in this run."
-    ]
-    lines += [f"x: time relative to *{data['baseline']}*. Error: the largest against float64, in brackets torch's own."]
+    if "cuda" in data["environment"]:
+        lines += ["ms: on the device, in a CUDA graph. Call: the time in which an eager call returns."]
+    lines += data.get("notes", [])
     lines += ["", f"![{data['op']}]({data['op']}.svg)"] if has_figure else []
     for (shape, dtype), records in of_tests.items():
-        lines += ["", f"## {shape} {dtype}", "", "| provider | " + " | ".join(modes) + " |", "|---" * (1 + len(modes)) + "|"]
         rows = {}
         for r in records:
-            if "absent" in r:
-                absent.setdefault(r["absent"], dict.fromkeys([r["provider"]]))[r["provider"]] = None
-            else:
+            if "ms" in r or "fail" in r:
                 rows.setdefault(r["provider"], {})[r["mode"]] = numbers(r, peak)
+        lines += ["", f"## {shape} {dtype}", "", "| provider | " + " | ".join(modes) + " |", "|---" * (1 + len(modes)) + "|"]
         lines += [f"| {p} | " + " | ".join(row.get(m, "–") for m in modes) + " |" for p, row in rows.items()]
-    absent.pop("not asked for", None)
-    lines += ["", "Absent:", "", *(f"- {'; '.join(names)}: {why}" for why, names in absent.items())] if absent else []
+    notes = [("Absent:", "absent"), ("Timed as eager calls with their launches, as they cannot be captured:", "not_captured")]
+    for title, key in notes:
+        found = without(data["records"], key)
+        lines += ["", title, "", *(f"- {'; '.join(names)}: {why}" for why, names in found)] if found else []
     return "\n".join(lines) + "\n"
+
+
+def _engine(data):
+    """Of a copy that was no kernel, in results from before it was one."""
+    return " by a copy engine" if "cuda" in data["environment"] and data["peak"].get("copy") != "kernel" else ""
 
 
 def numbers(r, peak):
@@ -136,9 +159,12 @@ def numbers(r, peak):
     seconds, (unit, amount) = r["ms"]["p50"] / 1e3, next(iter(r["work"].items()))
     scale, name = (1e12, "TFLOP/s") if unit == "flop" else (1e9, "GB/s")
     top = peak["matmul_flop_per_s" if unit == "flop" else "copy_bytes_per_s"]
-    parts = [f"{r['ms']['p50']:.3f} ms", f"{amount / seconds / scale:.3g} {name} ({100 * amount / seconds / top:.0f} %)"]
+    parts = [f"{short(r['ms']['p50'], 4)} ms", f"{amount / seconds / scale:.3g} {name} ({100 * amount / seconds / top:.0f} %)"]
+    if r.get("queued_ms", r["ms"]["p50"]) < 0.9 * r["ms"]["p50"]:  # a table made anew under capture, for one
+        parts.append(f"{short(r['queued_ms'], 4)} ms as eager calls on a busy device: the capture adds work")
     parts += [f"{r['ratio']:.2f} x"] if r.get("ratio") else []
     parts += [f"{r['peak_mib']:.0f} MiB"] if "peak_mib" in r else []
+    parts += [f"call {short(r['eager_us'])} us"] if "queued_ms" in r else []  # before it, of a few cold calls
     parts += [f"error {r['error']:.1e} ({r['torch_error']:.1e})"] if "error" in r else []
     return ", ".join(parts)
 
@@ -156,13 +182,13 @@ def matrix():
     return doctor.matrix()
 
 
-def readme(text):
-    """The README with everything between `<!-- NAME -->`, or `<!-- NAME: ONLY -->`, and `<!-- end NAME -->` generated anew."""
-    parts = {"support matrix": lambda only: matrix()}
+def generated(text):
+    """The text with everything between `<!-- NAME -->`, or `<!-- NAME: CHOICE -->`, and `<!-- end NAME -->` generated anew."""
+    parts = {"support matrix": lambda choice: matrix()}
     for path, data in results():
         parts[f"results {path.parent.name}/{path.stem}"] = functools.partial(table, data)
     for name, body in parts.items():
-        pattern = re.compile(rf"(<!-- {re.escape(name)}(?:: (\S+))? -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
+        pattern = re.compile(rf"(<!-- {re.escape(name)}(?:: ([^\n]+))? -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
         text = pattern.sub(lambda m, body=body: f"{m[1]}{body(m[2])}\n{m[3]}", text)
     return text
 
@@ -171,15 +197,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    old = README.read_text()
-    new = readme(old)
+    old = {path: path.read_text() for path in texts()}
+    new = {path: generated(text) for path, text in old.items()}
     if args.check:
         pages = ((path.with_suffix(".md"), page_text(data, path.with_suffix(".svg").exists())) for path, data in results())
-        stale = [path.name for path, text in pages if not path.exists() or path.read_text() != text]
-        if old != new or stale:
-            sys.exit(f"{', '.join(['README.md'] * (old != new) + stale)}: not what the results say; run python bench/plot.py")
+        stale = [path.name for path in old if old[path] != new[path]]
+        stale += [f"{path.parent.name}/{path.name}" for path, text in pages if not path.exists() or path.read_text() != text]
+        if stale:
+            sys.exit(f"{', '.join(stale)}: not what the results say; run python bench/plot.py")
         return
-    README.write_text(new)
+    for path, text in new.items():
+        path.write_text(text)
     for path, data in results():
         print(f"wrote {page(path, data)}")
 

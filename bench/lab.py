@@ -1,0 +1,276 @@
+"""Variants of kernels that await a GPU's verdict: python bench/lab.py [--list] [NAME ...]
+
+An entry asks one question and says what is expected and what decides it. Its first variant is what is shipped, launched as the
+others are. A variant is held to the rule of tests/check.py or of its own benchmark, then timed as a provider is; one that fails
+has no time. When the verdict is in, the shipped configuration changes and the entry goes.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import pairwise
+import store
+import torch
+from rope3d import angles
+from timing import copy_kernel, quantiles, time_gpu
+from torch.nn.functional import scaled_dot_product_attention
+
+from evaat_fast import ops
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of an entry. variants: name -> inputs -> step, as harness' providers; the first is the shipped one. check: gets
+    what a step returns. yardstick: likewise a maker of steps, timed and not checked. work: {"flop": n} or {"byte": n}."""
+
+    label: str
+    inputs: dict
+    variants: dict[str, Callable]
+    check: Callable
+    yardstick: Callable
+    work: dict
+
+
+@dataclass(frozen=True)
+class Entry:
+    """cases: (device, small) -> Case after Case; small for the interpreter, which runs the same launches on a CPU."""
+
+    question: str
+    expected: str
+    decides: str
+    cases: Callable[[str, bool], Iterator[Case]]
+
+
+def clips(shapes, device, count, small):
+    """(B, H, N, D, grid, tensors q, k, ... [B, H, N, D] in the memory order of the model, their table) for each shape."""
+    generator, D = torch.Generator(device).manual_seed(0), 64
+    dtype = torch.float16 if small else torch.bfloat16  # which the interpreter has not
+    for B, H, grid in shapes:
+        N = 1 + grid[0] * grid[1] * grid[2]
+        make = lambda *size: torch.randn(size, generator=generator, device=device).to(dtype).transpose(1, 2)  # noqa: E731
+        turns = angles(grid, ops.joint_freqs(D), device)[1:]
+        table = torch.stack((turns.cos(), turns.sin())).float()[:, None, None]  # [2, 1, 1, N - 1, D/2]
+        yield B, H, N, D, grid, [make(B, N, H, D) for _ in range(count)], table
+
+
+MODEL = [(32, 12, (4, 14, 14)), (32, 12, (16, 14, 14))]
+
+
+def close(results, low, truth):
+    for ours, theirs, exact in zip(results, low, truth, strict=True):
+        harness.of_tests("check").close(ours, theirs, exact)
+
+
+def rope3d_launch(heads, warps, elements):
+    """elements: of one head in a program."""
+
+    def make(inputs):
+        import triton
+        from evaat_fast.kernels.rope3d.rotate import rope3d_kernel
+
+        q, k, table = (inputs[x] for x in ("q", "k", "table"))
+        B, H, N, D = q.shape
+        outs = torch.empty_like(q), torch.empty_like(k)
+        rows = max(1, elements // D)
+        settings = dict(D=D, INTERLEAVED=True, INVERSE=False, TABLE_PER_HEAD=False, HEADS=heads, BLOCK_N=rows, BLOCK_C=D // 2)
+        strides = [s for x in (q, k, *outs) for s in x.stride()[:3]]
+        programs = (B * triton.cdiv(N, rows), 2 * triton.cdiv(H, heads))
+
+        def step():
+            places = (q, k, *outs, table, table.stride(0), 0, table.stride(2))
+            rope3d_kernel[programs](*places, *strides, H, H, N, 1, 0, **settings, num_warps=warps)
+            return outs
+
+        return step
+
+    return make
+
+
+def rope3d_cases(device, small):
+    names = ((4, 4, 2048), (2, 4, 2048), (6, 4, 2048), (12, 4, 2048), (4, 8, 4096), (2, 8, 4096), (4, 2, 1024), (6, 4, 1024))
+    variants = {f"{h} heads, {w} warps, {n} elements": rope3d_launch(h, w, n) for h, w, n in (*names, (12, 8, 4096))}
+
+    def yardstick(inputs):
+        outs = [torch.empty_like(inputs[x]) for x in "qk"]
+        return lambda: [copy_kernel(inputs[x], out) for x, out in zip("qk", outs, strict=True)]
+
+    for B, H, N, _, grid, (q, k), table in clips([(1, 6, (2, 3, 4))] if small else MODEL, device, 2, small):
+        low = ops.rope3d(q[:1], k[:1], grid, backend="reference")
+        truth = ops.rope3d(q[:1].double(), k[:1].double(), grid, backend="reference")
+        check = lambda outs, low=low, truth=truth: close([x[:1] for x in outs], low, truth)  # noqa: E731
+        inputs, work = {"q": q, "k": k, "table": table}, {"byte": 4 * q.numel() * q.element_size()}
+        yield Case(f"B {B} H {H} N {N}", inputs, variants, check, yardstick, work)
+
+
+def attention_launch(rows, columns, warps, stages):
+    def make(inputs):
+        from evaat_fast.kernels.attn import forward as kernels
+
+        q, k, v, table = (inputs[x] for x in ("q", "k", "v", "table"))
+        B, H, N, D = q.shape
+        out, lse = torch.empty_like(q), torch.empty((B, H, N), dtype=torch.float32, device=q.device)
+        options = kernels.launch_options("forward", q, table, True, None)
+        options |= {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": stages}
+        strides = [s for x in (q, k, v, out, q) for s in x.stride()[:3]]
+        counts = (1, H, N, N, 1, 0, D**-0.5)  # query heads of a key head, heads, queries, keys, prefix, clips, scale
+
+        def step():
+            kernels.attn_forward_kernel[kernels.programs(N, rows, H, B, None)](
+                q, k, v, out, lse, q, table, lse, *strides, *lse.stride()[:2], *kernels.table_strides(table), *counts,
+                KEEP=False, **options,
+            )  # fmt: skip
+            return (out,)
+
+        return step
+
+    return make
+
+
+def attention_cases(device, small):
+    names = (
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (128, 64, 8, 3),
+        (128, 64, 4, 2),
+        (64, 128, 4, 2),
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+    )
+    variants = {f"{m} x {n}, {w} warps, {s} stages": attention_launch(m, n, w, s) for m, n, w, s in names}
+    yardstick = lambda i: lambda: scaled_dot_product_attention(i["q"], i["k"], i["v"])  # noqa: E731
+    for B, H, N, D, grid, (q, k, v), table in clips([(1, 2, (2, 8, 9))] if small else MODEL, device, 3, small):
+        first = [x[:1] for x in (q, k, v)]  # whose scores in float64 fit
+        low = scaled_dot_product_attention(*ops.rope3d(*first[:2], grid, backend="reference"), first[2])
+        exact = ops.rope3d(*(x.double() for x in first[:2]), grid, backend="reference")
+        truth = scaled_dot_product_attention(*exact, first[2].double())
+        check = lambda outs, low=low, truth=truth: close([outs[0][:1]], [low], [truth])  # noqa: E731
+        turned = torch.empty_like(k).copy_(ops.rope3d(k, None, grid, backend="reference"))  # the kernel turns its queries alone
+        inputs, work = {"q": q, "k": turned, "v": v, "table": table}, {"flop": 4 * B * H * N**2 * D}
+        yield Case(f"B {B} H {H} N {N}", inputs, variants, check, yardstick, work)
+
+
+def panels_of(rows):
+    """A step in panels of so many rows; None: as shipped."""
+
+    def make(inputs):
+        from evaat_fast.ops.pairwise.contrast import contrast
+        from evaat_fast.ops.pairwise.sms import Penalty, max_margin
+
+        video, text, how = inputs["video"], inputs["text"], {"panel_rows": rows}
+        costs = Penalty(pairwise.MARGIN, pairwise.RELAXATION, pairwise.EPS, "code")
+
+        def step():
+            if inputs["loss"] == "sms":
+                loss = max_margin("sms_loss", video, text, pairwise.our_labels(inputs), None, costs, **how)
+            else:
+                loss = contrast("clip_loss", video, text, pairwise.SCALE, None, **how)
+            return loss.detach(), *torch.autograd.grad(loss, (video, text))
+
+        return step
+
+    return make
+
+
+def panels_cases(device, small):
+    N, E = (100, 32) if small else (32768, 256)
+    variants = {"as shipped": panels_of(None)}
+    variants |= {f"{rows} rows": panels_of(rows) for rows in ((32, 64) if small else (128, 512, 1024, 2048, 4096))}
+    for loss in ("sms", "clip"):
+        shape = {"loss": loss, "N": N, "E": E}
+        inputs = pairwise.inputs(shape, torch.float32 if small else torch.bfloat16, device)
+        truth = [x.detach() for x in pairwise.CHUNKED(pairwise.to_double(inputs), "fwdbwd")()]
+        low = [x.detach() for x in pairwise.low(inputs, "fwdbwd")()]
+
+        def check(results, low=low, truth=truth):
+            for ours, theirs, exact in zip(results, low, truth, strict=True):
+                pairwise.check(ours, theirs, exact, "a result")
+
+        yardstick = lambda i: pairwise.bare_products(i, "fwdbwd")  # noqa: E731
+        yield Case(store.label(shape), inputs, variants, check, yardstick, pairwise.BENCH.work(shape, "fwdbwd", 2))
+
+
+ENTRIES = {
+    "rope3d": Entry(
+        "Which heads, warps and elements of a program bring rope3d nearest to a copy?",
+        "58 and 78 % of a copy at N 785 and 3137, tables made in every graph included; 85 and 90 % are asked",
+        "the fastest at both N, if by more than 3 %",
+        rope3d_cases,
+    ),
+    "attention": Entry(
+        "Which block of the portable Triton forward pass is fastest?",
+        "0.62 of cuDNN as shipped: 4.5 us + 1.75 us x key blocks for 128 rows; smaller blocks waste less of N 785",
+        "the fastest at N 785 and at N 3137; beyond cuDNN's time `auto` may serve it",
+        attention_cases,
+    ),
+    "panels": Entry(
+        "How many rows should a panel of SMS and CLIP have?",
+        "20.9 and 17 ms at N 32k with 512 rows; 2,048 save launches and products, and leave L2",
+        "the fastest of both losses, as the panel's bytes in ops/pairwise",
+        panels_cases,
+    ),
+}
+
+
+def run(name, seconds, stop):
+    """Records of an entry's variants, one by one as they are timed; none is begun after `stop`, by time.monotonic()."""
+    for case in ENTRIES[name].cases("cuda", False):
+        base = None
+        for variant, make in {"yardstick": case.yardstick, **case.variants}.items():
+            if time.monotonic() > stop:
+                return
+            record = {"entry": name, "case": case.label, "variant": variant}
+            try:
+                if variant != "yardstick":
+                    case.check(make(case.inputs)())
+                found = time_gpu(make, case.inputs, seconds)
+                record |= {"ms": quantiles(found.seconds), "queued_ms": found.queued * 1e3, "work": case.work}
+            except Exception as error:  # too much shared memory for this GPU is a verdict, too
+                record["fail"] = f"{type(error).__name__}: {error}"
+            else:
+                base = base or record["ms"]["p50"]
+                record["ratio"] = record["ms"]["p50"] / base
+            yield record
+
+
+def show(record):
+    if "fail" in record:
+        return f"  {record['case']:<20} {record['variant']:<34} FAIL: {record['fail'].strip().splitlines()[0][:160]}"
+    unit, amount = next(iter(record["work"].items()))
+    rate, ms = amount / record["ms"]["p50"] / 1e9, record["ms"]["p50"]
+    rate = f"{rate:8.1f} TFLOP/s" if unit == "flop" else f"{rate:8.3f} TB/s"
+    return f"  {record['case']:<20} {record['variant']:<34} {ms:9.4f} ms {rate}  {record['ratio']:.3f} x yardstick"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ENTRIES)}; all by default")
+    parser.add_argument("--list", action="store_true", help="what each entry asks")
+    parser.add_argument("--seconds", type=float, default=0.12, help="time spent per variant")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no variant after so many")
+    parser.add_argument("--json", type=Path, default=harness.HERE.parent / "build" / "bench" / "lab.json")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.names if name not in ENTRIES]
+    if unknown:
+        parser.error(f"unknown entries {', '.join(unknown)}; there are {', '.join(ENTRIES)}")
+    stop, results = time.monotonic() + args.budget, {"environment": None, "records": []}
+    for name in args.names or ENTRIES:
+        entry = ENTRIES[name]
+        print(f"{name}: {entry.question}\n  expected: {entry.expected}\n  decides: {entry.decides}")
+        if args.list:
+            continue
+        if not torch.cuda.is_available():
+            sys.exit("lab.py: needs a GPU; --list does not")
+        results["environment"] = results["environment"] or harness.environment("cuda")
+        for record in run(name, args.seconds, stop):
+            print(show(record))
+            results["records"].append(record)
+            store.write(args.json, results)
+
+
+if __name__ == "__main__":
+    main()

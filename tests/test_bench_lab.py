@@ -1,0 +1,50 @@
+"""The lab's entries are whole, and what they launch is right, in Triton's interpreter and without a GPU."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("lab")
+
+
+def test_entries_say_what_they_ask(lab, capsys):
+    lab.main(["--list"])
+    shown = capsys.readouterr().out
+    for name, entry in lab.ENTRIES.items():
+        assert entry.question.endswith("?") and entry.expected and entry.decides
+        assert f"{name}: {entry.question}" in shown and entry.expected in shown
+
+
+def test_panels(lab):
+    for case in lab.ENTRIES["panels"].cases("cpu", True):
+        assert len(case.variants) > 1 and set(case.work) <= {"flop", "byte"}
+        for make in case.variants.values():
+            case.check(make(case.inputs)())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["rope3d", "attention"])
+def test_launches(lab, name):
+    """Another block must not change the result, and a wrong result must not pass."""
+    (case,) = lab.ENTRIES[name].cases("cpu", True)
+    for make in case.variants.values():
+        case.check(make(case.inputs)())
+    with pytest.raises(AssertionError):
+        case.check([x + 0.1 for x in make(case.inputs)()])
+
+
+def test_without_a_gpu_it_says_so(lab):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        lab.main(["panels"])
+    with pytest.raises(SystemExit):
+        lab.main(["nothing"])
