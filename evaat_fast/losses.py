@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from evaat_fast import ops
+from evaat_fast.ops.pairwise import reference
 
 __all__ = [
     "AdaptiveMaxMarginRankingLoss",
@@ -260,7 +261,7 @@ class EgoNCE(nn.Module):
         mask = mask_v * mask_n if self.noun and self.verb else mask_n if self.noun else mask_v
         positive = (mask > 0) | torch.eye(len(x), dtype=torch.bool, device=x.device)
         logits = (x / self.temperature, x.t() / self.temperature)
-        return sum((s.logsumexp(1) - s.masked_fill(~positive, -torch.inf).logsumexp(1)).mean() for s in logits)
+        return sum(reference.cross_entropy(s, positive, 1).mean() for s in logits)
 
 
 def _floating(x):

@@ -15,28 +15,34 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 def build(kernel, signature, constants, arch, aligned=(), **options):
     """Compiles a @triton.jit function.
 
-    kernel: the jitted function. signature: {argument: "*bf16", "i32", ...} of its run-time arguments; constants: the
-    others. arch: 80, 90, 100. aligned: the integers that are multiples of 16, as Triton finds out at a launch (pointers
-    always are). options: num_warps, num_stages.
+    kernel: the jitted function. signature: {argument: "*bf16", "i32", ...} of its run-time arguments, of a tuple one for each
+    field, or the constant that it is; constants: the others. arch: 80, 90, 100. aligned: the integers that are multiples of
+    16, as Triton finds out at a launch (pointers always are), "x.N" in a tuple. options: num_warps, num_stages.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel.arg_names
-    missing = set(names) ^ (set(signature) | set(constants))
+    names, given = kernel.arg_names, signature | constants
+    missing = set(names) ^ set(given)
     assert not missing, f"arguments not given, or not known: {sorted(missing)}"
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature.get(name, "").startswith("*") or name in aligned
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature={name: signature.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attributes,
-    )
+    attributes, constexprs = {}, {}
+
+    def kind_of(value, path, name):
+        """The type of an argument, or of each field of a tuple of them."""
+        if isinstance(value, tuple) and name not in constants:
+            fields = getattr(value, "_fields", range(len(value)))
+            kinds = [kind_of(x, (*path, i), f"{name}.{field}") for i, (field, x) in enumerate(zip(fields, value, strict=True))]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        if name in constants or not isinstance(value, str):
+            constexprs[path] = value
+            return "constexpr"
+        if value.startswith("*") or name in aligned:
+            attributes[path] = [["tt.divisibility", 16]]
+        return value
+
+    types = {name: kind_of(given[name], (i,), name) for i, name in enumerate(names)}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -45,71 +45,73 @@ def rope3d_table(arch, out, grid):
     return aot.build(rope3d_table_kernel, pointers | dict.fromkeys(integers, "i32"), constants, arch)
 
 
+ALIGNED = [f"f.{field}" for field in ("video_n", "text_n", "N", "E")]
+
+
+def features(dtype):
+    from evaat_fast.kernels.pairwise.panel import Features
+
+    return Features(f"*{dtype}", f"*{dtype}", *["i32"] * 4)
+
+
+def labels(table, indexed, half):
+    from evaat_fast.kernels.pairwise.sms import Labels
+
+    indices = ["*i64"] * 2 if indexed else [None] * 2
+    # Triton makes a constant of an integer that is 1.
+    strides = dict(row="i32", column=1, half="i32" if half else 0)
+    verb, values = "*i64" if half else None, "*fp32" if table == "u8" else None
+    return Labels(f"*{table}", **strides, V="i32", C="i32", **dict(zip(("video_index", "caption_index"), indices, strict=True)),
+                  verb=verb, code_values=values)  # fmt: skip
+
+
 def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=False, each=False):
+    from evaat_fast.kernels.pairwise import panel
     from evaat_fast.kernels.pairwise import sms as kernels
     from torch import bfloat16, float16, float32
 
-    plan = kernels.plan({"bf16": bfloat16, "fp16": float16, "fp32": float32}[dtype])
-    types = dict.fromkeys(["video", "text", "panel"], f"*{dtype}") | {"table": f"*{table}"}
-    types |= dict.fromkeys(["inv_video", "inv_text", "diagonal", "self_relevancy", "values", "weight"], "*fp32")
-    types |= dict.fromkeys(["row_loss", "col_loss"], "*fp32") | dict.fromkeys(["row_sum", "col_sum"], "*i32")
-    types |= dict.fromkeys(["video_index", "caption_index", "verb"], "*i64")
-    types |= dict.fromkeys(["margin", "relaxation", "eps"], "fp32")
-    aligned = ["video_n", "text_n", "N", "E", "table_row", "first", "last"]
-    types |= dict.fromkeys([*aligned, "V", "C"], "i32")
-    # Triton makes a constant of an integer that is 1.
-    constants = {"table_col": 1, "INDEXED": indexed, "CODES": table == "u8", "RULE": kernels.RULES[rule], "WRITE": write}
-    constants |= {"EACH": each, "WEIGHTED": False, "GROUP": kernels.GROUP}
-    constants |= {name: plan.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
-    if half:
-        types["table_half"] = "i32"
-    else:
-        constants["table_half"] = 0
-    return aot.build(kernels.sms_kernel, types, constants, arch, aligned=aligned, **plan)
+    shape = panel.config({"bf16": bfloat16, "fp16": float16, "fp32": float32}[dtype])
+    types = {"f": features(dtype), "labels": labels(table, indexed, half), "first": "i32", "last": "i32"}
+    types["pairs"] = kernels.Pairs(*["*fp32"] * 4, None)
+    types["penalty"] = kernels.Penalty(*["fp32"] * len(kernels.Penalty._fields))
+    types["out"] = kernels.Out(f"*{dtype}" if write else None, "*i32", "*i32", "*fp32", "*fp32" if each else None)
+    constants = {"RULE": kernels.RULES[rule], "GROUP": panel.GROUP}
+    constants |= {name: shape.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
+    return aot.build(kernels.sms_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row", "first", "last"], **shape)
 
 
 def sms_recompute(arch, table="fp32", indexed=False, half=False, E=256, weighted=False):
-    from evaat_fast.kernels.pairwise import sms_recompute as kernels
+    from evaat_fast.kernels.pairwise import sms as kernels
+    from evaat_fast.kernels.pairwise.sms_recompute import config, sms_recompute_kernel
 
-    plan = kernels.recompute_plan(E, arch // 10)
-    types = dict.fromkeys(["mine", "other"], "*bf16") | {"table": f"*{table}", "entries": "*fp64", "sums": "*i32"}
-    vectors = ["inv_mine", "inv_other", "diagonal", "self_relevancy", "values", "weight", "grad"]
-    types |= dict.fromkeys(vectors, "*fp32") | dict.fromkeys(["mine_index", "other_index", "verb"], "*i64")
-    types |= dict.fromkeys(["margin", "relaxation", "eps"], "fp32")
-    aligned = ["mine_n", "other_n", "N", "E", "table_mine"]
-    types |= dict.fromkeys([*aligned, "V", "C"], "i32")
-    constants = {"table_other": 1, "INDEXED": indexed, "CODES": table == "u8", "RULE": 0, "WRITE": True, "CAPTIONS": True}
-    constants |= {"WEIGHTED": weighted} | {name: plan.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_E")}
-    if half:
-        types["table_half"] = "i32"
-    else:
-        constants["table_half"] = 0
-    return aot.build(kernels.sms_recompute_kernel, types, constants, arch, aligned=aligned, **plan)
+    shape = config(E, arch // 10)
+    types = {"f": features("bf16"), "labels": labels(table, indexed, half), "entries": "*fp64", "sums": "*i32", "grad": "*fp32"}
+    types["pairs"] = kernels.Pairs(*["*fp32"] * 4, "*fp32" if weighted else None)
+    types["penalty"] = kernels.Penalty(*["fp32"] * len(kernels.Penalty._fields))
+    constants = {"RULE": 0, "CAPTIONS": True} | {name: shape.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_E")}
+    return aot.build(sms_recompute_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row"], **shape)
 
 
 def contrast(arch, dtype, sweep, positives="OWN"):
-    from evaat_fast.kernels.pairwise import contrast as pairwise_contrast
-    from evaat_fast.kernels.pairwise import sms as pairwise
+    from evaat_fast.kernels.pairwise import contrast as kernels
+    from evaat_fast.kernels.pairwise import panel
     from torch import bfloat16, float32
 
-    kind = getattr(pairwise_contrast, positives)
-    plan = pairwise_contrast.contrast_plan({"bf16": bfloat16, "fp32": float32}[dtype], kind, arch // 10)
-    types = dict.fromkeys(["video", "text"], f"*{dtype}") | {"dense": "*i1", "verbs": "*i32", "nouns": "*i32"}
-    types |= dict.fromkeys(["inverses", "scale"], "*fp32")
-    aligned = ["video_n", "text_n", "N", "E", "dense_row", "first", "last"]
-    types |= dict.fromkeys(aligned, "i32")
-    constants = {"dense_col": 1, "NORMALISE": positives != "OWN", "POSITIVES": kind}
+    kind = getattr(kernels, positives)
+    shape = kernels.config({"bf16": bfloat16, "fp32": float32}[dtype], kind, arch // 10)
+    types = {"f": features(dtype), "inverses": None if positives == "OWN" else "*fp32", "scale": "*fp32"}
+    dense = ("*i1", "i32", 1) if positives == "DENSE" else [None] * 3
+    types["positives"] = kernels.Positives(*dense, *["*i32" if positives == "SHARED" else None] * 2)
+    types |= dict.fromkeys(["first", "last"], "i32")
     # EgoVLP's 118 verbs and 582 nouns.
-    constants |= {"VERB_WORDS": 4, "NOUN_WORDS": 19, "GROUP": pairwise.GROUP}
-    constants |= {name: plan.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
+    constants = {"POSITIVES": kind, "VERB_WORDS": 4, "NOUN_WORDS": 19, "GROUP": panel.GROUP}
+    constants |= {name: shape.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
+    aligned = [*ALIGNED, "positives.row", "first", "last"]
     if sweep == "stats":
-        return aot.build(
-            pairwise_contrast.contrast_stats_kernel, types | dict.fromkeys(["rows", "columns"], "*fp32"), constants, arch,
-            aligned=aligned, **plan,
-        )  # fmt: skip
-    types |= dict.fromkeys(["row_totals", "col_totals", "weight", "scale_slope"], "*fp32") | {"panel": f"*{dtype}"}
-    constants["WEIGHTED"] = False
-    return aot.build(pairwise_contrast.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **plan)
+        types |= dict.fromkeys(["rows", "columns"], "*fp32")
+        return aot.build(kernels.contrast_stats_kernel, types, constants, arch, aligned=aligned, **shape)
+    types |= {"totals": kernels.Totals("*fp32", "*fp32"), "weight": None, "panel": f"*{dtype}", "scale_slope": "*fp32"}
+    return aot.build(kernels.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **shape)
 
 
 def attn(arch, kind, D, interleaved=True, clips=0):
@@ -133,18 +135,18 @@ def attn(arch, kind, D, interleaved=True, clips=0):
 
 def rows(arch, name):
     """The kernels of the pairwise losses that take a row a program, E = 256 in bfloat16."""
-    from evaat_fast.kernels.pairwise import sms as pairwise
+    from evaat_fast.kernels.pairwise import panel
 
-    types = {"video": "*bf16", "text": "*bf16", "norms": "*fp32", **dict.fromkeys(["video_n", "text_n", "N", "E"], "i32")}
-    constants = {"BLOCK_E": 256}
+    types, constants = {"f": features("bf16"), "norms": "*fp32"}, {"BLOCK_E": 256}
     if name == "prepare":
         types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32"}
         constants["UNITS"] = True
     else:
-        types |= dict.fromkeys(["row_sum", "col_sum"], "*i32") | {"factor": "fp32"}
-        types |= dict.fromkeys(["weight", "grad_video", "grad_text"], "*fp32")
-        constants |= {"WEIGHTED": False, "NEED_VIDEO": True, "NEED_TEXT": True}
-    return aot.build(getattr(pairwise, f"{name}_kernel"), types, constants, arch, aligned=["video_n", "text_n", "E"])
+        types |= {"row_sum": "*i32", "col_sum": "*i32", "weight": None, "factor": "fp32"}
+        types |= dict.fromkeys(["grad_video", "grad_text"], "*fp32")
+        constants |= {"NEED_VIDEO": True, "NEED_TEXT": True}
+    aligned = [x for x in ALIGNED if x != "f.N"]
+    return aot.build(getattr(panel, f"{name}_kernel"), types, constants, arch, aligned=aligned)
 
 
 def _shipped():

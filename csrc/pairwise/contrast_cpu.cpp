@@ -202,11 +202,17 @@ struct Totals {
   const T *largest, *inverse;
 };
 
-// s becomes the slopes, where each pair is its only positive and counts `weight`.
+// What is left to learn: 1 - positives / all, without loss where it is small and the largest term is the same.
+inline double rest(const LogSumExp& all, const LogSumExp& positive, int64_t i) {
+  const double shift = positive.largest[i] - all.largest[i];
+  return (all.sum[i] - positive.sum[i] * (shift == 0 ? 1.0 : std::exp(shift))) / all.sum[i];
+}
+
+// s becomes the slopes, where each pair is its only positive, whose own slope is `own_slope`.
 struct RowSlopes {
   template <class T>
-  static EVAAT_INLINE void run(T* s, int64_t N, int64_t own, T scale, T weight, Total<T> row, Totals<T> columns, double* slope) {
-    const T pair = s[own];
+  static EVAAT_INLINE void run(T* s, int64_t N, int64_t own, T scale, T own_slope, Total<T> row, Totals<T> columns, double* slope) {
+    const double pair = double(s[own]);
     double whole = 0;
 #pragma omp simd reduction(+ : whole)
     for (int64_t i = 0; i < N; ++i) {
@@ -215,15 +221,13 @@ struct RowSlopes {
       whole += double(here) * double(x);
       s[i] = here;
     }
-    // (p - 1) + (q - 1), not p + q - 2: both differences are exact where the pair is learned.
-    const T from_row = exp_negative(scale * pair - row.largest) * row.inverse - weight;
-    const T from_column = exp_negative(scale * pair - columns.largest[own]) * columns.inverse[own] - weight;
-    s[own] = from_row + from_column;
-    *slope = whole - 2.0 * double(weight) * double(pair);
+    *slope = whole + (double(own_slope) - double(s[own])) * pair;
+    s[own] = own_slope;
   }
 };
 
-// The same, where the positives are those of the mask.
+// The same, where the positives are those of the mask: e / all - e / positives = -e / positives * rest for each e of them, the
+// right side of which loses nothing; positive_*.inverse has the rest in it.
 struct RowSlopesOfMask {
   template <class T>
   static EVAAT_INLINE void run(T* s, const uint8_t* mask, int64_t N, T scale, Total<T> row, Totals<T> columns, Total<T> positive_row,
@@ -231,23 +235,22 @@ struct RowSlopesOfMask {
     double whole = 0;
     for (int64_t begin = 0; begin < N; begin += kBlock) {
       const int64_t end = std::min(N, begin + kBlock);
-      T by_row[kBlock] = {}, by_column[kBlock] = {};
+      T here[kBlock];
+      for (int64_t i = begin; i < end; ++i) {
+        const T logit = scale * s[i];
+        here[i - begin] = exp_negative(logit - row.largest) * row.inverse + exp_negative(logit - columns.largest[i]) * columns.inverse[i];
+      }
       if (any_positive(mask + begin))
         for (int64_t i = begin; i < end; ++i) {
           const T logit = scale * s[i];
-          const T from_row = exp_negative(logit - positive_row.largest) * positive_row.inverse;
-          const T from_column = exp_negative(logit - positive_columns.largest[i]) * positive_columns.inverse[i];
-          by_row[i - begin] = mask[i] ? from_row : T(0);
-          by_column[i - begin] = mask[i] ? from_column : T(0);
+          const T learned = exp_negative(logit - positive_row.largest) * positive_row.inverse +
+                            exp_negative(logit - positive_columns.largest[i]) * positive_columns.inverse[i];
+          here[i - begin] = mask[i] ? -learned : here[i - begin];
         }
 #pragma omp simd reduction(+ : whole)
       for (int64_t i = begin; i < end; ++i) {
-        const T x = s[i], logit = scale * x;
-        const T from_row = exp_negative(logit - row.largest) * row.inverse - by_row[i - begin];
-        const T from_column = exp_negative(logit - columns.largest[i]) * columns.inverse[i] - by_column[i - begin];
-        const T here = from_row + from_column;
-        whole += double(here) * double(x);
-        s[i] = here;
+        whole += double(here[i - begin]) * double(s[i]);
+        s[i] = here[i - begin];
       }
     }
     *slope = whole;
@@ -287,8 +290,11 @@ int stats(const ContrastStep& p, Panel panel, int threads) {
 template <class T>
 struct Columns {
   std::vector<T> largest, inverse;
-  Columns(const ContrastStep& p, const LogSumExp& from) : largest(p.N), inverse(p.N) {
-    for (int64_t i = 0; i < p.N; ++i) largest[i] = T(from.largest[i]), inverse[i] = T((p.weight ? p.weight[i] : 1) / from.sum[i]);
+  Columns(const ContrastStep& p, const LogSumExp& from, bool positive) : largest(p.N), inverse(p.N) {
+    for (int64_t i = 0; i < p.N; ++i) {
+      const double weight = (p.weight ? p.weight[i] : 1) * (positive ? rest(p.column, from, i) : 1);
+      largest[i] = T(from.largest[i]), inverse[i] = T(weight / from.sum[i]);
+    }
   }
   Totals<T> view() const { return {largest.data(), inverse.data()}; }
 };
@@ -298,18 +304,20 @@ int slopes(const ContrastStep& p, Panel panel, int threads) {
   T *s = static_cast<T*>(panel.s), scale = T(p.scale);
   const int64_t stride = (p.N + kBlock - 1) / kBlock * kBlock;
   uint8_t* const masks = p.positives.mask;
-  const Columns<T> columns(p, p.column), positive_columns(p, p.positive_column);
+  const Columns<T> columns(p, p.column, false), positive_columns(p, p.positive_column, true);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t j = panel.first + r;
     const double weight = p.weight ? p.weight[j] : 1;
-    const auto total = [&](const LogSumExp& from) { return Total<T>{T(from.largest[j]), T(weight / from.sum[j])}; };
+    const double left = weight * rest(p.row, p.positive_row, j);
+    const auto total = [j](const LogSumExp& from, double of) { return Total<T>{T(from.largest[j]), T(of / from.sum[j])}; };
     if (masks) {
       run_best<RowMask>(&p.positives, j, p.N, masks + r * stride);
-      run_best<RowSlopesOfMask>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, total(p.row), columns.view(),
-                                total(p.positive_row), positive_columns.view(), p.row_slope + j);
+      run_best<RowSlopesOfMask>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, total(p.row, weight),
+                                columns.view(), total(p.positive_row, left), positive_columns.view(), p.row_slope + j);
     } else {
-      run_best<RowSlopes>(s + r * p.N, p.N, j, scale, T(weight), total(p.row), columns.view(), p.row_slope + j);
+      const T own_slope = T(-(left + weight * rest(p.column, p.positive_column, j)));
+      run_best<RowSlopes>(s + r * p.N, p.N, j, scale, own_slope, total(p.row, weight), columns.view(), p.row_slope + j);
     }
   }
   return kOk;

@@ -30,7 +30,7 @@ class Labels(NamedTuple):
     video_index: object
     caption_index: object
     verb: object
-    values: object
+    code_values: object
 
 
 class Pairs(NamedTuple):
@@ -82,8 +82,8 @@ def labels_of(labels, m, n, N):
         verb = labels.verb
         same = tl.load(verb + m, mask=m < N, other=0)[:, None] == tl.load(verb + n, mask=n < N, other=0)[None, :]
         at += same.to(tl.int64) * labels.half
-    if labels.values is not None:
-        label = tl.load(labels.values + tl.load(at, mask=known, other=0).to(tl.int32))
+    if labels.code_values is not None:
+        label = tl.load(labels.code_values + tl.load(at, mask=known, other=0).to(tl.int32))
     else:
         label = tl.load(at, mask=known, other=0.0).to(tl.float32)
     return tl.where(known, label, float("nan"))

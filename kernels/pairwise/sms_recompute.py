@@ -116,7 +116,7 @@ def sms_rows(video, text, pairs, labels, penalty, entries, sums, grad, captions)
         video, text = text, video
         pairs = Pairs(pairs.inv_text, pairs.inv_video, *pairs[2:])
         v, w = labels, labels.verb
-        labels = Labels(v.table, v.column, v.row, v.half, v.C, v.V, v.caption_index, v.video_index, w, v.values)
+        labels = Labels(v.table, v.column, v.row, v.half, v.C, v.V, v.caption_index, v.video_index, w, v.code_values)
     shape, f = config(video.shape[1], generation(video.device)), features(video, text)
     with on(video.device):
         recompute_diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK_N"]),)](f, pairs, CAPTIONS=captions, **shape)

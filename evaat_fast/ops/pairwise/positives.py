@@ -23,7 +23,7 @@ class VerbNounPositives:
     Source: EgoVLP (arXiv 2206.01670), section 3.2, its action-aware positives.
     """
 
-    def __init__(self, verbs, nouns):
+    def __init__(self, verbs: Tensor, nouns: Tensor):
         self.verbs, self.nouns = (_bits(name, x) for name, x in (("verbs", verbs), ("nouns", nouns)))
         if self.verbs.shape[0] != self.nouns.shape[0]:
             raise ValueError(f"nouns: expected {self.verbs.shape[0]} entries as verbs, got {self.nouns.shape[0]}")
@@ -33,7 +33,7 @@ class VerbNounPositives:
 
 def _bits(name, x):
     """int32 [N, words]: bit c of a row's 32-bit words is class c."""
-    if not isinstance(x, torch.Tensor) or x.is_complex():
+    if not isinstance(x, Tensor) or x.is_complex():
         raise TypeError(f"{name}: expected a tensor of class ids [N] or of 0 and 1 [N, K], got {kind(x)}")
     memory_of("VerbNounPositives", name, x)
     if x.ndim == 1:
@@ -58,7 +58,7 @@ class Positives:
     verbs: Tensor | None = None
     nouns: Tensor | None = None
 
-    def rows(self, first, last):
+    def rows(self, first: int, last: int) -> Tensor:
         """bool [last - first, N]: the captions that are positive for videos first .. last - 1, beside their own."""
         if self.dense is not None:
             return self.dense[first:last]
@@ -71,13 +71,13 @@ class Positives:
         return shared
 
 
-def as_positives(positives, N, device):
+def as_positives(positives: Tensor | VerbNounPositives, N: int, device: torch.device) -> Positives:
     """Checks the `positives` argument of a loss."""
     if isinstance(positives, VerbNounPositives):
         size, on, result = positives.verbs.shape[0], positives.verbs.device, (None, positives.verbs, positives.nouns)
         if size != N:
             raise ValueError(f"positives.verbs: expected {N} entries, one for each pair, got {size}")
-    elif isinstance(positives, torch.Tensor) and positives.dtype == torch.bool:
+    elif isinstance(positives, Tensor) and positives.dtype == torch.bool:
         if positives.shape != (N, N):
             raise ValueError(f"positives: expected the shape [{N}, {N}], got {list(positives.shape)}")
         on, result = positives.device, (memory_of("ego_nce_loss", "positives", positives), None, None)

@@ -32,8 +32,8 @@ class DenseRelevancy:
     Source: the authors' SMS-Loss code, which keeps relevancies as uint8.
     """
 
-    def __init__(self, codes, scale):
-        if not isinstance(codes, torch.Tensor) or codes.dtype != torch.uint8:
+    def __init__(self, codes: Tensor, scale: float | Tensor):
+        if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
             raise TypeError(f"codes: expected a uint8 tensor, got {kind(codes)}")
         memory_of("DenseRelevancy", "codes", codes)
         if codes.ndim != 2:
@@ -63,16 +63,17 @@ class IndexedRelevancy:
     Source: the authors' SMS-Loss code, whose matrix of all training clips and captions is read by their places in it.
     """
 
-    def __init__(self, table, video_index, caption_index, scale=None):
+    def __init__(self, table: Tensor, video_index: Tensor, caption_index: Tensor, scale: float | Tensor | None = None):
         if scale is None:
-            _check_table("table", table, "[V, C], or uint8 codes with a scale")
-        elif not isinstance(table, torch.Tensor) or table.dtype != torch.uint8 or table.ndim != 2:
-            got = f"{kind(table)} {list(table.shape)}" if isinstance(table, torch.Tensor) else kind(table)
+            table = _table("table", table, "[V, C], or uint8 codes with a scale")
+        elif not isinstance(table, Tensor) or table.dtype != torch.uint8 or table.ndim != 2:
+            got = f"{kind(table)} {list(table.shape)}" if isinstance(table, Tensor) else kind(table)
             raise TypeError(f"table: expected uint8 codes [V, C] beside a scale, got {got}")
+        else:
+            table = memory_of("IndexedRelevancy", "table", table)
         _check_ids("IndexedRelevancy", table.device, video_index=video_index, caption_index=caption_index)
         if caption_index is video_index:
             caption_index = caption_index.view(-1)  # torch.compile takes no tensor twice
-        table = memory_of("IndexedRelevancy", "table", table)
         self.table, self.video_index, self.caption_index = table, video_index, caption_index
         self.values = None if scale is None else _values(scale, table.device)
 
@@ -102,14 +103,14 @@ class VerbNounRelevancy:
     Source: Damen et al., "Rescaling Egocentric Vision", IJCV 2022, the relevancy of its multi-instance retrieval.
     """
 
-    def __init__(self, verb, noun_set, noun_iou):
-        _check_table("noun_iou", noun_iou, "[S, S]")
+    def __init__(self, verb: Tensor, noun_set: Tensor, noun_iou: Tensor):
+        noun_iou = _table("noun_iou", noun_iou, "[S, S]")
         if noun_iou.shape[0] != noun_iou.shape[1]:
             raise ValueError(f"noun_iou: expected the shape [S, S], got {list(noun_iou.shape)}")
         no_gradient("noun_iou", noun_iou.requires_grad)
         _check_ids("VerbNounRelevancy", noun_iou.device, verb=verb, noun_set=noun_set)
         self.verb, self.noun_set = verb.view(-1) if verb is noun_set else verb, noun_set  # torch.compile takes no tensor twice
-        self.table, self.values = _verb_noun_table(memory_of("VerbNounRelevancy", "noun_iou", noun_iou))
+        self.table, self.values = _verb_noun_table(noun_iou)
 
     def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
         """As `DenseRelevancy.labels`."""
@@ -141,7 +142,7 @@ def _both_verbs(noun_iou):
     return torch.stack((half, half + 0.5))
 
 
-def quantize_relevancy(relevancy, steps=240):
+def quantize_relevancy(relevancy: Tensor, steps: int = 240) -> tuple[Tensor, Tensor]:
     """Labels as uint8 codes: (codes, values) with codes = trunc(steps * relevancy) and values[c] = c / steps.
 
     With 240 steps these are the codes of the authors' SMS-Loss, computed in the dtype of `relevancy` as theirs are: in float64,
@@ -160,7 +161,7 @@ def quantize_relevancy(relevancy, steps=240):
 
     Source: the authors' SMS-Loss code (matrix * 240 as uint8).
     """
-    if not isinstance(relevancy, torch.Tensor) or relevancy.dtype not in FLOATS:
+    if not isinstance(relevancy, Tensor) or relevancy.dtype not in FLOATS:
         raise TypeError(f"relevancy: expected a float tensor, got {kind(relevancy)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected a positive integer, got {steps!r}")
@@ -181,26 +182,26 @@ class Labels:
     verb: Tensor | None = None
     values: Tensor | None = None
 
-    def rows(self, first, last, dtype):
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """[last - first, N] in `dtype`: the labels of videos first .. last - 1. An index out of range reads NaN."""
         if self.video_index is None:
             return self._decode(self.table[first:last], dtype)
         verb = None if self.verb is None else self.verb[first:last, None] == self.verb
         return self._pick(self.video_index[first:last, None], self.caption_index[None, :], verb, dtype)
 
-    def matrix(self, dtype):
+    def matrix(self, dtype: torch.dtype) -> Tensor:
         """Contiguous [N, N] in `dtype` (torch's sums depend on the layout), rows = videos."""
         N = self.table.shape[0] if self.video_index is None else self.video_index.shape[0]
         return self.rows(0, N, dtype).contiguous()
 
-    def diagonal(self, dtype):
+    def diagonal(self, dtype: torch.dtype) -> Tensor:
         """[N] in `dtype`: each pair's own label."""
         if self.video_index is None:
             return self._decode(self.table.diagonal(), dtype)
         same = None if self.verb is None else torch.ones_like(self.verb, dtype=torch.bool)
         return self._pick(self.video_index, self.caption_index, same, dtype)
 
-    def check_indices(self):
+    def check_indices(self) -> None:
         """IndexError naming the index that does not fit the table. Waits for the device."""
         names = ("noun_set", "noun_set") if self.verb is not None else ("video_index", "caption_index")
         V, C = self.table.shape[-2:]
@@ -228,7 +229,7 @@ class Labels:
 
 def _values(scale, device):
     """float [256]: the label that each code stands for."""
-    if not isinstance(scale, torch.Tensor):
+    if not isinstance(scale, Tensor):
         return torch.arange(256, dtype=torch.float64, device=device) * number("scale", scale)
     if scale.dtype not in FLOATS or scale.shape != (256,):
         raise ValueError(f"scale: expected a float, or a float tensor [256], got {scale.dtype} {list(scale.shape)}")
@@ -254,7 +255,7 @@ def _check_ids(op, device, **ids):
     """Two tensors of indices or class ids, one for each pair."""
     (first, a), (second, b) = ids.items()
     for name, x in ids.items():
-        if not isinstance(x, torch.Tensor) or x.dtype not in _INDICES:
+        if not isinstance(x, Tensor) or x.dtype not in _INDICES:
             raise TypeError(f"{name}: expected a tensor of int64 or int32, got {kind(x)}")
         memory_of(op, name, x)
         if x.ndim != 1:
@@ -265,9 +266,11 @@ def _check_ids(op, device, **ids):
         raise ValueError(f"{second}: expected {a.shape[0]} entries as {first}, got {b.shape[0]}")
 
 
-def _check_table(name, x, shape):
-    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
+def _table(name, x, shape):
+    """x, a float tensor of two dimensions."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a float tensor {shape}, got {kind(x)}")
-    memory_of("the loss", name, x)
+    x = memory_of("the loss", name, x)
     if x.ndim != 2:
         raise ValueError(f"{name}: expected the shape {shape}, got {list(x.shape)}")
+    return x
