@@ -5,7 +5,7 @@ README.md and docs/*.md. --check changes nothing and fails if one of these diffe
 
 A marker is <!-- results DEVICE/OP --> ... <!-- end results DEVICE/OP -->. After the name it may choose: ": N4096 fwd" the cases
 with those words in their shape, dtype or mode, ": fwd | NAME; NAME" these providers of them. <!-- headline --> is the table of
-HEADLINE, <!-- support matrix --> that of ops and backends.
+HEADLINE, <!-- support matrix --> and <!-- order of choice --> are those of ops and backends.
 """
 
 import argparse
@@ -215,15 +215,17 @@ def page(path, data):
     return path.with_suffix(".md")
 
 
-def matrix():
+def of_doctor(name):
+    """A table of the code, not of results."""
     from evaat_fast import doctor
 
-    return doctor.matrix()
+    return getattr(doctor, name)()
 
 
 def generated(text):
     """The text with everything between `<!-- NAME -->`, or `<!-- NAME: CHOICE -->`, and `<!-- end NAME -->` generated anew."""
-    parts = {"support matrix": lambda choice: matrix(), "headline": lambda choice: headline()}
+    parts = {"support matrix": lambda choice: of_doctor("matrix"), "order of choice": lambda choice: of_doctor("orders")}
+    parts["headline"] = lambda choice: headline()
     for path, data in results():
         parts[f"results {path.parent.name}/{path.stem}"] = functools.partial(table, data)
     for name, body in parts.items():
