@@ -4,7 +4,8 @@ bench/results/DEVICE/OP.json -> OP.svg and OP.md beside it (a page with every nu
 README.md and docs/*.md. --check changes nothing and fails if one of these differs from what the JSON says.
 
 A marker is <!-- results DEVICE/OP --> ... <!-- end results DEVICE/OP -->. After the name it may choose: ": N4096 fwd" the cases
-with those words in their shape, dtype or mode, ": fwd | NAME; NAME" these providers of them.
+with those words in their shape, dtype or mode, ": fwd | NAME; NAME" these providers of them. <!-- headline --> is the table of
+HEADLINE, <!-- support matrix --> and <!-- order of choice --> are those of ops and backends.
 """
 
 import argparse
@@ -18,6 +19,24 @@ from store import case, label, short, without
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+
+# The README's table: (what, DEVICE/OP, words of the case, the provider of ours, the one that it replaces).
+ATTENTION = ("nvidia-h200/attn", "evaat joint_attention", "eager rope + sdpa")
+HEADLINE = [
+    *((f"rotation and attention, {T} frames", ATTENTION[0], f"B32 T{T} bf16", *ATTENTION[1:]) for T in (4, 8, 16)),
+    (
+        "the same in one Triton kernel, 16 frames",
+        ATTENTION[0],
+        "B32 T16 bf16",
+        "evaat joint_attention, Triton",
+        "our rope3d + sdpa cudnn",
+    ),
+    ("rotation of q and k, 4 frames", "cpu-amd-epyc/rope3d", "T4 fp32", "evaat rope3d", "eager, as published"),
+    ("SMS loss, 4,096 pairs", "cpu-amd-epyc/pairwise", "sms N4096 fp32", "evaat", "published formulation"),
+    ("SMS loss, 4,096 pairs", "cpu-amd-epyc/pairwise", "sms N4096 bf16", "evaat", "published formulation"),
+    ("InfoNCE, 4,096 pairs", "cpu-amd-epyc/pairwise", "clip N4096 fp32", "evaat", "open_clip"),
+    ("InfoNCE, 4,096 pairs", "cpu-amd-epyc/pairwise", "clip N4096 bf16", "evaat", "open_clip"),
+]
 
 
 def results():
@@ -73,6 +92,26 @@ def table(data, choice=None):
     if absent:
         note += f" Absent there: {'; '.join(absent)}."
     return "\n".join([*lines, "", note])
+
+
+def headline():
+    """Markdown: a row for each of HEADLINE, what was and what is; and the conditions of every run in it."""
+    found = {f"{path.parent.name}/{path.stem}": data for path, data in results()}
+    lines = ["| on | what | instead of | forward | forward + backward | memory |", "|---" * 6 + "|"]
+    for what, name, words, *providers in HEADLINE:
+        data = found[name]
+        chosen = [r for r in data["records"] if set(words.split()) <= set(" ".join(case(r)).split())]
+        cells = []
+        for mode in ("fwd", "fwdbwd"):
+            ours, theirs = (next(r for r in chosen if r["mode"] == mode and r["provider"] == p) for p in providers)
+            now, before = ours["ms"]["p50"], theirs["ms"]["p50"]
+            cells.append(f"{short(before)} → {short(now)} ms, {short(before / now, 2)} x")
+        memory = f"{theirs['peak_mib']:.0f} → {ours['peak_mib']:.0f} MiB" if "peak_mib" in ours else "–"
+        on = f"{data['environment']['device'].removeprefix('NVIDIA ')}, {ours['dtype']}"
+        lines.append(f"| {on} | {what} | {providers[1]} | {' | '.join(cells)} | {memory} |")
+    names = list(dict.fromkeys(name for _, name, *_ in HEADLINE))
+    notes = [f"`python bench/{found[name]['op']}.py` on {conditions(found[name])}" for name in names]
+    return "\n".join([*lines, "", f"{'. '.join(notes)}. Memory is the extra at the peak of forward + backward."])
 
 
 def figure(path, data):
@@ -176,15 +215,17 @@ def page(path, data):
     return path.with_suffix(".md")
 
 
-def matrix():
+def of_doctor(name):
+    """A table of the code, not of results."""
     from evaat_fast import doctor
 
-    return doctor.matrix()
+    return getattr(doctor, name)()
 
 
 def generated(text):
     """The text with everything between `<!-- NAME -->`, or `<!-- NAME: CHOICE -->`, and `<!-- end NAME -->` generated anew."""
-    parts = {"support matrix": lambda choice: matrix()}
+    parts = {"support matrix": lambda choice: of_doctor("matrix"), "order of choice": lambda choice: of_doctor("orders")}
+    parts["headline"] = lambda choice: headline()
     for path, data in results():
         parts[f"results {path.parent.name}/{path.stem}"] = functools.partial(table, data)
     for name, body in parts.items():

@@ -32,6 +32,16 @@ def matrix():
     return "\n".join(lines)
 
 
+def orders():
+    """In which order a call that names no backend tries them, as Markdown."""
+    lines = ["| op | CPU tensors | CUDA tensors | other devices |", "|---|---|---|---|"]
+    for op in _dispatch.SUPPORT:
+        cpu, cuda = _dispatch.AUTO[op, False], _dispatch.AUTO[op, True]
+        other = cpu if op in _dispatch._ANY_DEVICE else cpu[-1:]
+        lines.append(f"| `{op}` | " + " | ".join(", ".join(order) for order in (cpu, cuda, other)) + " |")
+    return "\n".join(lines)
+
+
 def _cell(row, backend):
     if backend not in row:
         return "–"
