@@ -35,12 +35,12 @@ def sampled():
 
 
 def compiles(archs, *prefixes):
-    """Cases (name, arch) of the kernels whose names begin so. One process takes all tests of a kernel, which share its code."""
+    """Cases (name, arch) of the kernels whose names begin so. The tests of a kernel share its code."""
     cases = []
     for name in SHIPPED:
         for arch in archs if name.startswith(prefixes or "") else ():
             slow = [] if arch not in aot.ARCHS or (name, arch) in sampled() else [pytest.mark.slow]
-            cases.append(pytest.param(name, arch, marks=[pytest.mark.xdist_group(name), *slow], id=f"{name}-{arch}"))
+            cases.append(pytest.param(name, arch, marks=[pytest.mark.together(name), *slow], id=f"{name}-{arch}"))
     return pytest.mark.parametrize("name,arch", cases)
 
 
@@ -102,7 +102,6 @@ def test_triton_kernels_are_those_of_the_table(name, arch):
 
 
 @built
-@pytest.mark.xdist_group("_cuda")
 def test_cuda_kernels_are_those_of_the_table():
     rows = of_this(resources.nvcc_version())
     ours = resources.cuda_rows()
@@ -112,7 +111,6 @@ def test_cuda_kernels_are_those_of_the_table():
 
 
 @built
-@pytest.mark.xdist_group("_cuda")
 def test_cuda_kernels_fit_and_move_16_bytes_per_access():
     from evaat_fast import _cuda
 

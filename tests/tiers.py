@@ -34,9 +34,9 @@ def command(tier, options, everything):
     # -P keeps the source tree off sys.path: the tests must import what was installed.
     python = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-m", "pytest"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = []
+    processes = []  # each takes a run of neighbours, which share what they made, and later half of what another has left
     if importlib.util.find_spec("xdist"):
-        processes = ["-n", "0" if tier == "gpu" else str(min(cores, 8)), "--dist", "loadgroup"]
+        processes = ["-n", "0" if tier == "gpu" else str(min(cores, 8)), "--dist", "worksteal"]
     return [*python, "-q", "--durations=10", *processes, "-m", marks, *options]
 
 
