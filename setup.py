@@ -153,8 +153,8 @@ def sources(pattern):
 
 
 extensions = [Extension("evaat_fast._cpu", sources("*_cpu.cpp"))]
-if NVCC:
-    extensions.append(Extension("evaat_fast._cuda", ["csrc/bind_cuda.cpp", *sources("*.cu")]))
+if NVCC:  # first, so that a wrong architecture is told before anything is compiled
+    extensions.insert(0, Extension("evaat_fast._cuda", ["csrc/bind_cuda.cpp", *sources("*.cu")]))
 
 kernels = ["evaat_fast.kernels", *(f"evaat_fast.kernels.{p}" for p in find_packages("kernels"))]
 

@@ -54,11 +54,6 @@ def resources(compiled):
     return {"registers": registers, "stack": stack + local, "shared": compiled.metadata.shared}
 
 
-def instructions(compiled):
-    """The machine code (SASS) as a list of "OPCODE.MODIFIERS operands"."""
-    return [code for _, code in listing(compiled)]
-
-
 def listing(compiled):
     """The machine code as [(address, "OPCODE.MODIFIERS operands")]."""
     return _listing(_cuobjdump("-sass", compiled.asm["cubin"]))

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+PLACE = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
     """Each tier runs where it can: `interpret` only in its own process, `gpu` only with a device. Of the cases of a test marked
-    `sample(n)` all but n, chosen by its name, are slow."""
+    `sample(n)` all but n, chosen by its name, are slow. Tests marked `together(name)` follow the first of that name."""
     sampled = {}
     for item in items:
         if item.get_closest_marker("sample"):
@@ -21,6 +22,11 @@ def pytest_collection_modifyitems(items):
         keep = min(len(cases), cases[0].get_closest_marker("sample").args[0])
         for item in random.Random(name).sample(cases, len(cases) - keep):
             item.add_marker(pytest.mark.slow)
+    first = {}
+    for i, item in enumerate(items):
+        mark = item.get_closest_marker("together")
+        item.stash[PLACE] = first.setdefault(mark.args[0], i) if mark else i
+    items.sort(key=lambda item: item.stash[PLACE])
     for item in items:
         if "interpret" in item.keywords and not INTERPRET:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 in a process of its own (make test does it)"))

@@ -1,15 +1,19 @@
-"""The shipped GPU kernels compile for every architecture without spills, and move 16 bytes per access. Needs no GPU."""
+"""The shipped GPU kernels compile for every architecture without spills, and move 16 bytes per access. Needs no GPU.
 
+make test compiles every kernel for sm_90, and of each family one kernel for each other architecture; make test-all the rest.
+"""
+
+import functools
 import importlib.util
+import random
 
 import aot
 import pytest
-from aot_kernels import SHIPPED, compiled
+from aot_kernels import SHIPPED, lines, listing, used
 from golden import resources
 
 pytestmark = pytest.mark.aot
 pytest.importorskip("triton")
-archs = pytest.mark.parametrize("arch", aot.ARCHS)
 built = pytest.mark.skipif(importlib.util.find_spec("evaat_fast._cuda") is None, reason="built without nvcc")
 
 
@@ -18,48 +22,66 @@ def spilled_by_this_triton():
     return 0 if tuple(map(int, resources.triton_version().split()[-1].split(".")[:2])) >= (3, 9) else 64
 
 
-@archs
-@pytest.mark.parametrize("name", SHIPPED)
+@functools.cache
+def sampled():
+    """The (name, architecture) that make test compiles."""
+    families = {}
+    for name, build in SHIPPED.items():
+        families.setdefault(getattr(build, "func", build).__name__, []).append(name)
+    others = {
+        (random.Random(f"{family} {arch}").choice(names), arch) for family, names in families.items() for arch in aot.ARCHS
+    }
+    return others | {(name, 90) for name in SHIPPED}
+
+
+def compiles(archs, *prefixes):
+    """Cases (name, arch) of the kernels whose names begin so. The tests of a kernel share its code."""
+    cases = []
+    for name in SHIPPED:
+        for arch in archs if name.startswith(prefixes or "") else ():
+            slow = [] if arch not in aot.ARCHS or (name, arch) in sampled() else [pytest.mark.slow]
+            cases.append(pytest.param(name, arch, marks=[pytest.mark.together(name), *slow], id=f"{name}-{arch}"))
+    return pytest.mark.parametrize("name,arch", cases)
+
+
+@compiles(aot.ARCHS)
 def test_triton_kernels_fit(name, arch):
-    used = aot.resources(compiled(name, arch))
-    assert used["stack"] <= spilled_by_this_triton(), used
-    assert used["shared"] <= aot.SHARED_LIMIT[arch], used
+    of_it = used(name, arch)
+    assert of_it["stack"] <= spilled_by_this_triton(), of_it
+    assert of_it["shared"] <= aot.SHARED_LIMIT[arch], of_it
     if name.startswith("rope3d"):
-        assert used["registers"] <= 128, used  # of a memory-bound kernel: 16 warps and more on an SM
+        assert of_it["registers"] <= 128, of_it  # of a memory-bound kernel: 16 warps and more on an SM
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith(("sms", "clip ", "ego_nce ", "attn "))])
-def test_products_are_wgmma_on_hopper(name):
-    assert any("GMMA" in line for line in aot.instructions(compiled(name, 90)))
+@compiles([90], "sms", "clip ", "ego_nce ", "attn ")
+def test_products_are_wgmma_on_hopper(name, arch):
+    assert any("GMMA" in line for line in lines(name, arch))
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("attn ")])
-def test_attention_rarely_waits_for_products_on_hopper(name):
+@compiles([90], "attn ")
+def test_attention_rarely_waits_for_products_on_hopper(name, arch):
     """In the innermost loop; ptxas waits after each of a dozen where it cannot keep them in flight."""
-    inner = aot.inner_loop(aot.listing(compiled(name, 90)))
+    inner = aot.inner_loop(listing(name, arch))
     assert any("GMMA" in line for line in inner) and sum("WARPGROUP.DEPBAR" in line for line in inner) <= 3
 
 
-@pytest.mark.sample(5)
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("attn ")])
-def test_attention_fits_ada(name):
+@pytest.mark.sample(3)
+@compiles([89], "attn ")
+def test_attention_fits_ada(name, arch):
     """Which has the instructions of sm_80, and less shared memory."""
-    used = aot.resources(compiled(name, 89))
-    assert used["stack"] == 0 and used["shared"] <= aot.SHARED_LIMIT[89], used
+    of_it = used(name, arch)
+    assert of_it["stack"] == 0 and of_it["shared"] <= aot.SHARED_LIMIT[arch], of_it
 
 
-def test_one_pass_adds_with_the_copy_engine():
-    for name in SHIPPED:
-        if name.startswith("attn both"):
-            for arch in (90, 100):
-                code = aot.instructions(compiled(name, arch))
-                assert any(line.startswith("UTMAREDG") for line in code) and not any(line.startswith("RED.") for line in code)
+@compiles([90, 100], "attn both")
+def test_one_pass_adds_with_the_copy_engine(name, arch):
+    code = lines(name, arch)
+    assert any(line.startswith("UTMAREDG") for line in code) and not any(line.startswith("RED.") for line in code)
 
 
-@archs
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("rope3d ")])
+@compiles(aot.ARCHS, "rope3d ")
 def test_rope3d_moves_16_bytes_per_access(name, arch):
-    assert aot.global_access(aot.instructions(compiled(name, arch))) == {"load": {128}, "store": {128}}
+    assert aot.global_access(lines(name, arch)) == {"load": {128}, "store": {128}}
 
 
 def of_this(compiler):
@@ -70,11 +92,13 @@ def of_this(compiler):
     return tables[compiler]
 
 
-def test_triton_kernels_are_those_of_the_table():
-    rows = of_this(resources.triton_version())
-    assert set(rows) == set(SHIPPED), "cd tests && python -m golden.resources"
-    for name, cells in rows.items():
-        assert {arch: resources.triton_cell(name, int(arch[3:])) for arch in cells} == cells, name
+def test_the_table_has_every_triton_kernel():
+    assert set(of_this(resources.triton_version())) == set(SHIPPED), "cd tests && python -m golden.resources"
+
+
+@compiles(aot.ARCHS)
+def test_triton_kernels_are_those_of_the_table(name, arch):
+    assert resources.triton_cell(name, arch) == of_this(resources.triton_version())[name][f"sm_{arch}"]
 
 
 @built

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import aot
-from aot_kernels import SHIPPED, compiled
+from aot_kernels import SHIPPED, listing, used
 
 TABLE = Path(__file__).with_suffix(".md")
 
@@ -32,8 +32,7 @@ def nvcc_version():
 
 
 def triton_cell(name, arch):
-    kernel = compiled(name, arch)
-    return aot.cell(aot.resources(kernel), aot.listing(kernel))
+    return aot.cell(used(name, arch), listing(name, arch))
 
 
 def cuda_rows():
@@ -41,8 +40,8 @@ def cuda_rows():
     from evaat_fast import _cuda
 
     rows, listings = {}, aot.module_listings(_cuda.__file__)
-    for (arch, name), used in aot.module_resources(_cuda.__file__).items():
-        rows.setdefault(aot.plain_name(name), {})[arch.rstrip("a")] = aot.cell(used, listings[arch, name])
+    for (arch, name), resources in aot.module_resources(_cuda.__file__).items():
+        rows.setdefault(aot.plain_name(name), {})[arch.rstrip("a")] = aot.cell(resources, listings[arch, name])
     return dict(sorted(rows.items()))
 
 
