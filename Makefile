@@ -23,7 +23,7 @@ test-all: $(STAMP)-dev
 	$(PYTHON) tests/tiers.py --all
 
 lint: $(STAMP)-dev
-	$(ENV)/bin/ruff check . && $(ENV)/bin/ruff format --check .
+	$(ENV)/bin/ruff check . && $(ENV)/bin/ruff format --check . && $(PYTHON) -m mypy
 
 # A torch that the base Python already has is kept: the environment then sees the system's packages.
 .venv/bin/python:

@@ -161,7 +161,11 @@ kernels = ["evaat_fast.kernels", *(f"evaat_fast.kernels.{p}" for p in find_packa
 setup(
     packages=[*find_packages(include=["evaat_fast", "evaat_fast.*"]), *kernels],
     package_dir={"evaat_fast": "evaat_fast", "evaat_fast.kernels": "kernels"},
-    package_data={"evaat_fast": ["py.typed"], "evaat_fast.model": ["*.txt", "*.gz"], "evaat_fast.train": ["*.html", "*.toml"]},
+    package_data={
+        "evaat_fast": ["py.typed", "*.pyi"],
+        "evaat_fast.model": ["*.txt", "*.gz"],
+        "evaat_fast.train": ["*.html", "*.toml"],
+    },
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -6,13 +6,14 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 
 from evaat_fast import __version__
 
 EXIT_MISTAKE = 2  # what the user can mend; argparse's own code
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:

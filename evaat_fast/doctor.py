@@ -13,17 +13,17 @@ _PACKAGES = ("numpy", "einops", "triton", "decord2", "decord", "av", "tokenizers
 _ISA = ("plain C++", "AVX2", "AVX-512")
 
 
-def report():
+def report() -> str:
     """The whole report as text."""
     return "\n".join([*_versions(), "", *_backends(), "", *_table()])
 
 
-def healthy():
+def healthy() -> bool:
     """Whether the C++ kernels, which every install has, can be used."""
     return _dispatch.why_not("cpu") is None
 
 
-def matrix():
+def matrix() -> str:
     """The op x backend table as Markdown: what the README shows. It does not depend on the machine."""
     columns = [b for b in _dispatch.BACKENDS if any(b in row for row in _dispatch.SUPPORT.values())]
     lines = ["| op | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]

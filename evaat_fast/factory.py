@@ -10,7 +10,7 @@ __all__ = ["create_model_and_transforms"]
 
 
 def create_model_and_transforms(
-    name: str, num_frames: int | None = None, pretrained: str | os.PathLike | None = None, **overrides: Any
+    name: str, num_frames: int | None = None, pretrained: str | os.PathLike[str] | None = None, **overrides: Any
 ) -> tuple[EVA02AT, RandomResizedCrop, CentreCrop]:
     """`create_model`, and how to crop clips for it.
 

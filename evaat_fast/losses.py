@@ -7,13 +7,18 @@ theirs is NaN; the loss has the features' precision, float32 or float64, also wh
 supported.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from evaat_fast import ops
 from evaat_fast.ops.pairwise import reference
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "AdaptiveMaxMarginRankingLoss",
@@ -30,7 +35,14 @@ _ACCURACY_BYTES = 64 << 20  # of the logits that the accuracy is read from, a bl
 class _Gathers(nn.Module):
     """What the family shares: features of every rank, gathered as its `gather_features` does."""
 
-    def __init__(self, local_loss=False, gather_with_grad=False, rank=0, world_size=1, use_horovod=False):
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
         super().__init__()
         if use_horovod:
             raise ValueError("use_horovod: expected False; gather with torch.distributed")
@@ -38,7 +50,7 @@ class _Gathers(nn.Module):
             raise ValueError("local_loss: expected gather_with_grad=True with it, else the other ranks' rows get no gradient")
         self.local_loss, self.gather_with_grad, self.rank, self.world_size = local_loss, gather_with_grad, rank, world_size
 
-    def gather(self, x):
+    def gather(self, x: Tensor) -> Tensor:
         """x of all ranks in their order; gradients are summed over the ranks with gather_with_grad, else this rank's alone."""
         if self.world_size == 1:
             return x
@@ -69,11 +81,19 @@ class ClipLoss(_Gathers):
     Source: AVION (arXiv 2309.16669), whose losses are open_clip's; CLIP (arXiv 2103.00020), figure 3.
     """
 
-    def __init__(self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False):
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
         super().__init__(local_loss, gather_with_grad, rank, world_size, use_horovod)
         self.cache_labels = cache_labels
 
-    def forward(self, image_features, text_features, logit_scale):
+    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> dict[str, Tensor]:
         images, texts = self.gather(image_features), self.gather(text_features)
         if self.local_loss and self.world_size > 1:
             first, labels = self.rank * len(image_features), torch.arange(len(image_features), device=images.device)
@@ -96,11 +116,11 @@ def _accuracy(images, texts, logit_scale, first):
 
 
 class _MaxMargin(_Gathers):
-    def __init__(self, margin, fix_norm, **gathering):
+    def __init__(self, margin: float, fix_norm: bool, **gathering: Any):
         super().__init__(**gathering)
         self.margin, self.fix_norm = margin, fix_norm
 
-    def result(self, loss, own):
+    def result(self, loss: Tensor, own: Tensor) -> dict[str, Tensor]:
         """own [N]: what the diagonal adds without fix_norm, where theirs averages it in."""
         if not self.fix_norm:
             N = len(own)
@@ -124,12 +144,21 @@ class MaxMarginRankingLoss(_MaxMargin):
     """
 
     def __init__(
-        self, margin=0.2, fix_norm=True, local_loss=False, gather_with_grad=False, rank=0, world_size=1, use_horovod=False
+        self,
+        margin: float = 0.2,
+        fix_norm: bool = True,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
     ):
-        gathering = dict(gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod)
+        gathering: dict[str, Any] = dict(
+            gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod
+        )
         super().__init__(margin, fix_norm, **gathering)
 
-    def forward(self, image_features, text_features, weight=None):
+    def forward(self, image_features: Tensor, text_features: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         images, texts = self.gather(image_features), self.gather(text_features)
         loss = ops.mi_mm_loss(images, texts, margin=self.margin)
         return self.result(loss, loss.new_full((len(images),), max(self.margin, 0.0)))
@@ -153,19 +182,23 @@ class AdaptiveMaxMarginRankingLoss(_MaxMargin):
 
     def __init__(
         self,
-        margin=0.4,
-        temperature=0.05,
-        fix_norm=True,
-        local_loss=False,
-        gather_with_grad=False,
-        rank=0,
-        world_size=1,
-        use_horovod=False,
+        margin: float = 0.4,
+        temperature: float = 0.05,
+        fix_norm: bool = True,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
     ):
-        gathering = dict(gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod)
+        gathering: dict[str, Any] = dict(
+            gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod
+        )
         super().__init__(margin, fix_norm, **gathering)
 
-    def forward(self, image_features, text_features, weight=None, **ignored):
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, weight: Tensor | None = None, **ignored: object
+    ) -> dict[str, Tensor]:
         if weight is None:
             raise TypeError("weight: expected a tensor [N], the relevancy of each pair itself, got None")
         images, texts, weight = self.gather(image_features), self.gather(text_features), _floating(self.gather(weight))
@@ -192,17 +225,20 @@ class SymmetricMultiSimilarityLoss(_Gathers):
     Source: EVA02-AT (arXiv 2506.14356), section 3.3, and the authors' SMS-Loss code.
     """
 
+    correlation_matrix: Tensor  # this and the next only with a matrix
+    code_values: Tensor
+
     def __init__(
         self,
-        margin=0.6,
-        thres=0.1,
-        matrix=None,
-        fix_norm=True,
-        local_loss=False,
-        gather_with_grad=False,
-        rank=0,
-        world_size=1,
-        use_horovod=False,
+        margin: float = 0.6,
+        thres: float = 0.1,
+        matrix: "Tensor | np.ndarray | None" = None,
+        fix_norm: bool = True,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
     ):
         super().__init__(False, gather_with_grad, rank, world_size, use_horovod)
         if not fix_norm:
@@ -215,7 +251,13 @@ class SymmetricMultiSimilarityLoss(_Gathers):
             values = torch.arange(256).to(torch.uint8) / self.uint_factor  # divided as theirs are, in torch's default dtype
             self.register_buffer("code_values", values, persistent=False)
 
-    def forward(self, image_features, text_features, weight=None, relevancy_weight=None):
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        weight: Tensor | None = None,
+        relevancy_weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         if weight is None:
             raise TypeError("weight: expected a tensor [N], the relevancy of each pair itself, got None")
         images, texts, weight = self.gather(image_features), self.gather(text_features), _floating(self.gather(weight))
@@ -253,15 +295,16 @@ class EgoNCE(nn.Module):
     Source: EgoVLP (arXiv 2206.01670), equation 2, and its code, where both directions are added.
     """
 
-    def __init__(self, temperature=0.05, noun=True, verb=True):
+    def __init__(self, temperature: float = 0.05, noun: bool = True, verb: bool = True):
         super().__init__()
         self.temperature, self.noun, self.verb = temperature, noun, verb
 
-    def forward(self, x, mask_v, mask_n):
+    def forward(self, x: Tensor, mask_v: Tensor, mask_n: Tensor) -> Tensor:
         mask = mask_v * mask_n if self.noun and self.verb else mask_n if self.noun else mask_v
         positive = (mask > 0) | torch.eye(len(x), dtype=torch.bool, device=x.device)
         logits = (x / self.temperature, x.t() / self.temperature)
-        return sum(reference.cross_entropy(s, positive, 1).mean() for s in logits)
+        rows, columns = (reference.cross_entropy(s, positive, 1).mean() for s in logits)
+        return rows + columns
 
 
 def _floating(x):

@@ -139,7 +139,7 @@ def test_evaluation_needs_no_output_folder(file):
 
 
 def test_every_key_has_a_type_that_can_be_checked():
-    assert {f.type for f in configs.KEYS.values()} == {int, float, bool, str, dict}
+    assert {configs.kind(f) for f in configs.KEYS.values()} == {int, float, bool, str, dict}
 
 
 def test_warmup_and_cosine():

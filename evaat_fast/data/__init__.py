@@ -5,6 +5,7 @@ train = EK100(corpus.annotations, corpus.videos, "train", num_frames=8, transfor
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 _LAZY = {"EK100": "ek100", "train_transform": "transforms", "eval_transform": "transforms", "read_clip": "video"}
 _SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "transforms", "video")
@@ -12,13 +13,27 @@ _SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "tr
 __all__ = [*_LAZY, *_SUBMODULES]
 
 
-def __getattr__(name):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"evaat_fast.data.{_LAZY[name]}"), name)
-    if name in _SUBMODULES:
-        return importlib.import_module(f"evaat_fast.data.{name}")
-    raise AttributeError(f"module 'evaat_fast.data' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from evaat_fast.data import cache as cache
+    from evaat_fast.data import ek100 as ek100
+    from evaat_fast.data import ek100_files as ek100_files
+    from evaat_fast.data import kitchen as kitchen
+    from evaat_fast.data import kitchen_render as kitchen_render
+    from evaat_fast.data import transforms as transforms
+    from evaat_fast.data import video as video
+    from evaat_fast.data.ek100 import EK100 as EK100
+    from evaat_fast.data.transforms import eval_transform as eval_transform
+    from evaat_fast.data.transforms import train_transform as train_transform
+    from evaat_fast.data.video import read_clip as read_clip
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(importlib.import_module(f"evaat_fast.data.{_LAZY[name]}"), name)
+        if name in _SUBMODULES:
+            return importlib.import_module(f"evaat_fast.data.{name}")
+        raise AttributeError(f"module 'evaat_fast.data' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

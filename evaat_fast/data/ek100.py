@@ -9,26 +9,32 @@ and no relevancy file is needed. Clips with one verb class and one set of noun c
 """
 
 import logging
+import os
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from evaat_fast.data import video as videos
 from evaat_fast.data.cache import ClipCache
-from evaat_fast.data.ek100_files import find_videos, read_captions, read_clips
+from evaat_fast.data.ek100_files import Split, find_videos, read_captions, read_clips
 
 _log = logging.getLogger("evaat_fast")
 
-SPLITS = ("train", "test")
-POSITIVES = ("own", "relevant")
-FRAMES = ("ordered", "shuffled", "reversed", "frozen")
+Positive = Literal["own", "relevant"]
+Frames = Literal["ordered", "shuffled", "reversed", "frozen"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+POSITIVES: tuple[Positive, ...] = get_args(Positive)
+FRAMES: tuple[Frames, ...] = get_args(Frames)
 _SLOTS = 256  # counters of replaced clips: one for the main process, one for each worker
 
 
-def kinds_relevancy(kinds):
+def kinds_relevancy(kinds: Sequence[tuple[int, frozenset[int]]]) -> Tensor:
     """float32 [K, K]: relevancy between K kinds, pairs (verb class, set of noun classes); exactly 1 where equal."""
     if any(n < 0 for _, nouns in kinds for n in nouns):
         raise ValueError("kinds: expected noun classes from 0")
@@ -80,22 +86,22 @@ class EK100(Dataset):
 
     def __init__(
         self,
-        annotations,
-        video_root,
-        split,
+        annotations: str | os.PathLike[str],
+        video_root: str | os.PathLike[str],
+        split: Split,
         *,
-        num_frames,
-        transform=None,
-        training=None,
-        sampler="avion",
-        positive="own",
-        threshold=0.1,
-        frames="ordered",
-        cache=None,
-        decoder="decord",
-        retries=2,
-        on_error=None,
-        seed=0,
+        num_frames: int,
+        transform: Callable[..., Tensor] | None = None,
+        training: bool | None = None,
+        sampler: videos.Sampler = "avion",
+        positive: Positive = "own",
+        threshold: float = 0.1,
+        frames: Frames = "ordered",
+        cache: Literal["memory"] | None = None,
+        decoder: videos.Decoder = "decord",
+        retries: int = 2,
+        on_error: Literal["replace", "raise"] | None = None,
+        seed: int = 0,
     ):
         self.training = split == "train" if training is None else training
         on_error = on_error or ("replace" if self.training else "raise")
@@ -118,7 +124,7 @@ class EK100(Dataset):
         self.annotations, self.video_root = Path(annotations), Path(video_root)
         self.clips = read_clips(self.annotations, split)
         self._paths = find_videos(self.video_root, self.clips, split)
-        kinds = {}
+        kinds: dict[tuple[int, frozenset[int]], int] = {}
         self.clip_kind = torch.tensor([kinds.setdefault((c["verb"], c["nouns"]), len(kinds)) for c in self.clips])
         self.kinds = list(kinds)
         rows = read_captions(self.annotations, split, self.clips)
@@ -129,10 +135,10 @@ class EK100(Dataset):
         # Shared with workers: they hear of a new epoch, and their counts arrive here, one slot each, without a race.
         self._epoch = torch.full((), -1).share_memory_()
         self._replaced = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
-        self._unreadable = set()
+        self._unreadable: set[int] = set()
 
     @cached_property
-    def relevancy_table(self):
+    def relevancy_table(self) -> Tensor:
         """float32 [K, K]: the relevancy between kinds; exactly 1 where verb class and noun classes agree.
 
         A batch's labels are ops.IndexedRelevancy(data.relevancy_table, batch["kind"], batch["text_kind"]).
@@ -140,46 +146,46 @@ class EK100(Dataset):
         return kinds_relevancy(self.kinds)
 
     @property
-    def frames(self):
+    def frames(self) -> Frames:
         """What is shown of each clip; can be set."""
         return self._shown
 
     @frames.setter
-    def frames(self, name):
+    def frames(self, name: Frames) -> None:
         _choice("frames", name, FRAMES)
         self._shown = name
 
     @property
-    def relevancy(self):
+    def relevancy(self) -> Tensor:
         """float32 [clips, captions]: what the official metrics take."""
         return self.relevancy_table[self.clip_kind][:, self.caption_kind]
 
     @property
-    def clip_verbs(self):
+    def clip_verbs(self) -> Tensor:
         """int64 [clips]: verb class of each clip."""
         return torch.tensor([verb for verb, _ in self.kinds])[self.clip_kind]
 
     @property
-    def caption_verbs(self):
+    def caption_verbs(self) -> Tensor:
         """int64 [captions]: verb class of each caption."""
         return torch.tensor([verb for verb, _ in self.kinds])[self.caption_kind]
 
     @property
-    def replaced(self):
+    def replaced(self) -> int:
         """How many items so far stood in for a clip that could not be read, here and in workers; each says so too."""
         return int(self._replaced.sum())
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         """From now on crops, jitter and texts are those of this epoch, in running workers too.
 
         Without it they come from torch's own generator.
         """
         self._epoch.fill_(int(epoch))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """dict(video uint8 [T, H, W, 3], text, kind and text_kind (rows of relevancy_table), index, replaced).
 
         A replacement is the next readable clip, wholly so in training; otherwise all but its video stay as asked for.

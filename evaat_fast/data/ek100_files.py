@@ -3,6 +3,9 @@
 import ast
 import csv
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypedDict
 
 _COLUMNS = (
     "narration_id",
@@ -16,12 +19,28 @@ _COLUMNS = (
 )
 
 
-def read_clips(folder, split):
-    """The rows of EPIC_100_retrieval_{split}.csv as dict(id, participant, video, start, stop, text, verb, nouns)."""
+Split = Literal["train", "test"]
+
+
+class Clip(TypedDict):
+    """A row of the clips' file. start, stop: seconds. verb, nouns: classes."""
+
+    id: str
+    participant: str
+    video: str
+    start: float
+    stop: float
+    text: str
+    verb: int
+    nouns: frozenset[int]
+
+
+def read_clips(folder: Path, split: Split) -> list[Clip]:
+    """The rows of EPIC_100_retrieval_{split}.csv."""
     return _read(folder / f"EPIC_100_retrieval_{split}.csv", _COLUMNS, _clip)
 
 
-def read_captions(folder, split, clips):
+def read_captions(folder: Path, split: Split, clips: Sequence[Clip]) -> list[int]:
     """For each row of the sentence file the number of the clip that it is the narration of.
 
     narration_id decides: the published test file's text is shifted against it in six rows, so published evaluations
@@ -36,25 +55,27 @@ def read_captions(folder, split, clips):
     return [row_of[n] for n in names]
 
 
-def find_videos(root, clips, split):
+def find_videos(root: Path, clips: Sequence[Clip], split: Split) -> dict[str, Path]:
     """{video: path of its file or of its folder of chunks}."""
     if not root.is_dir():
         raise FileNotFoundError(f"videos: there is no folder {str(root)!r}")
-    paths, missing = {}, []
+    paths: dict[str, Path] = {}
+    missing = []
     for name, participant in {c["video"]: c["participant"] for c in clips}.items():
         places = [root / participant / f"{name}{suffix}" for suffix in (".MP4", ".mp4")]
         path = next((p for p in places if p.exists()), None)
         if path is None:
             missing.append(str(places[0]))
-        paths[name] = path
+        else:
+            paths[name] = path
     if missing:
-        count = f"{len(missing)} of the {len(paths)} videos of the {split} split"
+        count = f"{len(missing)} of the {len(missing) + len(paths)} videos of the {split} split"
         raise FileNotFoundError(f"videos: {count} are missing, first {missing[0]!r}")
     return paths
 
 
-def _clip(row):
-    clip = {
+def _clip(row: dict[str, str]) -> Clip:
+    clip: Clip = {
         "id": row["narration_id"],
         "participant": row["participant_id"],
         "video": row["video_id"],

@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +44,17 @@ class Kitchen(NamedTuple):
 
 
 def generate(
-    root, *, train_clips=1536, test_clips=192, seed=0, size=100, fps=30, chunk_seconds=15, workers=None, progress=None
-):
+    root: str | os.PathLike[str],
+    *,
+    train_clips: int = 1536,
+    test_clips: int = 192,
+    seed: int = 0,
+    size: int = 100,
+    fps: int = 30,
+    chunk_seconds: int = 15,
+    workers: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Kitchen:
     """Makes the corpus under `root`, or finds it there.
 
     `root`/annotations gets EPIC_100_retrieval_{train,test}.csv and their _sentence.csv; `root`/videos gets
@@ -153,7 +163,7 @@ def _make(folder, settings, workers, progress):
     # Numbered over both splits, four videos to a participant, so that no participant is in both.
     train = sum(v[0] == "train" for v in videos)
     offset = -(-train // 4) * 4
-    rows = {"train": [], "test": []}
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for number, (split, seed, segments) in enumerate(videos):
         place = number if split == "train" else offset + number - train
         name = f"P{place // 4 + 1:02d}_{place % 4:02d}"
@@ -227,7 +237,7 @@ def _clock(seconds, digits):
 def _annotate(folder, rows):
     folder.mkdir(parents=True)
     for split, table in rows.items():
-        first = {}
+        first: dict[str, dict[str, Any]] = {}
         for row in table:
             first.setdefault(row["narration"], row)
         sentences = [

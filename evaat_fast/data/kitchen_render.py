@@ -6,8 +6,10 @@ circle; a verb only decides which of them passes through its value, and in which
 movement, run backwards.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
@@ -35,12 +37,14 @@ class Segment:
     seed: int
 
 
-def swing(phase):
+def swing(phase: np.ndarray) -> np.ndarray:
     """[-1, 1] over a period of 1: there and back at constant speed, so that its values are uniform."""
     return 2 * np.abs(2 * (phase % 1.0) - 1) - 1
 
 
-def motion(verb, seconds, duration, rng):
+def motion(
+    verb: int, seconds: np.ndarray, duration: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """x, y, log size and angle (radians) at the `seconds` [T] of a clip that lasts `duration`; sliders are 0 in the middle."""
     x, y, size = (np.full(seconds.shape, value) for value in rng.uniform(-0.4, 0.4, 3))
     angle, phase, side = rng.uniform(0, 2 * np.pi), rng.uniform(), rng.choice((-1.0, 1.0))
@@ -65,7 +69,7 @@ def motion(verb, seconds, duration, rng):
     return x, y, size, orientation
 
 
-def panorama(height, width, rng):
+def panorama(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """float32 [height, width, 3]: a wall of muted boards, tiles and stains to look along. It repeats at its borders."""
     image = np.full((height, width, 3), rng.uniform(95, 150), np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
     for cell, strength in ((48, 16), (24, 13), (12, 11), (6, 8)):
@@ -90,7 +94,7 @@ def _enlarge(grid, cell):
     return grid
 
 
-def head(frames, fps, size, rng):
+def head(frames: int, fps: int, size: int, rng: np.random.Generator) -> np.ndarray:
     """float32 [frames, 2]: where the camera looks, in pixels (y, x): slow sways, and a drift along the wall."""
     seconds = np.arange(frames) / fps
     path = np.outer(seconds, rng.choice((-1, 1), 2) * rng.uniform(0.01, 0.03, 2) * size)
@@ -100,7 +104,7 @@ def head(frames, fps, size, rng):
     return path.astype(np.float32)
 
 
-def look(wall, path, size):
+def look(wall: np.ndarray, path: np.ndarray, size: int) -> np.ndarray:
     """float32 [T, size, size, 3]: the wall through the camera at subpixel positions path [T, 2]."""
     H, W, _ = wall.shape
     out = np.empty((len(path), size, size, 3), np.float32)
@@ -114,7 +118,7 @@ def look(wall, path, size):
     return out
 
 
-def draw(frames, segment, sway, fps):
+def draw(frames: np.ndarray, segment: Segment, sway: np.ndarray, fps: int) -> None:
     """Paints one segment's object over float32 frames [T, S, S, 3], in place; sway [T, 2] is the head's path."""
     T, S = frames.shape[:2]
     rng = np.random.default_rng(segment.seed)
@@ -166,7 +170,7 @@ def _cover(distance, radius):
     return np.clip(0.5 - distance * radius, 0, 1)
 
 
-def render_video(segments, size, fps, seed):
+def render_video(segments: Sequence[Segment], size: int, fps: int, seed: int) -> Iterator[np.ndarray]:
     """Yields uint8 [T, size, size, 3] for each of the segments, which follow one another without a gap."""
     rng = np.random.default_rng(seed)
     wall = panorama(3 * size, 6 * size, rng)
@@ -178,7 +182,9 @@ def render_video(segments, size, fps, seed):
         yield np.clip(frames + 0.5, 0, 255).astype(np.uint8)
 
 
-def encode_video(target, segments, size, fps, seed, chunk_seconds, short_chunk):
+def encode_video(
+    target: Path, segments: Sequence[Segment], size: int, fps: int, seed: int, chunk_seconds: int, short_chunk: bool
+) -> None:
     """Writes one video: a folder of chunks named by their first second, or one file where chunk_seconds is 0.
 
     short_chunk leaves the last frame of the first chunk out, as re-encoded data sets have it.

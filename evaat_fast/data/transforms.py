@@ -4,9 +4,11 @@ There is no flip: left and right are verbs. Normalisation is the model's busines
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 __all__ = ["CentreCrop", "RandomResizedCrop", "eval_transform", "train_transform"]
 
@@ -20,7 +22,7 @@ class RandomResizedCrop:
     Randomness comes from the call's torch.Generator, or from torch's own without one.
     """
 
-    def __init__(self, image_size, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+    def __init__(self, image_size: int, scale: Sequence[float] = (0.5, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)):
         _check_size(image_size)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale: expected a rising pair above 0 and at most 1, got {scale!r}")
@@ -28,12 +30,12 @@ class RandomResizedCrop:
             raise ValueError(f"ratio: expected a rising pair above 0, got {ratio!r}")
         self.image_size, self.scale, self.ratio = image_size, tuple(scale), tuple(ratio)
 
-    def __call__(self, clip, generator=None):
+    def __call__(self, clip: Tensor, generator: torch.Generator | None = None) -> Tensor:
         _check(clip)
-        top, left, height, width = self.box(*clip.shape[1:3], generator)
+        top, left, height, width = self.box(clip.shape[1], clip.shape[2], generator)
         return _resized(clip[:, top : top + height, left : left + width], self.image_size, self.image_size)
 
-    def box(self, height, width, generator=None):
+    def box(self, height: int, width: int, generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a crop: the first of ten tries that fits the frame, else its largest square."""
         tries = torch.rand(10, 4, generator=generator, dtype=torch.float64).tolist()
         for share, shape, down, right in tries:
@@ -45,34 +47,36 @@ class RandomResizedCrop:
         side = min(height, width)
         return int(down * (height - side + 1)), int(right * (width - side + 1)), side, side
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"RandomResizedCrop({self.image_size}, scale={self.scale}, ratio={self.ratio})"
 
 
 class CentreCrop:
     """The shorter side resized to S, then the central square: `crop(clip)`."""
 
-    def __init__(self, image_size):
+    def __init__(self, image_size: int):
         _check_size(image_size)
         self.image_size = image_size
 
-    def __call__(self, clip, generator=None):
+    def __call__(self, clip: Tensor, generator: torch.Generator | None = None) -> Tensor:
         _check(clip)
         S, (_, H, W, _) = self.image_size, clip.shape
         clip = _resized(clip, max(S, round(H * S / min(H, W))), max(S, round(W * S / min(H, W))))
         top, left = (clip.shape[1] - S) // 2, (clip.shape[2] - S) // 2
         return clip[:, top : top + S, left : left + S].contiguous()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"CentreCrop({self.image_size})"
 
 
-def train_transform(image_size, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+def train_transform(
+    image_size: int, scale: Sequence[float] = (0.5, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)
+) -> RandomResizedCrop:
     """The training crop of AVION and its relatives: a `RandomResizedCrop`."""
     return RandomResizedCrop(image_size, scale, ratio)
 
 
-def eval_transform(image_size):
+def eval_transform(image_size: int) -> CentreCrop:
     """The evaluation crop: a `CentreCrop`."""
     return CentreCrop(image_size)
 

@@ -6,13 +6,18 @@ memory.
 """
 
 import math
+import os
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
-SAMPLERS = ("avion", "lavila")
-DECODERS = ("decord", "av")
+Sampler = Literal["avion", "lavila"]
+Decoder = Literal["decord", "av"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 
 __all__ = ["DECODERS", "SAMPLERS", "VideoError", "frame_ids", "read_clip"]
 
@@ -21,7 +26,14 @@ class VideoError(RuntimeError):
     """A file that is missing or cannot be decoded; the message names it."""
 
 
-def frame_ids(start, stop, count, sampler="avion", jitter=False, generator=None):
+def frame_ids(
+    start: float,
+    stop: float,
+    count: int,
+    sampler: Sampler = "avion",
+    jitter: bool = False,
+    generator: torch.Generator | None = None,
+) -> list[int]:
     """`count` frame numbers spread over [start, stop).
 
     Args:
@@ -52,7 +64,17 @@ def frame_ids(start, stop, count, sampler="avion", jitter=False, generator=None)
     return drawn.tolist()
 
 
-def read_clip(path, start, stop, num_frames, *, sampler="avion", jitter=False, generator=None, decoder="decord"):
+def read_clip(
+    path: str | os.PathLike[str],
+    start: float,
+    stop: float,
+    num_frames: int,
+    *,
+    sampler: Sampler = "avion",
+    jitter: bool = False,
+    generator: torch.Generator | None = None,
+    decoder: Decoder = "decord",
+) -> Tensor:
     """Decodes num_frames frames of a clip.
 
     Args:
@@ -175,7 +197,8 @@ class _Av:
             raise VideoError(f"{path}: {self.length} frames at {self.fps} frames per second")
 
     def read(self, indices):
-        stream, base = self._stream, float(self._stream.time_base)
+        stream: Any = self._stream
+        base = float(stream.time_base)
         begin = stream.start_time or 0
         wanted, found = set(indices), {}
         try:

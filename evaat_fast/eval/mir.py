@@ -11,14 +11,16 @@ scores. nDCG: only the first K candidates count, K being how many have a relevan
 "Rescaling Egocentric Vision", IJCV 2022, and the challenge's evaluation code.
 """
 
+import numpy as np
 import torch
+from torch import Tensor
 
 _TILE = 1 << 21  # elements sorted at once: 9,668 x 3,842 then needs 0.25 GB beside its inputs instead of 1.8
 
 __all__ = ["evaluate", "mean_average_precision", "ndcg", "per_row"]
 
 
-def mean_average_precision(sim, relevancy):
+def mean_average_precision(sim: Tensor | np.ndarray, relevancy: Tensor | np.ndarray) -> float:
     """Graded mean average precision of retrieving columns by rows.
 
     Args:
@@ -35,7 +37,7 @@ def mean_average_precision(sim, relevancy):
     return per_row(sim, relevancy)[0].nanmean().item()
 
 
-def ndcg(sim, relevancy):
+def ndcg(sim: Tensor | np.ndarray, relevancy: Tensor | np.ndarray) -> float:
     """Normalised discounted cumulative gain of retrieving columns by rows, cut at the number of non-zero relevancies.
 
     Args, Raises: as `mean_average_precision`.
@@ -46,7 +48,7 @@ def ndcg(sim, relevancy):
     return per_row(sim, relevancy)[1].nanmean().item()
 
 
-def evaluate(sim, relevancy):
+def evaluate(sim: Tensor | np.ndarray, relevancy: Tensor | np.ndarray) -> dict[str, float]:
     """Both metrics in both directions.
 
     Args, Raises: as `mean_average_precision`, rows being videos and columns captions.
@@ -56,7 +58,7 @@ def evaluate(sim, relevancy):
         counts of queries without a hit, which mAP leaves out, "excluded_v2t" and "excluded_t2v".
     """
     sim, relevancy = _checked(sim, relevancy)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for way, pair in {"v2t": (sim, relevancy), "t2v": (sim.T, relevancy.T)}.items():
         precision, gain = _per_row(*pair)
         metrics[f"mAP_{way}"] = 100 * precision.nanmean().item()
@@ -67,7 +69,7 @@ def evaluate(sim, relevancy):
     return metrics
 
 
-def per_row(sim, relevancy):
+def per_row(sim: Tensor | np.ndarray, relevancy: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
     """The average precision and the nDCG of every row, float64 [Q] each, nan where they are not defined.
 
     Args, Raises: as `mean_average_precision`.
@@ -75,7 +77,7 @@ def per_row(sim, relevancy):
     return _per_row(*_checked(sim, relevancy))
 
 
-def _matrix(name, x):
+def _matrix(name: str, x: Tensor | np.ndarray) -> Tensor:
     try:
         x = torch.as_tensor(x).detach()
     except Exception:  # whatever torch or numpy say of what is no array
@@ -85,7 +87,7 @@ def _matrix(name, x):
     return x
 
 
-def _checked(sim, relevancy):
+def _checked(sim: Tensor | np.ndarray, relevancy: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
     sim, relevancy = _matrix("sim", sim), _matrix("relevancy", relevancy)
     if not sim.is_floating_point():
         raise TypeError(f"sim: expected floating point, got {sim.dtype}")
@@ -106,7 +108,7 @@ def _checked(sim, relevancy):
     return sim, relevancy.to(sim.device)
 
 
-def _per_row(sim, relevancy):
+def _per_row(sim: Tensor, relevancy: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = sim.shape
     ranks = torch.arange(1, columns + 1, dtype=torch.float64, device=sim.device)
     discounts = 1 / (ranks + 1).log2()

@@ -7,6 +7,7 @@ out = model(video, tokens)                       # dict(image_embed, text_embed,
 
 import os
 from pathlib import Path
+from typing import Any
 
 from evaat_fast.model.checkpoints import (
     check_config,
@@ -37,17 +38,19 @@ __all__ = [
 ]
 
 
-def list_models():
+def list_models() -> list[str]:
     """The names that `create_model` knows."""
     return sorted(CONFIGS)
 
 
-def list_pretrained():
+def list_pretrained() -> list[tuple[str, str]]:
     """(model, tag) pairs for `create_model(model, pretrained=tag)`: EVA02-CLIP; no EVA02-AT weights are published."""
     return [(name, tag) for name, tags in sorted(PRETRAINED.items()) for tag in tags]
 
 
-def create_model(name, num_frames=None, pretrained=None, **overrides):
+def create_model(
+    name: str, num_frames: int | None = None, pretrained: str | os.PathLike[str] | None = None, **overrides: Any
+) -> EVA02AT:
     """Creates an EVA02-AT.
 
     Args:
@@ -100,7 +103,7 @@ def _resolve(name, pretrained):
     raise ValueError(f"pretrained: {unknown(pretrained, tags)} (tags of {name}), or a path, or 'hf-hub:owner/name'")
 
 
-def get_tokenizer(name=None, context_length=None):
+def get_tokenizer(name: str | None = None, context_length: int | None = None) -> CLIPTokenizer:
     """CLIP's tokenizer, as all models here use.
 
     Args:

@@ -12,10 +12,18 @@ import dataclasses
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from evaat_fast.model.configs import ModelConfig
+
+if TYPE_CHECKING:
+    from evaat_fast.model.clip import EVA02AT
 
 _log = logging.getLogger("evaat_fast")
 
@@ -35,7 +43,7 @@ _FUSED = {"attn.qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "mlp.fc1": 
 _HEADS = ("visual.head.weight", "visual.head.bias", "text.text_projection")
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors and the configuration stored in a file.
 
     Args:
@@ -83,7 +91,7 @@ def _is_state(content):
     return bool(content) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items())
 
 
-def convert_state(state):
+def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Any of the known formats to our names: EVA's, timm's (the vision tower alone), open_clip's, our own.
 
     Args:
@@ -116,7 +124,7 @@ def convert_state(state):
     return converted
 
 
-def inflate(state, config):
+def inflate(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Fits the positional embeddings of `state` to a clip: frames by linear interpolation (no temporal embedding:
     zeros), the patch grid by bicubic interpolation.
 
@@ -147,7 +155,9 @@ def inflate(state, config):
     return state
 
 
-def load_checkpoint(model, path, *, part="all", fresh_heads=False):
+def load_checkpoint(
+    model: "EVA02AT", path: str | os.PathLike[str], *, part: Literal["all", "visual"] = "all", fresh_heads: bool = False
+) -> None:
     """Loads a file of weights into `model`.
 
     Args:
@@ -169,7 +179,14 @@ def load_checkpoint(model, path, *, part="all", fresh_heads=False):
     load_state(model, state, part=part, fresh_heads=fresh_heads, source=str(path))
 
 
-def load_state(model, state, *, part="all", fresh_heads=False, source="state dict"):
+def load_state(
+    model: "EVA02AT",
+    state: Mapping[str, Tensor],
+    *,
+    part: Literal["all", "visual"] = "all",
+    fresh_heads: bool = False,
+    source: str = "state dict",
+) -> None:
     """`load_checkpoint` from a dict of tensors."""
     odd = [f"{k} {x.dtype}" for k, x in state.items() if not x.is_floating_point() and not _CONSTANTS.search(k)]
     odd += [f"{k} {x.layout} on {x.device}" for k, x in state.items() if x.layout is not torch.strided or x.is_meta]
@@ -206,11 +223,11 @@ def load_state(model, state, *, part="all", fresh_heads=False, source="state dic
     model.load_state_dict(state, strict=part == "all")
 
 
-def _some(names, limit=8):
+def _some(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def check_config(stored, config, source):
+def check_config(stored: Mapping[str, Any], config: ModelConfig, source: str | os.PathLike[str]) -> None:
     """Raises ValueError unless weights stored with the configuration `stored` (a dict) mean the same under `config`."""
     free = {"num_frames", "image_size", "temperature"}
     for name, ours in dataclasses.asdict(config).items():
@@ -218,7 +235,7 @@ def check_config(stored, config, source):
             raise ValueError(f"checkpoint: {source} was made with {name}={stored[name]!r}, the model has {ours!r}")
 
 
-def save_checkpoint(model, path, **extra):
+def save_checkpoint(model: "EVA02AT", path: str | os.PathLike[str], **extra: Any) -> None:
     """Writes the weights and the configuration, so that a reader sees the old file or the new one and never half of
     one.
 
@@ -236,7 +253,7 @@ def save_checkpoint(model, path, **extra):
         temporary.unlink(missing_ok=True)
 
 
-def download(repo):
+def download(repo: str) -> str:
     """The weights of a Hugging Face repository as a local file.
 
     Raises:
@@ -247,6 +264,7 @@ def download(repo):
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise ImportError("pretrained='hf-hub:...' needs huggingface_hub: pip install huggingface_hub safetensors") from None
+    reason: Exception | str = ""
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
     for name in names:
         try:

@@ -1,13 +1,23 @@
 """EVA02-AT: a vision tower, a text tower, one embedding space."""
 
 import math
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from evaat_fast.model.configs import ModelConfig
 from evaat_fast.model.text import TextTransformer
 from evaat_fast.model.vision import VisionTransformer
+
+
+class Embeddings(TypedDict):
+    """What a forward pass returns; an embedding is None where its input was left out."""
+
+    image_embed: Tensor | None
+    text_embed: Tensor | None
+    logit_scale: Tensor
 
 
 class EVA02AT(nn.Module):
@@ -21,14 +31,14 @@ class EVA02AT(nn.Module):
     fixed: `model.logit_scale.requires_grad_(False)`).
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.visual = VisionTransformer(config)
         self.text = TextTransformer(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
-    def encode_video(self, video, normalize=False):
+    def encode_video(self, video: Tensor, normalize: bool = False) -> Tensor:
         """Embeds clips.
 
         Args:
@@ -45,7 +55,7 @@ class EVA02AT(nn.Module):
         features = self.visual(video)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text, normalize=False):
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Embeds captions.
 
         Args:
@@ -61,7 +71,7 @@ class EVA02AT(nn.Module):
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, video=None, text=None):
+    def forward(self, video: Tensor | None = None, text: Tensor | None = None) -> Embeddings:
         """Both embeddings, for a contrastive loss.
 
         Returns:
@@ -74,11 +84,11 @@ class EVA02AT(nn.Module):
             "logit_scale": self.logit_scale.exp(),
         }
 
-    def set_grad_checkpointing(self, enable=True):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass and keep only its input."""
         self.visual.grad_checkpointing = enable
         self.text.transformer.grad_checkpointing = enable
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> set[str]:
         """Names of the embeddings that weight decay should leave alone, besides vectors and scalars."""
         return {"visual.cls_token", "visual.pos_embed", "visual.temporal_embed", "text.positional_embedding"}

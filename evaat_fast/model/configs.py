@@ -1,7 +1,9 @@
 """The configurations of EVA02-AT: what a model is made of, by name."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 # Mean and standard deviation of R, G, B in units of 0..255. "clip" is what EVA02-CLIP weights were trained with.
 # "lavila" is LaViLa's and AVION's: red is 0.48145466 * 225, a slip for 255, and checkpoints trained with it need it.
@@ -44,15 +46,16 @@ class ModelConfig:
     norm: str = "clip"
     temperature: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            kinds = (int, float) if field.type is float else field.type
+            kind: Any = field.type
+            kinds = (int, float) if kind is float else kind
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise TypeError(f"{field.name}: expected {field.type.__name__}, got {value!r}")
-            if field.type is not str and not value > 0:
+                raise TypeError(f"{field.name}: expected {kind.__name__}, got {value!r}")
+            if kind is not str and not value > 0:
                 raise ValueError(f"{field.name}: expected a positive number, got {value!r}")
-            if field.type is not str and value > 1e9:
+            if kind is not str and value > 1e9:
                 raise ValueError(f"{field.name}: expected at most 1e9, got {value!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size: expected a multiple of patch_size={self.patch_size}, got {self.image_size}")
@@ -69,13 +72,13 @@ class ModelConfig:
             raise ValueError(f"norm: {unknown(self.norm, NORMS)}")
 
     @property
-    def grid(self):
+    def grid(self) -> tuple[int, int, int]:
         """(T, Hp, Wp): how many patches a clip has along time, height and width."""
         side = self.image_size // self.patch_size
         return self.num_frames, side, side
 
 
-def _base(**changes):
+def _base(**changes: Any) -> ModelConfig:
     config = ModelConfig(
         image_size=224,
         patch_size=16,
@@ -90,14 +93,16 @@ def _base(**changes):
     return replace(config, **changes)
 
 
-def _large(**changes):
-    large = dict(patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp=2730)
+def _large(**changes: Any) -> ModelConfig:
+    large: dict[str, Any] = dict(patch_size=14, vision_width=1024, vision_layers=24, vision_heads=16, vision_mlp=2730)
     return _base(**large, text_width=768, text_heads=12, **changes)
 
 
 # The tiny model is for CPUs: 0.6 M parameters in the vision blocks. Its text is narrow because the 49,408 rows of
 # CLIP's vocabulary are what an optimiser step on a CPU spends its time on.
-_tiny = dict(vision_width=128, vision_layers=3, vision_heads=2, vision_mlp=320, text_width=64, text_layers=2, text_heads=2)
+_tiny: dict[str, Any] = dict(
+    vision_width=128, vision_layers=3, vision_heads=2, vision_mlp=320, text_width=64, text_layers=2, text_heads=2
+)
 
 CONFIGS = {
     "eva02_at_tiny_patch16_64": _base(image_size=64, rope_grid=4, embed_dim=128, num_frames=8, **_tiny),
@@ -114,7 +119,7 @@ PRETRAINED = {
 }
 
 
-def get_config(name, **overrides):
+def get_config(name: str, **overrides: Any) -> ModelConfig:
     """The configuration called `name` with some fields changed.
 
     Raises:
@@ -130,7 +135,7 @@ def get_config(name, **overrides):
     return replace(CONFIGS[name], **overrides)
 
 
-def unknown(name, known):
+def unknown(name: object, known: Iterable[str]) -> str:
     """The end of an error message: that `name` is not known, the nearest that is, and all that are."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.3)
     guess = f"; did you mean {near[0]!r}?" if near else "."

@@ -5,21 +5,23 @@ Parameter names are CLIP's. Source: CLIP (arXiv 2103.00020); EVA-CLIP (arXiv 230
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from evaat_fast.model.configs import ModelConfig
 
 
 class Attention(nn.Module):
     """Causal self-attention with CLIP's parameter names."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -27,37 +29,37 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
 class Block(nn.Module):
     """Pre-norm: attention, then MLP."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads):
+    def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.grad_checkpointing = False
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -66,7 +68,7 @@ class Transformer(nn.Module):
         return x
 
 
-def trim(tokens):
+def trim(tokens: Tensor) -> Tensor:
     """Cuts the columns behind the last end-of-text token of a batch.
 
     Attention is causal and the tower is read at end-of-text, so the embeddings stay the same; captions of ten tokens
@@ -91,7 +93,7 @@ class TextTransformer(nn.Module):
         config: a ModelConfig.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         width = config.text_width
@@ -103,12 +105,13 @@ class TextTransformer(nn.Module):
         self.init_parameters()
 
     @torch.no_grad()
-    def init_parameters(self):
+    def init_parameters(self) -> None:
         """CLIP's initialisation."""
         width, layers = self.config.text_width, self.config.text_layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.transformer.resblocks:
+            assert isinstance(block, Block)
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -117,7 +120,7 @@ class TextTransformer(nn.Module):
                 nn.init.zeros_(bias)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
-    def check(self, tokens):
+    def check(self, tokens: Tensor) -> None:
         """Raises TypeError or ValueError unless `tokens` are token ids for this model."""
         if not isinstance(tokens, torch.Tensor) or tokens.dtype not in (torch.int32, torch.int64):
             got = tokens.dtype if isinstance(tokens, torch.Tensor) else type(tokens).__name__
@@ -133,7 +136,7 @@ class TextTransformer(nn.Module):
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"text: expected token ids from 0 to {self.config.vocab_size - 1}, got {low if low < 0 else high}")
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         """int64 or int32 [B, L], L <= 77, to [B, E].
 
         Raises:

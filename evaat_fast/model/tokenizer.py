@@ -5,10 +5,12 @@ ftfy and regex clean and split the text exactly as CLIP does; the merges are don
 
 import gzip
 import html
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -37,8 +39,8 @@ def _libraries():
 @lru_cache(maxsize=1)
 def _model():
     """(vocabulary, BPE model): 256 bytes, 256 bytes that end a word, 48,894 merges, two special tokens."""
-    merges = gzip.decompress(VOCABULARY.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = [tuple(line.split()) for line in merges]
+    lines = gzip.decompress(VOCABULARY.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = [tuple(line.split()) for line in lines]
     letters = list(_byte_letters().values())
     words = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -57,7 +59,7 @@ class CLIPTokenizer:
         ValueError: a context length below 2.
     """
 
-    def __init__(self, context_length=77):
+    def __init__(self, context_length: int = 77):
         if not isinstance(context_length, int) or context_length < 2:
             raise ValueError(f"context_length: expected an int of at least 2, got {context_length!r}")
         self.context_length = context_length
@@ -69,19 +71,19 @@ class CLIPTokenizer:
         self._letters = _byte_letters()
         self._words = {START: (self.start,), END: (self.end,)}
 
-    def __getstate__(self):
+    def __getstate__(self) -> int:
         """Workers of a data loader that are spawned get the context length and build the rest."""
         return self.context_length
 
-    def __setstate__(self, context_length):
-        self.__init__(context_length)
+    def __setstate__(self, context_length: int) -> None:
+        CLIPTokenizer.__init__(self, context_length)
 
-    def clean(self, text):
+    def clean(self, text: str) -> str:
         """Repaired by ftfy, HTML unescaped twice, white space collapsed, lower case."""
         text = html.unescape(html.unescape(self._ftfy.fix_text(text))).strip()
         return self._regex.sub(r"\s+", " ", text).strip().lower()
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """A str to its list of ids, without start and end, of any length."""
         return [i for word in self._pattern.findall(self.clean(text)) for i in self._word(word)]
 
@@ -94,7 +96,7 @@ class CLIPTokenizer:
                 self._words[word] = ids
         return ids
 
-    def __call__(self, texts):
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Tokenises a batch.
 
         Args:

@@ -9,11 +9,11 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evaat_fast import ops
-from evaat_fast.model.configs import NORMS
+from evaat_fast.model.configs import NORMS, ModelConfig
 from evaat_fast.ops._core.autocast import autocast_dtype
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
@@ -23,7 +23,7 @@ class Attention(nn.Module):
     """Joint space-time attention with a layer norm before the output projection (sub-LN); queries and values have a
     bias."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -32,14 +32,14 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, EPS)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, grid, freqs):
+    def forward(self, x: Tensor, grid: tuple[int, int, int], freqs: Tensor) -> Tensor:
         """[B, 1 + T*Hp*Wp, C] -> the same."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
         out = ops.joint_attention_qkv_(qkv, self.heads, grid, freqs=freqs)
         return self.proj(self.norm(out.transpose(1, 2).flatten(2)))
 
-    def forward_class(self, x, grid, freqs):
+    def forward_class(self, x: Tensor, grid: tuple[int, int, int], freqs: Tensor) -> Tensor:
         """[B, 1 + T*Hp*Wp, C] -> [B, 1, C]: the class token's row of `forward`, without computing the others."""
         width = x.shape[2]
         q_weight, kv_weight = self.qkv.weight.split((width, 2 * width))
@@ -54,13 +54,13 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """silu(gate) * value, normalised (sub-LN), projected. `fc1` holds the gate's rows, then the value's."""
 
-    def __init__(self, width, hidden):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.norm = nn.LayerNorm(hidden, EPS)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, -1)
         return self.fc2(self.norm(F.silu(gate) * value))
 
@@ -68,14 +68,14 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm: attention, then SwiGLU."""
 
-    def __init__(self, width, heads, hidden):
+    def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, EPS)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, EPS)
         self.mlp = SwiGLU(width, hidden)
 
-    def forward(self, x, grid, freqs, class_only=False):
+    def forward(self, x: Tensor, grid: tuple[int, int, int], freqs: Tensor, class_only: bool = False) -> Tensor:
         """[B, N, C] -> the same, or with `class_only` its first row, [B, 1, C]."""
         if class_only:
             x = x[:, :1] + self.attn.forward_class(self.norm1(x), grid, freqs)
@@ -87,13 +87,13 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Pixels to tokens: a matrix product with the convolution's weight."""
 
-    def __init__(self, width, patch, norm):
+    def __init__(self, width: int, patch: int, norm: str):
         super().__init__()
         self.patch = patch
         self.mean, self.std = NORMS[norm]
         self.proj = nn.Conv2d(3, width, patch, patch)  # for EVA's weight shape and initialisation; its forward is not used
 
-    def forward(self, video):
+    def forward(self, video: Tensor) -> Tensor:
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C]."""
         weight = self.proj.weight
         if video.dtype == torch.uint8:
@@ -114,7 +114,9 @@ class VisionTransformer(nn.Module):
         config: a ModelConfig.
     """
 
-    def __init__(self, config):
+    freqs: Tensor
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         width = config.vision_width
@@ -130,7 +132,7 @@ class VisionTransformer(nn.Module):
         self.grad_checkpointing = False
         self.init_parameters()
 
-    def _make_freqs(self):
+    def _make_freqs(self) -> Tensor:
         """float32 [3, D/2]."""
         _, rows, columns = self.config.grid
         scale = (1.0, self.config.rope_grid / rows, self.config.rope_grid / columns)
@@ -144,7 +146,7 @@ class VisionTransformer(nn.Module):
         return self
 
     @torch.no_grad()
-    def init_parameters(self):
+    def init_parameters(self) -> None:
         """EVA-02's initialisation; the head's is CLIP's, as it starts fresh in EVA02-AT."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -154,11 +156,12 @@ class VisionTransformer(nn.Module):
         for embedding in (self.cls_token, self.pos_embed, self.temporal_embed):
             nn.init.trunc_normal_(embedding, std=0.02)
         for depth, block in enumerate(self.blocks, 1):
+            assert isinstance(block, Block)
             block.attn.proj.weight /= math.sqrt(2.0 * depth)
             block.mlp.fc2.weight /= math.sqrt(2.0 * depth)
         nn.init.normal_(self.head.weight, std=self.config.vision_width**-0.5)
 
-    def check(self, video):
+    def check(self, video: Tensor) -> None:
         """Raises TypeError or ValueError unless `video` is a clip for this model."""
         if not isinstance(video, torch.Tensor):
             raise TypeError(f"video: expected a tensor, got {type(video).__name__}")
@@ -180,7 +183,7 @@ class VisionTransformer(nn.Module):
         if video.dtype not in (torch.uint8, weight.dtype) and autocast_dtype(weight.device.type) is None:
             raise TypeError(f"video: expected uint8 or {weight.dtype} as the model, got {video.dtype}")
 
-    def forward(self, video):
+    def forward(self, video: Tensor) -> Tensor:
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, E].
 
         Raises:

@@ -7,6 +7,7 @@ The commands `evaat-fast train`, `eval` and `demo` are thin wrappers of `train`,
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 _LAZY = {"Config": "config", "ConfigError": "config", "load": "config", "train": "trainer", "Diverged": "trainer"}
 _SUBMODULES = (
@@ -26,13 +27,32 @@ _SUBMODULES = (
 __all__ = [*_LAZY, *_SUBMODULES]
 
 
-def __getattr__(name):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"evaat_fast.train.{_LAZY[name]}"), name)
-    if name in _SUBMODULES:
-        return importlib.import_module(f"evaat_fast.train.{name}")
-    raise AttributeError(f"module 'evaat_fast.train' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from evaat_fast.train import checkpoint as checkpoint
+    from evaat_fast.train import config as config
+    from evaat_fast.train import demo as demo
+    from evaat_fast.train import evaluation as evaluation
+    from evaat_fast.train import inputs as inputs
+    from evaat_fast.train import log as log
+    from evaat_fast.train import packages as packages
+    from evaat_fast.train import report as report
+    from evaat_fast.train import sampler as sampler
+    from evaat_fast.train import schedules as schedules
+    from evaat_fast.train import trainer as trainer
+    from evaat_fast.train.config import Config as Config
+    from evaat_fast.train.config import ConfigError as ConfigError
+    from evaat_fast.train.config import load as load
+    from evaat_fast.train.trainer import Diverged as Diverged
+    from evaat_fast.train.trainer import train as train
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return getattr(importlib.import_module(f"evaat_fast.train.{_LAZY[name]}"), name)
+        if name in _SUBMODULES:
+            return importlib.import_module(f"evaat_fast.train.{name}")
+        raise AttributeError(f"module 'evaat_fast.train' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

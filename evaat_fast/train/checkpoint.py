@@ -6,21 +6,26 @@ The weights lie under "state_dict" and the model's configuration (with its `norm
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+
+from evaat_fast.model import EVA02AT
+from evaat_fast.train.config import Config
 
 LAST = "last.pt"
 
 
-def save(path, model, optimizer, epoch, config):
+def save(path: str | os.PathLike[str], model: EVA02AT, optimizer: torch.optim.Optimizer, epoch: int, config: Config) -> None:
     """Writes a checkpoint atomically.
 
     Args:
         path: the file. model: an EVA02AT. optimizer: its optimizer. epoch: how many epochs are done.
         config: the run's Config.
     """
-    rng = {"cpu": torch.get_rng_state()}
+    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
     content = {
@@ -34,7 +39,7 @@ def save(path, model, optimizer, epoch, config):
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def write_atomically(path, write):
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
     """Calls `write(file)` on a temporary file in the same folder, flushes it to the disk and renames it to `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,7 +53,7 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def read(path):
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint of a run as a dict.
 
     Raises:
@@ -75,7 +80,7 @@ def read(path):
     return content
 
 
-def restore(stored, model, optimizer, path):
+def restore(stored: Mapping[str, Any], model: EVA02AT, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
     """Puts a checkpoint's weights, moments and random state in their places.
 
     Raises:
@@ -90,7 +95,7 @@ def restore(stored, model, optimizer, path):
         raise ValueError(f"checkpoint: {str(path)!r} cannot be continued: {reason}") from None
 
 
-def restore_rng(rng):
+def restore_rng(rng: Mapping[str, Any]) -> None:
     """Puts torch's generators back to a checkpoint's state, those of the GPUs where as many are there."""
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available() and len(rng["cuda"]) == torch.cuda.device_count():

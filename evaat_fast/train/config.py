@@ -9,23 +9,31 @@ the current folder.
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
+import os
 import reprlib
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
 
-FRAMES = ("ordered", "shuffled", "reversed", "frozen")
+Frames = Literal["ordered", "shuffled", "reversed", "frozen"]
+FRAMES: tuple[Frames, ...] = get_args(Frames)
 
 
 class ConfigError(ValueError):
     """A mistake in a configuration. The message names its source and the key."""
 
 
-def key(default, *, least=None, above=None, most=None, choices=None, path=False):
-    """A dataclass field with its range: least <= value <= most, above < value; or one of `choices`; or a path."""
-    return field(default=default, metadata=dict(least=least, above=above, most=most, choices=choices, path=path))
+def key(
+    default: Any, *, least: float | None = None, above: float | None = None, most: float | None = None, path: bool = False
+) -> Any:
+    """A dataclass field with its range: least <= value <= most, above < value; or a path. Choices are a Literal."""
+    return field(default=default, metadata=dict(least=least, above=above, most=most, path=path))
 
 
 @dataclass
@@ -36,7 +44,7 @@ class Model:
     name: str = "eva02_at_base_patch16_224"
     num_frames: int = key(0, least=0, most=4096)
     pretrained: str = ""
-    overrides: dict = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
     grad_checkpointing: bool = False
 
 
@@ -51,8 +59,8 @@ class Data:
     videos: str = key("", path=True)
     crop_scale: float = key(0.5, above=0, most=1)
     jitter: bool = True
-    positive: str = key("own", choices=("own", "relevant"))
-    decoder: str = key("decord", choices=("decord", "av"))
+    positive: Literal["own", "relevant"] = "own"
+    decoder: Literal["decord", "av"] = "decord"
     cache: bool = False
     workers: int = key(0, least=0)
 
@@ -62,12 +70,12 @@ class Loss:
     """name: "clip" (InfoNCE) or "sms". temperature, learnable_temperature: of "clip". margin, relaxation, rule: of
     "sms"."""
 
-    name: str = key("clip", choices=("clip", "sms"))
+    name: Literal["clip", "sms"] = "clip"
     temperature: float = key(0.05, above=0)
     learnable_temperature: bool = False
     margin: float = key(0.6, least=0)
     relaxation: float = key(0.1, least=0)
-    rule: str = key("code", choices=("code", "paper", "charades"))
+    rule: Literal["code", "paper", "charades"] = "code"
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Schedule:
     """A linear warm-up that begins at start_lr, to optim.lr after warmup_epochs; then "cosine" to end_lr, or
     "constant"."""
 
-    name: str = key("cosine", choices=("cosine", "constant"))
+    name: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: float = key(1.0, least=0)
     start_lr: float = key(0.0, least=0)
     end_lr: float = key(0.0, least=0)
@@ -107,7 +115,7 @@ class Train:
     distinct: bool = False
     seed: int = key(0, least=0, most=2**31 - 1)
     device: str = "auto"
-    precision: str = key("auto", choices=("auto", "float32", "bfloat16"))
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     processes: int = key(1, least=1)
     save_every: int = key(1, least=1)
 
@@ -118,7 +126,7 @@ class Eval:
 
     every: int = key(0, least=0)
     batch_size: int = key(64, least=1)
-    frames: str = key("ordered", choices=FRAMES)
+    frames: Frames = "ordered"
 
 
 @dataclass
@@ -133,16 +141,36 @@ class Config:
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
 
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
-SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
 KEYS = {f"{s}.{f.name}": f for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 
 
-def load(path, overrides=(), *, training=True, base=None):
+def kind(spec: dataclasses.Field) -> type:
+    """The plain type of a key's values."""
+    if get_origin(spec.type) is Literal:
+        return str
+    found = get_origin(spec.type) or spec.type
+    assert isinstance(found, type)
+    return found
+
+
+def choices(spec: dataclasses.Field) -> tuple[str, ...]:
+    """What a key can be, where it is one of a few words; else nothing."""
+    return get_args(spec.type) if get_origin(spec.type) is Literal else ()
+
+
+def load(
+    path: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
+    *,
+    training: bool = True,
+    base: str | os.PathLike[str] | None = None,
+) -> Config:
     """Reads a configuration.
 
     Args:
@@ -180,7 +208,7 @@ def load(path, overrides=(), *, training=True, base=None):
     return config
 
 
-def template():
+def template() -> str:
     """A TOML file of every key with its default, and what the sections' docstrings say of them."""
     lines = ["# Every key with its default. data.annotations, data.videos and train.out have none."]
     for name, section in SECTIONS.items():
@@ -190,14 +218,13 @@ def template():
             *textwrap.wrap(" ".join(section.__doc__.split()), 110, initial_indent="# ", subsequent_indent="# "),
         ]
         for f in dataclasses.fields(section):
-            value = f.default_factory() if f.default is dataclasses.MISSING else f.default
-            limits = f.metadata
-            note = " | ".join(limits["choices"]) if limits.get("choices") else ""
+            value = getattr(section(), f.name)
+            note = " | ".join(choices(f))
             lines.append(f"{f.name} = {toml_value(value)}" + (f"   # {note}" if note else ""))
     return "\n".join(lines)
 
 
-def toml_value(value):
+def toml_value(value: object) -> str:
     """A value of a configuration as TOML."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
@@ -206,7 +233,7 @@ def toml_value(value):
     return json.dumps(value)
 
 
-def with_values(text, config, names):
+def with_values(text: str, config: Config, names: Iterable[str]) -> str:
     """The text of a configuration file with the values that `config` has for the keys `names`; all else is kept."""
     lines = text.split("\n")
     for name in names:
@@ -219,7 +246,7 @@ def with_values(text, config, names):
     return "\n".join(lines)
 
 
-def parse_override(text):
+def parse_override(text: str) -> tuple[str, Any]:
     """ "a.b=1" -> ("a.b", 1).
 
     Raises:
@@ -234,21 +261,19 @@ def parse_override(text):
             raise ValueError
         return name, parsed["value"]
     except ValueError:
-        if value and (name not in KEYS or KEYS[name].type is str) and not set(value) & set("\"'\n"):
+        if value and (name not in KEYS or kind(KEYS[name]) is str) and not set(value) & set("\"'\n"):
             return name, value
-        wanted = f"{_NAMES[KEYS[name].type]}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
+        wanted = f"{_NAMES[kind(KEYS[name])]}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
         raise ConfigError(f"--set {name}: expected {wanted}") from None
 
 
-def _toml():
-    try:
-        import tomllib
-    except ImportError:
+def _toml() -> ModuleType:
+    for name in ("tomllib", "tomli"):
         try:
-            import tomli as tomllib
+            return importlib.import_module(name)
         except ImportError:
-            raise ImportError("reading TOML on Python 3.10 needs tomli: pip install 'evaat-fast[train]'") from None
-    return tomllib
+            continue
+    raise ImportError("reading TOML on Python 3.10 needs tomli: pip install 'evaat-fast[train]'")
 
 
 def _unknown(name):
@@ -267,13 +292,13 @@ def _unknown(name):
     return f"{name}: there is no such {known}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _set(config, name, value, source, base):
+def _set(config: Config, name: str, value: Any, source: str, base: Path) -> None:
     if name.startswith("model.overrides."):
         config.model.overrides[name.removeprefix("model.overrides.")] = value
         return
     if name not in KEYS:
         raise ConfigError(f"{source}: {_unknown(name)}")
-    wanted = KEYS[name].type
+    wanted: Any = kind(KEYS[name])
     if wanted is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
@@ -286,7 +311,7 @@ def _set(config, name, value, source, base):
     setattr(getattr(config, section), leaf, value)
 
 
-def check(config, source="config", *, training=True):
+def check(config: Config, source: str = "config", *, training: bool = True) -> None:
     """Raises ConfigError unless every value is in range and the values fit together."""
     for name, spec in KEYS.items():
         section, leaf = name.split(".")
@@ -301,11 +326,11 @@ def check(config, source="config", *, training=True):
             bound = limits.get(limit)
             if bound is not None and not holds(value, bound):
                 raise ConfigError(f"{source}: {name}: expected a value {text} {bound}, got {value!r}")
-        choices = limits.get("choices")
-        if choices and value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1)
+        known = choices(spec)
+        if known and value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
             guess = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{source}: {name}: expected one of {', '.join(choices)}, got {value!r}{guess}")
+            raise ConfigError(f"{source}: {name}: expected one of {', '.join(known)}, got {value!r}{guess}")
     needed = ["data.annotations", "data.videos"] + ["train.out"] * training
     for name in needed:
         section, leaf = name.split(".")

@@ -8,17 +8,21 @@ import copy
 import itertools
 import json
 import math
+import os
 import platform
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import evaat_fast
 from evaat_fast.train import evaluation, inputs, packages, trainer
 from evaat_fast.train.checkpoint import write_atomically
-from evaat_fast.train.config import FRAMES, KEYS, load, parse_override, with_values
+from evaat_fast.train.config import FRAMES, KEYS, Config, load, parse_override, with_values
 from evaat_fast.train.log import Progress, read
 
 STAGES = ("pretrain", "finetune")
@@ -31,7 +35,14 @@ RANDOM_DRAWS = 20
 SHOWN = 5
 
 
-def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
+def run(
+    out: str | os.PathLike[str] = "demo",
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Runs the demo.
 
     Args:
@@ -56,7 +67,7 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
     untrained = trainer.build_model(configs["pretrain"]).to(device)
     out.mkdir(parents=True, exist_ok=True)
     for stage, text in texts.items():
-        write_atomically(out / f"{stage}.toml", lambda file, text=text: file.write(text))
+        write_atomically(out / f"{stage}.toml", methodcaller("write", text))
     clock = {"start": time.perf_counter()}
 
     say(f"1/4  the toy kitchen, in {out / configs['corpus']}")
@@ -83,11 +94,11 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
 
     say("4/4  controls and the page")
     config, model = configs["finetune"], trained["model"]
-    controls, similarity = [], None
+    controls, similarities = [], {}
     for frames in FRAMES:
-        metrics, scores = evaluation.evaluate(model, test, config, device, frames=frames, return_similarity=True)
+        shown = evaluation.evaluate(model, test, config, device, frames=frames, return_similarity=True)
+        metrics, similarities[frames] = shown
         controls.append((frames, metrics))
-        similarity = scores if frames == "ordered" else similarity
     clock["controls"] = time.perf_counter()
     results = {
         "metrics": [{"name": name, **_finite(metrics)} for name, metrics in rows],
@@ -112,17 +123,17 @@ def run(out="demo", *, seed=0, quick=False, overrides=(), quiet=False):
     from evaat_fast.train import report
 
     logs = {stage: read(Path(configs[stage].train.out) / "log.jsonl") for stage in STAGES}
-    page = report.write(out / "index.html", results, logs, report.queries(similarity, test, SHOWN))
+    page = report.write(out / "index.html", results, logs, report.queries(similarities["ordered"], test, SHOWN))
     say()
     say(table(results))
     say(f"\n{time.perf_counter() - clock['start']:.0f} s. The page: {page.resolve()}")
     return results
 
 
-def table(results):
+def table(results: Mapping[str, Any]) -> str:
     """The tables of the results as text."""
-    names = ("v2t", "t2v", "avg")
-    lines = [f"{'':<30}" + "".join(f"{f'{m} {d}':>10}" for m in ("mAP", "nDCG") for d in names) + f"{'verbs':>8}"]
+    ways = ("v2t", "t2v", "avg")
+    lines = [f"{'':<30}" + "".join(f"{f'{m} {d}':>10}" for m in ("mAP", "nDCG") for d in ways) + f"{'verbs':>8}"]
     for row in results["metrics"]:
         keys = [k for m in ("mAP", "nDCG") for k in (f"{m}_v2t", f"{m}_t2v", m)]
         lines.append(f"{row['name']:<30}" + "".join(f"{_text(row[k]):>10}" for k in keys) + f"{_text(row['verb_accuracy']):>8}")
@@ -146,7 +157,8 @@ def _finite(metrics):
 
 def _configs(out, seed, quick, overrides):
     """The two configurations, their paths in `out`, and the texts of their files."""
-    configs, texts = {"corpus": "corpus-quick" if quick else "corpus"}, {}
+    configs: dict[str, Any] = {"corpus": "corpus-quick" if quick else "corpus"}
+    texts = {}
     for stage in STAGES:
         changes = [f"train.seed={seed}"] + (quick_overrides(stage, out / configs["corpus"]) if quick else []) + [*overrides]
         with resources.as_file(resources.files("evaat_fast.train").joinpath(f"{stage}.toml")) as path:
@@ -157,7 +169,7 @@ def _configs(out, seed, quick, overrides):
     return configs, texts
 
 
-def absolute(config, names):
+def absolute(config: Config, names: Iterable[str]) -> Config:
     """A copy of the configuration in which those of the keys that are paths are absolute."""
     config = copy.deepcopy(config)
     for name in names:
@@ -168,14 +180,14 @@ def absolute(config, names):
     return config
 
 
-def quick_overrides(stage, corpus):
+def quick_overrides(stage: str, corpus: Path) -> list[str]:
     """What --quick changes in a stage's configuration."""
     places = {"annotations": corpus / "annotations", "videos": corpus / "videos"}
     return QUICK[stage] + [f"data.{name}={json.dumps(str(path))}" for name, path in places.items()]
 
 
 @contextlib.contextmanager
-def video_progress(quiet=False):
+def video_progress(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """What `kitchen.generate` calls after each video: a bar on a terminal, four lines elsewhere."""
     progress = None
 

@@ -1,13 +1,51 @@
 """What a model retrieves: the EK-100 metrics of a test split, and how often the verb is right."""
 
+from collections.abc import Mapping
+from typing import Literal, overload
+
 import torch
+from torch import Tensor
 
+from evaat_fast.data.ek100 import EK100, Frames
 from evaat_fast.eval import mir
-from evaat_fast.model import trim
+from evaat_fast.model import EVA02AT, trim
 from evaat_fast.train import inputs
+from evaat_fast.train.config import Config
 
 
-def evaluate(model, data, config, device, *, frames=None, return_similarity=False):
+@overload
+def evaluate(
+    model: EVA02AT,
+    data: EK100,
+    config: Config,
+    device: torch.device,
+    *,
+    frames: Frames | None = None,
+    return_similarity: Literal[False] = False,
+) -> dict[str, float]: ...
+
+
+@overload
+def evaluate(
+    model: EVA02AT,
+    data: EK100,
+    config: Config,
+    device: torch.device,
+    *,
+    frames: Frames | None = None,
+    return_similarity: Literal[True],
+) -> tuple[dict[str, float], Tensor]: ...
+
+
+def evaluate(
+    model: EVA02AT,
+    data: EK100,
+    config: Config,
+    device: torch.device,
+    *,
+    frames: Frames | None = None,
+    return_similarity: bool = False,
+) -> dict[str, float] | tuple[dict[str, float], Tensor]:
     """The metrics of `model` on a test split.
 
     Args:
@@ -25,7 +63,7 @@ def evaluate(model, data, config, device, *, frames=None, return_similarity=Fals
     return (metrics, similarity) if return_similarity else metrics
 
 
-def measure(similarity, data):
+def measure(similarity: Tensor, data: EK100) -> dict[str, float]:
     """The metrics of a similarity matrix [clips, captions]."""
     metrics = dict(mir.evaluate(similarity, data.relevancy))
     first = similarity.argmax(1)
@@ -35,7 +73,7 @@ def measure(similarity, data):
 
 
 @torch.inference_mode()
-def embed(model, data, config, device, frames="ordered"):
+def embed(model: EVA02AT, data: EK100, config: Config, device: torch.device, frames: Frames = "ordered") -> Tensor:
     """float32 cosine similarities [clips, captions], on the CPU."""
     was_training = model.training
     model.eval()
@@ -48,6 +86,6 @@ def embed(model, data, config, device, frames="ordered"):
     return (torch.cat(clips) @ torch.cat(texts).T).cpu()
 
 
-def summary(metrics):
+def summary(metrics: Mapping[str, float]) -> str:
     """One line."""
     return f"mAP {metrics['mAP']:.1f}  nDCG {metrics['nDCG']:.1f}  verbs {metrics['verb_accuracy']:.1f} %"

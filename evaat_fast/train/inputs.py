@@ -1,25 +1,32 @@
 """What goes into a model: the data sets of a configuration, their batches, their tokens."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import evaat_fast
 from evaat_fast.data.ek100 import EK100
+from evaat_fast.data.ek100_files import Split
 from evaat_fast.data.transforms import eval_transform, train_transform
-from evaat_fast.model import get_config, trim
+from evaat_fast.model import CLIPTokenizer, get_config, trim
+from evaat_fast.train.config import Config
+from evaat_fast.train.log import Progress
 from evaat_fast.train.sampler import EpochSampler
 
 
-def dataset(config, split):
+def dataset(config: Config, split: Split) -> EK100:
     """The split of config.data as an EK100, with what its model needs.
 
     Raises:
         FileNotFoundError, ValueError: files that are missing or cannot be read.
     """
     wanted = get_config(config.model.name, **config.model.overrides)
+    transform: Callable[..., Tensor]
     if split == "train":
         transform = train_transform(wanted.image_size, scale=(config.data.crop_scale, 1.0))
     else:
@@ -39,17 +46,17 @@ def dataset(config, split):
     )
 
 
-def datasets(config):
+def datasets(config: Config) -> dict[Split, EK100]:
     """{"train": EK100, "test": EK100}."""
-    return {split: dataset(config, split) for split in ("train", "test")}
+    return {"train": dataset(config, "train"), "test": dataset(config, "test")}
 
 
-def sampler(config, data):
+def sampler(config: Config, data: EK100) -> EpochSampler:
     """The EpochSampler of the training split."""
     return EpochSampler(data.clip_kind, config.train.batch_size, config.train.seed, config.train.distinct)
 
 
-def decode(data, progress):
+def decode(data: EK100, progress: Progress) -> None:
     """Fills a data set's cache with all of its clips, on as many threads as there are cores.
 
     Args:
@@ -62,7 +69,9 @@ def decode(data, progress):
             progress.step()
 
 
-def loader(config, data, batches, tokenize, device):
+def loader(
+    config: Config, data: EK100, batches: EpochSampler, tokenize: CLIPTokenizer, device: torch.device
+) -> DataLoader[Any]:
     """The batches of an epoch: dict(video uint8 [B, T, H, W, 3], text int64 [B, L], kind [B], text_kind [B]).
 
     Args:
@@ -87,7 +96,7 @@ def loader(config, data, batches, tokenize, device):
     )
 
 
-def clips(config, data, device):
+def clips(config: Config, data: EK100, device: torch.device) -> DataLoader[Any]:
     """uint8 batches [B, T, H, W, 3] of all clips of a test split, in order."""
 
     def collate(samples):
@@ -103,12 +112,12 @@ def clips(config, data, device):
     )
 
 
-def tokenizer(config):
+def tokenizer(config: Config) -> CLIPTokenizer:
     """The model's tokenizer."""
     return evaat_fast.get_tokenizer(config.model.name)
 
 
-def autocast(config, device):
+def autocast(config: Config, device: torch.device) -> torch.autocast:
     """The context that config.train.precision asks for on `device`."""
     low = config.train.precision == "bfloat16" or (config.train.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=low)

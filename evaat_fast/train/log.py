@@ -1,8 +1,10 @@
 """What a run tells: a JSONL file for programs, a progress bar or plain lines for people."""
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from evaat_fast.train.checkpoint import write_atomically
 
@@ -15,20 +17,20 @@ class Log:
             log of a run that was resumed is that of a run that was not.
     """
 
-    def __init__(self, path, keep=0):
+    def __init__(self, path: str | os.PathLike[str], keep: int = 0):
         kept = [json.dumps(r) + "\n" for r in read(path) if r["epoch"] <= keep] if keep else []
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
 
-    def write(self, event, epoch, **values):
+    def write(self, event: str, epoch: int, **values: Any) -> None:
         self._file.write(json.dumps({"event": event, "epoch": epoch, **values}) + "\n")
         self._file.flush()
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
 
 
-def read(path):
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a log. A last line that a crash cut short is left out."""
     path, records = Path(path), []
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -48,7 +50,7 @@ class Progress:
         total: steps. label: what goes on. quiet: neither bar nor lines.
     """
 
-    def __init__(self, total, label, quiet=False):
+    def __init__(self, total: int, label: str, quiet: bool = False):
         self._quiet = quiet
         self.bar = None
         if not quiet and sys.stderr.isatty():
@@ -58,17 +60,17 @@ class Progress:
                 raise ImportError("the progress bar needs tqdm: pip install 'evaat-fast[train]'") from None
             self.bar = tqdm(total=total, desc=label, leave=False, dynamic_ncols=True)
 
-    def step(self, **values):
+    def step(self, **values: float) -> None:
         if self.bar is not None:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
             self.bar.update()
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line, file=sys.stdout)
         elif not self._quiet:
             print(line, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -4,10 +4,15 @@ import base64
 import html
 import io
 import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.transforms import eval_transform
 from evaat_fast.train.checkpoint import write_atomically
 
@@ -16,7 +21,9 @@ _INK = "#123456"
 _COLOURS = {"blue": "#3b82c4", "green": "#2e9e6b", "orange": "#d9822b"}
 
 
-def write(path, results, logs, queries):
+def write(
+    path: Path, results: Mapping[str, Any], logs: Mapping[str, Sequence[Mapping[str, Any]]], queries: Mapping[str, Any]
+) -> Path:
     """Writes the page.
 
     Args:
@@ -38,7 +45,7 @@ def write(path, results, logs, queries):
     return path
 
 
-def queries(similarity, data, shown=5):
+def queries(similarity: Tensor, data: EK100, shown: int = 5) -> dict[str, Any]:
     """What the model retrieves for one caption and one clip of each verb: the first of its verb in the test files.
 
     Args:
@@ -77,13 +84,13 @@ def queries(similarity, data, shown=5):
             for score, caption in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         to_text.append({"strip": strip(clip), "text": data.clips[clip]["text"], "found": found})
-    size = data.transform.image_size
-    return {"text_to_video": to_video, "video_to_text": to_text, "frames": data.num_frames, "size": size}
+    transform: Any = data.transform
+    return {"text_to_video": to_video, "video_to_text": to_text, "frames": data.num_frames, "size": transform.image_size}
 
 
-def _first_of_each(verbs):
+def _first_of_each(verbs: Tensor) -> list[int]:
     """The first index of each verb class, in the order of the classes."""
-    first = {}
+    first: dict[int, int] = {}
     for index, verb in enumerate(torch.as_tensor(verbs).tolist()):
         first.setdefault(verb, index)
     return [first[verb] for verb in sorted(first)]
@@ -106,7 +113,7 @@ def _strip(data, clip):
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def curves(logs):
+def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Loss and metrics over the epochs of both stages, as inline SVG."""
     try:
         from matplotlib import rc_context
@@ -114,7 +121,7 @@ def curves(logs):
     except ImportError:
         raise ImportError("the page's curves need matplotlib: pip install 'evaat-fast[train]'") from None
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(inked, _INK) | {
+    style: dict[Any, Any] = dict.fromkeys(inked, _INK) | {
         "svg.fonttype": "none",
         "svg.hashsalt": "evaat-fast",
         "font.family": "sans-serif",

@@ -1,6 +1,9 @@
 """Which clips make a batch."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
+from torch import Tensor
 
 
 class EpochSampler:
@@ -16,7 +19,7 @@ class EpochSampler:
         ValueError: fewer clips, or with `distinct` fewer kinds, than a batch holds.
     """
 
-    def __init__(self, kinds, batch_size, seed=0, distinct=False):
+    def __init__(self, kinds: Tensor | Sequence[int], batch_size: int, seed: int = 0, distinct: bool = False):
         self._kinds = torch.as_tensor(kinds)
         self._batch_size, self._seed, self._distinct = batch_size, seed, distinct
         if len(self._kinds) < batch_size:
@@ -31,19 +34,19 @@ class EpochSampler:
         # How many distinct batches there are depends on the counts alone, not on the order.
         self._length = len(self._batches()) if distinct else len(self._kinds) // batch_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         return iter(self._batches())
 
-    def _batches(self):
+    def _batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self._kinds), generator=generator)
         if not self._distinct:
             whole = order[: len(order) // self._batch_size * self._batch_size]
             return whole.view(-1, self._batch_size).tolist()
-        clips = {}
+        clips: dict[int, list[int]] = {}
         for index in order.tolist():
             clips.setdefault(int(self._kinds[index]), []).append(index)
         batches, left = [], torch.tensor([len(c) for c in clips.values()], dtype=torch.float32)

@@ -1,9 +1,19 @@
 """The learning rate as a function of the step."""
 
 import math
+from typing import Literal
 
 
-def warmup(step, *, lr, steps, warmup_steps, start_lr=0.0, end_lr=0.0, name="cosine"):
+def warmup(
+    step: int,
+    *,
+    lr: float,
+    steps: int,
+    warmup_steps: int,
+    start_lr: float = 0.0,
+    end_lr: float = 0.0,
+    name: Literal["cosine", "constant"] = "cosine",
+) -> float:
     """Linear warm-up, then a half cosine or a constant.
 
     Args:

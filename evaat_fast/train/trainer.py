@@ -11,16 +11,23 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import evaat_fast
 from evaat_fast import ops
+from evaat_fast.data.ek100 import EK100
+from evaat_fast.data.ek100_files import Split
+from evaat_fast.model import EVA02AT, CLIPTokenizer
 from evaat_fast.train import checkpoint, evaluation, inputs, packages
-from evaat_fast.train.config import ConfigError
+from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Log, Progress
+from evaat_fast.train.sampler import EpochSampler
 from evaat_fast.train.schedules import warmup
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
@@ -30,7 +37,14 @@ class Diverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-def train(config, *, resume=False, overwrite=False, quiet=False, datasets=None):
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    datasets: Mapping[Split, EK100] | None = None,
+) -> dict[str, Any]:
     """Runs the training that `config` describes, from start or from the last checkpoint.
 
     Args:
@@ -118,14 +132,25 @@ def train(config, *, resume=False, overwrite=False, quiet=False, datasets=None):
     return {"model": model, "metrics": metrics, "log": out / "log.jsonl", "checkpoint": last}
 
 
-def run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, log, progress):
+def run_epoch(
+    model: EVA02AT,
+    optimizer: torch.optim.Optimizer,
+    data: EK100,
+    sampler: EpochSampler,
+    tokenize: CLIPTokenizer,
+    epoch: int,
+    config: Config,
+    device: torch.device,
+    log: Log,
+    progress: Progress,
+) -> tuple[float, float]:
     """One epoch. Returns its mean loss and its seconds."""
     model.train()
     # Crops, frames, texts and the order of the clips are functions of (seed, epoch).
     data.set_epoch(epoch)
     sampler.epoch = epoch
     total = config.train.epochs * len(sampler)
-    scheduled = dict(
+    scheduled: dict[str, Any] = dict(
         lr=config.optim.lr,
         steps=total,
         warmup_steps=round(config.schedule.warmup_epochs * len(sampler)),
@@ -134,9 +159,10 @@ def run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, 
         name=config.schedule.name,
     )
     table = data.relevancy_table.to(device)
-    started, losses, pending = time.perf_counter(), [], None
+    started, losses = time.perf_counter(), []
+    pending: tuple[int, float, Tensor] | None = None
 
-    def settle(step, lr, loss):
+    def settle(step: int, lr: float, loss: Tensor) -> None:
         """Reads a step's loss one step late, so that the GPU never waits for the log."""
         value = loss.item()
         if not math.isfinite(value):
@@ -164,11 +190,12 @@ def run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, 
         if pending:
             settle(*pending)
         pending = (step, lr, loss.detach())
+    assert pending is not None  # a sampler has at least one batch
     settle(*pending)
     return sum(losses) / len(losses), time.perf_counter() - started
 
 
-def batch_loss(model, batch, table, config, device):
+def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, config: Config, device: torch.device) -> Tensor:
     """The loss of one batch, a scalar. `table` [K, K]: the relevancy between kinds."""
     video = batch["video"].to(device, non_blocking=True)
     text = batch["text"].to(device, non_blocking=True)
@@ -183,7 +210,7 @@ def batch_loss(model, batch, table, config, device):
     )
 
 
-def choose_device(config):
+def choose_device(config: Config) -> torch.device:
     """The torch.device that config.train.device names.
 
     Raises:
@@ -207,7 +234,7 @@ def choose_device(config):
     return device
 
 
-def check_folder(path, name="train.out"):
+def check_folder(path: str | os.PathLike[str], name: str = "train.out") -> Path:
     """Proves that `path` is a folder that can be written to, or could be made; it makes nothing.
 
     Raises:
@@ -226,7 +253,7 @@ def check_folder(path, name="train.out"):
     return path
 
 
-def check_same_run(stored, config, source):
+def check_same_run(stored: Mapping[str, Any], config: Config, source: str | os.PathLike[str]) -> None:
     """Raises ConfigError where a checkpoint was made by another run than `config` describes."""
     ours = config.to_dict()
     names = [f"{section}.{name}" for section in ("model", "loss", "optim", "schedule") for name in ours[section]]
@@ -241,7 +268,7 @@ def check_same_run(stored, config, source):
             )
 
 
-def build_model(config, weights=True):
+def build_model(config: Config, weights: bool = True) -> EVA02AT:
     """The model of `config`, on the CPU, drawn from train.seed; with `weights`, from train.init or model.pretrained.
 
     Raises:
@@ -270,10 +297,10 @@ def build_model(config, weights=True):
     return model
 
 
-def build_optimizer(model, config):
+def build_optimizer(model: EVA02AT, config: Config) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings."""
     spared = model.no_weight_decay()
-    groups = {True: [], False: []}
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[parameter.ndim >= 2 and name not in spared].append(parameter)

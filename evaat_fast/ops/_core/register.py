@@ -46,7 +46,7 @@ class Operator:
     def at(self, traced: bool) -> Callable:
         return self.dispatched if traced else self.body
 
-    def dispatched(self, *arguments):
+    def dispatched(self, *arguments: Any) -> Any:
         if self._paths is None:
             return self.op(*arguments)
         *tensors, settings = arguments
@@ -105,10 +105,10 @@ def _field(settings, path):
     return settings
 
 
-def _made(settings: type, values: Iterator):
+def _made(settings: type, values: Iterator) -> Any:
     kinds, parts = typing.get_type_hints(settings), []
     for field in dataclasses.fields(settings):
         kind = kinds[field.name]
-        value = _made(kind, values) if dataclasses.is_dataclass(kind) else next(values)
+        value = _made(typing.cast(type, kind), values) if dataclasses.is_dataclass(kind) else next(values)
         parts.append(tuple(value) if isinstance(value, list) else value)
     return settings(*parts)

@@ -99,7 +99,7 @@ def keeps_numbers_elsewhere(kind: type) -> bool:
     return kind not in _PLAIN and issubclass(kind, Tensor) and kind.__torch_dispatch__ is not _DISABLED
 
 
-def number(name: str, x) -> float:
+def number(name: str, x: float | Tensor) -> float:
     """x as a Python float: an int or a float, or a tensor of one element that needs no gradient.
 
     Raises:

@@ -5,6 +5,7 @@ same on the packed output of the qkv projection, rotated in place. By name a Tri
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +21,30 @@ from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 from evaat_fast.ops.rope3d.rotate import consume, rotate
 from evaat_fast.ops.rope3d.rotation import kind
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from evaat_fast.ops.rope3d.rope3d import Options
+
+    class PackedOptions(Options, total=False):
+        scale: float | None
+        deterministic: bool
+
+    class AttentionOptions(PackedOptions, total=False):
+        grid: Sequence[int] | None
+        k_positions: Tensor | None
+        cu_seqlens: Tensor | None
+        max_seqlen: int | None
+
+
+@overload
+def joint_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: "Unpack[AttentionOptions]"
+) -> Tensor: ...
+@overload
+def joint_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: "Unpack[AttentionOptions]"
+) -> tuple[Tensor, Tensor]: ...
 def joint_attention(
     q: Tensor,
     k: Tensor,
@@ -73,20 +97,39 @@ def joint_attention(
     dtype = autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:  # first, so that rotation and scores see the same numbers
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    options = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
-    options |= dict(k_positions=k_positions, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    options: dict[str, Any] = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions)
+    options |= dict(interleaved=interleaved, k_positions=k_positions, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
     call = plan(q.shape, q.dtype, q.device, k.shape, **options)
     if call.rope or packed_clips or call.backend in TRITON:  # else nobody but torch reads their memory
         q, k, v = (memory_of("joint_attention", name, x, rows=True) for name, x in (("q", q), ("k", k), ("v", v)))
     if not packed_clips:
         return _attend(q, k, v, call, return_lse)
-    out = _attend(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), call, return_lse)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = _attend(q, k, v, call, return_lse)
     out, lse = out if return_lse else (out, None)
     out = out.squeeze(0).transpose(0, 1)
     return out if lse is None else (out, lse.squeeze(0))
 
 
+@overload
+def joint_attention_qkv_(
+    qkv: Tensor,
+    num_heads: int,
+    grid: Sequence[int] | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: "Unpack[PackedOptions]",
+) -> Tensor: ...
+@overload
+def joint_attention_qkv_(
+    qkv: Tensor,
+    num_heads: int,
+    grid: Sequence[int] | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[PackedOptions]",
+) -> tuple[Tensor, Tensor]: ...
 def joint_attention_qkv_(
     qkv: Tensor,
     num_heads: int,
@@ -127,8 +170,8 @@ def joint_attention_qkv_(
     qkv = qkv.to(dtype) if dtype is not None and qkv.dtype != torch.float64 else qkv
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
-    options = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
-    options |= dict(k_positions=None, scale=scale, cu_seqlens=None, max_seqlen=None)
+    options: dict[str, Any] = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions)
+    options |= dict(interleaved=interleaved, k_positions=None, scale=scale, cu_seqlens=None, max_seqlen=None)
     options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
     call = plan(shape, qkv.dtype, qkv.device, shape, **options)
     base = packed_base("joint_attention_qkv_", qkv, False) if call.rope else None
@@ -166,7 +209,7 @@ def _check(q, k, v, packed_clips):
         raise ValueError(f"v: expected the shape of k, {list(k.shape)}, got {list(v.shape)}")
 
 
-def _attend(q, k, v, call: AttentionPlan, return_lse):
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bool) -> Any:
     """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v whose memory can be read; B = 1 for packed clips."""
     on_triton = call.backend in TRITON and q.numel() and k.numel()
     if call.rope and not (on_triton and call.fuses()):
@@ -181,7 +224,7 @@ def _attend(q, k, v, call: AttentionPlan, return_lse):
         out, lse = attend(q, k, v, call)
         return (out, lse) if return_lse else out
     if call.backend == "reference":
-        core = lambda *x: attention_reference(*x, call.scale, True)  # noqa: E731
+        core = lambda q, k, v: attention_reference(q, k, v, call.scale, True)  # noqa: E731
         out, lse = core(q, k, v) if call.cu_seqlens is None else each_clip(core, q, k, v, call.cu_seqlens)
     elif call.cu_seqlens is not None:
         out = sdpa_of_clips(q, k, v, call.cu_seqlens, call.max_seqlen, call.scale)

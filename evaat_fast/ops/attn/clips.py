@@ -1,5 +1,8 @@
 """Packed clips of different lengths: their tokens' positions, and torch's attention within each."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -9,7 +12,9 @@ from evaat_fast.ops._core.register import register, traced
 from evaat_fast.ops.rope3d.rotate import empty
 
 
-def clip_positions(cu_seqlens: Tensor, total: int, grid, positions: Tensor | None, prefix_tokens: int) -> Tensor:
+def clip_positions(
+    cu_seqlens: Tensor, total: int, grid: Sequence[int] | None, positions: Tensor | None, prefix_tokens: int
+) -> Tensor:
     """float32 [total, 3]: the positions of all tokens, zero (no rotation) for the first prefix_tokens of each clip.
 
     grid: (T, Hp, Wp) of the longest clip, of which the others have the first frames; or None with positions [total, 3].
@@ -17,15 +22,16 @@ def clip_positions(cu_seqlens: Tensor, total: int, grid, positions: Tensor | Non
     token = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
     clip = torch.searchsorted(cu_seqlens, token, right=True) - 1
     cell = token - cu_seqlens[clip] - prefix_tokens
-    if positions is None:
+    if grid is not None:
         _, height, width = grid
         rows = torch.stack((cell // (height * width), cell // width % height, cell % width), 1)
     else:
+        assert positions is not None
         rows = positions
     return torch.where((cell >= 0)[:, None], rows, 0).float()
 
 
-def each_clip(attention, q, k, v, cu_seqlens):
+def each_clip(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Any:
     """`attention` of each clip by itself, q [1, H, total, D], joined. Waits for a GPU."""
     outs = [attention(*(x[:, :, n] for x in (q, k, v))) for n in _slices(cu_seqlens)]
     if not outs:
@@ -92,7 +98,7 @@ class _OfClips(torch.autograd.Function):
         return *backward(grad, q, k, v, out, lse, cu_seqlens, ctx.scale), None, None
 
 
-def sdpa_of_clips(q, k, v, cu_seqlens, max_seqlen, scale):
+def sdpa_of_clips(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float) -> Tensor:
     """Torch's attention within each clip, q [1, H, total, D], as fast as the device has it."""
     if q.is_cpu:
         groups = q.shape[1] // k.shape[1]
@@ -101,14 +107,14 @@ def sdpa_of_clips(q, k, v, cu_seqlens, max_seqlen, scale):
         return _OfClips.apply(q, k, v, cu_seqlens, scale)[0]
     if q.is_cuda:
         return nested_sdpa(q, k, v, cu_seqlens, max_seqlen, scale)
-    core = lambda *x: scaled_dot_product_attention(*x, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # noqa: E731
+    core = lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # noqa: E731
     return each_clip(core, q, k, v, cu_seqlens)
 
 
-def nested_sdpa(q, k, v, cu_seqlens, max_seqlen, scale):
+def nested_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float) -> Tensor:
     """Torch's attention over clips as a nested tensor, whose kernels for packed sequences it has on CUDA."""
     groups = q.shape[1] // k.shape[1]
-    limits = dict(offsets=cu_seqlens.long(), min_seqlen=1, max_seqlen=max_seqlen)
+    limits: dict[str, Any] = dict(offsets=cu_seqlens.long(), min_seqlen=1, max_seqlen=max_seqlen)
     q, k, v = (
         torch.nested.nested_tensor_from_jagged(x.squeeze(0).transpose(0, 1).contiguous(), **limits).transpose(1, 2)
         for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))

@@ -1,6 +1,8 @@
 """What a call of joint_attention is besides its tensors: checked once, decided once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +42,9 @@ class AttentionPlan:
         """What `of` takes: autograd saves these in its own way."""
         return self.rotation.freqs, self.rotation.positions, self.k_positions, self.cu_seqlens
 
-    def of(self, freqs, positions, k_positions, cu_seqlens) -> "AttentionPlan":
+    def of(
+        self, freqs: Tensor | None, positions: Tensor | None, k_positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> "AttentionPlan":
         """With these tensors."""
         return self._with(self.rotation.of(freqs, positions), k_positions, self.rope, cu_seqlens, self.scale)
 
@@ -67,18 +71,18 @@ def plan(
     device: torch.device,
     k_shape: torch.Size,
     *,
-    grid,
-    freqs,
-    prefix_tokens,
-    positions,
-    k_positions,
-    interleaved,
-    scale,
-    cu_seqlens,
-    max_seqlen,
-    deterministic,
-    return_lse,
-    backend,
+    grid: Sequence[int] | None,
+    freqs: Tensor | None,
+    prefix_tokens: int,
+    positions: Tensor | None,
+    k_positions: Tensor | None,
+    interleaved: bool,
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    deterministic: bool,
+    return_lse: bool,
+    backend: str | None,
 ) -> AttentionPlan:
     """The plan of queries [B, H, N, D] and keys [B, Hk, M, D], or of [total, H, D] and [total, Hk, D] with cu_seqlens."""
     head_dim = shape[-1]
@@ -103,7 +107,9 @@ def plan(
     if cu_seqlens is not None:
         _check_longest(cu_seqlens, grid, prefix_tokens, positions)
         shape, k_shape = (torch.Size((1, s[1], s[0], s[2])) for s in (shape, k_shape))
-    place = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved)
+    place: dict[str, Any] = dict(
+        grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved
+    )
     if cu_seqlens is not None:  # whose prefixes are tokens at the origin
         place |= dict(grid=None, prefix_tokens=0)
     if cu_seqlens is not None and grid is not None:

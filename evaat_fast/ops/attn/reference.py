@@ -1,10 +1,12 @@
 """The specification of joint_attention, after the rotation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool = False):
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool = False) -> Any:
     """softmax(q k^T * scale) v, in float32 (float64 for float64), rounded once; with return_lse also the logarithms of the
     softmax's denominators, [B, H, N], not rounded."""
     wide = torch.promote_types(q.dtype, torch.float32)

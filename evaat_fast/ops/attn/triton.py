@@ -36,7 +36,7 @@ def _forward_fake(q, k, v, keep, call):
     AttentionPlan,
 )
 @torch.no_grad()
-def attn_forward(q, k, v, keep, call):
+def attn_forward(q: Tensor, k: Tensor, v: Tensor, keep: bool, call: AttentionPlan) -> tuple[Tensor, ...]:
     """(output, log-sum-exps float32 [B, H, N], turned queries if keep, turned keys); what is not turned is empty."""
     from evaat_fast.kernels.attn.forward import forward
     from evaat_fast.kernels.rope3d.rotate import rotate
@@ -137,7 +137,7 @@ def _packed_fake(qkv, num_heads, keep, call):
     AttentionPlan,
 )
 @torch.no_grad()
-def attn_qkv_forward_(qkv, num_heads, keep, call):
+def attn_qkv_forward_(qkv: Tensor, num_heads: int, keep: bool, call: AttentionPlan) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exps float32 [B, H, N]); the keys are turned where they lie, with keep also the queries."""
     from evaat_fast.kernels.attn.forward import forward
     from evaat_fast.kernels.rope3d.rotate import rotate

@@ -19,7 +19,7 @@ from evaat_fast.ops._core.register import register, traced
 from evaat_fast.ops._core.tensor import memory_of, number
 
 
-def patchify_reference(video, patch, mean, std, dtype):
+def patchify_reference(video: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """The specification: normalise in float32, round once to `dtype`, cut into patches."""
     B, T, H, W, _ = video.shape
     Hp, Wp = H // patch, W // patch

@@ -38,7 +38,9 @@ def joint_freqs(head_dim: int, theta: float = 10000.0, scale: Sequence[float] = 
     return joint(head_dim, theta, _numbers("scale", scale, 3))
 
 
-def joint(head_dim: int, theta=10000.0, scale=(1.0, 1.0, 1.0), device: torch.device | None = None) -> Tensor:
+def joint(
+    head_dim: int, theta: float = 10000.0, scale: Sequence[float] = (1.0, 1.0, 1.0), device: torch.device | None = None
+) -> Tensor:
     """`joint_freqs` on a device, unchecked."""
     wide, quarter = widest(device), head_dim // 4
     freqs = torch.zeros(3, 2 * quarter, dtype=wide, device=device)

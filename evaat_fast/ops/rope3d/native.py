@@ -37,10 +37,12 @@ def turn_with_freqs(
 
 def _module(rotation):
     if rotation.backend == "cpu":
-        from evaat_fast import _cpu as module
-    else:
-        from evaat_fast import _cuda as module
-    return module
+        from evaat_fast import _cpu
+
+        return _cpu
+    from evaat_fast import _cuda
+
+    return _cuda
 
 
 def _run(function, x, *arguments):

@@ -1,5 +1,7 @@
 """The specification of rope3d."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,9 @@ def turn_into(xs: list[Tensor], outs: list[Tensor], cos: Tensor, sin: Tensor, pr
         out[:, :, first:] = turn(x, cos, sin, prefix_tokens, interleaved)[:, :, first:]
 
 
-def cos_sin(freqs, positions, grid, prefix_tokens: int, head_dim: int, device) -> tuple[Tensor, Tensor]:
+def cos_sin(
+    freqs: Tensor | None, positions: Tensor | None, grid: Any, prefix_tokens: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin of all angles, [1 or B, 1 or H, N - prefix, D/2]; in float64, as time stamps may be large."""
     freqs = joint(head_dim, device=device) if freqs is None else freqs
     freqs = freqs if freqs.ndim == 3 else freqs[None]

@@ -6,6 +6,7 @@ qkv = rope3d_qkv_(linear(x), 12, (4, 14, 14))    # training in place, on the lin
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +22,26 @@ __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference"
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
 
+    class Options(TypedDict, total=False):
+        freqs: Tensor | None
+        prefix_tokens: int
+        positions: Tensor | None
+        interleaved: bool
+        backend: str | None
+
+    class RopeOptions(Options, total=False):
+        inverse: bool
+
+
+@overload
+def rope3d(q: Tensor, k: None = None, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]") -> Tensor: ...
+@overload
+def rope3d(
+    q: Tensor, k: Tensor, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]"
+) -> tuple[Tensor, Tensor]: ...
 def rope3d(
     q: Tensor,
     k: Tensor | None = None,
@@ -68,6 +88,12 @@ def rope3d(
     return new_q if new_k is None else (new_q, new_k)
 
 
+@overload
+def rope3d_(q: Tensor, k: None = None, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]") -> Tensor: ...
+@overload
+def rope3d_(
+    q: Tensor, k: Tensor, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]"
+) -> tuple[Tensor, Tensor]: ...
 def rope3d_(
     q: Tensor,
     k: Tensor | None = None,
@@ -181,7 +207,7 @@ def _head(name, x, in_place):
     return x
 
 
-def _plan(q, k, backend, *settings) -> Rotation:
+def _plan(q: Tensor, k: Tensor | None, backend: str | None, *settings: Any) -> Rotation:
     backend = dispatch.pick("rope3d", q.device, q.dtype, backend)
     return plan(q.shape, q.device, None if k is None else k.shape[1], backend, *settings)
 
@@ -196,7 +222,7 @@ def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: b
 
 def _share_memory(q, k):
     """Whether an element of q and one of k may lie at one address. Views of one packed tensor are told apart exactly."""
-    if torch.compiler.is_compiling() or q.numel() == 0 or k.numel() == 0 or not torch._C._is_alias_of(q, k):
+    if torch.compiler.is_compiling() or q.numel() == 0 or k.numel() == 0 or not torch._C._is_alias_of(q, k):  # type: ignore[attr-defined]
         return False
     reach = [sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) for x in (q, k)]
     apart = k.storage_offset() - q.storage_offset()

@@ -4,6 +4,8 @@ A rotation's transpose is its inverse, so the backward pass turns gradients back
 frequencies learn, it reads what was turned, too.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -23,7 +25,7 @@ def empty(x: Tensor) -> Tensor:
     return x.new_empty((B, H, N, D))
 
 
-def turn(xs: list[Tensor], outs: list[Tensor], table, rotation: Rotation) -> None:
+def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation) -> None:
     """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
     if all(x.numel() == 0 for x in xs):
         return
@@ -39,14 +41,14 @@ def turn(xs: list[Tensor], outs: list[Tensor], table, rotation: Rotation) -> Non
 
 
 @register("rope3d(Tensor[] x, {settings}) -> Tensor[]", lambda xs, rotation: [empty(x) for x in xs], Rotation)
-def rope3d_op(xs, rotation):
+def rope3d_op(xs: list[Tensor], rotation: Rotation) -> list[Tensor]:
     outs = [empty(x) for x in xs]
     turn(xs, outs, table_of(rotation, xs[0].shape[3], xs[0].device), rotation)
     return outs
 
 
 @register("rope3d_(Tensor(a!)[] x, {settings}) -> ()", lambda xs, rotation: None, Rotation)
-def rope3d_op_(xs, rotation):
+def rope3d_op_(xs: list[Tensor], rotation: Rotation) -> None:
     turn(xs, xs, table_of(rotation, xs[0].shape[3], xs[0].device), rotation)
     for x in xs:
         if not x.is_inference():
@@ -58,7 +60,7 @@ def _freqs_fake(grads, xs, rotation):
 
 
 @register("rope3d_freqs(Tensor[] grad, Tensor[] x, {settings}) -> (Tensor[], Tensor)", _freqs_fake, Rotation)
-def rope3d_freqs_op(grads, xs, rotation):
+def rope3d_freqs_op(grads: list[Tensor], xs: list[Tensor], rotation: Rotation) -> tuple[list[Tensor], Tensor]:
     """The turned grads and, where xs are what the forward pass turned the other way, the gradient of the frequencies."""
     outs = [empty(g) for g in grads]
     return outs, _freqs_gradient(grads, outs, xs, rotation)
@@ -90,7 +92,7 @@ def _leaves(q, k):
     return q, q.view_as(q) if k is q else k
 
 
-def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False) -> tuple[Tensor, Tensor | None]:
+def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False) -> tuple[Tensor, Any]:
     """The turned q and k of a checked call; owned: the gradients of what is returned have no other reader, so the backward pass
     turns them where they lie."""
     if rotation.backend == "reference":
@@ -151,7 +153,7 @@ def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 @register("rope3d_qkv_(Tensor(a!) qkv, SymInt num_heads, {settings}) -> ()", lambda *arguments: None, Rotation)
-def rope3d_qkv_op_(qkv, num_heads, rotation):
+def rope3d_qkv_op_(qkv: Tensor, num_heads: int, rotation: Rotation) -> None:
     q, k, _ = split_heads(qkv, num_heads).chunk(3, 1)
     rope3d_op_.body([q, k], rotation)
 
@@ -162,7 +164,7 @@ def _packed(q, k, v, rotation):
 
 
 @register("rope3d_qkv(Tensor q, Tensor k, Tensor v, {settings}) -> Tensor", _packed, Rotation)
-def rope3d_qkv_op(q, k, v, rotation):
+def rope3d_qkv_op(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
     """[B, N, 3*H*D] of the turned q and k and of v, [B, H, N, D] each."""
     out = _packed(q, k, v, rotation)
     new_q, new_k, new_v = split_heads(out, q.shape[1]).chunk(3, 1)
@@ -177,7 +179,7 @@ def rope3d_qkv_op(q, k, v, rotation):
     lambda grad, x, num_heads, rotation: (grad.new_empty(grad.shape), rotation.freqs.new_empty(rotation.freqs.shape)),
     Rotation,
 )
-def rope3d_qkv_freqs_op(grad, x, num_heads, rotation):
+def rope3d_qkv_freqs_op(grad: Tensor, x: Tensor, num_heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
     out = grad.new_empty(grad.shape)
     dq, dk, dv = split_heads(grad, num_heads).chunk(3, 1)
     new_q, new_k, new_v = split_heads(out, num_heads).chunk(3, 1)
@@ -271,7 +273,7 @@ def used_again() -> RuntimeError:
 
 
 @register("rope3d_table(Tensor x, Tensor table, {settings}) -> Tensor", lambda x, table, rotation: empty(x), Rotation)
-def rope3d_table_op(x, table, rotation):
+def rope3d_table_op(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
     out = empty(x)
     turn([x], [out], table, rotation)
     return out
@@ -298,7 +300,7 @@ def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: b
     """The turned x [B, H, N, D] by cosines, then sines, that somebody else made: float32 [2, 1 or B, 1 or H, N - prefix_tokens,
     D/2], contiguous. No gradient for the table."""
     if backend == "reference":
-        return reference.turn(x, *table, prefix_tokens, interleaved)
+        return reference.turn(x, table[0], table[1], prefix_tokens, interleaved)
     rotation = Rotation(None, None, (), prefix_tokens, interleaved, False, backend)
     if not (torch.is_grad_enabled() and x.requires_grad):  # where none is wanted, Dynamo takes no function with setup_context
         return rope3d_table_op.at(traced(type(x)))(contiguous_rows(x), table, rotation)

@@ -1,7 +1,9 @@
 """What a rotation is besides the tensors it turns, and every check of it."""
 
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +51,12 @@ def plan(
     device: torch.device,
     k_heads: int | None,
     backend: str,
-    grid,
-    freqs,
-    prefix_tokens,
-    positions,
-    interleaved,
-    inverse=False,
+    grid: Sequence[int] | None,
+    freqs: Tensor | None,
+    prefix_tokens: int,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool = False,
     of: str = "positions",
 ) -> Rotation:
     """The rotation of queries [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked.
@@ -109,14 +111,14 @@ def _checked_freqs(freqs, Hq, D, device, k_heads):
     return freqs
 
 
-def check_place(grid, prefix_tokens, positions) -> None:
+def check_place(grid: Sequence[int] | None, prefix_tokens: int, positions: Tensor | None) -> None:
     if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
         raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
     if (grid is None) == (positions is None):
         raise ValueError(f"grid, positions: expected exactly one of the two, got {'neither' if grid is None else 'both'}")
 
 
-def check_grid(grid) -> tuple[int, int, int]:
+def check_grid(grid: Any) -> tuple[int, int, int]:
     try:
         T, Hp, Wp = grid
         for n in (T, Hp, Wp):
@@ -127,12 +129,12 @@ def check_grid(grid) -> tuple[int, int, int]:
     return T, Hp, Wp
 
 
-def kind(x) -> str:
+def kind(x: object) -> str:
     """What an argument of the wrong type is, for errors."""
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
-def wrong(name: str, expected: str, got) -> Exception:
+def wrong(name: str, expected: str, got: object) -> Exception:
     error = TypeError if not isinstance(got, Tensor) else ValueError
     shown = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else reprlib.repr(got)
     return error(f"{name}: expected {expected}, got {shown}")

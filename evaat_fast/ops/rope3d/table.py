@@ -26,7 +26,7 @@ def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: tor
     if device.type != "cpu" and (user or device.type != "cuda"):
         return (triton_table if rotation.backend == "triton" else torch_table)(rotation, head_dim, dtype, device)
     prefix = None if rotation.positions is None else rotation.prefix_tokens
-    key = (rotation.grid, prefix, head_dim, dtype, device, rotation.freqs is None)
+    key: tuple = (rotation.grid, prefix, head_dim, dtype, device, rotation.freqs is None)
     key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _captured(key, rotation, head_dim, dtype, device)
@@ -42,7 +42,7 @@ def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: tor
     return table
 
 
-def _captured(key, rotation, head_dim, dtype, device) -> Tensor:
+def _captured(key: tuple, rotation: Rotation, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table for the graph that is being captured: the kept one, so that the graph has no launch for it, where a call before
     the capture has made it; else one of the graph's own memory, made by its first nodes."""
     if key not in _CAPTURED:
