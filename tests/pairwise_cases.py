@@ -56,11 +56,11 @@ def losses(panel_rows):
     return SimpleNamespace(**{loss.__name__: loss for loss in every})
 
 
-def settings(c, rows=None, *, indices=(), own=None, each=False, needs=(True, True), checked=False):
+def settings(c, rows=None, backend="cpu", *, indices=(), own=None, each=False, needs=(True, True)):
     """What the operator sms_step is given beside features and weight, for labels c and the default penalty."""
     labels = Labels(c, *indices)
     own = labels.diagonal(torch.promote_types(c.dtype, torch.float32)) if own is None else own
-    return step.SmsSettings(labels, own, penalty(), checked, step.Work(each, *needs, False, "cpu", rows))
+    return step.SmsSettings(labels, own, penalty(), False, step.Work(each, *needs, False, backend, rows))
 
 
 def labels(kind, N, device):

@@ -1,5 +1,7 @@
 """The Triton kernels of the pairwise losses in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
 
+import dataclasses
+
 import pairwise_cases as cases
 import pairwise_oracle as oracle
 import pytest
@@ -36,9 +38,8 @@ def sms(video, text, c, panels=ops, **options):
 
 def unchecked(video, text, c, indices, rows=None):
     """What CUDA tensors get, whose indices are not read back: the operator's loss and gradients."""
-    given = cases.settings(c, rows, indices=indices, own=torch.ones(len(video)), checked=True)
-    work = step.Work(False, True, True, False, "triton", rows)
-    return step.sms_step.body(video, text, None, given.of(work))
+    given = cases.settings(c, rows, "triton", indices=indices, own=torch.ones(len(video)))
+    return step.sms_step.body(video, text, None, dataclasses.replace(given, checked=True))
 
 
 @pytest.mark.sample(24)

@@ -1,6 +1,10 @@
 // The pairwise losses for Python: structs whose fields are set by name, and the functions that take them.
 #pragma once
+#include <algorithm>
+#include <functional>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "common/bind.h"
 #include "pairwise/pairwise.h"
@@ -8,26 +12,42 @@
 namespace evaat {
 
 // A struct that Python makes with any of its fields as keywords; pointers are integers, and what is not named is 0 or null.
+// Not by attributes: setting fifteen of them one by one would take 3 us of a call.
 template <class S>
-class Struct : public py::class_<S> {
+class Struct {
  public:
-  Struct(py::module_& m, const char* name) : py::class_<S>(m, name, py::module_local()) {
-    this->def(py::init([](const py::kwargs& fields) {
-      S made{};
-      const py::object object = py::cast(&made, py::return_value_policy::reference);
-      for (const auto& [name, value] : fields) py::setattr(object, name, value);
-      return made;
-    }));
-  }
+  Struct(py::module_& m, const char* name) : made_(m, name, py::module_local()) {}
+
   template <class M>
   Struct& with(const char* name, M S::* member) {
-    if constexpr (std::is_pointer_v<M>)
-      this->def_property(name, [member](const S& s) { return Pointer(s.*member); },
-                         [member](S& s, Pointer p) { s.*member = reinterpret_cast<M>(p); });
-    else
-      this->def_readwrite(name, member);
+    fields_.emplace_back(py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name)), [member](S& s, py::handle value) {
+      if constexpr (std::is_pointer_v<M>)
+        s.*member = reinterpret_cast<M>(value.cast<Pointer>());
+      else
+        s.*member = value.cast<M>();
+    });
     return *this;
   }
+
+  ~Struct() {
+    made_.def(py::init([fields = std::move(fields_)](const py::kwargs& given) {
+      S s{};
+      for (const auto& [name, value] : given) {
+        PyObject* interned = py::object(py::reinterpret_borrow<py::object>(name)).release().ptr();
+        PyUnicode_InternInPlace(&interned);  // as keywords that stand in code are
+        const auto key = py::reinterpret_steal<py::object>(interned);
+        const auto field = std::find_if(fields.begin(), fields.end(), [&](const Field& f) { return f.first.is(key); });
+        if (field == fields.end()) throw py::attribute_error(py::str(name));
+        field->second(s, value);
+      }
+      return s;
+    }));
+  }
+
+ private:
+  using Field = std::pair<py::object, std::function<void(S&, py::handle)>>;  // its name, interned
+  py::class_<S> made_;
+  std::vector<Field> fields_;
 };
 
 template <class Step>
@@ -68,12 +88,10 @@ inline void bind_pairwise(py::module_& m) {
       .with("stride_col", &PairPositives::stride_col).with("verbs", &PairPositives::verbs).with("nouns", &PairPositives::nouns)
       .with("verb_words", &PairPositives::verb_words).with("noun_words", &PairPositives::noun_words)
       .with("mask", &PairPositives::mask);
-  Struct<LogSumExp>(m, "LogSumExp").with("largest", &LogSumExp::largest).with("sum", &LogSumExp::sum);
   Struct<ContrastStep>(m, "ContrastStep")
       .with("wide", &ContrastStep::wide).with("N", &ContrastStep::N).with("scale", &ContrastStep::scale)
-      .with("positives", &ContrastStep::positives).with("weight", &ContrastStep::weight).with("row", &ContrastStep::row)
-      .with("column", &ContrastStep::column).with("positive_row", &ContrastStep::positive_row)
-      .with("positive_column", &ContrastStep::positive_column).with("row_slope", &ContrastStep::row_slope);
+      .with("positives", &ContrastStep::positives).with("weight", &ContrastStep::weight).with("totals", &ContrastStep::totals)
+      .with("row_slope", &ContrastStep::row_slope);
   m.def("pair_prepare",
         [](const PairFeatures& pairs, Pointer diagonal, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {
           return pair_prepare(pairs, at<void>(diagonal), at<void>(unit_video), at<void>(unit_text), unit_bf16, threads);

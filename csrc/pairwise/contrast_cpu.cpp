@@ -265,23 +265,23 @@ int stats(const ContrastStep& p, Panel panel, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t j = panel.first + r;
-    run_best<RowStats>(s + r * p.N, p.N, scale, p.row.largest + j, p.row.sum + j);
+    run_best<RowStats>(s + r * p.N, p.N, scale, p.row().largest + j, p.row().sum + j);
     if (masks) {
       run_best<RowMask>(&p.positives, j, p.N, masks + r * stride);
-      run_best<RowPositives>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, p.positive_row.largest + j,
-                             p.positive_row.sum + j);
+      run_best<RowPositives>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, p.positive_row().largest + j,
+                             p.positive_row().sum + j);
     } else {
-      p.positive_row.largest[j] = p.positive_column.largest[j] = double(scale * s[r * p.N + j]);
-      p.positive_row.sum[j] = p.positive_column.sum[j] = 1;
+      p.positive_row().largest[j] = p.positive_column().largest[j] = double(scale * s[r * p.N + j]);
+      p.positive_row().sum[j] = p.positive_column().sum[j] = 1;
     }
   }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < p.N; i += kColumns) {
     const int64_t count = std::min(kColumns, p.N - i);
-    run_best<ColumnStats>(s + i, panel.rows, p.N, count, scale, p.column.largest + i, p.column.sum + i);
+    run_best<ColumnStats>(s + i, panel.rows, p.N, count, scale, p.column().largest + i, p.column().sum + i);
     if (masks)
       run_best<ColumnPositives>(s + i, static_cast<const uint8_t*>(masks + i), stride, panel.rows, p.N, count, scale,
-                                p.positive_column.largest + i, p.positive_column.sum + i);
+                                p.positive_column().largest + i, p.positive_column().sum + i);
   }
   return kOk;
 }
@@ -292,7 +292,7 @@ struct Columns {
   std::vector<T> largest, inverse;
   Columns(const ContrastStep& p, const LogSumExp& from, bool positive) : largest(p.N), inverse(p.N) {
     for (int64_t i = 0; i < p.N; ++i) {
-      const double weight = (p.weight ? p.weight[i] : 1) * (positive ? rest(p.column, from, i) : 1);
+      const double weight = (p.weight ? p.weight[i] : 1) * (positive ? rest(p.column(), from, i) : 1);
       largest[i] = T(from.largest[i]), inverse[i] = T(weight / from.sum[i]);
     }
   }
@@ -304,20 +304,20 @@ int slopes(const ContrastStep& p, Panel panel, int threads) {
   T *s = static_cast<T*>(panel.s), scale = T(p.scale);
   const int64_t stride = (p.N + kBlock - 1) / kBlock * kBlock;
   uint8_t* const masks = p.positives.mask;
-  const Columns<T> columns(p, p.column, false), positive_columns(p, p.positive_column, true);
+  const Columns<T> columns(p, p.column(), false), positive_columns(p, p.positive_column(), true);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < panel.rows; ++r) {
     const int64_t j = panel.first + r;
     const double weight = p.weight ? p.weight[j] : 1;
-    const double left = weight * rest(p.row, p.positive_row, j);
+    const double left = weight * rest(p.row(), p.positive_row(), j);
     const auto total = [j](const LogSumExp& from, double of) { return Total<T>{T(from.largest[j]), T(of / from.sum[j])}; };
     if (masks) {
       run_best<RowMask>(&p.positives, j, p.N, masks + r * stride);
-      run_best<RowSlopesOfMask>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, total(p.row, weight),
-                                columns.view(), total(p.positive_row, left), positive_columns.view(), p.row_slope + j);
+      run_best<RowSlopesOfMask>(s + r * p.N, static_cast<const uint8_t*>(masks + r * stride), p.N, scale, total(p.row(), weight),
+                                columns.view(), total(p.positive_row(), left), positive_columns.view(), p.row_slope + j);
     } else {
-      const T own_slope = T(-(left + weight * rest(p.column, p.positive_column, j)));
-      run_best<RowSlopes>(s + r * p.N, p.N, j, scale, own_slope, total(p.row, weight), columns.view(), p.row_slope + j);
+      const T own_slope = T(-(left + weight * rest(p.column(), p.positive_column(), j)));
+      run_best<RowSlopes>(s + r * p.N, p.N, j, scale, own_slope, total(p.row(), weight), columns.view(), p.row_slope + j);
     }
   }
   return kOk;

@@ -96,10 +96,16 @@ struct ContrastStep {
   double scale;
   PairPositives positives;
   const double* weight;  // [N], what each pair's own loss counts, or null for 1
-  LogSumExp row, column, positive_row, positive_column;
+  double* totals;        // [4, 2, N]: the LogSumExp of each row, column, row's positives and column's positives
   double* row_slope;     // [N]: sum of slope * s over the row, second sweep
+
+  LogSumExp row() const { return total(0); }
+  LogSumExp column() const { return total(1); }
+  LogSumExp positive_row() const { return total(2); }
+  LogSumExp positive_column() const { return total(3); }
+  LogSumExp total(int i) const { return {totals + 2 * i * N, totals + (2 * i + 1) * N}; }
 };
-// First sweep: fills the row's of the panel's rows, and carries the columns' (which begin as -inf and 0) one panel on.
+// First sweep: fills the totals of the panel's rows, and carries the columns' (which begin as -inf and 0) one panel on.
 int contrast_stats(const ContrastStep& step, Panel panel, int threads);
 // Second sweep: s becomes its slopes, weight_row * (exp(logit - row) - [positive] exp(logit - positive_row)) + the column's.
 int contrast_slopes(const ContrastStep& step, Panel panel, int threads);

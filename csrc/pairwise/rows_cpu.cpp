@@ -20,9 +20,14 @@ EVAAT_INLINE double dot(const T* a, const T* b, int64_t E) {
   return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
 }
 
+template <class T>
+EVAAT_INLINE T clamped(T norm) {
+  return norm < T(1e-8) ? T(1e-8) : norm;  // NaN stays NaN
+}
+
 template <class T, class X>
 EVAAT_INLINE void unit_row(const X* x, T norm, int64_t E, T* unit) {
-  const T divisor = norm < T(1e-8) ? T(1e-8) : norm;  // NaN stays NaN
+  const T divisor = clamped(norm);
   for (int64_t e = 0; e < E; ++e) unit[e] = T(widen(x[e])) / divisor;
 }
 
@@ -30,7 +35,8 @@ template <class T, class X>
 EVAAT_INLINE void normalise(const X* x, int64_t E, T* unit, T* norm) {
   for (int64_t e = 0; e < E; ++e) unit[e] = T(widen(x[e]));
   *norm = T(std::sqrt(dot(unit, unit, E)));
-  unit_row(unit, *norm, E, unit);
+  const T divisor = clamped(*norm);
+  for (int64_t e = 0; e < E; ++e) unit[e] /= divisor;  // unit_row would check whether its two rows overlap, and do one at a time
 }
 
 // a and b become the unit rows of one pair.

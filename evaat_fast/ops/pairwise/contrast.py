@@ -4,6 +4,8 @@ loss = clip_loss(video, text, logit_scale.exp())
 loss = ego_nce_loss(video, text, VerbNounPositives(verbs, nouns))
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -103,8 +105,8 @@ def contrast(
     multiplier = _check_scale(scale, video.device, wide(video.dtype))
     backend = dispatch.pick(op, video.device, video.dtype, backend)
     if backend != "reference":
-        work = step.Work(reduction == "none", True, True, True, backend, panel_rows)
-        return step.loss(step.contrast_step, step.ContrastSettings(pairs, normalise, work), (video, text, multiplier))
+        settings_of = functools.partial(step.ContrastSettings, pairs, normalise)
+        return step.loss(step.contrast_step, settings_of, (video, text, multiplier), reduction == "none", (backend, panel_rows))
     if N == 1:
         video, text, multiplier = no_pair(video, text, multiplier)
     with no_autocast(video.device.type):

@@ -41,7 +41,7 @@ class _Cpu(Step):
 
     def normalise(self, video: bool, text: bool) -> None:
         """Norms, each pair's own cosine, and the unit rows that are asked for, in the dtype of the panel."""
-        self.norms, self.diagonal = torch.empty((2, self.N), dtype=self.wide), torch.empty(self.N, dtype=self.wide)
+        *self.norms, self.diagonal = torch.empty((3, self.N), dtype=self.wide)
         dtype, shape = self.panel.dtype, (self.N, self.E)
         self.unit_video, self.unit_text = (torch.empty(shape, dtype=dtype) if x else None for x in (video, text))
         self.pairs = _cpu.PairFeatures(
@@ -61,9 +61,9 @@ class _Cpu(Step):
     def multiply(self, left: Tensor, right: Tensor, first: int, last: int) -> Tensor:
         return torch.mm(left[first:last], right.T, out=self.panel[: last - first])
 
-    def on_panel(self, function, step, s: Tensor, first: int) -> Tensor:
+    def on_panel(self, function, step, s: Tensor, first: int, last: int) -> Tensor:
         """s, overwritten where the function does so."""
-        _done(function(step, s.data_ptr(), first, len(s), self.threads))
+        _done(function(step, s.data_ptr(), first, last - first, self.threads))
         return s
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -105,7 +105,7 @@ class Sms(_Cpu):
         yield self.slopes
 
     def slopes(self, first, last):
-        return self.on_panel(_cpu.sms_panel, self.step, self.multiply(*self.factors, first, last), first)
+        return self.on_panel(_cpu.sms_panel, self.step, self.multiply(*self.factors, first, last), first, last)
 
     def finish(self):
         N, weight = self.N, self.weight
@@ -147,10 +147,9 @@ class Contrast(_Cpu):
         self.totals, self.row_slope = torch.zeros((4, 2, N), dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
         self.totals[:, 0].fill_(-torch.inf)
         self.weight = None if self.weight is None else self.weight.double()
-        sums = [_cpu.LogSumExp(largest=x[0].data_ptr(), sum=x[1].data_ptr()) for x in self.totals]
         self.step = _cpu.ContrastStep(
             wide=_CODES[wide], N=N, scale=float(self.scale), positives=self.positives, weight=pointer(self.weight),
-            row=sums[0], column=sums[1], positive_row=sums[2], positive_column=sums[3], row_slope=self.row_slope.data_ptr(),
+            totals=self.totals.data_ptr(), row_slope=self.row_slope.data_ptr(),
         )  # fmt: skip
 
     def sweeps(self):
@@ -159,11 +158,11 @@ class Contrast(_Cpu):
             yield self.slopes
 
     def stats(self, first, last):
-        self.on_panel(_cpu.contrast_stats, self.step, self.multiply(self.unit_video, self.unit_text, first, last), first)
+        self.on_panel(_cpu.contrast_stats, self.step, self.multiply(self.unit_video, self.unit_text, first, last), first, last)
 
     def slopes(self, first, last):
         s = self.panel if self.rows >= self.N else self.multiply(self.unit_video, self.unit_text, first, last)
-        return self.on_panel(_cpu.contrast_slopes, self.step, s, first)
+        return self.on_panel(_cpu.contrast_slopes, self.step, s, first, last)
 
     def finish(self):
         row, column, positive_row, positive_column = self.totals[:, 0] + self.totals[:, 1].log()

@@ -3,6 +3,8 @@
 loss = sms_loss(video, text, IndexedRelevancy(table, video_index, caption_index))
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -184,8 +186,8 @@ def max_margin(
     if self_relevancy is not None:
         own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
     if backend != "reference":
-        work = step.Work(reduction == "none", True, True, False, backend, panel_rows)
-        return step.loss(step.sms_step, step.SmsSettings(labels, own, costs, checked, work), (video, text))
+        settings_of = functools.partial(step.SmsSettings, labels, own, costs, checked)
+        return step.loss(step.sms_step, settings_of, (video, text), reduction == "none", (backend, panel_rows))
     if N == 1:
         video, text = no_pair(video, text)
     with no_autocast(device.type):

@@ -1,6 +1,6 @@
 """A step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,6 @@ class SmsSettings:
         of = self.labels
         return of.table, of.video_index, of.caption_index, of.verb, of.values, self.own
 
-    def of(self, work: Work) -> "SmsSettings":
-        return SmsSettings(self.labels, self.own, self.penalty, self.checked, work)
-
 
 @dataclass(frozen=True)
 class ContrastSettings:
@@ -63,9 +60,6 @@ class ContrastSettings:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.positives.dense, self.positives.verbs, self.positives.nouns
-
-    def of(self, work: Work) -> "ContrastSettings":
-        return ContrastSettings(self.positives, self.normalise, work)
 
 
 class Step:
@@ -206,15 +200,14 @@ class Each(torch.autograd.Function):
         return None, None, None, *_given(gradients, [x.dtype for x in inputs], ctx.settings.work)
 
 
-def loss(step: Operator, settings, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The loss of a checked call. settings: with the work of its forward pass, all gradients asked for."""
-    work, (video, text, *scale) = settings.work, inputs
+def loss(step: Operator, settings_of: Callable, inputs: tuple[Tensor, ...], each: bool, how: tuple[str, int | None]) -> Tensor:
+    """The loss of a checked call. settings_of: the step's settings for some work; how: that work's backend and panel_rows."""
+    video, text, *scale = inputs
     inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
     needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    needs += [False] * (3 - len(needs))
-    how = work.backend, work.panel_rows
-    nothing = settings.of(Work(work.each, False, False, False, *how))
     if not any(needs):
-        return _call(step, inputs, None, nothing)[0]
-    asked = settings.of(Work(False, *needs, *how))
-    return Each.apply(step, nothing, asked, *inputs) if work.each else Mean.apply(step, asked, *inputs)
+        return _call(step, inputs, None, settings_of(Work(each, False, False, False, *how)))[0]
+    asked = settings_of(Work(False, needs[0], needs[1], needs[-1] and bool(scale), *how))
+    if each:
+        return Each.apply(step, settings_of(Work(True, False, False, False, *how)), asked, *inputs)
+    return Mean.apply(step, asked, *inputs)
