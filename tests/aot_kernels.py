@@ -110,7 +110,7 @@ def contrast(arch, dtype, sweep, positives="OWN"):
     if sweep == "stats":
         types |= dict.fromkeys(["rows", "columns"], "*fp32")
         return aot.build(kernels.contrast_stats_kernel, types, constants, arch, aligned=aligned, **shape)
-    types |= {"totals": kernels.Totals("*fp32", "*fp32"), "weight": None, "panel": f"*{dtype}", "scale_slope": "*fp32"}
+    types |= {"totals": kernels.Totals(*["*fp32"] * 4), "weight": None, "panel": f"*{dtype}", "scale_slope": "*fp32"}
     return aot.build(kernels.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **shape)
 
 

@@ -1,6 +1,6 @@
 """The contrastive losses, InfoNCE and EgoNCE, in Triton: two sweeps over tiles of logits that never meet in memory.
 
-The first sweep leaves, per tile, the log-sum-exp of its rows and of its columns, over all pairs and over the positive ones; the
+The first sweep leaves, per tile, the log-sum-exp of its rows and of its columns, over the positive pairs and over the others; the
 second computes the tile again, knows the four totals of each pair, and writes the slopes
 exp(s - all_row) - [positive] exp(s - positive_row) + the same of the columns
 as a panel, which two plain matrix products turn into gradients: 8 N^2 E operations, the least there is without keeping N x N.
@@ -30,11 +30,13 @@ class Positives(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """float32 [2, 2, N] of rows and of columns: log-sum-exps of all pairs and of the positive ones, each as two numbers to add,
-    since one float32 of 100 would round a probability by 4e-6."""
+    """float32, of rows and of columns. [2, 2, N]: log-sum-exps of all pairs and of the positive ones, each as two numbers to add,
+    since one float32 of 100 would round a probability by 4e-6. rest [N]: 1 - positives / all, what is left to learn."""
 
     rows: object
     columns: object
+    rest_rows: object
+    rest_columns: object
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def contrast_stats_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each
-    strip's columns of all pairs and of the positive ones, each as two numbers to add; columns: [2, 2, down, N], the same over a
+    strip's columns of the pairs that are not positive and of those that are, each as two numbers to add; columns: [2, 2, down, N], the same over a
     tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals.
     """
     N = f.N
@@ -106,9 +108,10 @@ def contrast_stats_kernel(
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         x, s, positive = _logits(quarters[i], inverses, scale, positives, m, n, N, VERB_WORDS, NOUN_WORDS)
         inside = (m < last)[:, None] & (n < N)[None, :]
+        others = inside & ~positive
         row, column = rows + (tile_n * 4 + i).to(tl.int64) * height + (m - first), columns + tile_m.to(tl.int64) * N + n
-        _store_pair(row, by_row, _log_sum_exp(s, inside, 1), m < last)
-        _store_pair(column, by_column, _log_sum_exp(s, inside, 0), n < N)
+        _store_pair(row, by_row, _log_sum_exp(s, others, 1), m < last)
+        _store_pair(column, by_column, _log_sum_exp(s, others, 0), n < N)
         if POSITIVES != 0:
             _store_pair(row + 2 * by_row, by_row, _log_sum_exp(s, inside & positive, 1), m < last)
             _store_pair(column + 2 * by_column, by_column, _log_sum_exp(s, inside & positive, 0), n < N)
@@ -131,12 +134,13 @@ def contrast_slopes_kernel(
         in_n = n < N
         x, s, positive = _logits(quarters[i], inverses, scale, positives, m, n, N, VERB_WORDS, NOUN_WORDS)
         of_row, of_col = _probability(s, row_totals, N, m, in_m, 1), _probability(s, col_totals, N, n, in_n, 0)
-        if POSITIVES == 0:
-            own = tl.where(positive, 1.0, 0.0)
-            of_row, of_col = of_row - own, of_col - own
-        else:
-            of_row -= tl.where(positive, _probability(s, row_totals + 2 * N, N, m, in_m, 1), 0.0)
-            of_col -= tl.where(positive, _probability(s, col_totals + 2 * N, N, n, in_n, 0), 0.0)
+        # Of a positive e / all - e / positives = -e / positives * rest, of which the right side loses nothing.
+        learned_row = tl.load(totals.rest_rows + m, mask=in_m, other=0.0)[:, None]
+        learned_col = tl.load(totals.rest_columns + n, mask=in_n, other=0.0)[None, :]
+        if POSITIVES != 0:
+            learned_row = learned_row * _probability(s, row_totals + 2 * N, N, m, in_m, 1)
+            learned_col = learned_col * _probability(s, col_totals + 2 * N, N, n, in_n, 0)
+        of_row, of_col = tl.where(positive, -learned_row, of_row), tl.where(positive, -learned_col, of_col)
         if weight is not None:
             of_row *= tl.load(weight + m, mask=in_m, other=0.0)[:, None]
             of_col *= tl.load(weight + n, mask=in_n, other=0.0)[None, :]

@@ -186,7 +186,9 @@ class Contrast(_Triton):
             own, ones = self.empty(self.N), torch.ones((2, self.N), device=self.device)
             panel.own_cosines(self.video, self.text, ones if self.inverses is None else self.inverses, own)
             self.row_totals[1] = self.col_totals[1] = own * self.scale
-        self.totals = contrast.Totals(_two_floats(self.row_totals), _two_floats(self.col_totals))
+        every = self.row_totals, self.col_totals
+        both = [_two_floats(torch.stack((torch.logaddexp(*x), x[1]))) for x in every]
+        self.totals = contrast.Totals(*both, *((others - positive).sigmoid().float() for others, positive in every))
 
     def slopes(self, first, last):
         down, across = contrast.tiles_of(last - first, self.video, self.positives)
@@ -197,7 +199,8 @@ class Contrast(_Triton):
 
     def finish(self):
         share = 1.0 if self.settings.normalise else 0.5
-        entries = share * ((self.row_totals[0] - self.row_totals[1]) + (self.col_totals[0] - self.col_totals[1]))
+        gaps = (others - positive for others, positive in (self.row_totals, self.col_totals))
+        entries = share * sum(torch.logaddexp(gap, torch.zeros_like(gap)) for gap in gaps)
         loss = (entries if self.work.each else entries.sum() / self.N).float()
         share = share if self.weight is not None else share / self.N
         for grad in self.gradients:
