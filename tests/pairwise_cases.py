@@ -28,6 +28,23 @@ VIEWS = {
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 
 
+def check_trained_batch(N, noise, op, backend, losses):
+    """Pairs that are near each other and, in EgoNCE with N = 256, near one other pair that is positive too."""
+    unit, E = torch.nn.functional.normalize, 256
+    video, positives = torch.randn(N, E), torch.zeros(N, N, dtype=torch.bool)
+    if op == "ego_nce_loss" and N == 256:
+        video[1::2] = video[::2] + 0.05 * torch.randn(N // 2, E)
+        twin = torch.arange(N) ^ 1
+        positives[torch.arange(N), twin] = True
+    text = unit(video + noise * torch.randn(N, E), dim=1)
+    video, other = unit(video, dim=1), 20.0 if op == "clip_loss" else positives
+    run = lambda which: lambda v, t: getattr(losses, op)(v, t, other, backend=which)  # noqa: E731
+    ours, truth = gradients(run(backend), video, text), gradients(run("reference"), video.double(), text.double())
+    assert 0 < truth[0] < 1e-5
+    for a, b in zip(ours, truth, strict=True):
+        assert (a.double() - b).norm() <= 4e-6 * b.norm()
+
+
 def penalty(margin=0.6, relaxation=0.1, eps=None, rule="code"):
     return Penalty(margin, relaxation, eps if eps is not None else 1.1 / 240 if rule == "code" else 0.1, rule)
 

@@ -199,6 +199,19 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("name", losses())
+def test_compiles_whole_under_autocast(name):
+    torch._dynamo.reset()
+    loss, (video, text) = losses()[name], batch(24, 8)
+
+    def under_autocast(v, t):
+        with torch.autocast("cpu", dtype=BF16):
+            return loss(v, t)
+
+    ours = gradients(torch.compile(under_autocast, fullgraph=True, backend="aot_eager"), video, text)
+    assert all(map(torch.equal, ours, gradients(loss, video, text)))
+
+
+@pytest.mark.parametrize("name", losses())
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autocast_leaves_the_losses_in_their_dtype(name, backend, monkeypatch):
     from evaat_fast.ops._core import dispatch as _dispatch
@@ -224,6 +237,14 @@ def test_gradcheck(name):
         "clip": lambda v, t: ops.clip_loss(v, t, 3.0),
     }[name]
     assert torch.autograd.gradcheck(loss, [torch.randn(N, 5, dtype=F64, requires_grad=True) for _ in range(2)])
+
+
+@pytest.mark.parametrize("op", ["clip_loss", "ego_nce_loss"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("N,noise", [(8, 0.1), (256, 0.1)])
+def test_what_a_trained_batch_still_costs_is_kept(N, noise, backend, op, panels, isa):
+    """Losses of 3e-8 to 1e-6, less than the rounding of logits near 20: value and gradient as float64 has them."""
+    cases.check_trained_batch(N, noise, op, backend, panels)
 
 
 MEMORY = """

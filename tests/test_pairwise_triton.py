@@ -323,3 +323,17 @@ def test_contrast_lets_nan_and_inf_reach_the_loss(bad):
     video[7, 3] = bad
     assert not ops.clip_loss(video, text, 5.0, backend="triton").isfinite()
     assert not ops.ego_nce_loss(video, text, torch.zeros(20, 20).bool(), backend="triton").isfinite()
+
+
+@pytest.mark.parametrize("op", ["clip_loss", "ego_nce_loss"])
+@pytest.mark.parametrize("N,noise", [(8, 0.1), (256, 0.1)])
+def test_what_a_trained_batch_still_costs_is_kept(N, noise, op, panels):
+    cases.check_trained_batch(N, noise, op, "triton", panels)
+
+
+def test_the_kernels_know_the_rules_of_cpp():
+    from evaat_fast.kernels.pairwise.sms import RULES
+
+    from evaat_fast import _cpu
+
+    assert RULES == _cpu.SMS_RULES

@@ -6,6 +6,7 @@ import pairwise_oracle as oracle
 import pytest
 import torch
 from pairwise_oracle import gradients
+from torch.utils.flop_counter import FlopCounterMode
 
 from evaat_fast import ops
 
@@ -189,6 +190,24 @@ def test_unchecked_index_never_reads_outside():
     with pytest.raises(IndexError, match="video_index"):
         ops.sms_loss(video, text, relevancy, validate=False, backend="cpu")
     assert ops.sms_loss(video, text, relevancy, validate=False, backend="reference").isnan()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_indices_are_checked_once(reduction, monkeypatch):
+    relevancy = ops.IndexedRelevancy(torch.rand(9, 7), torch.arange(3), torch.arange(3))
+    video, text = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    counts, original = [], torch.aminmax
+    monkeypatch.setattr(torch, "aminmax", lambda x: counts.append(1) or original(x))
+    for backend in ("cpu", "reference"):
+        counts.clear()
+        ops.sms_loss(video, text, relevancy, reduction=reduction, backend=backend).sum().backward()
+        assert len(counts) == 2, backend  # of the videos and of the captions
+    counts.clear()
+    ops.sms_loss(video, text, relevancy, validate=False, backend="reference")
+    assert not counts
+    with FlopCounterMode(display=False):  # a mode, which takes the call through torch's dispatcher
+        ops.sms_loss(video, text, relevancy, backend="cpu")
+    assert len(counts) == 2
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])

@@ -1,6 +1,6 @@
 """The contrastive losses, InfoNCE and EgoNCE, in Triton: two sweeps over tiles of logits that never meet in memory.
 
-The first sweep leaves, per tile, the log-sum-exp of its rows and of its columns, over the positive pairs and over the others; the
+The first sweep leaves, per tile, the log-sum-exp of its rows and of its columns, over positive pairs and over the others; the
 second computes the tile again, knows the four totals of each pair, and writes the slopes
 exp(s - all_row) - [positive] exp(s - positive_row) + the same of the columns
 as a panel, which two plain matrix products turn into gradients: 8 N^2 E operations, the least there is without keeping N x N.
@@ -30,8 +30,8 @@ class Positives(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """float32, of rows and of columns. [2, 2, N]: log-sum-exps of all pairs and of the positive ones, each as two numbers to add,
-    since one float32 of 100 would round a probability by 4e-6. rest [N]: 1 - positives / all, what is left to learn."""
+    """float32, of rows and of columns. [2, 2, N]: log-sum-exps of all pairs and of the positive ones, each as two numbers to
+    add, since one float32 of 100 would round a probability by 4e-6. rest [N]: 1 - positives / all, what is left to learn."""
 
     rows: object
     columns: object
@@ -95,8 +95,8 @@ def contrast_stats_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each
-    strip's columns of the pairs that are not positive and of those that are, each as two numbers to add; columns: [2, 2, down, N], the same over a
-    tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals.
+    strip's columns of the pairs that are not positive and of those that are, each as two numbers to add; columns: [2, 2, down,
+    N], the same over a tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals.
     """
     N = f.N
     tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK, GROUP)

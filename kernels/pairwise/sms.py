@@ -79,9 +79,10 @@ def labels_of(labels, m, n, N):
         known = inside & ((row >= 0) & (row < labels.V))[:, None] & ((column >= 0) & (column < labels.C))[None, :]
     at = labels.table + row[:, None] * labels.row + column[None, :] * labels.column
     if labels.verb is not None:
-        verb = labels.verb
-        same = tl.load(verb + m, mask=m < N, other=0)[:, None] == tl.load(verb + n, mask=n < N, other=0)[None, :]
-        at += same.to(tl.int64) * labels.half
+        if labels.half != 0:  # always; the branch keeps Triton 3.6 from holding verbs in registers, of which 22 would spill
+            verb = labels.verb
+            same = tl.load(verb + m, mask=m < N, other=0)[:, None] == tl.load(verb + n, mask=n < N, other=0)[None, :]
+            at += same.to(tl.int64) * labels.half
     if labels.code_values is not None:
         label = tl.load(labels.code_values + tl.load(at, mask=known, other=0).to(tl.int32))
     else:
