@@ -120,6 +120,8 @@ def test_paths_in_contributing_exist():
     for name in named:
         if not re.search(r"OP|BACKEND|DEVICE", name):
             assert all(any(ROOT.glob(path.rstrip("/"))) for path in expanded(name)), name
+    for name in re.findall(r"`(\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert any(ROOT.glob(f"evaat_fast/ops/*/{name}")), name
 
 
 def expanded(name):
