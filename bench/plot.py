@@ -23,15 +23,15 @@ ROOT = HERE.parent
 # The README's table: (what, DEVICE/OP, words of the case, the provider of ours, the one that it replaces).
 ATTENTION = ("nvidia-h200/attn", "evaat joint_attention", "eager rope + sdpa")
 HEADLINE = [
-    *((f"rotation and attention, {T} frames", ATTENTION[0], f"B32 T{T} bf16", *ATTENTION[1:]) for T in (4, 8, 16)),
+    *((f"rotation and attention, 32 clips of {T} frames", ATTENTION[0], f"B32 T{T} bf16", *ATTENTION[1:]) for T in (4, 8, 16)),
     (
-        "the same in one Triton kernel, 16 frames",
+        "the last in one Triton kernel of ours",
         ATTENTION[0],
         "B32 T16 bf16",
         "evaat joint_attention, Triton",
         "our rope3d + sdpa cudnn",
     ),
-    ("rotation of q and k, 4 frames", "cpu-amd-epyc/rope3d", "T4 fp32", "evaat rope3d", "eager, as published"),
+    ("rotation of q and k, 8 clips of 4 frames", "cpu-amd-epyc/rope3d", "T4 fp32", "evaat rope3d", "eager, as published"),
     ("SMS loss, 4,096 pairs", "cpu-amd-epyc/pairwise", "sms N4096 fp32", "evaat", "published formulation"),
     ("SMS loss, 4,096 pairs", "cpu-amd-epyc/pairwise", "sms N4096 bf16", "evaat", "published formulation"),
     ("InfoNCE, 4,096 pairs", "cpu-amd-epyc/pairwise", "clip N4096 fp32", "evaat", "open_clip"),
@@ -107,11 +107,14 @@ def headline():
             now, before = ours["ms"]["p50"], theirs["ms"]["p50"]
             cells.append(f"{short(before)} → {short(now)} ms, {short(before / now, 2)} x")
         memory = f"{theirs['peak_mib']:.0f} → {ours['peak_mib']:.0f} MiB" if "peak_mib" in ours else "–"
-        on = f"{data['environment']['device'].removeprefix('NVIDIA ')}, {ours['dtype']}"
-        lines.append(f"| {on} | {what} | {providers[1]} | {' | '.join(cells)} | {memory} |")
+        on = data["environment"]["device"].removeprefix("NVIDIA ")
+        on += f", {data['environment']['threads']} threads" if "threads" in data["environment"] else ""
+        lines.append(f"| {on}, {ours['dtype']} | {what} | {providers[1]} | {' | '.join(cells)} | {memory} |")
     names = list(dict.fromkeys(name for _, name, *_ in HEADLINE))
-    notes = [f"`python bench/{found[name]['op']}.py` on {conditions(found[name])}" for name in names]
-    return "\n".join([*lines, "", f"{'. '.join(notes)}. Memory is the extra at the peak of forward + backward."])
+    notes = ["x: how many times as fast. Memory: the extra at the peak of forward + backward."]
+    for data in map(found.get, names):
+        notes += [f"`python bench/{data['op']}.py` on {conditions(data)}.", *data.get("notes", [])]
+    return "\n".join([*lines, "", " ".join(notes)])
 
 
 def figure(path, data):

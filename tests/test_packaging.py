@@ -30,7 +30,8 @@ def sdist(tmp_path_factory):
 
 
 def test_sdist_holds_every_source(sdist):
-    for pattern in ("csrc/**/*.*", "kernels/**/*.py", "evaat_fast/**/*.py", "evaat_fast/**/*.gz", "tests/*.py", "bench/*.py"):
+    sources = "csrc/**/*.* kernels/**/*.py evaat_fast/**/*.py evaat_fast/**/*.gz tests/*.py bench/*.py docs/*.md"
+    for pattern in sources.split():
         for path in ROOT.glob(pattern):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert (sdist / path.relative_to(ROOT)).exists(), f"{path.relative_to(ROOT)} is missing from the sdist"

@@ -52,8 +52,8 @@ def test_blocks_for_other_libraries(path, code):
     run(path, [code])
 
 
-def as_run_here(words, folder):
-    """How a documented command is executed in a test: installs and make as dry runs, benchmarks and demos small."""
+def as_run_here(words):
+    """How a documented command is executed in a test: installs and make as dry runs."""
     python = sys.executable
     match words:
         case ["make", target]:
@@ -64,10 +64,6 @@ def as_run_here(words, folder):
             return [python, "-m", "evaat_fast", *rest]
         case ["evaat-fast", *rest]:
             return [python, "-m", "evaat_fast", *rest]
-        case ["python", "bench/plot.py", *rest]:
-            return [python, "bench/plot.py", "--check", *rest]
-        case ["python", script, *rest] if script.startswith("bench/"):
-            return [python, script, "--quick", "--seconds", "0.01", "--json", str(folder / "result.json"), *rest]
     raise AssertionError(f"a page shows a command that no test runs: {shlex.join(words)}")
 
 
@@ -75,8 +71,8 @@ COMMANDS = [line.split("#")[0].strip() for path in SHOWN for code in blocks(path
 
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(filter(None, COMMANDS))))
-def test_shell_commands(command, tmp_path):
-    run = subprocess.run(as_run_here(shlex.split(command), tmp_path), cwd=ROOT, capture_output=True, text=True)
+def test_shell_commands(command):
+    run = subprocess.run(as_run_here(shlex.split(command)), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -124,6 +120,8 @@ def test_paths_in_contributing_exist():
     for name in named:
         if not re.search(r"OP|BACKEND|DEVICE", name):
             assert all(any(ROOT.glob(path.rstrip("/"))) for path in expanded(name)), name
+    for name in re.findall(r"`(\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert any(ROOT.glob(f"evaat_fast/ops/*/{name}")), name
 
 
 def expanded(name):
