@@ -48,7 +48,7 @@ def check(inputs, backend="triton", **options):
             assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(10)
 @dtypes
 @pytest.mark.parametrize("N", [1, 2, 17, 64, 65, 127, 128, 129, 197, 785])
 def test_sizes(N, dtype):
@@ -56,6 +56,7 @@ def test_sizes(N, dtype):
     check(tensors(B=1, H=2, n=N, D=16 if N > 200 else 64, dtype=dtype), **rope)
 
 
+@pytest.mark.sample(8)
 @dtypes
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 @pytest.mark.parametrize("D", [32, 80, 96, 128])
