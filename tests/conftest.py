@@ -8,6 +8,7 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 PLACE = pytest.StashKey[int]()
+torch.manual_seed(0)  # for what modules draw as they are collected, which every process of a tier must draw alike
 
 
 def spread(cases, n, seed):

@@ -110,7 +110,7 @@ def test_learned_frequencies_have_a_gradient():
         (dict(n=129, B=1, H=1, D=80), dict(grid=(2, 8, 8), interleaved=False)),
         (dict(n=197, B=1, H=1, D=64), dict(grid=(1, 14, 14))),
     ],
-    ids=str,
+    ids=["one token", "grid", "positions, grouped", "half-split", "image"],
 )
 @dtypes
 def test_one_pass(shape, rope, dtype):
@@ -194,7 +194,9 @@ def test_one_sided_gradients_and_inference():
 @pytest.mark.parametrize("backend", ["triton", "triton_onepass"])
 @pytest.mark.parametrize("bias", [True, False])  # with one, torch returns the projection as a view
 @pytest.mark.parametrize(
-    "options", [dict(grid=(2, 3, 4)), dict(positions=torch.randn(2, 25, 3)), {}, dict(scale=-0.2)], ids=str
+    "options",
+    [dict(grid=(2, 3, 4)), dict(positions=torch.randn(2, 25, 3)), {}, dict(scale=-0.2)],
+    ids=["grid", "positions", "no rotation", "scale"],
 )
 def test_packed_projection(backend, bias, options):
     linear, x = torch.nn.Linear(16, 3 * 3 * 32, bias=bias), torch.randn(2, 25, 16)
