@@ -8,19 +8,32 @@ import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 PLACE = pytest.StashKey[int]()
+torch.manual_seed(0)  # for what modules draw as they are collected, which every process of a tier must draw alike
+
+
+def spread(cases, n, seed):
+    """n of the cases, each the one with the most values of parameters that none before it has, until all were there; again."""
+    rest, chosen, seen = random.Random(seed).sample(cases, len(cases)), [], set()
+    while rest and len(chosen) < n:
+        values = [{(name, str(value)) for name, value in case.callspec.params.items()} for case in rest]
+        best = max(range(len(rest)), key=lambda i: len(values[i] - seen))
+        seen = seen | values[best] if values[best] - seen else values[best]
+        chosen.append(rest.pop(best))
+    return chosen
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
     """Each tier runs where it can: `interpret` only in its own process, `gpu` only with a device. Of the cases of a test marked
-    `sample(n)` all but n, chosen by its name, are slow. Tests marked `together(name)` follow the first of that name."""
+    `sample(n)` all but n, chosen by its name, are slow; with `sample(n, tier)` of those of that tier. Tests marked
+    `together(name)` follow the first of that name."""
     sampled = {}
     for item in items:
-        if item.get_closest_marker("sample"):
+        mark = item.get_closest_marker("sample")
+        if mark and all(tier in item.keywords for tier in mark.args[1:]):
             sampled.setdefault(item.nodeid.split("[")[0], []).append(item)
     for name, cases in sampled.items():
-        keep = min(len(cases), cases[0].get_closest_marker("sample").args[0])
-        for item in random.Random(name).sample(cases, len(cases) - keep):
+        for item in set(cases).difference(spread(cases, cases[0].get_closest_marker("sample").args[0], name)):
             item.add_marker(pytest.mark.slow)
     first = {}
     for i, item in enumerate(items):

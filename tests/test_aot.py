@@ -1,6 +1,6 @@
 """The shipped GPU kernels compile for every architecture without spills, and move 16 bytes per access. Needs no GPU.
 
-make test compiles every kernel for sm_90, and of each family one kernel for each other architecture; make test-all the rest.
+make test compiles every kernel for sm_90, and of each family one kernel for sm_80 or sm_100; make test-all the rest.
 """
 
 import functools
@@ -28,9 +28,9 @@ def sampled():
     families = {}
     for name, build in SHIPPED.items():
         families.setdefault(getattr(build, "func", build).__name__, []).append(name)
-    others = {
-        (random.Random(f"{family} {arch}").choice(names), arch) for family, names in families.items() for arch in aot.ARCHS
-    }
+    others = set()
+    for i, (family, names) in enumerate(families.items()):
+        others.add((random.Random(family).choice(names), (80, 100)[i % 2]))
     return others | {(name, 90) for name in SHIPPED}
 
 
@@ -65,7 +65,7 @@ def test_attention_rarely_waits_for_products_on_hopper(name, arch):
     assert any("GMMA" in line for line in inner) and sum("WARPGROUP.DEPBAR" in line for line in inner) <= 3
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @compiles([89], "attn ")
 def test_attention_fits_ada(name, arch):
     """Which has the instructions of sm_80, and less shared memory."""

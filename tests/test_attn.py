@@ -116,7 +116,9 @@ def packed(B=2, H=3, D=32, dtype=torch.float32):
 
 @pytest.mark.parametrize("backend", [None, "sdpa", "reference"])
 @pytest.mark.parametrize(
-    "rope", [dict(grid=GRID), dict(), dict(positions=torch.randn(N, 3)), dict(grid=GRID, interleaved=False)], ids=str
+    "rope",
+    [dict(grid=GRID), dict(), dict(positions=torch.randn(N, 3)), dict(grid=GRID, interleaved=False)],
+    ids=["grid", "no rotation", "positions", "grid, half-split"],
 )
 def test_packed_equals_unpacked(rope, backend):
     linear, x = packed()

@@ -83,6 +83,7 @@ def check(backend, lengths, rope, dtype, device="cpu", **shape):
             close(a, b, t, name)
 
 
+@pytest.mark.sample(4, "interpret")
 @backends
 @pytest.mark.parametrize("rope", ROPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -90,6 +91,7 @@ def test_every_clip_as_if_alone(backend, rope, dtype):
     check(backend, [61, 1, 25, 0, 37], rope, dtype)
 
 
+@pytest.mark.sample(3, "interpret")
 @backends
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_lengths(backend, lengths):

@@ -271,6 +271,7 @@ print((status("VmHWM") - before) / 1024)
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("loss", ["ops.sms_loss(video, text, labels)", "ops.clip_loss(video, text, 20.0)"])

@@ -20,6 +20,7 @@ def cuda(monkeypatch):
         yield
 
 
+@pytest.mark.sample(10)
 @dtypes
 @interleaving
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -28,6 +29,7 @@ def test_rope3d_layouts(dtype, interleaved, layout):
     cases.check("cuda", q, k, GRID, interleaved=interleaved)
 
 
+@pytest.mark.sample(10)
 @dtypes
 @interleaving
 @pytest.mark.parametrize("D", [2, 30, 80, 256])
@@ -44,6 +46,7 @@ def test_rope3d_packed_and_gradients(dtype, prefix):
     cases.check_gradients("cuda", q, k, GRID, prefix_tokens=prefix, interleaved=False)
 
 
+@pytest.mark.sample(3)
 @dtypes
 @interleaving
 @pytest.mark.parametrize("per_head", [False, True])

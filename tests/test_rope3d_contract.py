@@ -17,6 +17,7 @@ def qk(dtype=torch.float32, **options):
 # Autograd
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_gradcheck_of_the_specification(interleaved):
     q, k = qk(torch.float64, requires_grad=True)

@@ -13,6 +13,7 @@ GRID, N = (2, 3, 7), 43
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 
 
+@pytest.mark.sample(10)
 @dtypes
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,9 +53,10 @@ def test_prefix_rows_that_are_not_finite_pass_unchanged():
     assert torch.equal(ops.rope3d(q, None, GRID, backend="triton")[:, :, 0], q[:, :, 0])
 
 
-def test_fuzz():
-    for seed in range(16):
-        cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.6)
+@pytest.mark.sample(6)
+@pytest.mark.parametrize("seed", range(16))
+def test_fuzz(seed):
+    cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.6)
 
 
 @pytest.mark.slow
@@ -65,7 +67,7 @@ def test_fuzz_long(block):
         cases.random_call(seed, "triton", "cpu", [torch.float32, torch.float16], 0.4)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @dtypes
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 @pytest.mark.parametrize("per_head", [False, True])
@@ -77,6 +79,7 @@ def test_learnable_frequencies(dtype, interleaved, per_head):
     cases.check_learnable_packed("triton", 2, N, 5, 64, dtype, "cpu", GRID, freqs=freqs, interleaved=interleaved)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("D", [2, 30, 80, 256])
 def test_learnable_frequencies_of_any_head_dim(D):
     q, k = make("tokens first", 2, 6, N, D, torch.float32, "cpu"), make("sliced", 2, 3, N, D, torch.float32, "cpu")

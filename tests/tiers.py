@@ -37,6 +37,8 @@ def command(tier, options, everything):
     processes = []  # each takes a run of neighbours, which share what they made, and later half of what another has left
     if importlib.util.find_spec("xdist"):
         processes = ["-n", "0" if tier == "gpu" else str(min(cores, 8)), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_benchmark"):
+        processes += ["--benchmark-disable"]  # which it does beside other processes anyway, with a warning
     return [*python, "-q", "--durations=10", *processes, "-m", marks, *options]
 
 
