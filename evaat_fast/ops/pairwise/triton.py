@@ -72,7 +72,7 @@ class _Triton(Step):
 class Sms(_Triton):
     @classmethod
     def fitting(cls, shape, dtype, work):
-        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(*shape, dtype))
+        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(shape[0], shape[1], dtype))
         return SmsWithoutPanels if none and any(work.needs()) else cls
 
     def arguments(self) -> None:
