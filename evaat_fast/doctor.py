@@ -32,7 +32,7 @@ def matrix() -> str:
     return "\n".join(lines)
 
 
-def orders():
+def orders() -> str:
     """In which order a call that names no backend tries them, as Markdown."""
     lines = ["| op | CPU tensors | CUDA tensors | other devices |", "|---|---|---|---|"]
     for op in _dispatch.SUPPORT:
