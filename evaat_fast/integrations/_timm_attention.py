@@ -17,7 +17,7 @@ from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 __all__ = ["JointAttentionRope", "JointEvaAttention", "rotary_attention"]
 
 
-def _forward(self, x, rope: torch.Tensor | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False):
+def _forward(self, x, rope: torch.Tensor | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False):  # type: ignore[no-untyped-def]
     """timm's, with the rotation and the attention replaced. TorchScript compiles the first branch alone: timm's own."""
     if torch.jit.is_scripting():
         return self._theirs(x, rope, attn_mask, is_causal)
@@ -126,7 +126,7 @@ def _table(rope, heads, key_heads, interleaved):
     return torch.stack((cos[..., pairs], sin[..., pairs]))
 
 
-def _timm_rotation(x, rope, prefix_tokens: int, interleaved: bool):
+def _timm_rotation(x: torch.Tensor, rope: torch.Tensor, prefix_tokens: int, interleaved: bool) -> torch.Tensor:
     rotated = apply_rot_embed_cat(x[:, :, prefix_tokens:], rope, half=not interleaved)
     return torch.cat((x[:, :, :prefix_tokens], rotated), 2)
 
@@ -152,4 +152,4 @@ class JointAttentionRope(AttentionRope):
     forward = _forward
 
 
-JOINT = {EvaAttention: JointEvaAttention, AttentionRope: JointAttentionRope}
+JOINT: dict[type[torch.nn.Module], type[torch.nn.Module]] = {EvaAttention: JointEvaAttention, AttentionRope: JointAttentionRope}

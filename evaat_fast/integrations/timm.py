@@ -18,7 +18,7 @@ the state dict, which is timm's, or a restored model.
 import copy
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ def accelerate(model: Model) -> Model:
     Source: timm.models.eva.EvaAttention, timm.layers.AttentionRope (https://github.com/huggingface/pytorch-image-models).
     """
     joint = _classes()
-    kinds = {}
+    kinds: dict[tuple, nn.Module] = {}
     attentions = [(name, module) for name, module in _attentions(model) if type(module) in joint]
     for name, module in attentions:
         if "forward" in vars(module):
@@ -100,7 +100,7 @@ def _classes() -> dict[type[nn.Module], type[nn.Module]]:
     return JOINT
 
 
-def _attentions(model) -> list[tuple[str, nn.Module]]:
+def _attentions(model: object) -> list[tuple[str, nn.Module]]:
     """The attention modules that are of timm's classes or of ours, and their names in the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -142,7 +142,7 @@ def _differences(module: nn.Module) -> tuple[torch.dtype, dict[str, float]]:
     """The dtype, and root mean squares of our results less timm's, over those of timm's."""
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(shape, generator=generator, device="cpu")  # noqa: E731
-    twin = _twin(module, random)
+    twin: Any = _twin(module, random)
     first = twin.q_proj if twin.qkv is None else twin.qkv
     device, dtype = first.weight.device, first.weight.dtype
     batch, cells = 2, 6

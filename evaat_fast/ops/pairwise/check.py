@@ -1,6 +1,7 @@
 """What the pairwise losses check of their features and options, and the contexts they compute in."""
 
 import contextlib
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.dispatch import not_built
 from evaat_fast.ops._core.tensor import memory_of
 
+Reduction = Literal["mean", "none"]
+GradMode = Literal["ddp", "sum"]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -5,6 +5,7 @@ loss = ego_nce_loss(video, text, VerbNounPositives(verbs, nouns))
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import memory_of, number
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import FLOATS, check_common, check_features, no_autocast, no_pair
+from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Reduction, check_common, check_features, no_autocast, no_pair
 from evaat_fast.ops.pairwise.positives import Positives, VerbNounPositives, as_positives
 from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference, wide
 
@@ -24,9 +25,9 @@ def clip_loss(
     text: Tensor,
     logit_scale: float | Tensor,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: ½ (CE(logit_scale * t v^T) + CE(logit_scale * v t^T)), every pair its own class.
@@ -59,9 +60,9 @@ def ego_nce_loss(
     positives: Tensor | VerbNounPositives,
     *,
     temperature: float = 0.05,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """EgoVLP's EgoNCE: InfoNCE with several positives, -mean log(sum over positives / sum over all) of both directions, added.
@@ -80,7 +81,7 @@ def ego_nce_loss(
     """
     if not number("temperature", temperature) > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
     return contrast("ego_nce_loss", video, text, 1 / number("temperature", temperature), positives, **options)
 
 
@@ -91,9 +92,9 @@ def contrast(
     scale: float | Tensor,
     positives: Tensor | VerbNounPositives | None,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
     panel_rows: int | None = None,
 ) -> Tensor:

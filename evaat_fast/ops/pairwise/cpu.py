@@ -1,5 +1,7 @@
 """The pairwise losses on CPU: torch multiplies panels of similarities, the C++ kernels read and overwrite them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,8 @@ def _done(status):
 
 
 class _Cpu(Step):
+    part: Tensor
+
     def begin(self, dtype: torch.dtype) -> None:
         """Room for a panel of that dtype."""
         self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, dtype.itemsize))
@@ -61,7 +65,7 @@ class _Cpu(Step):
     def multiply(self, left: Tensor, right: Tensor, first: int, last: int) -> Tensor:
         return torch.mm(left[first:last], right.T, out=self.panel[: last - first])
 
-    def on_panel(self, function, step, s: Tensor, first: int, last: int) -> Tensor:
+    def on_panel(self, function: Any, step: Any, s: Tensor, first: int, last: int) -> Tensor:
         """s, overwritten where the function does so."""
         _done(function(step, s.data_ptr(), first, last - first, self.threads))
         return s
@@ -105,7 +109,8 @@ class Sms(_Cpu):
         yield self.slopes
 
     def slopes(self, first, last):
-        return self.on_panel(_cpu.sms_panel, self.step, self.multiply(*self.factors, first, last), first, last)
+        s = self.multiply(self.factors[0], self.factors[1], first, last)
+        return self.on_panel(_cpu.sms_panel, self.step, s, first, last)
 
     def finish(self):
         N, weight = self.N, self.weight
@@ -183,6 +188,7 @@ def _positives(positives, rows, N):
     dense, verbs, nouns = positives.dense, positives.verbs, positives.nouns
     if dense is None and verbs is None:
         return _cpu.PairPositives(), None
+    kept: tuple
     kept = dense, mask = dense, torch.empty((rows, -(-N // _cpu.MASK_BLOCK) * _cpu.MASK_BLOCK), dtype=torch.uint8)
     if dense is not None:
         (row, column), where = dense.stride(), dense.data_ptr()

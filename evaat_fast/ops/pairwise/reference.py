@@ -1,10 +1,13 @@
 """The specification of the pairwise losses, which builds their [N, N] matrices."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+Rule = Literal["code", "paper", "charades"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def clip_loss_reference(video: Tensor, text: Tensor, logit_scale: float | Tensor
 
 
 def ego_nce_loss_reference(
-    video: Tensor, text: Tensor, positives: Tensor, temperature: float, reduction: str = "mean"
+    video: Tensor, text: Tensor, positives: Tensor, temperature: float | Tensor, reduction: str = "mean"
 ) -> Tensor:
     """positives: bool [N, N], rows = videos; every pair is a positive of its own. Both directions' cross-entropies of the
     cosines over the temperature, added."""

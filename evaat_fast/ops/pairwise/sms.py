@@ -4,6 +4,7 @@ loss = sms_loss(video, text, IndexedRelevancy(table, video_index, caption_index)
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,18 @@ from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import memory_of, number
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import FLOATS, check_common, check_features, kind, no_autocast, no_gradient, no_pair
-from evaat_fast.ops.pairwise.reference import Penalty, penalty, sms_loss_reference, wide
+from evaat_fast.ops.pairwise.check import (
+    FLOATS,
+    GradMode,
+    Reduction,
+    check_common,
+    check_features,
+    kind,
+    no_autocast,
+    no_gradient,
+    no_pair,
+)
+from evaat_fast.ops.pairwise.reference import Penalty, Rule, penalty, sms_loss_reference, wide
 from evaat_fast.ops.pairwise.relevancy import (
     DenseRelevancy,
     IndexedRelevancy,
@@ -47,10 +58,10 @@ def sms_loss(
     margin: float = 0.6,
     relaxation: float = 0.1,
     eps: float | None = None,
-    rule: str = "code",
-    reduction: str = "mean",
+    rule: Rule = "code",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -97,8 +108,8 @@ def sms_loss(
     if relaxation < 0:
         raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
     costs = Penalty(number("margin", margin), relaxation, _EPS[rule] if eps is None else number("eps", eps), rule)
-    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "validate": validate, "backend": backend}
-    return max_margin("sms_loss", video, text, relevancy, self_relevancy, costs, **options)
+    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    return max_margin("sms_loss", video, text, relevancy, self_relevancy, costs, validate=validate, **options)
 
 
 def mi_mm_loss(
@@ -106,9 +117,9 @@ def mi_mm_loss(
     text: Tensor,
     *,
     margin: float = 0.2,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """The max-margin ranking loss of multi-instance retrieval: the sum of relu(margin - x_ii + x_ij) and
@@ -118,7 +129,7 @@ def mi_mm_loss(
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
     return max_margin("mi_mm_loss", video, text, None, None, _first_branch(margin), **options)
 
 
@@ -128,9 +139,9 @@ def adaptive_mi_mm_loss(
     self_relevancy: Tensor,
     *,
     margin: float = 0.4,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """`mi_mm_loss` with a margin of its own for each pair: margin * self_relevancy of the anchor.
@@ -140,7 +151,7 @@ def adaptive_mi_mm_loss(
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    options = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
     if self_relevancy is None:
         raise TypeError("self_relevancy: expected a float tensor [N], got NoneType")
     return max_margin("adaptive_mi_mm_loss", video, text, None, self_relevancy, _first_branch(margin), **options)
@@ -158,9 +169,9 @@ def max_margin(
     self_relevancy: Tensor | None,
     costs: Penalty,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     validate: bool | None = None,
     backend: str | None = None,
     panel_rows: int | None = None,
@@ -175,6 +186,7 @@ def max_margin(
     # mode hides the numbers, in the operator.
     hidden = traced(type(video), type(text))
     checked = bool(validate) or (device.type == "cpu" and not hidden and (validate is None or backend != "reference"))
+    own: Any
     if relevancy is None:
         labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
     elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,10 +67,15 @@ class Step:
     """One step on one backend: what it is given, and room for the gradients. A backend's class has what `panels.run` calls."""
 
     rows: int
-    unit_video: Tensor | None
-    unit_text: Tensor | None
+    # Tensors, or None where the step has no use for them.
+    panel: Any
+    part_col: Any
+    scale: Any
+    weight: Any
+    unit_video: Any
+    unit_text: Any
 
-    def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings):
+    def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any):
         self.video, self.text, self.scale, self.weight = contiguous_rows(video), contiguous_rows(text), scale, weight
         self.settings, self.work = settings, settings.work
         self.N, self.E = video.shape
@@ -112,6 +118,7 @@ def _run(name, inputs, weight, settings):
     video, work = inputs[0], settings.work
     if video.shape[0] < 2:  # no pair: the softmax of one is one, whatever the logit
         return tuple(x.zero_() for x in _outputs(inputs, work))
+    backend: Any
     if work.backend == "triton":
         from evaat_fast.ops.pairwise import triton as backend
     else:
@@ -149,7 +156,7 @@ def contrast_step(video, text, scale, weight, settings):
     return _run("Contrast", (video, text, scale), weight, settings)
 
 
-def _call(step: Operator, inputs, weight, settings):
+def _call(step: Operator, inputs: tuple[Tensor, ...], weight: Tensor | None, settings: Any) -> Any:
     return step.at(traced(*map(type, inputs[:2])))(*inputs, weight, settings)
 
 

@@ -72,7 +72,7 @@ class _Triton(Step):
 class Sms(_Triton):
     @classmethod
     def fitting(cls, shape, dtype, work):
-        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(*shape, dtype))
+        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(shape[0], shape[1], dtype))
         return SmsWithoutPanels if none and any(work.needs()) else cls
 
     def arguments(self) -> None:
@@ -199,8 +199,8 @@ class Contrast(_Triton):
 
     def finish(self):
         share = 1.0 if self.settings.normalise else 0.5
-        gaps = (others - positive for others, positive in (self.row_totals, self.col_totals))
-        entries = share * sum(torch.logaddexp(gap, torch.zeros_like(gap)) for gap in gaps)
+        gaps = torch.stack([others - positive for others, positive in (self.row_totals, self.col_totals)])
+        entries = share * torch.logaddexp(gaps, torch.zeros_like(gaps)).sum(0)
         loss = (entries if self.work.each else entries.sum() / self.N).float()
         share = share if self.weight is not None else share / self.N
         for grad in self.gradients:
