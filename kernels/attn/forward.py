@@ -17,9 +17,16 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 def blocks_of(kind, dtype, D, generation=9):
     """Blocks and launch of a kernel, "forward", "keys", "queries" or "both" (keys, and sums for queries): the largest that
-    leave all registers unspilled. float32 is multiplied in three TF32 products, whose operands take registers too."""
+    leave all registers unspilled. float32 is multiplied in three TF32 products, whose operands take registers too.
+
+    Forward on Hopper with heads of 64: on an H200 64 keys in three stages take 0.212 ms at N 785 and 2.44 ms at N 3137, as
+    cuDNN's without a rotation does; 128 keys in two stages 0.356 and 3.46 ms.
+    """
+    stages = 2
     if dtype == torch.float32:
         rows, columns, warps = 64, 32, 4
+    elif kind == "forward" and D <= 64 and generation == 9:
+        rows, columns, warps, stages = 128, 64, 8, 3
     elif kind == "forward":
         rows, columns, warps = 128, 128 if D <= 64 else 64, 8
     elif kind == "queries":
@@ -28,7 +35,7 @@ def blocks_of(kind, dtype, D, generation=9):
         rows, columns, warps = 32, 64, 8
     else:
         rows, columns, warps = {8: (32, 128, 8), 9: (64, 128, 8)}.get(generation, (64, 64, 8))
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": 2}
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": stages}
 
 
 def padded(D):
