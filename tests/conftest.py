@@ -24,15 +24,16 @@ def spread(cases, n, seed):
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items):
-    """Each tier runs where it can: `interpret` only in its own process, `gpu` only with a device. Of the cases of a test marked
-    `sample(n)` all but n, chosen by its name, are slow; with `sample(n, tier)` of those of that tier. Tests marked
-    `together(name)` follow the first of that name."""
+    """Each tier runs where it can: `interpret` only in its own process, `gpu` only with a device. Of the cases that a tier
+    has of a test marked `sample(n)` all but n, chosen by its name, are slow; with `sample(n, tier)` in that tier alone. Tests
+    marked `together(name)` follow the first of that name."""
     sampled = {}
     for item in items:
         mark = item.get_closest_marker("sample")
         if mark and all(tier in item.keywords for tier in mark.args[1:]):
-            sampled.setdefault(item.nodeid.split("[")[0], []).append(item)
-    for name, cases in sampled.items():
+            name = item.nodeid.split("[")[0]
+            sampled.setdefault((name, *(tier in item.keywords for tier in ("interpret", "gpu"))), []).append(item)
+    for (name, *_), cases in sampled.items():
         for item in set(cases).difference(spread(cases, cases[0].get_closest_marker("sample").args[0], name)):
             item.add_marker(pytest.mark.slow)
     first = {}

@@ -42,6 +42,7 @@ def test_a_compiled_call_follows_the_setting(old_dynamo):
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
+@pytest.mark.sample(2)
 @devices
 @pytest.mark.parametrize("tower", ["visual", "text"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

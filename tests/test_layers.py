@@ -70,7 +70,7 @@ def test_file_lengths():
 @pytest.mark.parametrize(
     "statement,absent",
     [
-        ("import evaat_fast", HEAVY | {"einops"}),
+        pytest.param("import evaat_fast", HEAVY | {"einops"}, marks=pytest.mark.slow),  # the next one does
         ("from evaat_fast import ops", HEAVY | {"einops"}),
         ("import evaat_fast.model, evaat_fast.data, evaat_fast.eval", HEAVY),
         ("import evaat_fast.cli", HEAVY),

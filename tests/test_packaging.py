@@ -38,6 +38,7 @@ def test_sdist_holds_every_source(sdist):
     assert not list(sdist.rglob("*.so"))
 
 
+@pytest.mark.slow  # .ci/run does it
 def test_wheel_contents_without_torch_or_cuda(sdist, tmp_path):
     # A torch that fails to import stands where the build would find it: the build must not ask for torch at all.
     (tmp_path / "torch.py").write_text("raise RuntimeError('the build imported torch')\n")

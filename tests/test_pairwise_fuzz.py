@@ -21,6 +21,7 @@ def test_fuzz_cpu_long(block):
         cases.random_call(seed, "cpu", "cpu", (F32, F64, BF16, F16))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.interpret
 @pytest.mark.parametrize("panels", ["panels", "no panels"])
 def test_fuzz_triton(panels):

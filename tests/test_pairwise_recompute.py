@@ -39,7 +39,7 @@ def test_the_kernel_without_panels_serves_large_batches_of_bfloat16():
         assert (triton.Sms.fitting(shape, dtype, how) is triton.SmsWithoutPanels) == served
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @rules
 @dtypes
 @pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (16, 16), (127, 64), (129, 8)])
@@ -80,6 +80,7 @@ def test_everything_is_exact_on_kinks_and_ties(rule, weighted):
     assert torch.equal(-total.long(), plain)
 
 
+@pytest.mark.sample(1)
 @dtypes
 def test_duplicate_pairs_are_ties(dtype):
     """Noise between the two would be all there is, as no other pair comes near. Each norm is another: so the order of scaling

@@ -42,7 +42,7 @@ def unchecked(video, text, c, indices, rows=None):
     return step.sms_step.body(video, text, None, dataclasses.replace(given, checked=True))
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @rules
 @dtypes
 @pytest.mark.parametrize("N,E", [(2, 1), (3, 200), (31, 63), (128, 64), (129, 8), (260, 96)])
@@ -122,6 +122,7 @@ def duplicates(N, dtype=F32):
     return video, 3 * video, c
 
 
+@pytest.mark.sample(2)
 @dtypes
 def test_duplicate_pairs_are_ties(dtype, panels):
     """Noise between the two would be all there is, as no other pair comes near. Each norm is another: so the order of scaling
@@ -278,7 +279,7 @@ def test_clip_equals_the_reference(N, E, dtype, panels):
     agree(ours[1:3], low[1:3], truth[1:3], dtype)
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(5)
 @dtypes
 @pytest.mark.parametrize("source", ["matrix", "bits", "own"])
 @pytest.mark.parametrize("N,E", [(2, 1), (65, 63), (140, 24)])

@@ -59,11 +59,13 @@ def mypy(*arguments, cwd):
     return run.stdout + run.stderr if run.returncode else ""
 
 
+@pytest.mark.slow
 def test_mypy_passes_over_the_package():
     report = mypy(cwd=ROOT)
     assert not report, report
 
 
+@pytest.mark.slow
 def test_a_user_sees_the_types(tmp_path):
     """Installed as a wheel installs it, since mypy reads the types of a package elsewhere only where py.typed allows it."""
     venv.create(tmp_path / "venv", with_pip=False)
