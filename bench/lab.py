@@ -17,7 +17,7 @@ import pairwise
 import store
 import torch
 from rope3d import angles
-from timing import copy_kernel, quantiles, time_gpu
+from timing import cloned, copy_kernel, quantiles, time_gpu
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
@@ -66,24 +66,30 @@ def close(results, low, truth):
         harness.of_tests("check").close(ours, theirs, exact)
 
 
+def parts(inputs):
+    """q and k [B, H, N, D]: two tensors, or views of the one [B, N, 3, H, D] that the qkv projection leaves."""
+    return (inputs["q"], inputs["k"]) if "q" in inputs else inputs["qkv"].permute(2, 0, 3, 1, 4)[:2].unbind()
+
+
 def rope3d_launch(heads, warps, elements):
-    """elements: of one head in a program."""
+    """elements: of one head in a program. The packed tensor is turned in place, the others are not."""
 
     def make(inputs):
         import triton
         from evaat_fast.kernels.rope3d.rotate import rope3d_kernel
 
-        q, k, table = (inputs[x] for x in ("q", "k", "table"))
+        table, first = inputs["table"], 0 if "q" in inputs else 1
+        q, k = parts(cloned(inputs) if first else inputs)
         B, H, N, D = q.shape
-        outs = torch.empty_like(q), torch.empty_like(k)
+        outs = (q, k) if first else (torch.empty_like(q), torch.empty_like(k))
         rows = max(1, elements // D)
         settings = dict(D=D, INTERLEAVED=True, INVERSE=False, TABLE_PER_HEAD=False, HEADS=heads, BLOCK_N=rows, BLOCK_C=D // 2)
         strides = [s for x in (q, k, *outs) for s in x.stride()[:3]]
-        programs = (B * triton.cdiv(N, rows), 2 * triton.cdiv(H, heads))
+        programs = (B * triton.cdiv(N - first, rows), 2 * triton.cdiv(H, heads))
 
         def step():
             places = (q, k, *outs, table, table.stride(0), 0, table.stride(2))
-            rope3d_kernel[programs](*places, *strides, H, H, N, 1, 0, **settings, num_warps=warps)
+            rope3d_kernel[programs](*places, *strides, H, H, N, 1, first, **settings, num_warps=warps)
             return outs
 
         return step
@@ -92,19 +98,23 @@ def rope3d_launch(heads, warps, elements):
 
 
 def rope3d_cases(device, small):
-    names = ((4, 4, 2048), (2, 4, 2048), (6, 4, 2048), (12, 4, 2048), (4, 8, 4096), (2, 8, 4096), (4, 2, 1024), (6, 4, 1024))
-    variants = {f"{h} heads, {w} warps, {n} elements": rope3d_launch(h, w, n) for h, w, n in (*names, (12, 8, 4096))}
+    names = ((4, 4, 2048), (6, 4, 1024), (12, 4, 1024), (4, 4, 1024), (6, 2, 1024), (6, 2, 512))
+    variants = {f"{h} heads, {w} warps, {n} elements": rope3d_launch(h, w, n) for h, w, n in names}
 
     def yardstick(inputs):
-        outs = [torch.empty_like(inputs[x]) for x in "qk"]
-        return lambda: [copy_kernel(inputs[x], out) for x, out in zip("qk", outs, strict=True)]
+        outs = [torch.empty_like(x) for x in parts(inputs)]
+        return lambda: [copy_kernel(x, out) for x, out in zip(parts(inputs), outs, strict=True)]
 
     for B, H, N, _, grid, (q, k), table in clips([(1, 6, (2, 3, 4))] if small else MODEL, device, 2, small):
         low = ops.rope3d(q[:1], k[:1], grid, backend="reference")
         truth = ops.rope3d(q[:1].double(), k[:1].double(), grid, backend="reference")
         check = lambda outs, low=low, truth=truth: close([x[:1] for x in outs], low, truth)  # noqa: E731
-        inputs, work = {"q": q, "k": k, "table": table}, {"byte": 4 * q.numel() * q.element_size()}
-        yield Case(f"B {B} H {H} N {N}", inputs, variants, check, yardstick, work)
+        work, packed = {"byte": 4 * q.numel() * q.element_size()}, torch.stack([x.transpose(1, 2) for x in (q, k, q)], 2)
+        for what, inputs in (("", {"q": q, "k": k}), (" packed", {"qkv": packed})):
+            yield Case(f"B {B} H {H} N {N}{what}", inputs | {"table": table}, variants, check, yardstick, work)
+
+
+BLOCK = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 
 
 def attention_launch(rows, columns, warps, stages):
@@ -115,7 +125,7 @@ def attention_launch(rows, columns, warps, stages):
         B, H, N, D = q.shape
         out, lse = torch.empty_like(q), torch.empty((B, H, N), dtype=torch.float32, device=q.device)
         options = kernels.launch_options("forward", q, table, True, None)
-        options |= {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": stages}
+        options |= zip(BLOCK, (rows, columns, warps, stages), strict=True)
         strides = [s for x in (q, k, v, out, q) for s in x.stride()[:3]]
         counts = (1, H, N, N, 1, 0, D**-0.5)  # query heads of a key head, heads, queries, keys, prefix, clips, scale
 
@@ -131,27 +141,90 @@ def attention_launch(rows, columns, warps, stages):
     return make
 
 
+def attention(q, k, v, grid):
+    return scaled_dot_product_attention(*ops.rope3d(q, k, grid, backend="reference"), v)
+
+
+def turned_keys(k, grid):
+    """As the kernels take them; those turn their queries alone."""
+    return torch.empty_like(k).copy_(ops.rope3d(k, None, grid, backend="reference"))
+
+
 def attention_cases(device, small):
-    names = (
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-        (128, 64, 8, 3),
-        (128, 64, 4, 2),
-        (64, 128, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 2),
-    )
+    names = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 4))
     variants = {f"{m} x {n}, {w} warps, {s} stages": attention_launch(m, n, w, s) for m, n, w, s in names}
     yardstick = lambda i: lambda: scaled_dot_product_attention(i["q"], i["k"], i["v"])  # noqa: E731
     for B, H, N, D, grid, (q, k, v), table in clips([(1, 2, (2, 8, 9))] if small else MODEL, device, 3, small):
         first = [x[:1] for x in (q, k, v)]  # whose scores in float64 fit
-        low = scaled_dot_product_attention(*ops.rope3d(*first[:2], grid, backend="reference"), first[2])
-        exact = ops.rope3d(*(x.double() for x in first[:2]), grid, backend="reference")
-        truth = scaled_dot_product_attention(*exact, first[2].double())
+        low, truth = attention(*first, grid), attention(*(x.double() for x in first), grid)
         check = lambda outs, low=low, truth=truth: close([outs[0][:1]], [low], [truth])  # noqa: E731
-        turned = torch.empty_like(k).copy_(ops.rope3d(k, None, grid, backend="reference"))  # the kernel turns its queries alone
-        inputs, work = {"q": q, "k": turned, "v": v, "table": table}, {"flop": 4 * B * H * N**2 * D}
-        yield Case(f"B {B} H {H} N {N}", inputs, variants, check, yardstick, work)
+        inputs = {"q": q, "k": turned_keys(k, grid), "v": v, "table": table}
+        yield Case(f"B {B} H {H} N {N}", inputs, variants, check, yardstick, {"flop": 4 * B * H * N**2 * D})
+
+
+def backward_launch(**changed):
+    """The two passes. changed: BLOCK of the kernel named "keys" or "queries"; else as shipped."""
+
+    def make(inputs):
+        from evaat_fast.kernels.attn import backward as kernels
+
+        shared, table = [inputs[x] for x in ("q", "k", "v", "do", "lse", "delta")], inputs["table"]
+        q, lse = shared[0], inputs["lse"]
+        B, H, N, D = q.shape
+        dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+        options = {kind: kernels.launch_options(kind, q, table, True, None) for kind in ("keys", "queries")}
+        for kind, block in changed.items():
+            options[kind] |= zip(BLOCK, block, strict=True)
+
+        def places(*grads):
+            strides = [s for x in (*shared[:4], *grads) for s in x.stride()[:3]]
+            return table, lse, *strides, *lse.stride()[:2], *kernels.table_strides(table), 1, H, N, N, 1, 0, D**-0.5
+
+        def step():
+            keys, queries = options["keys"], options["queries"]
+            kernels.attn_keys_kernel[kernels.programs(N, keys["BLOCK_N"], H, B, None)](
+                *shared, dk, dv, q, *places(dk, dv), ADD=kernels.NOTHING.value, **keys
+            )
+            kernels.attn_queries_kernel[kernels.programs(N, queries["BLOCK_M"], H, B, None)](
+                *shared, dq, *places(dq), **queries
+            )
+            return dq, dk, dv
+
+        return step
+
+    return make
+
+
+def backward_cases(device, small):
+    blocks = {
+        "keys": ((64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3)),
+        "queries": ((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
+    }
+    variants = {"as shipped": backward_launch()}
+    for kind, (m, n, w, s) in ((kind, block) for kind, of in blocks.items() for block in of):
+        variants[f"{kind} {m} x {n}, {w} warps, {s} stages"] = backward_launch(**{kind: (m, n, w, s)})
+
+    def gradients(xs, do, grid):
+        xs = [x.detach().requires_grad_() for x in xs]
+        return torch.autograd.grad(attention(*xs, grid), xs, do)
+
+    def yardstick(inputs):
+        xs = [inputs[x].detach().requires_grad_() for x in "qkv"]
+        out = scaled_dot_product_attention(*xs)
+        return lambda: torch.autograd.grad(out, xs, inputs["do"], retain_graph=True)
+
+    for B, H, N, D, grid, (q, k, v, do), table in clips([(1, 2, (2, 8, 9))] if small else MODEL, device, 4, small):
+        from evaat_fast.kernels.attn.forward import forward
+
+        first = [x[:1] for x in (q, k, v, do)]
+        exact = [x.double() for x in first]
+        low, truth = gradients(first[:3], first[3], grid), gradients(exact[:3], exact[3], grid)
+        check = lambda outs, low=low, truth=truth: close([x[:1] for x in outs], low, truth)  # noqa: E731
+        turned, out, k, lse = torch.empty_like(q), torch.empty_like(q), turned_keys(k, grid), q.new_empty((B, H, N)).float()
+        forward(q, k, v, out, lse, turned, table, 1, True, D**-0.5, None)
+        inputs = {"q": turned, "k": k, "v": v, "do": do, "lse": lse, "table": table}
+        inputs["delta"] = (out.float() * do.float()).sum(-1)
+        yield Case(f"B {B} H {H} N {N}", inputs, variants, check, yardstick, {"flop": 10 * B * H * N**2 * D})
 
 
 def panels_of(rows):
@@ -196,22 +269,32 @@ def panels_cases(device, small):
 
 ENTRIES = {
     "rope3d": Entry(
-        "Which heads, warps and elements of a program bring rope3d nearest to a copy?",
-        "58 and 78 % of a copy at N 785 and 3137, tables made in every graph included; 85 and 90 % are asked",
-        "the fastest at both N, if by more than 3 %",
+        "Do smaller blocks bring rope3d nearer to a copy, of two tensors and of a packed one in place?",
+        "90 and 84 % of a copy as shipped, on an H200 at N 785 and 3137; of 9 blocks only 6 heads, 4 warps and 1,024 elements "
+        "was faster at both, by 1 and 4 %. Packed: 83 and 78 % of a copy in bench/rope3d.py, CUDA C++ 95 and 92 %",
+        "the fastest at both N of both kinds, if by more than 3 %",
         rope3d_cases,
     ),
     "attention": Entry(
-        "Which block of the portable Triton forward pass is fastest?",
-        "0.62 of cuDNN as shipped: 4.5 us + 1.75 us x key blocks for 128 rows; smaller blocks waste less of N 785",
-        "the fastest at N 785 and at N 3137; beyond cuDNN's time `auto` may serve it",
+        "Which block of the portable Triton forward pass is fastest, beside the one shipped for Hopper?",
+        "on an H200 as shipped 0.2125 and 2.444 ms at N 785 and 3137, cuDNN 0.2122 and 2.433; 64 x 64 with 4 warps and 3 "
+        "stages 0.2099 and 2.743. A fourth stage hides more of the loads where shared memory allows it",
+        "the fastest at both N, if by more than 3 %; whether `auto` serves it, bench/attn.py decides, with its backward pass",
         attention_cases,
     ),
     "panels": Entry(
         "How many rows should a panel of SMS and CLIP have?",
-        "20.9 and 17 ms at N 32k with 512 rows; 2,048 save launches and products, and leave L2",
+        "SMS on an H200 at N 32k: 18.45 ms with the 512 rows shipped, 16.59, 15.50 and 15.14 with 1,024, 2,048 and 4,096, at "
+        "2, 4 and 8 times a panel's memory. CLIP failed its check there, which took a truncated sum for an error, and is open",
         "the fastest of both losses, as the panel's bytes in ops/pairwise",
         panels_cases,
+    ),
+    "backward": Entry(
+        "Which blocks of the two Triton backward kernels are fastest?",
+        "with delta and the keys' rotation 0.935 and 9.80 ms on an H200 at N 785 and 3137, rope3d and cuDNN 0.673 and 6.85; "
+        "forward, a third stage and 64 keys of 128 took 40 and 29 % off",
+        "each kernel's fastest at both N, if the sum falls by more than 3 %; then both changes together",
+        backward_cases,
     ),
 }
 

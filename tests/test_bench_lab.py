@@ -31,14 +31,15 @@ def test_panels(lab):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["rope3d", "attention"])
+@pytest.mark.parametrize("name", ["rope3d", "attention", "backward"])
 def test_launches(lab, name):
     """Another block must not change the result, and a wrong result must not pass."""
-    (case,) = lab.ENTRIES[name].cases("cpu", True)
-    for make in case.variants.values():
-        case.check(make(case.inputs)())
-    with pytest.raises(AssertionError):
-        case.check([x + 0.1 for x in make(case.inputs)()])
+    for case in lab.ENTRIES[name].cases("cpu", True):
+        for make in case.variants.values():
+            case.check(make(case.inputs)())
+        case.yardstick(case.inputs)()
+        with pytest.raises(AssertionError):
+            case.check([x + 0.1 for x in make(case.inputs)()])
 
 
 def test_without_a_gpu_it_says_so(lab):
