@@ -35,8 +35,9 @@ class Support:
     note: str = ""
 
 
-_UNMEASURED = "unmeasured: proven in Triton's interpreter and compiled ahead of time, no GPU result committed"
-_BY_NAME = "by name only until a GPU run shows it correct"
+# What one H200 has shown; bench/README.md says it op by op.
+_RIGHT = "right on an H200"
+_RUN_BEFORE = "run on an H200, before the last change of its kernels"
 _ALL = (*FLOATS, "float64")
 
 # Needs of a call of joint_attention.
@@ -45,11 +46,11 @@ LSE, DETERMINISTIC, WIDE_HEADS = "log-sum-exps", "deterministic gradients", "hea
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 _NO_WIDE_HEADS = "its kernels take head dims up to 128"
 
-_LOSS = {"triton": Support(FLOATS, note=_UNMEASURED), "cpu": Support(_ALL), "reference": Support(_ALL)}
+_LOSS = {"triton": Support(FLOATS, note=_RUN_BEFORE), "cpu": Support(_ALL), "reference": Support(_ALL)}
 SUPPORT = {
     "rope3d": {
-        "triton": Support(FLOATS, note=_UNMEASURED),
-        "cuda": Support(FLOATS, note=_BY_NAME),
+        "triton": Support(FLOATS, note=_RIGHT),
+        "cuda": Support(FLOATS, note=f"by name; {_RIGHT}, and faster there than triton"),
         "cpu": Support(FLOATS),
         "reference": Support(_ALL),
     },
@@ -65,7 +66,7 @@ SUPPORT = {
         "triton": Support(
             FLOATS,
             lacks={WIDE_HEADS: _NO_WIDE_HEADS},
-            note="by name, and for log-sum-exps and deterministic gradients; right on an H200, and slower than sdpa",
+            note="by name, and for log-sum-exps and deterministic gradients; right on an H200, its backward slower than sdpa's",
         ),
         "triton_onepass": Support(
             FLOATS,
@@ -76,7 +77,7 @@ SUPPORT = {
     },
     **dict.fromkeys(("sms_loss", "clip_loss", "mi_mm_loss", "adaptive_mi_mm_loss", "ego_nce_loss"), _LOSS),
     "patchify": {
-        "cuda": Support(FLOATS, backward=False, note=_BY_NAME),
+        "cuda": Support(FLOATS, backward=False, note=f"by name; {_RIGHT}, its speed not measured"),
         "cpu": Support(FLOATS, backward=False),
         "reference": Support(FLOATS, backward=False),
     },
