@@ -1,9 +1,11 @@
 """The one loop over panels: some videos times all captions, for every loss on every backend."""
 
+from typing import Any
+
 from torch import Tensor
 
 
-def run(step) -> tuple[Tensor, ...]:
+def run(step: Any) -> tuple[Tensor, ...]:
     """The loss and the gradients of a step (`step.Step`).
 
     Memory is linear in N: a sweep reads one panel of similarities and may turn it into slopes, of which two products make the

@@ -184,7 +184,7 @@ class Labels:
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """[last - first, N] in `dtype`: the labels of videos first .. last - 1. An index out of range reads NaN."""
-        if self.video_index is None:
+        if self.video_index is None or self.caption_index is None:
             return self._decode(self.table[first:last], dtype)
         verb = None if self.verb is None else self.verb[first:last, None] == self.verb
         return self._pick(self.video_index[first:last, None], self.caption_index[None, :], verb, dtype)

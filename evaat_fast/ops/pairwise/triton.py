@@ -5,6 +5,7 @@ that needs neither panel nor unit rows. Nothing waits for the GPU.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class _Triton(Step):
 class Sms(_Triton):
     @classmethod
     def fitting(cls, shape, dtype, work):
-        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(*shape, dtype))
+        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(shape[0], shape[1], dtype))
         return SmsWithoutPanels if none and any(work.needs()) else cls
 
     def arguments(self) -> None:
@@ -94,9 +95,9 @@ class Sms(_Triton):
         self.block = panel.config(self.dtype)["BLOCK"]
         down, across = panel.tiles(self.rows, N, self.block)
         self.sums = torch.zeros((2, N), dtype=torch.int32, device=self.device)
-        self.losses = torch.zeros((2, N) if each else (), dtype=torch.float64, device=self.device)
+        self.losses: Tensor = torch.zeros((2, N) if each else (), dtype=torch.float64, device=self.device)
         self.part = self.empty(across * self.rows if each else down * across)
-        self.part_col = self.empty(down, N) if each else None
+        self.part_col: Any = self.empty(down, N) if each else None
 
     def sweeps(self):
         yield self.slopes
@@ -199,8 +200,8 @@ class Contrast(_Triton):
 
     def finish(self):
         share = 1.0 if self.settings.normalise else 0.5
-        gaps = (others - positive for others, positive in (self.row_totals, self.col_totals))
-        entries = share * sum(torch.logaddexp(gap, torch.zeros_like(gap)) for gap in gaps)
+        gaps = torch.stack([others - positive for others, positive in (self.row_totals, self.col_totals)])
+        entries = share * torch.logaddexp(gaps, torch.zeros_like(gaps)).sum(0)
         loss = (entries if self.work.each else entries.sum() / self.N).float()
         share = share if self.weight is not None else share / self.N
         for grad in self.gradients:
