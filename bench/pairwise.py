@@ -17,8 +17,7 @@ from harness import DTYPES, Benchmark, Unavailable, need, run
 from torch.utils.checkpoint import checkpoint
 
 from evaat_fast import ops
-from evaat_fast.ops.pairwise.contrast import clip_loss_reference, ego_nce_loss_reference
-from evaat_fast.ops.pairwise.sms import penalty, sms_loss_reference
+from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference, penalty, sms_loss_reference
 
 LOSSES = ("sms", "clip", "ego")
 CPU_SHAPES = [{"loss": loss, "N": n, "E": 256} for n in (4096, 256, 1024, 8192) for loss in LOSSES]

@@ -8,6 +8,7 @@ from pairwise_oracle import gradients
 
 from evaat_fast import ops
 from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.check import Options
 from evaat_fast.ops.pairwise.contrast import contrast
 from evaat_fast.ops.pairwise.reference import Penalty
 from evaat_fast.ops.pairwise.relevancy import Labels
@@ -53,21 +54,21 @@ def losses(panel_rows):
     """The public losses, in panels of so many videos; 0: without panels, where a kernel can; None: as the backend chooses."""
 
     def sms_loss(video, text, relevancy, *, self_relevancy=None, reduction="mean", backend=None, **costs):
-        how = {"reduction": reduction, "backend": backend, "panel_rows": panel_rows}
-        return max_margin("sms_loss", video, text, relevancy, self_relevancy, penalty(**costs), **how)
+        how = Options(reduction, backend=backend, panel_rows=panel_rows)
+        return max_margin("sms_loss", video, text, relevancy, self_relevancy, penalty(**costs), how)
 
     def adaptive_mi_mm_loss(video, text, self_relevancy=None, *, margin=0.4, **how):
         costs = penalty(margin, 0.0, -torch.inf)
-        return max_margin("mi_mm_loss", video, text, None, self_relevancy, costs, panel_rows=panel_rows, **how)
+        return max_margin("mi_mm_loss", video, text, None, self_relevancy, costs, Options(panel_rows=panel_rows, **how))
 
     def mi_mm_loss(video, text, *, margin=0.2, **how):
         return adaptive_mi_mm_loss(video, text, margin=margin, **how)
 
     def clip_loss(video, text, logit_scale, **how):
-        return contrast("clip_loss", video, text, logit_scale, None, panel_rows=panel_rows, **how)
+        return contrast("clip_loss", video, text, logit_scale, None, Options(panel_rows=panel_rows, **how))
 
     def ego_nce_loss(video, text, positives, *, temperature=0.05, **how):
-        return contrast("ego_nce_loss", video, text, 1 / temperature, positives, panel_rows=panel_rows, **how)
+        return contrast("ego_nce_loss", video, text, 1 / temperature, positives, Options(panel_rows=panel_rows, **how))
 
     every = (sms_loss, mi_mm_loss, adaptive_mi_mm_loss, clip_loss, ego_nce_loss)
     return SimpleNamespace(**{loss.__name__: loss for loss in every})

@@ -65,33 +65,35 @@ inline void bind_pairwise(py::module_& m) {
   m.attr("SMS_RULES") = py::dict(py::arg("code") = int(kCode), py::arg("paper") = int(kPaper), py::arg("charades") = int(kCharades));
   m.attr("SMS_MODES") = py::dict(py::arg("loss") = int(kLoss), py::arg("slopes") = int(kSlopes), py::arg("each") = int(kEach),
                                  py::arg("weighted") = int(kWeighted));
-  Struct<PairFeatures>(m, "PairFeatures")
-      .with("dtype", &PairFeatures::dtype).with("wide", &PairFeatures::wide).with("N", &PairFeatures::N).with("E", &PairFeatures::E)
-      .with("video", &PairFeatures::video).with("text", &PairFeatures::text).with("video_stride", &PairFeatures::video_stride)
-      .with("text_stride", &PairFeatures::text_stride).with("norm_video", &PairFeatures::norm_video)
-      .with("norm_text", &PairFeatures::norm_text);
-  Struct<PairLabels>(m, "PairLabels")
-      .with("table", &PairLabels::table).with("dtype", &PairLabels::dtype).with("stride_half", &PairLabels::stride_half)
-      .with("stride_row", &PairLabels::stride_row).with("stride_col", &PairLabels::stride_col)
-      .with("video_index", &PairLabels::video_index).with("caption_index", &PairLabels::caption_index).with("verb", &PairLabels::verb)
-      .with("values", &PairLabels::values);
-  Struct<Penalty>(m, "Penalty")
-      .with("margin", &Penalty::margin).with("relaxation", &Penalty::relaxation).with("eps", &Penalty::eps).with("rule", &Penalty::rule);
-  Struct<SmsStep>(m, "SmsStep")
-      .with("wide", &SmsStep::wide).with("dtype", &SmsStep::dtype).with("N", &SmsStep::N).with("row_scale", &SmsStep::row_scale)
-      .with("col_scale", &SmsStep::col_scale).with("diagonal", &SmsStep::diagonal).with("self", &SmsStep::self)
-      .with("labels", &SmsStep::labels).with("penalty", &SmsStep::penalty).with("mode", &SmsStep::mode).with("weight", &SmsStep::weight)
-      .with("row_loss", &SmsStep::row_loss).with("col_loss", &SmsStep::col_loss).with("row_sum", &SmsStep::row_sum)
-      .with("col_sum", &SmsStep::col_sum);
-  Struct<PairPositives>(m, "PairPositives")
-      .with("dense", &PairPositives::dense).with("stride_row", &PairPositives::stride_row)
-      .with("stride_col", &PairPositives::stride_col).with("verbs", &PairPositives::verbs).with("nouns", &PairPositives::nouns)
-      .with("verb_words", &PairPositives::verb_words).with("noun_words", &PairPositives::noun_words)
-      .with("mask", &PairPositives::mask);
-  Struct<ContrastStep>(m, "ContrastStep")
-      .with("wide", &ContrastStep::wide).with("N", &ContrastStep::N).with("scale", &ContrastStep::scale)
-      .with("positives", &ContrastStep::positives).with("weight", &ContrastStep::weight).with("totals", &ContrastStep::totals)
-      .with("row_slope", &ContrastStep::row_slope);
+#define F(field) with(#field, &S::field)
+  {
+    using S = PairFeatures;
+    Struct<S>(m, "PairFeatures").F(dtype).F(wide).F(N).F(E).F(video).F(text).F(video_stride).F(text_stride).F(norm_video)
+        .F(norm_text);
+  }
+  {
+    using S = PairLabels;
+    Struct<S>(m, "PairLabels").F(table).F(dtype).F(stride_half).F(stride_row).F(stride_col).F(video_index).F(caption_index)
+        .F(verb).F(values);
+  }
+  {
+    using S = Penalty;
+    Struct<S>(m, "Penalty").F(margin).F(relaxation).F(eps).F(rule);
+  }
+  {
+    using S = SmsStep;
+    Struct<S>(m, "SmsStep").F(wide).F(dtype).F(N).F(row_scale).F(col_scale).F(diagonal).F(self).F(labels).F(penalty).F(mode)
+        .F(weight).F(row_loss).F(col_loss).F(row_sum).F(col_sum);
+  }
+  {
+    using S = PairPositives;
+    Struct<S>(m, "PairPositives").F(dense).F(stride_row).F(stride_col).F(verbs).F(nouns).F(verb_words).F(noun_words).F(mask);
+  }
+  {
+    using S = ContrastStep;
+    Struct<S>(m, "ContrastStep").F(wide).F(N).F(scale).F(positives).F(weight).F(totals).F(row_slope);
+  }
+#undef F
   m.def("pair_prepare",
         [](const PairFeatures& pairs, Pointer diagonal, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {
           return pair_prepare(pairs, at<void>(diagonal), at<void>(unit_video), at<void>(unit_text), unit_bf16, threads);

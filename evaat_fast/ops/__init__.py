@@ -6,16 +6,10 @@
 
 from evaat_fast.ops.attn.attn import joint_attention, joint_attention_qkv_
 from evaat_fast.ops.attn.flops import register_flop_formulas
-from evaat_fast.ops.pairwise.contrast import VerbNounPositives, clip_loss, ego_nce_loss
-from evaat_fast.ops.pairwise.sms import (
-    DenseRelevancy,
-    IndexedRelevancy,
-    VerbNounRelevancy,
-    adaptive_mi_mm_loss,
-    mi_mm_loss,
-    quantize_relevancy,
-    sms_loss,
-)
+from evaat_fast.ops.pairwise.contrast import clip_loss, ego_nce_loss
+from evaat_fast.ops.pairwise.positives import VerbNounPositives
+from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, VerbNounRelevancy, quantize_relevancy
+from evaat_fast.ops.pairwise.sms import adaptive_mi_mm_loss, mi_mm_loss, sms_loss
 from evaat_fast.ops.patchify.patchify import patchify
 from evaat_fast.ops.rope3d.rope3d import joint_freqs, rope3d, rope3d_, rope3d_qkv_, spatial_freqs, split_freqs
 

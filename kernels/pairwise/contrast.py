@@ -7,7 +7,7 @@ as a panel, which two plain matrix products turn into gradients: 8 N^2 E operati
 No atomics: two runs agree to the last bit.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -19,24 +19,13 @@ from evaat_fast.kernels.pairwise.panel import GROUP, features, place, products, 
 OWN, DENSE, SHARED = 0, 1, 2
 
 
-class Positives(NamedTuple):
-    """bool [N, N] and its strides, or the verb and the noun bits int32 [N, words]; None where there are none."""
-
-    dense: object
-    row: object
-    column: object
-    verbs: object
-    nouns: object
+# bool [N, N] and its strides, or the verb and the noun bits int32 [N, words]; None where there are none.
+Positives = namedtuple("Positives", "dense row column verbs nouns")
 
 
-class Totals(NamedTuple):
-    """float32, of rows and of columns. [2, 2, N]: log-sum-exps of all pairs and of the positive ones, each as two numbers to
-    add, since one float32 of 100 would round a probability by 4e-6. rest [N]: 1 - positives / all, what is left to learn."""
-
-    rows: object
-    columns: object
-    rest_rows: object
-    rest_columns: object
+# float32, of rows and of columns. [2, 2, N]: log-sum-exps of all pairs and of the positive ones, each as two numbers to add,
+# since one float32 of 100 would round a probability by 4e-6. rest [N]: 1 - positives / all, what is left to learn.
+Totals = namedtuple("Totals", "rows columns rest_rows rest_columns")
 
 
 @triton.jit

@@ -4,7 +4,7 @@ A panel is some videos times all N captions. Raw rows are multiplied, and the pr
 them: rounding unit rows to 16 bits would move the cosines themselves.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
@@ -14,15 +14,8 @@ from evaat_fast.kernels.launch import on
 GROUP = 8  # tiles of rows that share a column of tiles in L2
 
 
-class Features(NamedTuple):
-    """Two tensors [N, E] with contiguous rows, their strides and sizes."""
-
-    video: object
-    text: object
-    video_n: object
-    text_n: object
-    N: object
-    E: object
+# Two tensors [N, E] with contiguous rows, their strides and sizes.
+Features = namedtuple("Features", "video text video_n text_n N E")
 
 
 def features(video, text):

@@ -7,7 +7,7 @@ last bit. Products and sums of the epilogue are not fused (enable_fp_fusion=Fals
 side as in the specification.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -17,55 +17,27 @@ from evaat_fast.kernels.pairwise.panel import GROUP, config, features, place, pr
 RULES = {"code": 0, "paper": 1, "charades": 2}
 
 
-class Labels(NamedTuple):
-    """table [V, C], or [2, V, C] for pairs of another verb and of the same; its strides and sizes; the tensors that choose in
-    it, or None."""
-
-    table: object
-    row: object
-    column: object
-    half: object
-    V: object
-    C: object
-    video_index: object
-    caption_index: object
-    verb: object
-    code_values: object
+# table [V, C], or [2, V, C] for pairs of another verb and of the same; its strides and sizes; the tensors that choose in it, or
+# None.
+Labels = namedtuple("Labels", "table row column half V C video_index caption_index verb code_values")
 
 
-class Pairs(NamedTuple):
-    """float32 [N]: of each pair the inverses of its norms, its own cosine, its own relevancy, and what its own loss counts, or
-    None."""
-
-    inv_video: object
-    inv_text: object
-    cosine: object
-    own: object
-    weight: object
+# float32 [N]: of each pair the inverses of its norms, its own cosine, its own relevancy, and what its own loss counts, or None.
+Pairs = namedtuple("Pairs", "inv_video inv_text cosine own weight")
 
 
-class Penalty(NamedTuple):
-    """The numbers of a penalty, those of evaat_fast.ops.pairwise.reference.Penalty by name."""
-
-    margin: object
-    relaxation: object
-    eps: object
+# The numbers of a penalty, those of evaat_fast.ops.pairwise.reference.Penalty by name.
+Penalty = namedtuple("Penalty", "margin relaxation eps")
 
 
 def numbers(penalty):
     return Penalty(*(getattr(penalty, name) for name in Penalty._fields))
 
 
-class Out(NamedTuple):
-    """panel: slopes [last - first, N], or None. row_sum, col_sum: int32 [N], sums of the slopes of the video's and of the
-    caption's side. row_loss: float32 [tiles], and col_loss None; or of each pair: row_loss [across, last - first] and col_loss
-    [down, N], sums of the video's and of the caption's side."""
-
-    panel: object
-    row_sum: object
-    col_sum: object
-    row_loss: object
-    col_loss: object
+# panel: slopes [last - first, N], or None. row_sum, col_sum: int32 [N], sums of the slopes of the video's and of the caption's
+# side. row_loss: float32 [tiles], and col_loss None; or of each pair: row_loss [across, last - first] and col_loss [down, N],
+# sums of the video's and of the caption's side.
+Out = namedtuple("Out", "panel row_sum col_sum row_loss col_loss")
 
 
 @triton.jit

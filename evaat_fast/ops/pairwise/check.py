@@ -1,7 +1,7 @@
 """What the pairwise losses check of their features and options, and the contexts they compute in."""
 
 import contextlib
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,13 +35,24 @@ def _features(op, name, x):
     return x
 
 
-def check_common(op: str, reduction: str, group: object, grad_mode: str) -> None:
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction: expected "mean" or "none", got {reduction!r}')
-    if grad_mode not in ("ddp", "sum"):
-        raise ValueError(f'grad_mode: expected "ddp" or "sum", got {grad_mode!r}')
-    if group is not None:
-        raise not_built(f"{op}(group=...)", "gather the features first, or leave group=None")
+@dataclass(frozen=True)
+class Options:
+    """What every loss takes beside its own arguments. panel_rows: as `step.Work` has it; no public function sets it."""
+
+    reduction: str = "mean"
+    group: object = None
+    grad_mode: str = "ddp"
+    backend: str | None = None
+    validate: bool | None = None
+    panel_rows: int | None = None
+
+    def check(self, op: str) -> None:
+        if self.reduction not in ("mean", "none"):
+            raise ValueError(f'reduction: expected "mean" or "none", got {self.reduction!r}')
+        if self.grad_mode not in ("ddp", "sum"):
+            raise ValueError(f'grad_mode: expected "ddp" or "sum", got {self.grad_mode!r}')
+        if self.group is not None:
+            raise not_built(f"{op}(group=...)", "gather the features first, or leave group=None")
 
 
 def no_gradient(name: str, requires_grad: bool) -> None:

@@ -13,11 +13,9 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import memory_of, number
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Reduction, check_common, check_features, no_autocast, no_pair
+from evaat_fast.ops.pairwise.check import FLOATS, Options, check_features, no_autocast, no_pair
 from evaat_fast.ops.pairwise.positives import Positives, VerbNounPositives, as_positives
 from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference, wide
-
-__all__ = ["VerbNounPositives", "clip_loss", "clip_loss_reference", "ego_nce_loss", "ego_nce_loss_reference"]
 
 
 def clip_loss(
@@ -49,9 +47,7 @@ def clip_loss(
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
-    return contrast(
-        "clip_loss", video, text, logit_scale, None, reduction=reduction, group=group, grad_mode=grad_mode, backend=backend
-    )
+    return contrast("clip_loss", video, text, logit_scale, None, Options(reduction, group, grad_mode, backend))
 
 
 def ego_nce_loss(
@@ -81,8 +77,8 @@ def ego_nce_loss(
     """
     if not number("temperature", temperature) > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
-    return contrast("ego_nce_loss", video, text, 1 / number("temperature", temperature), positives, **options)
+    options = Options(reduction, group, grad_mode, backend)
+    return contrast("ego_nce_loss", video, text, 1 / number("temperature", temperature), positives, options)
 
 
 def contrast(
@@ -91,29 +87,24 @@ def contrast(
     text: Tensor,
     scale: float | Tensor,
     positives: Tensor | VerbNounPositives | None,
-    *,
-    reduction: Reduction = "mean",
-    group: object = None,
-    grad_mode: GradMode = "ddp",
-    backend: str | None = None,
-    panel_rows: int | None = None,
+    options: Options,
 ) -> Tensor:
-    """Checks a call, plans it, and runs it. positives None: InfoNCE. panel_rows: as `step.Work` says."""
+    """Checks a call, plans it, and runs it. positives: of EgoNCE."""
     video, text = check_features(op, video, text)
-    check_common(op, reduction, group, grad_mode)
+    options.check(op)
     N, normalise = video.shape[0], op == "ego_nce_loss"
-    pairs = as_positives(positives, N, video.device) if normalise else Positives()
+    pairs = Positives() if positives is None and not normalise else as_positives(positives, N, video.device)
     multiplier = _check_scale(scale, video.device, wide(video.dtype))
-    backend = dispatch.pick(op, video.device, video.dtype, backend)
+    backend = dispatch.pick(op, video.device, video.dtype, options.backend)
     if backend != "reference":
         settings_of = functools.partial(step.ContrastSettings, pairs, normalise)
-        return step.loss(step.contrast_step, settings_of, (video, text, multiplier), reduction == "none", (backend, panel_rows))
+        return step.loss(step.contrast_step, settings_of, (video, text, multiplier), options, backend)
     if N == 1:
         video, text, multiplier = no_pair(video, text, multiplier)
     with no_autocast(video.device.type):
         if normalise:
-            return ego_nce_loss_reference(video, text, pairs.rows(0, N), 1 / scale, reduction)
-        return clip_loss_reference(video, text, multiplier, reduction)
+            return ego_nce_loss_reference(video, text, pairs.rows(0, N), 1 / scale, options.reduction)
+        return clip_loss_reference(video, text, multiplier, options.reduction)
 
 
 def _check_scale(scale, device, dtype):

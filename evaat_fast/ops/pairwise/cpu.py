@@ -1,5 +1,6 @@
 """The pairwise losses on CPU: torch multiplies panels of similarities, the C++ kernels read and overwrite them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def _done(status):
 
 
 class _Cpu(Step):
-    part: Tensor
+    part: Tensor  # of a product in bfloat16
 
     def begin(self, dtype: torch.dtype) -> None:
         """Room for a panel of that dtype."""
@@ -65,7 +66,7 @@ class _Cpu(Step):
     def multiply(self, left: Tensor, right: Tensor, first: int, last: int) -> Tensor:
         return torch.mm(left[first:last], right.T, out=self.panel[: last - first])
 
-    def on_panel(self, function: Any, step: Any, s: Tensor, first: int, last: int) -> Tensor:
+    def on_panel(self, function: Callable, step: object, s: Tensor, first: int, last: int) -> Tensor:
         """s, overwritten where the function does so."""
         _done(function(step, s.data_ptr(), first, last - first, self.threads))
         return s
@@ -86,7 +87,7 @@ class Sms(_Cpu):
         self.begin(torch.bfloat16 if low else wide)
         # In bfloat16 the raw rows are multiplied and the products scaled: rounding the unit rows costs five times the error.
         self.normalise(video=work.need_text or not low, text=work.need_video or not low)
-        self.factors = (self.video, self.text) if low else (self.unit_video, self.unit_text)
+        self.factors: Any = (self.video, self.text) if low else (self.unit_video, self.unit_text)
         scales = [x.clamp_min(1e-8).reciprocal() for x in self.norms] if low else (None, None)
         if low and self.learns:
             self.part = torch.empty((N if work.need_text else self.rows, self.E), dtype=torch.bfloat16)
@@ -188,11 +189,10 @@ def _positives(positives, rows, N):
     dense, verbs, nouns = positives.dense, positives.verbs, positives.nouns
     if dense is None and verbs is None:
         return _cpu.PairPositives(), None
-    kept: tuple
-    kept = dense, mask = dense, torch.empty((rows, -(-N // _cpu.MASK_BLOCK) * _cpu.MASK_BLOCK), dtype=torch.uint8)
+    mask = torch.empty((rows, -(-N // _cpu.MASK_BLOCK) * _cpu.MASK_BLOCK), dtype=torch.uint8)
     if dense is not None:
         (row, column), where = dense.stride(), dense.data_ptr()
-        return _cpu.PairPositives(dense=where, stride_row=row, stride_col=column, mask=mask.data_ptr()), kept
-    kept = verbs, nouns, mask = verbs.T.contiguous(), nouns.T.contiguous(), mask
-    words = {"verb_words": len(verbs), "noun_words": len(nouns)}
-    return _cpu.PairPositives(verbs=verbs.data_ptr(), nouns=nouns.data_ptr(), mask=mask.data_ptr(), **words), kept
+        return _cpu.PairPositives(dense=where, stride_row=row, stride_col=column, mask=mask.data_ptr()), (dense, mask)
+    verbs, nouns = verbs.T.contiguous(), nouns.T.contiguous()
+    where = {"verbs": verbs.data_ptr(), "nouns": nouns.data_ptr(), "mask": mask.data_ptr()}
+    return _cpu.PairPositives(verb_words=len(verbs), noun_words=len(nouns), **where), (verbs, nouns, mask)

@@ -64,19 +64,17 @@ class Positives:
         if self.dense is not None:
             return self.dense[first:last]
         assert self.verbs is not None and self.nouns is not None
-        shared: Any = True
+        shared = torch.ones((last - first, len(self.verbs)), dtype=torch.bool, device=self.verbs.device)
         for bits in (self.verbs, self.nouns):
-            one = torch.zeros((last - first, len(bits)), dtype=torch.bool, device=bits.device)
-            for word in bits.unbind(1):
-                one |= (word[first:last, None] & word) != 0
-            shared = one & shared
+            shared &= torch.stack([(word[first:last, None] & word) != 0 for word in bits.unbind(1)]).any(0)
         return shared
 
 
 def as_positives(positives: Tensor | VerbNounPositives | None, N: int, device: torch.device) -> Positives:
     """Checks the `positives` argument of a loss."""
     if isinstance(positives, VerbNounPositives):
-        size, on, result = positives.verbs.shape[0], positives.verbs.device, Positives(None, positives.verbs, positives.nouns)
+        result = Positives(None, positives.verbs, positives.nouns)
+        on, size = positives.verbs.device, len(positives.verbs)
         if size != N:
             raise ValueError(f"positives.verbs: expected {N} entries, one for each pair, got {size}")
     elif isinstance(positives, Tensor) and positives.dtype == torch.bool:

@@ -77,7 +77,7 @@ def clip_loss_reference(video: Tensor, text: Tensor, logit_scale: float | Tensor
     dtype = wide(video.dtype)
     logits = logit_scale * (video.to(dtype) @ text.to(dtype).T)
     own = torch.eye(video.shape[0], dtype=torch.bool, device=video.device)
-    return _reduced(sum(cross_entropy(logits, own, dim) for dim in (0, 1)) / 2, reduction)
+    return _reduced((cross_entropy(logits, own, 0) + cross_entropy(logits, own, 1)) / 2, reduction)
 
 
 def ego_nce_loss_reference(
@@ -88,7 +88,7 @@ def ego_nce_loss_reference(
     dtype = wide(video.dtype)
     x = unit_rows(video.to(dtype)) @ unit_rows(text.to(dtype)).T / temperature
     positive = positives | torch.eye(video.shape[0], dtype=torch.bool, device=video.device)
-    return _reduced(sum(cross_entropy(x, positive, dim) for dim in (0, 1)), reduction)
+    return _reduced(cross_entropy(x, positive, 0) + cross_entropy(x, positive, 1), reduction)
 
 
 def cross_entropy(logits: Tensor, positive: Tensor, dim: int) -> Tensor:

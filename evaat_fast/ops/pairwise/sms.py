@@ -13,37 +13,9 @@ from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import memory_of, number
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import (
-    FLOATS,
-    GradMode,
-    Reduction,
-    check_common,
-    check_features,
-    kind,
-    no_autocast,
-    no_gradient,
-    no_pair,
-)
-from evaat_fast.ops.pairwise.reference import Penalty, Rule, penalty, sms_loss_reference, wide
-from evaat_fast.ops.pairwise.relevancy import (
-    DenseRelevancy,
-    IndexedRelevancy,
-    Labels,
-    VerbNounRelevancy,
-    quantize_relevancy,
-)
-
-__all__ = [
-    "DenseRelevancy",
-    "IndexedRelevancy",
-    "VerbNounRelevancy",
-    "adaptive_mi_mm_loss",
-    "mi_mm_loss",
-    "penalty",
-    "quantize_relevancy",
-    "sms_loss",
-    "sms_loss_reference",
-]
+from evaat_fast.ops.pairwise.check import FLOATS, Options, check_features, kind, no_autocast, no_gradient, no_pair
+from evaat_fast.ops.pairwise.reference import Penalty, sms_loss_reference, wide
+from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, Labels, VerbNounRelevancy
 
 Relevancy = Tensor | DenseRelevancy | IndexedRelevancy | VerbNounRelevancy
 _EPS = {"code": 1.1 / 240, "paper": 0.1, "charades": 0.1}
@@ -108,8 +80,8 @@ def sms_loss(
     if relaxation < 0:
         raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
     costs = Penalty(number("margin", margin), relaxation, _EPS[rule] if eps is None else number("eps", eps), rule)
-    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
-    return max_margin("sms_loss", video, text, relevancy, self_relevancy, costs, validate=validate, **options)
+    options = Options(reduction, group, grad_mode, backend, validate)
+    return max_margin("sms_loss", video, text, relevancy, self_relevancy, costs, options)
 
 
 def mi_mm_loss(
@@ -129,8 +101,8 @@ def mi_mm_loss(
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
-    return max_margin("mi_mm_loss", video, text, None, None, _first_branch(margin), **options)
+    options = Options(reduction, group, grad_mode, backend)
+    return max_margin("mi_mm_loss", video, text, None, None, _first_branch(margin), options)
 
 
 def adaptive_mi_mm_loss(
@@ -151,10 +123,10 @@ def adaptive_mi_mm_loss(
 
     Source: EgoVLP (arXiv 2206.01670); EVA02-AT (arXiv 2506.14356), section 3.3.
     """
-    options: dict[str, Any] = {"reduction": reduction, "group": group, "grad_mode": grad_mode, "backend": backend}
+    options = Options(reduction, group, grad_mode, backend)
     if self_relevancy is None:
         raise TypeError("self_relevancy: expected a float tensor [N], got NoneType")
-    return max_margin("adaptive_mi_mm_loss", video, text, None, self_relevancy, _first_branch(margin), **options)
+    return max_margin("adaptive_mi_mm_loss", video, text, None, self_relevancy, _first_branch(margin), options)
 
 
 def _first_branch(margin):
@@ -168,25 +140,19 @@ def max_margin(
     relevancy: Relevancy | None,
     self_relevancy: Tensor | None,
     costs: Penalty,
-    *,
-    reduction: Reduction = "mean",
-    group: object = None,
-    grad_mode: GradMode = "ddp",
-    validate: bool | None = None,
-    backend: str | None = None,
-    panel_rows: int | None = None,
+    options: Options,
 ) -> Tensor:
-    """Checks a call, plans it, and runs it. relevancy None: nothing between pairs, and 1 of each itself. panel_rows: as
-    `step.Work` says."""
+    """Checks a call, plans it, and runs it. relevancy None: nothing between pairs, and 1 of each itself."""
     video, text = check_features(op, video, text)
-    check_common(op, reduction, group, grad_mode)
+    options.check(op)
     N, dtype, device = video.shape[0], wide(video.dtype), video.device
-    backend = dispatch.pick(op, device, video.dtype, backend)
+    backend = dispatch.pick(op, device, video.dtype, options.backend)
     # C++ would read outside of the table, so its indices are checked whatever `validate` says: here, or where a compiler or a
     # mode hides the numbers, in the operator.
     hidden = traced(type(video), type(text))
-    checked = bool(validate) or (device.type == "cpu" and not hidden and (validate is None or backend != "reference"))
-    own: Any
+    as_asked = options.validate is None or backend != "reference"
+    checked = bool(options.validate) or (device.type == "cpu" and not hidden and as_asked)
+    own: Tensor | None
     if relevancy is None:
         labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
     elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
@@ -197,13 +163,14 @@ def max_margin(
         own = labels.table.diagonal()
     if self_relevancy is not None:
         own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
+    assert own is not None
     if backend != "reference":
         settings_of = functools.partial(step.SmsSettings, labels, own, costs, checked)
-        return step.loss(step.sms_step, settings_of, (video, text), reduction == "none", (backend, panel_rows))
+        return step.loss(step.sms_step, settings_of, (video, text), options, backend)
     if N == 1:
         video, text = no_pair(video, text)
     with no_autocast(device.type):
-        return sms_loss_reference(video, text, labels.matrix(dtype), own.to(dtype), **vars(costs), reduction=reduction)
+        return sms_loss_reference(video, text, labels.matrix(dtype), own.to(dtype), **vars(costs), reduction=options.reduction)
 
 
 def _floats(name, x, shape, device, expected):

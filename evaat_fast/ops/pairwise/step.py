@@ -1,6 +1,6 @@
 """A step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from evaat_fast.ops._core.register import Operator, register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows
 from evaat_fast.ops.pairwise import panels
-from evaat_fast.ops.pairwise.check import no_autocast
+from evaat_fast.ops.pairwise.check import Options, no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
@@ -64,19 +64,20 @@ class ContrastSettings:
 
 
 class Step:
-    """One step on one backend: what it is given, and room for the gradients. A backend's class has what `panels.run` calls."""
+    """One step on one backend: what it is given, and room for the gradients.
+
+    A backend's class adds what `panels.run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
+    similarities and return their slopes or None; product(a, b, out, add), out (+)= a @ b; finish(), the loss and all gradients.
+    """
 
     rows: int
-    # Tensors, or None where the step has no use for them.
     panel: Any
-    part_col: Any
-    scale: Any
-    weight: Any
     unit_video: Any
     unit_text: Any
 
     def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any):
-        self.video, self.text, self.scale, self.weight = contiguous_rows(video), contiguous_rows(text), scale, weight
+        self.video, self.text, self.weight = contiguous_rows(video), contiguous_rows(text), weight
+        self.scale: Any = scale
         self.settings, self.work = settings, settings.work
         self.N, self.E = video.shape
         self.dtype, self.wide, self.device = video.dtype, wide(video.dtype), video.device
@@ -89,21 +90,6 @@ class Step:
     def fitting(cls, shape: torch.Size, dtype: torch.dtype, work: Work) -> "type[Step]":
         """The class for features of that shape and dtype."""
         return cls
-
-    def prepare(self) -> None:
-        raise NotImplementedError
-
-    def sweeps(self) -> Iterator:
-        """Functions of (first, last) that read those rows of the similarities and return their slopes, or None."""
-        raise NotImplementedError
-
-    def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-        """out (+)= a @ b."""
-        raise NotImplementedError
-
-    def finish(self) -> tuple[Tensor, ...]:
-        """The loss and all gradients."""
-        raise NotImplementedError
 
 
 def _outputs(inputs, work):
@@ -122,7 +108,7 @@ def _run(name, inputs, weight, settings):
     if work.backend == "triton":
         from evaat_fast.ops.pairwise import triton as backend
     else:
-        from evaat_fast.ops.pairwise import cpu as backend
+        from evaat_fast.ops.pairwise import cpu as backend  # type: ignore[no-redef]
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     with no_autocast(video.device.type):
         fitting = getattr(backend, name).fitting(video.shape, video.dtype, work)
@@ -135,7 +121,7 @@ def _run(name, inputs, weight, settings):
     SmsSettings,
 )
 @torch.no_grad()
-def sms_step(video, text, weight, settings):
+def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSettings) -> tuple:
     """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features.
 
     weight [N]: the gradients are those of the sum of weight * entries, else of the mean.
@@ -151,12 +137,12 @@ def sms_step(video, text, weight, settings):
     ContrastSettings,
 )
 @torch.no_grad()
-def contrast_step(video, text, scale, weight, settings):
+def contrast_step(video: Tensor, text: Tensor, scale: Tensor, weight: Tensor | None, settings: ContrastSettings) -> tuple:
     """As `sms_step`, with the gradient of scale, [] in the dtype of the computation."""
     return _run("Contrast", (video, text, scale), weight, settings)
 
 
-def _call(step: Operator, inputs: tuple[Tensor, ...], weight: Tensor | None, settings: Any) -> Any:
+def _call(step, inputs, weight, settings):
     return step.at(traced(*map(type, inputs[:2])))(*inputs, weight, settings)
 
 
@@ -207,11 +193,12 @@ class Each(torch.autograd.Function):
         return None, None, None, *_given(gradients, [x.dtype for x in inputs], ctx.settings.work)
 
 
-def loss(step: Operator, settings_of: Callable, inputs: tuple[Tensor, ...], each: bool, how: tuple[str, int | None]) -> Tensor:
-    """The loss of a checked call. settings_of: the step's settings for some work; how: that work's backend and panel_rows."""
+def loss(step: Operator, settings_of: Callable, inputs: tuple[Tensor, ...], options: Options, backend: str) -> Tensor:
+    """The loss of a checked call. settings_of: the step's settings for some work."""
     video, text, *scale = inputs
     inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
     needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    each, how = options.reduction == "none", (backend, options.panel_rows)
     if not any(needs):
         return _call(step, inputs, None, settings_of(Work(each, False, False, False, *how)))[0]
     asked = settings_of(Work(False, needs[0], needs[1], needs[-1] and bool(scale), *how))

@@ -5,6 +5,7 @@ that needs neither panel nor unit rows. Nothing waits for the GPU.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,9 +95,9 @@ class Sms(_Triton):
         self.block = panel.config(self.dtype)["BLOCK"]
         down, across = panel.tiles(self.rows, N, self.block)
         self.sums = torch.zeros((2, N), dtype=torch.int32, device=self.device)
-        self.losses = torch.zeros((2, N) if each else (), dtype=torch.float64, device=self.device)
+        self.losses: Tensor = torch.zeros((2, N) if each else (), dtype=torch.float64, device=self.device)
         self.part = self.empty(across * self.rows if each else down * across)
-        self.part_col = self.empty(down, N) if each else None
+        self.part_col: Any = self.empty(down, N) if each else None
 
     def sweeps(self):
         yield self.slopes
