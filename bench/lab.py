@@ -231,17 +231,18 @@ def panels_of(rows):
     """A step in panels of so many rows; None: as shipped."""
 
     def make(inputs):
+        from evaat_fast.ops.pairwise.check import Options
         from evaat_fast.ops.pairwise.contrast import contrast
         from evaat_fast.ops.pairwise.sms import Penalty, max_margin
 
-        video, text, how = inputs["video"], inputs["text"], {"panel_rows": rows}
+        video, text, how = inputs["video"], inputs["text"], Options(panel_rows=rows)
         costs = Penalty(pairwise.MARGIN, pairwise.RELAXATION, pairwise.EPS, "code")
 
         def step():
             if inputs["loss"] == "sms":
-                loss = max_margin("sms_loss", video, text, pairwise.our_labels(inputs), None, costs, **how)
+                loss = max_margin("sms_loss", video, text, pairwise.our_labels(inputs), None, costs, how)
             else:
-                loss = contrast("clip_loss", video, text, pairwise.SCALE, None, **how)
+                loss = contrast("clip_loss", video, text, pairwise.SCALE, None, how)
             return loss.detach(), *torch.autograd.grad(loss, (video, text))
 
         return step

@@ -5,7 +5,6 @@ loss = ego_nce_loss(video, text, VerbNounPositives(verbs, nouns))
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ def clip_loss(
     text: Tensor,
     logit_scale: float | Tensor,
     *,
-    reduction: Reduction = "mean",
+    reduction: str = "mean",
     group: object = None,
-    grad_mode: GradMode = "ddp",
+    grad_mode: str = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: ½ (CE(logit_scale * t v^T) + CE(logit_scale * v t^T)), every pair its own class.
@@ -56,9 +55,9 @@ def ego_nce_loss(
     positives: Tensor | VerbNounPositives,
     *,
     temperature: float = 0.05,
-    reduction: Reduction = "mean",
+    reduction: str = "mean",
     group: object = None,
-    grad_mode: GradMode = "ddp",
+    grad_mode: str = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """EgoVLP's EgoNCE: InfoNCE with several positives, -mean log(sum over positives / sum over all) of both directions, added.

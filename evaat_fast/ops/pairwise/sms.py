@@ -4,7 +4,6 @@ loss = sms_loss(video, text, IndexedRelevancy(table, video_index, caption_index)
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +29,10 @@ def sms_loss(
     margin: float = 0.6,
     relaxation: float = 0.1,
     eps: float | None = None,
-    rule: Rule = "code",
-    reduction: Reduction = "mean",
+    rule: str = "code",
+    reduction: str = "mean",
     group: object = None,
-    grad_mode: GradMode = "ddp",
+    grad_mode: str = "ddp",
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -89,9 +88,9 @@ def mi_mm_loss(
     text: Tensor,
     *,
     margin: float = 0.2,
-    reduction: Reduction = "mean",
+    reduction: str = "mean",
     group: object = None,
-    grad_mode: GradMode = "ddp",
+    grad_mode: str = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """The max-margin ranking loss of multi-instance retrieval: the sum of relu(margin - x_ii + x_ij) and
@@ -111,9 +110,9 @@ def adaptive_mi_mm_loss(
     self_relevancy: Tensor,
     *,
     margin: float = 0.4,
-    reduction: Reduction = "mean",
+    reduction: str = "mean",
     group: object = None,
-    grad_mode: GradMode = "ddp",
+    grad_mode: str = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """`mi_mm_loss` with a margin of its own for each pair: margin * self_relevancy of the anchor.
