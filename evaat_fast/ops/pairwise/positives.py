@@ -1,7 +1,6 @@
 """Which pairs of a batch count as positive for EgoNCE: a matrix, or what the captions speak of."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
