@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,9 +38,9 @@ def _features(op, name, x):
 class Options:
     """What every loss takes beside its own arguments. panel_rows: as `step.Work` has it; no public function sets it."""
 
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     group: object = None
-    grad_mode: str = "ddp"
+    grad_mode: GradMode = "ddp"
     backend: str | None = None
     validate: bool | None = None
     panel_rows: int | None = None

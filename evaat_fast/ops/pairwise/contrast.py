@@ -12,7 +12,7 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import memory_of, number
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import FLOATS, Options, check_features, no_autocast, no_pair
+from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction, check_features, no_autocast, no_pair
 from evaat_fast.ops.pairwise.positives import Positives, VerbNounPositives, as_positives
 from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference, wide
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import memory_of, number
-from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import FLOATS, Options, check_features, kind, no_autocast, no_gradient, no_pair
-from evaat_fast.ops.pairwise.reference import Penalty, sms_loss_reference, wide
+from evaat_fast.ops.pairwise import check, step
+from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction, kind
+from evaat_fast.ops.pairwise.reference import Penalty, Rule, sms_loss_reference, wide
 from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, Labels, VerbNounRelevancy
 
 Relevancy = Tensor | DenseRelevancy | IndexedRelevancy | VerbNounRelevancy
@@ -142,7 +142,7 @@ def max_margin(
     options: Options,
 ) -> Tensor:
     """Checks a call, plans it, and runs it. relevancy None: nothing between pairs, and 1 of each itself."""
-    video, text = check_features(op, video, text)
+    video, text = check.check_features(op, video, text)
     options.check(op)
     N, dtype, device = video.shape[0], wide(video.dtype), video.device
     backend = dispatch.pick(op, device, video.dtype, options.backend)
@@ -167,8 +167,8 @@ def max_margin(
         settings_of = functools.partial(step.SmsSettings, labels, own, costs, checked)
         return step.loss(step.sms_step, settings_of, (video, text), options, backend)
     if N == 1:
-        video, text = no_pair(video, text)
-    with no_autocast(device.type):
+        video, text = check.no_pair(video, text)
+    with check.no_autocast(device.type):
         return sms_loss_reference(video, text, labels.matrix(dtype), own.to(dtype), **vars(costs), reduction=options.reduction)
 
 
@@ -181,5 +181,5 @@ def _floats(name, x, shape, device, expected):
         raise ValueError(f"{name}: expected the shape {expected if x.ndim != len(shape) else list(shape)}, got {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name}: expected the features' device {device}, got {x.device}")
-    no_gradient(name, x.requires_grad)
+    check.no_gradient(name, x.requires_grad)
     return x

@@ -107,7 +107,7 @@ def _run(name, inputs, weight, settings):
     if work.backend == "triton":
         from evaat_fast.ops.pairwise import triton as backend
     else:
-        from evaat_fast.ops.pairwise import cpu as backend  # type: ignore[no-redef]
+        from evaat_fast.ops.pairwise import cpu as backend
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     with no_autocast(video.device.type):
         fitting = getattr(backend, name).fitting(video.shape, video.dtype, work)
