@@ -11,6 +11,8 @@ from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.dispatch import not_built
 from evaat_fast.ops._core.tensor import memory_of
 
+Reduction = Literal["mean", "none"]
+GradMode = Literal["ddp", "sum"]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -22,9 +22,9 @@ def clip_loss(
     text: Tensor,
     logit_scale: float | Tensor,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: ½ (CE(logit_scale * t v^T) + CE(logit_scale * v t^T)), every pair its own class.
@@ -55,9 +55,9 @@ def ego_nce_loss(
     positives: Tensor | VerbNounPositives,
     *,
     temperature: float = 0.05,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """EgoVLP's EgoNCE: InfoNCE with several positives, -mean log(sum over positives / sum over all) of both directions, added.

@@ -1,10 +1,13 @@
 """The specification of the pairwise losses, which builds their [N, N] matrices."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+Rule = Literal["code", "paper", "charades"]
 
 
 @dataclass(frozen=True)

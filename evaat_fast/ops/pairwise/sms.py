@@ -29,10 +29,10 @@ def sms_loss(
     margin: float = 0.6,
     relaxation: float = 0.1,
     eps: float | None = None,
-    rule: str = "code",
-    reduction: str = "mean",
+    rule: Rule = "code",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -88,9 +88,9 @@ def mi_mm_loss(
     text: Tensor,
     *,
     margin: float = 0.2,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """The max-margin ranking loss of multi-instance retrieval: the sum of relu(margin - x_ii + x_ij) and
@@ -110,9 +110,9 @@ def adaptive_mi_mm_loss(
     self_relevancy: Tensor,
     *,
     margin: float = 0.4,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     group: object = None,
-    grad_mode: str = "ddp",
+    grad_mode: GradMode = "ddp",
     backend: str | None = None,
 ) -> Tensor:
     """`mi_mm_loss` with a margin of its own for each pair: margin * self_relevancy of the anchor.

@@ -104,6 +104,7 @@ def _run(name, inputs, weight, settings):
     video, work = inputs[0], settings.work
     if video.shape[0] < 2:  # no pair: the softmax of one is one, whatever the logit
         return tuple(x.zero_() for x in _outputs(inputs, work))
+    backend: Any
     if work.backend == "triton":
         from evaat_fast.ops.pairwise import triton as backend
     else:
