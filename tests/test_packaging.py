@@ -48,8 +48,8 @@ def test_wheel_contents_without_torch_or_cuda(sdist, tmp_path):
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(n.startswith("evaat_fast/_cpu.") for n in names)
-    assert not any(n.startswith("evaat_fast/_cuda.") for n in names)
+    assert any(n.startswith("evaat_fast/_cpu.") and not n.endswith(".pyi") for n in names)
+    assert not any(n.startswith("evaat_fast/_cuda.") and not n.endswith(".pyi") for n in names)
     assert "evaat_fast/kernels/__init__.py" in names
     assert {"evaat_fast/py.typed", "evaat_fast/_cpu.pyi", "evaat_fast/_cuda.pyi"} <= set(names)
     assert any(n.endswith("bpe_simple_vocab_16e6.txt.gz") for n in names)
