@@ -1,5 +1,6 @@
 """The pairwise losses on CPU: torch multiplies panels of similarities, the C++ kernels read and overwrite them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,11 +98,10 @@ class Sms(_Cpu):
         self.col_loss = torch.zeros((self.threads, N) if work.each else 0, dtype=torch.float64)
         self.col_sum = torch.zeros((self.threads, N), dtype=torch.int32)
         self.kept = own, scales, labels = own, scales, _labels(self.settings.labels, wide)  # as long as their pointers
-        penalty = self.settings.penalty
         self.step = _cpu.SmsStep(
             wide=_CODES[wide], dtype=_CODES[self.panel.dtype], N=N, row_scale=pointer(scales[0]), col_scale=pointer(scales[1]),
             diagonal=self.diagonal.data_ptr(), self=own.data_ptr(), labels=labels[0], mode=_cpu.SMS_MODES[mode],
-            penalty=_cpu.Penalty(**vars(penalty) | {"rule": _cpu.SMS_RULES[penalty.rule]}), weight=pointer(self.weight),
+            penalty=_penalty(self.settings.penalty), weight=pointer(self.weight),
             row_loss=self.row_loss.data_ptr(), col_loss=self.col_loss.data_ptr(),
             row_sum=self.row_sum.data_ptr(), col_sum=self.col_sum.data_ptr(),
         )  # fmt: skip
@@ -122,6 +122,12 @@ class Sms(_Cpu):
         if self.work.each:
             return ((self.row_loss + self.col_loss.sum(0)) / (2 * (N - 1))).to(self.wide), *self.gradients
         return (self.row_loss.sum() / (2 * N * (N - 1))).to(self.wide), *self.gradients
+
+
+@functools.lru_cache(maxsize=64)
+def _penalty(costs):
+    """A penalty as the kernel takes it. Kept: a training run has one, and to make it is 2 us of a call."""
+    return _cpu.Penalty(**vars(costs) | {"rule": _cpu.SMS_RULES[costs.rule]})
 
 
 def _labels(labels, wide):
