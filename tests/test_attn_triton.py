@@ -176,6 +176,16 @@ def test_log_sum_exps_and_their_gradient():
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
+def test_empty_batch_has_log_sum_exps():
+    q, k, v = (x[:0] for x in tensors(dtype=F32))
+    out, lse = ops.joint_attention(q, k, v, grid=(2, 3, 4), return_lse=True, backend="triton")
+    assert out.shape == (0, 3, 25, 32) and lse.shape == (0, 3, 25)
+    packed = (torch.randn(0, 2, 16) for _ in range(3))
+    none = torch.zeros(1, dtype=torch.int32)
+    out, lse = ops.joint_attention(*packed, cu_seqlens=none, max_seqlen=0, return_lse=True, backend="triton")
+    assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
+
+
 def test_one_sided_gradients_and_inference():
     q, k, v = (x.detach() for x in tensors(n=25, dtype=F32))
     every = results(

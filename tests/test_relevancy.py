@@ -252,6 +252,7 @@ BAD = [
     (lambda: sms(text=torch.randn(4, 4)), ValueError, r"text: expected video's shape \[3, 4\], got \[4, 4\]"),
     (lambda: sms(text=torch.randn(3, 4).half()), TypeError, "text: expected video's dtype torch.float32, got torch.float16"),
     (lambda: sms(text=META), ValueError, "text: expected video's device cpu, got meta"),
+    (lambda: sms(relevancy=None), TypeError, r"relevancy: expected a float tensor .*DenseRelevancy, got NoneType"),
     (lambda: sms(relevancy=[[1.0]]), TypeError, r"relevancy: expected a float tensor \[3, 3\], Indexed.*, got list"),
     (lambda: sms(relevancy=torch.ones(3, 3).long()), TypeError, "relevancy: expected a float tensor .*, got torch.int64"),
     (lambda: sms(relevancy=torch.ones(3)), ValueError, r"relevancy: expected the shape \[3, 3\].*, got \[3\]"),

@@ -223,7 +223,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bo
     if on_triton:
         out, lse = attend(q, k, v, call)
         return (out, lse) if return_lse else out
-    if call.backend == "reference":
+    if call.backend == "reference" or return_lse:  # Triton of empty tensors
         core = lambda q, k, v: attention_reference(q, k, v, call.scale, True)  # noqa: E731
         out, lse = core(q, k, v) if call.cu_seqlens is None else each_clip(core, q, k, v, call.cu_seqlens)
     elif call.cu_seqlens is not None:

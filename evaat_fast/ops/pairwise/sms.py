@@ -17,6 +17,7 @@ from evaat_fast.ops.pairwise.reference import Penalty, Rule, sms_loss_reference,
 from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, Labels, VerbNounRelevancy
 
 Relevancy = Tensor | DenseRelevancy | IndexedRelevancy | VerbNounRelevancy
+_SOURCES = "[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy"
 _EPS = {"code": 1.1 / 240, "paper": 0.1, "charades": 0.1}
 
 
@@ -80,6 +81,8 @@ def sms_loss(
         raise ValueError(f"relaxation: expected a float >= 0, got {relaxation}")
     costs = Penalty(number("margin", margin), relaxation, _EPS[rule] if eps is None else number("eps", eps), rule)
     options = Options(reduction, group, grad_mode, backend, validate)
+    if relevancy is None:
+        raise TypeError(f"relevancy: expected a float tensor {_SOURCES.format(N='N')}, got NoneType")
     return max_margin("sms_loss", video, text, relevancy, self_relevancy, costs, options)
 
 
@@ -157,8 +160,7 @@ def max_margin(
     elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
         labels, own = relevancy.labels(N, device, checked, dtype if self_relevancy is None else None)
     else:
-        sources = f"[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy"
-        labels = Labels(_floats("relevancy", relevancy, (N, N), device, sources))
+        labels = Labels(_floats("relevancy", relevancy, (N, N), device, _SOURCES.format(N=N)))
         own = labels.table.diagonal()
     if self_relevancy is not None:
         own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
