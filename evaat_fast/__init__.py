@@ -3,17 +3,18 @@
 `evaat_fast.ops` needs only torch; everything else is imported when it is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from evaat_fast import _lazy
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "create_model": "evaat_fast.model",
-    "create_model_and_transforms": "evaat_fast.factory",
-    "list_models": "evaat_fast.model",
-    "list_pretrained": "evaat_fast.model",
-    "get_tokenizer": "evaat_fast.model",
+    "create_model": "model",
+    "create_model_and_transforms": "factory",
+    "list_models": "model",
+    "list_pretrained": "model",
+    "get_tokenizer": "model",
 }
 _SUBMODULES = ("ops", "losses", "integrations", "model", "data", "eval", "factory", "train", "cli", "doctor", "kernels")
 
@@ -38,14 +39,4 @@ if TYPE_CHECKING:  # the same names for type checkers, which would take every na
     from evaat_fast.model import list_models as list_models
     from evaat_fast.model import list_pretrained as list_pretrained
 else:
-
-    def __getattr__(name: str) -> Any:
-        if name in _LAZY:
-            return getattr(importlib.import_module(_LAZY[name]), name)
-        if name in _SUBMODULES:
-            return importlib.import_module(f"evaat_fast.{name}")
-        raise AttributeError(f"module 'evaat_fast' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    __getattr__, __dir__ = _lazy.attach(__name__, _LAZY, _SUBMODULES)

@@ -7,7 +7,7 @@ theirs is NaN; the loss has the features' precision, float32 or float64, also wh
 supported.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -116,8 +116,8 @@ def _accuracy(images, texts, logit_scale, first):
 
 
 class _MaxMargin(_Gathers):
-    def __init__(self, margin: float, fix_norm: bool, **gathering: Any):
-        super().__init__(**gathering)
+    def __init__(self, margin: float, fix_norm: bool, gather_with_grad: bool, rank: int, world_size: int, use_horovod: bool):
+        super().__init__(False, gather_with_grad, rank, world_size, use_horovod)
         self.margin, self.fix_norm = margin, fix_norm
 
     def result(self, loss: Tensor, own: Tensor) -> dict[str, Tensor]:
@@ -153,10 +153,7 @@ class MaxMarginRankingLoss(_MaxMargin):
         world_size: int = 1,
         use_horovod: bool = False,
     ):
-        gathering: dict[str, Any] = dict(
-            gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod
-        )
-        super().__init__(margin, fix_norm, **gathering)
+        super().__init__(margin, fix_norm, gather_with_grad, rank, world_size, use_horovod)
 
     def forward(self, image_features: Tensor, text_features: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         images, texts = self.gather(image_features), self.gather(text_features)
@@ -191,10 +188,7 @@ class AdaptiveMaxMarginRankingLoss(_MaxMargin):
         world_size: int = 1,
         use_horovod: bool = False,
     ):
-        gathering: dict[str, Any] = dict(
-            gather_with_grad=gather_with_grad, rank=rank, world_size=world_size, use_horovod=use_horovod
-        )
-        super().__init__(margin, fix_norm, **gathering)
+        super().__init__(margin, fix_norm, gather_with_grad, rank, world_size, use_horovod)
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, weight: Tensor | None = None, **ignored: object

@@ -1,6 +1,7 @@
 """Imports run one way, and importing stays light: read from the source, then measured in a fresh process."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -108,6 +109,14 @@ for name in {sorted(names)} + ["evaat_fast.kernels"]:
 """
     run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == "", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", ["evaat_fast", "evaat_fast.data", "evaat_fast.integrations", "evaat_fast.train"])
+def test_lazy_packages_list_their_names_and_name_what_is_missing(name):
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package)) and "__doc__" in dir(package)
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
 
 
 def test_kernels_folder_is_not_importable_by_its_bare_name():

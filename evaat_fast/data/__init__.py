@@ -4,8 +4,9 @@ corpus = kitchen.generate("toy-kitchen")
 train = EK100(corpus.annotations, corpus.videos, "train", num_frames=8, transform=train_transform(64))
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from evaat_fast import _lazy
 
 _LAZY = {"EK100": "ek100", "train_transform": "transforms", "eval_transform": "transforms", "read_clip": "video"}
 _SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "transforms", "video")
@@ -26,14 +27,4 @@ if TYPE_CHECKING:
     from evaat_fast.data.transforms import train_transform as train_transform
     from evaat_fast.data.video import read_clip as read_clip
 else:
-
-    def __getattr__(name: str) -> Any:
-        if name in _LAZY:
-            return getattr(importlib.import_module(f"evaat_fast.data.{_LAZY[name]}"), name)
-        if name in _SUBMODULES:
-            return importlib.import_module(f"evaat_fast.data.{name}")
-        raise AttributeError(f"module 'evaat_fast.data' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    __getattr__, __dir__ = _lazy.attach(__name__, _LAZY, _SUBMODULES)

@@ -5,13 +5,15 @@ timm.accelerate(model)
 transformers.register()
 """
 
-import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+from evaat_fast import _lazy
 
 __all__ = ["timm", "transformers"]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in __all__:
-        return importlib.import_module(f"evaat_fast.integrations.{name}")
-    raise AttributeError(f"module 'evaat_fast.integrations' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from evaat_fast.integrations import timm as timm
+    from evaat_fast.integrations import transformers as transformers
+else:
+    __getattr__, __dir__ = _lazy.attach(__name__, {}, __all__)

@@ -6,8 +6,9 @@
 The commands `evaat-fast train`, `eval` and `demo` are thin wrappers of `train`, `evaluation.evaluate` and `demo.run`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from evaat_fast import _lazy
 
 _LAZY = {"Config": "config", "ConfigError": "config", "load": "config", "train": "trainer", "Diverged": "trainer"}
 _SUBMODULES = (
@@ -45,14 +46,4 @@ if TYPE_CHECKING:
     from evaat_fast.train.trainer import Diverged as Diverged
     from evaat_fast.train.trainer import train as train
 else:
-
-    def __getattr__(name: str) -> Any:
-        if name in _LAZY:
-            return getattr(importlib.import_module(f"evaat_fast.train.{_LAZY[name]}"), name)
-        if name in _SUBMODULES:
-            return importlib.import_module(f"evaat_fast.train.{name}")
-        raise AttributeError(f"module 'evaat_fast.train' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    __getattr__, __dir__ = _lazy.attach(__name__, _LAZY, _SUBMODULES)
