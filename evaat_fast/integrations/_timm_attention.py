@@ -12,6 +12,7 @@ from timm.models.eva import EvaAttention
 from torch.nn import functional as F
 
 from evaat_fast.ops.attn.attn import attention_by_table
+from evaat_fast.ops.attn.layout import gradient_like
 from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 
 __all__ = ["JointAttentionRope", "JointEvaAttention", "rotary_attention"]
@@ -109,7 +110,8 @@ def _attend(q, k, v, rope, attn_mask, prefix_tokens, interleaved, dropout, is_ca
         return attention_by_table(q, k, v, table, prefix_tokens, interleaved)
     if table is not None:
         q, k = (rotate_by_table(x, table, prefix_tokens, interleaved).to(v.dtype) for x in (q, k))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    groups = q.shape[1] != k.shape[1]
+    return gradient_like(F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal, enable_gqa=groups))
 
 
 def _table(rope, heads, key_heads, interleaved):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.ops.attn.layout import gradient_like
 
 
 class Attention(nn.Module):
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = gradient_like(F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 

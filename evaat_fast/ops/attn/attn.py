@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.tensor import memory_of, packed_base
 from evaat_fast.ops.attn.clips import each_clip, sdpa_of_clips
+from evaat_fast.ops.attn.layout import gradient_like
 from evaat_fast.ops.attn.plan import TRITON, AttentionPlan, plan
 from evaat_fast.ops.attn.reference import attention_reference
 from evaat_fast.ops.attn.triton import attend, attend_packed
@@ -230,6 +231,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bo
         out = sdpa_of_clips(q, k, v, call.cu_seqlens, call.max_seqlen, call.scale)
     else:
         out = scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=bool(q.shape[1] != k.shape[1]))
+        out = gradient_like(out)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # free where the kernel already writes [B, N, H, D]
     return (out, lse) if return_lse else out
 

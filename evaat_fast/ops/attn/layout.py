@@ -1,0 +1,34 @@
+"""What keeps the gradients of torch's scaled_dot_product_attention right on CUDA.
+
+The cuDNN backward of torch 2.11 keeps a graph for the shapes and strides of q, k and v, with the strides of the first dO that
+came with them built in. A dO with others is read as if it had those: the gradients are wrong by more than their size, and nothing
+says so (an H200, cuDNN 9.19; later versions of torch copy such a dO). A model never meets it, as its dO always lies the same;
+a compiled step beside an eager one does.
+"""
+
+import torch
+from torch import Tensor
+
+
+class _LikeOut(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out):
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.strides = inputs[0].stride()
+
+    @staticmethod
+    def backward(ctx, dO):
+        aligned = torch.compiler.is_compiling() or dO.data_ptr() % 16 == 0
+        if dO.stride() == ctx.strides and aligned:
+            return dO
+        return dO.new_empty_strided(dO.shape, ctx.strides).copy_(dO)
+
+
+def gradient_like(out: Tensor) -> Tensor:
+    """What torch's attention returned, whose gradient on CUDA will reach it with out's own strides."""
+    return _LikeOut.apply(out) if out.is_cuda and out.requires_grad else out
