@@ -31,7 +31,7 @@ def test_panels(lab):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["rope3d", "attention", "backward"])
+@pytest.mark.parametrize("name", ["rope3d", "attention", "backward", "norm"])
 def test_launches(lab, name):
     """Another block must not change the result, and a wrong result must not pass."""
     for case in lab.ENTRIES[name].cases("cpu", True):

@@ -6,6 +6,7 @@
 
 from evaat_fast.ops.attn.attn import joint_attention, joint_attention_qkv_
 from evaat_fast.ops.attn.flops import register_flop_formulas
+from evaat_fast.ops.norm.norm import add_norm, swiglu_norm
 from evaat_fast.ops.pairwise.contrast import clip_loss, ego_nce_loss
 from evaat_fast.ops.pairwise.positives import VerbNounPositives
 from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, VerbNounRelevancy, quantize_relevancy
@@ -19,6 +20,7 @@ __all__ = [
     "VerbNounPositives",
     "VerbNounRelevancy",
     "adaptive_mi_mm_loss",
+    "add_norm",
     "clip_loss",
     "ego_nce_loss",
     "joint_attention",
@@ -34,4 +36,5 @@ __all__ = [
     "sms_loss",
     "spatial_freqs",
     "split_freqs",
+    "swiglu_norm",
 ]

@@ -46,6 +46,20 @@ LSE, DETERMINISTIC, WIDE_HEADS = "log-sum-exps", "deterministic gradients", "hea
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 _NO_WIDE_HEADS = "its kernels take head dims up to 128"
 
+# Needs of a call of the norms.
+TRACED, WIDE_ROWS = "a call that is traced", "rows over 16,384"
+_NORM = {
+    "triton": Support(
+        FLOATS,
+        lacks={
+            TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse",
+            WIDE_ROWS: "its kernels take rows of up to 16,384",
+        },
+        note="not run on a GPU yet",
+    ),
+    "reference": Support(_ALL),
+}
+
 _LOSS = {"triton": Support(FLOATS, note=_RUN_BEFORE), "cpu": Support(_ALL), "reference": Support(_ALL)}
 SUPPORT = {
     "rope3d": {
@@ -76,6 +90,7 @@ SUPPORT = {
         "reference": Support(_ALL),
     },
     **dict.fromkeys(("sms_loss", "clip_loss", "mi_mm_loss", "adaptive_mi_mm_loss", "ego_nce_loss"), _LOSS),
+    **dict.fromkeys(("add_norm", "swiglu_norm"), _NORM),
     "patchify": {
         "cuda": Support(FLOATS, backward=False, note=f"by name; {_RIGHT}, its speed not measured"),
         "cpu": Support(FLOATS, backward=False),
@@ -93,6 +108,8 @@ AUTO = {
     ("joint_attention", True): ("sdpa", "triton", "reference"),
     **{(op, False): _LOSS_CPU for op in SUPPORT if op.endswith("_loss")},
     **{(op, True): _LOSS_CUDA for op in SUPPORT if op.endswith("_loss")},
+    **{(op, False): ("reference",) for op in ("add_norm", "swiglu_norm")},
+    **{(op, True): ("triton", "reference") for op in ("add_norm", "swiglu_norm")},
     ("patchify", False): ("cpu", "reference"),
     ("patchify", True): ("reference",),
 }

@@ -7,7 +7,12 @@ from torch.autograd import forward_ad
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DISABLED = Tensor.__torch_dispatch__
 # A private name, hence the getattr: without it such a tensor fails further down, with a less clear error.
-_is_transformed = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
+_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether x is inside torch.func's transforms or has a forward-mode tangent, which only torch's own operators know."""
+    return _wrapped(x) or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
 
 
 def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
@@ -21,7 +26,7 @@ def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
         if x.layout is not torch.strided or x.is_nested or x.is_mkldnn:
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
-        if _is_transformed(x):
+        if _wrapped(x):
             raise NotImplementedError(
                 f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd"
             )

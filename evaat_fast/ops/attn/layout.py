@@ -1,9 +1,9 @@
 """What keeps the gradients of torch's scaled_dot_product_attention right on CUDA.
 
 The cuDNN backward of torch 2.11 keeps a graph for the shapes and strides of q, k and v, with the strides of the first dO that
-came with them built in. A dO with others is read as if it had those: the gradients are wrong by more than their size, and nothing
-says so (an H200, cuDNN 9.19; later versions of torch copy such a dO). A model never meets it, as its dO always lies the same;
-a compiled step beside an eager one does.
+came with them built in. A dO with others is read as if it had those: the gradients are wrong by more than their size, and
+nothing says so (an H200, cuDNN 9.19; later versions of torch copy such a dO). A model never meets it, as its dO always lies the
+same; a compiled step beside an eager one does.
 """
 
 import torch

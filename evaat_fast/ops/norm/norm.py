@@ -1,0 +1,145 @@
+"""add_norm and swiglu_norm: LayerNorm in one pass over memory with what stands before it in a transformer's block.
+
+normed, stream = add_norm(branch, stream, norm.weight, norm.bias)      # stream = stream + branch; normed = LayerNorm(stream)
+hidden = swiglu_norm(fc1(normed), inner.weight, inner.bias)            # LayerNorm(silu(gate) * value), EVA-02's MLP
+"""
+
+import torch
+from torch import Tensor
+
+from evaat_fast.ops._core import dispatch
+from evaat_fast.ops._core.autocast import autocast_dtype
+from evaat_fast.ops._core.register import traced
+from evaat_fast.ops._core.tensor import is_transformed, number
+from evaat_fast.ops.norm.reference import add_norm_reference, swiglu_norm_reference
+
+MOST_CHANNELS = 16384  # of a Triton program, which holds a row
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x + residual over the last dimension, and the sum.
+
+    Args:
+        x: [..., C] of float32, bfloat16, float16 or float64, any strides: what a branch of a block returned.
+        residual: of x's shape, float32 where precision matters, or None.
+        weight: [C]. bias: [C], or None. Of any floating dtype, float32 as a rule.
+        eps: added to the variance.
+        backend: "auto", "triton" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch, which
+            the compiler fuses with its neighbours.
+
+    Returns:
+        (normed, total): normed [..., C] in x's dtype, under autocast in autocast's, as the product that takes it would cast it;
+        total = x + residual in float32 (float64 if one of them is), x itself without a residual. Statistics are float32. The
+        gradient of x has x's dtype and that of residual its own; those of weight and bias have the same bits every time.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
+        RuntimeError: a backend that was asked for by name cannot serve the call.
+
+    Source: Layer Normalization (arXiv 1607.06450); pre-norm blocks as EVA-02's (arXiv 2303.11331).
+    """
+    _check_rows("x", x)
+    if residual is not None:
+        _check_rows("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected x's shape {list(x.shape)}, got {list(residual.shape)}")
+        _check_device("residual", residual, x)
+    _check_weights(x, weight, bias, x.shape[-1], "x")
+    eps, dtype = _eps(eps), _dtype(x)
+    given = [y for y in (x, residual, weight, bias) if y is not None]
+    if _pick("add_norm", x.shape[-1], given, backend) == "triton":
+        from evaat_fast.ops.norm.triton import AddNorm
+
+        normed, total = AddNorm.apply(x, residual, weight, bias, eps, dtype)
+        return normed, x if residual is None else total
+    return add_norm_reference(x, residual, weight, bias, eps, dtype)
+
+
+def swiglu_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, backend: str | None = None
+) -> Tensor:
+    """LayerNorm of silu(gate) * value, where x holds the gates and then the values: the inside of EVA-02's MLP.
+
+    Args:
+        x: [..., 2 C] of float32, bfloat16, float16 or float64, any strides: the output of the first linear layer.
+        weight, bias: [C] of the norm, of any floating dtype; bias may be None. weight None: no norm, and no bias.
+        eps, backend: as for `add_norm`.
+
+    Returns:
+        [..., C] in x's dtype, under autocast in autocast's. The product, its statistics and the norm are float32 (float64 for
+        float64), rounded once.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
+        RuntimeError: a backend that was asked for by name cannot serve the call.
+
+    Source: SwiGLU (arXiv 2002.05202) with the inner norm of EVA-02 (arXiv 2303.11331), section 2.
+    """
+    _check_rows("x", x)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x: expected gates and as many values in the last dimension, got the shape {list(x.shape)}")
+    if weight is not None:
+        _check_weights(x, weight, bias, x.shape[-1] // 2, "half of x")
+    elif bias is not None:
+        raise ValueError("bias: given without weight, where there is no norm")
+    eps, dtype = _eps(eps), _dtype(x)
+    if _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], backend) == "triton":
+        from evaat_fast.ops.norm.triton import SwigluNorm
+
+        return SwigluNorm.apply(x, weight, bias, eps, dtype)
+    return swiglu_norm_reference(x, weight, bias, eps, dtype)
+
+
+def _pick(op, C, given, backend):
+    """The backend of checked tensors. Of none there is nothing to launch."""
+    x = given[0]
+    is_traced = traced(*map(type, given)) or any(map(is_transformed, given))
+    needs = ((dispatch.TRACED,) if is_traced else ()) + ((dispatch.WIDE_ROWS,) if C > MOST_CHANNELS else ())
+    widest = torch.float64 if any(y.dtype == torch.float64 for y in given) else x.dtype
+    chosen = dispatch.pick(op, x.device, widest, backend, needs)
+    return chosen if x.numel() else "reference"
+
+
+def _check_rows(name, x):
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
+    if x.ndim == 0:
+        raise ValueError(f"{name}: expected the shape [..., C], got []")
+
+
+def _check_weights(x, weight, bias, C, of):
+    for name, w in (("weight", weight), ("bias", bias)):
+        if w is None and name == "bias":
+            continue
+        _check_rows(name, w)
+        if w.shape != (C,):
+            raise ValueError(f"{name}: expected the shape [{C}], as {of} is {list(x.shape)}, got {list(w.shape)}")
+        _check_device(name, w, x)
+
+
+def _check_device(name, x, as_of):
+    if x.device != as_of.device:
+        raise ValueError(f"{name}: expected x's device {as_of.device}, got {x.device}")
+
+
+def _eps(eps):
+    value = number("eps", eps)
+    if value < 0:
+        raise ValueError(f"eps: expected a float >= 0, got {eps!r}")
+    return value
+
+
+def _dtype(x):
+    dtype = autocast_dtype(x.device.type)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype

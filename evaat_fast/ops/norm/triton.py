@@ -1,0 +1,85 @@
+"""Triton's add_norm and swiglu_norm: what the kernels write is allocated here, and autograd sees each as one function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from evaat_fast.kernels.norm import add, swiglu
+from evaat_fast.kernels.norm.rows import programs
+
+
+def _rows(x: Any, C: int) -> Any:
+    """[M, C], contiguous, of a tensor or of None."""
+    return None if x is None else x.reshape(-1, C).contiguous()
+
+
+def _of_weights(ctx: Any, M: int, C: int, weight: Tensor | None, bias: Tensor | None, first: int) -> list[Tensor | None]:
+    """Room for the sums of the programs and for the gradients of weight and bias, the arguments from the `first` on."""
+    if weight is None or not any(ctx.needs_input_grad[first : first + 2]):
+        return [None, None, None]
+    sums = weight.new_empty((programs(M, C, weight.device), 2, C), dtype=torch.float32)
+    return [sums, torch.empty_like(weight), None if bias is None else torch.empty_like(bias)]
+
+
+class AddNorm(torch.autograd.Function):
+    """(normed, total) of x, residual, weight, bias, eps, dtype. Without a residual total is x, and not returned."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, dtype):
+        C = x.shape[-1]
+        rows, added = _rows(x, C), _rows(residual, C)
+        normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+        total = None if residual is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        statistics = torch.empty((2, len(rows)), dtype=torch.float32, device=x.device)
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        add.forward(rows, added, weight, bias, normed.view(-1, C), _rows(total, C), statistics, eps)
+        ctx.save_for_backward(rows if residual is None else total, weight, bias, statistics)
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.set_materialize_grads(False)
+        return normed, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY, dR):
+        total, weight, bias, statistics = ctx.saved_tensors
+        of_x, of_residual = ctx.dtypes
+        if dY is None:  # the norm led nowhere
+            dx, dr = (None if dR is None or kind is None else dR.to(kind) for kind in ctx.dtypes)
+            return dx, dr, None, None, None, None
+        shape, C = dY.shape, dY.shape[-1]
+        make = lambda dtype: torch.empty(shape, dtype=dtype, device=dY.device)  # noqa: E731
+        dr = make(torch.float32) if of_residual is not None and torch.float32 in ctx.dtypes else None
+        dx = None if of_x == torch.float32 and dr is not None else make(of_x)
+        sums, dweight, dbias = _of_weights(ctx, dY.numel() // C, C, weight, bias, 2)
+        outs = (_rows(dx, C), _rows(dr, C), sums, dweight, dbias)
+        add.backward(_rows(dY, C), _rows(dR, C), _rows(total, C), weight, statistics, *outs)
+        of: dict[torch.dtype, Any] = {torch.float32: dr, of_x: dx if dx is not None else dr}
+        dr = None if of_residual is None else of[of_residual] if of_residual in of else of[of_x].to(of_residual)
+        return of[of_x], dr, dweight, dbias, None, None
+
+
+class SwigluNorm(torch.autograd.Function):
+    """The norm of silu(gate) * value, of x, weight, bias, eps, dtype."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        C = x.shape[-1] // 2
+        rows = _rows(x, 2 * C)
+        out = torch.empty((*x.shape[:-1], C), dtype=dtype, device=x.device)
+        statistics = None if weight is None else torch.empty((2, len(rows)), dtype=torch.float32, device=x.device)
+        weight, bias = (None if w is None else w.contiguous() for w in (weight, bias))
+        swiglu.forward(rows, weight, bias, out.view(-1, C), statistics, eps)
+        ctx.save_for_backward(rows, weight, bias, statistics)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dY):
+        rows, weight, bias, statistics = ctx.saved_tensors
+        C = dY.shape[-1]
+        dx = torch.empty_like(rows)
+        sums, dweight, dbias = _of_weights(ctx, len(rows), C, weight, bias, 1)
+        swiglu.backward(_rows(dY, C), rows, weight, statistics, dx, sums, dweight, dbias)
+        return dx.view(*dY.shape[:-1], 2 * C), dweight, dbias, None, None

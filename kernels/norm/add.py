@@ -1,0 +1,83 @@
+"""LayerNorm of a sum, and its gradients: x and residual are read once, their sum and its norm written once."""
+
+import triton
+import triton.language as tl
+from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.norm.rows import BACKWARD, FORWARD, add_up, block, moments, programs, slope, store_sums
+
+
+@triton.jit
+def add_norm_kernel(
+    x, residual, weight, bias, normed, total, statistics, M, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr
+):
+    """A row. Without a residual there is no total to write."""
+    row, c = tl.program_id(0).to(tl.int64), tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR)
+    has, at = c < C, row * C + c
+    t = tl.load(x + at, mask=has, other=0.0).to(tl.float32)
+    if residual is not None:
+        t += tl.load(residual + at, mask=has, other=0.0).to(tl.float32)
+        tl.store(total + at, t, mask=has)
+    mean, rstd = moments(t, has, C, eps)
+    tl.store(statistics + row, mean)
+    tl.store(statistics + M + row, rstd)
+    out = (t - mean) * rstd * tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
+    if bias is not None:
+        out += tl.load(bias + c, mask=has, other=0.0).to(tl.float32)
+    tl.store(normed + at, out, mask=has)
+
+
+@triton.jit
+def add_norm_backward_kernel(
+    dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Every so many rows. dR: the gradient of total from elsewhere, or None. dx, dr: the same numbers in two dtypes, either may
+    be None; sums: None if weight and bias need no gradient."""
+    c = tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR)
+    has = c < C
+    w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
+    dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    at, step = tl.program_id(0).to(tl.int64) * C + c, tl.num_programs(0).to(tl.int64) * C
+    for row in range(tl.program_id(0), M, tl.num_programs(0)):
+        dy = tl.load(dY + at, mask=has, other=0.0).to(tl.float32)
+        t = tl.load(total + at, mask=has, other=0.0).to(tl.float32)
+        mean, rstd = tl.load(statistics + row), tl.load(statistics + M + row)
+        normed = (t - mean) * rstd
+        d = slope(dy, normed, w, rstd, C)
+        if dR is not None:
+            d += tl.load(dR + at, mask=has, other=0.0).to(tl.float32)
+        if dr is not None:
+            tl.store(dr + at, d, mask=has)
+        if dx is not None:
+            tl.store(dx + at, d, mask=has)
+        dweight += dy * normed
+        dbias += dy
+        at += step
+    if sums is not None:
+        store_sums(sums, dweight, dbias, c, has, C)
+
+
+def vector(x, total):
+    """Neighbouring channels of a thread: as many as 16 bytes of the widest rows hold. Were there more in the others, what is
+    stored in float32 would pass through shared memory first, to lie in 16 bytes a thread."""
+    return 16 // max(y.element_size() for y in (x, total) if y is not None)
+
+
+def forward(x, residual, weight, bias, normed, total, statistics, eps):
+    """[M, C], contiguous, and total and statistics [2, M] float32. residual and total, and bias, may be None."""
+    M, C = x.shape
+    with on(x.device):
+        add_norm_kernel[M,](
+            x, residual, weight, bias, normed, total, statistics, M, eps, VECTOR=vector(x, total), **block(C, FORWARD)
+        )
+
+
+def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias):
+    """As `forward`. sums: float32 [programs, 2, C], or None as dweight and dbias are."""
+    M, C = total.shape
+    with on(dY.device):
+        count = programs(M, C, dY.device)
+        add_norm_backward_kernel[count,](
+            dY, dR, total, weight, statistics, dx, dr, sums, M, VECTOR=vector(dY, total), **block(C, BACKWARD)
+        )
+    if dweight is not None:
+        add_up(sums, dweight, dbias)

@@ -1,0 +1,77 @@
+"""What the norms share: a row of C numbers is one program's, all of it in registers.
+
+A warp holds 1,024 channels, 32 a thread; in a backward pass, which keeps two sums for each channel beside the row, 512.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from evaat_fast.kernels.launch import on
+
+MOST_CHANNELS = 16384
+FORWARD, BACKWARD = 1024, 512  # channels of a warp: with 1,024 the backward passes take 216 registers and more, and spill
+WARPS = 16  # of a multiprocessor in a backward pass
+
+
+def block(C, channels):
+    """The block that covers a row, and its warps of so many channels."""
+    BLOCK_C = triton.next_power_of_2(C)
+    return {"C": C, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_C // channels)}
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def programs(M, C, device):
+    """Programs of a backward pass, which sum the gradients of weight and bias over their rows before memory does: as many as a
+    GPU runs at a time, and the same on each run."""
+    return min(M, multiprocessors(device) * max(1, WARPS // block(C, BACKWARD)["num_warps"]))
+
+
+@triton.jit
+def moments(x, has, C: tl.constexpr, eps):
+    """Mean and 1 / standard deviation of a row, the second from its deviations, as squares of large numbers cancel."""
+    mean = tl.sum(x, 0) / C
+    deviation = tl.where(has, x - mean, 0.0)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(deviation * deviation, 0) / C + eps))
+
+
+@triton.jit
+def slope(dY, normed, weight, rstd, C: tl.constexpr):
+    """The gradient of a row before its norm. normed: after it, before weight and bias. dY is 0 beyond the row."""
+    d = dY * weight
+    return (d - tl.sum(d, 0) / C - normed * (tl.sum(d * normed, 0) / C)) * rstd
+
+
+@triton.jit
+def store_sums(sums, dweight, dbias, c, has, C: tl.constexpr):
+    at = sums + tl.program_id(0).to(tl.int64) * 2 * C + c
+    tl.store(at, dweight, mask=has)
+    tl.store(at + C, dbias, mask=has)
+
+
+@triton.jit
+def sums_kernel(sums, dweight, dbias, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Adds up float32 [P, 2, C], the shares of P programs, always in one order: (i, 0) makes dweight, (i, 1) dbias."""
+    p, c = tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    which, has = tl.program_id(1), c < C
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        at = ((first + p) * 2 + which).to(tl.int64)[:, None] * C + c[None, :]
+        total += tl.load(sums + at, mask=(first + p < P)[:, None] & has[None, :], other=0.0)
+    column = tl.sum(total, 0)
+    if which == 0:
+        tl.store(dweight + c, column, mask=has)
+    elif dbias is not None:
+        tl.store(dbias + c, column, mask=has)
+
+
+def add_up(sums, dweight, dbias):
+    """sums: float32 [P, 2, C]. dbias may be None."""
+    P, _, C = sums.shape
+    with on(sums.device):
+        sums_kernel[triton.cdiv(C, 32), 2](sums, dweight, dbias, P, C=C, BLOCK_P=128, BLOCK_C=32, num_warps=8)

@@ -1,0 +1,86 @@
+"""silu(gate) * value and its LayerNorm, and their gradients. The product is made again in the backward pass: it costs an
+exponential, and to keep it would cost a pass over memory."""
+
+import torch
+import triton
+import triton.language as tl
+from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.norm.rows import BACKWARD, FORWARD, add_up, block, moments, programs, slope, store_sums
+
+
+@triton.jit
+def over_sigmoid(x, y, EXACT: tl.constexpr):
+    """y / (1 + exp(-x)). EXACT: to float32's last bits, which the exponent loses where x is large, and a quick division."""
+    t = x * -1.4426950408889634
+    e = tl.exp2(tl.minimum(t, 126.0))
+    if EXACT:
+        rest = tl.fma(x, -1.4426950408889634, -t) - x * 1.925963033500011e-8  # of the product, of its constant
+        return tl.div_rn(y, 1.0 + e * (1.0 + rest * 0.6931471805599453))
+    return y / (1.0 + e)
+
+
+@triton.jit
+def swiglu_norm_kernel(x, weight, bias, out, statistics, M, eps, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr):
+    """A row. Without a weight there is no norm."""
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_C)
+    has, at = c < C, row * 2 * C + c
+    gate = tl.load(x + at, mask=has, other=0.0).to(tl.float32)
+    value = tl.load(x + at + C, mask=has, other=0.0).to(tl.float32)
+    y = over_sigmoid(gate, gate, EXACT) * value
+    if weight is not None:
+        mean, rstd = moments(y, has, C, eps)
+        tl.store(statistics + row, mean)
+        tl.store(statistics + M + row, rstd)
+        y = (y - mean) * rstd * tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
+        if bias is not None:
+            y += tl.load(bias + c, mask=has, other=0.0).to(tl.float32)
+    tl.store(out + row * C + c, y, mask=has)
+
+
+@triton.jit
+def swiglu_norm_backward_kernel(
+    dY, x, weight, statistics, dx, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr
+):
+    """Every so many rows. weight, statistics and sums: None without a norm; sums also if weight and bias need no gradient."""
+    c = tl.arange(0, BLOCK_C)
+    has = c < C
+    if weight is not None:
+        w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
+    dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    first, step = tl.program_id(0).to(tl.int64) * C, tl.num_programs(0).to(tl.int64) * C
+    for row in range(tl.program_id(0), M, tl.num_programs(0)):
+        at = 2 * first + c
+        d = tl.load(dY + first + c, mask=has, other=0.0).to(tl.float32)
+        gate = tl.load(x + at, mask=has, other=0.0).to(tl.float32)
+        value = tl.load(x + at + C, mask=has, other=0.0).to(tl.float32)
+        s, silu = over_sigmoid(gate, 1.0, EXACT), over_sigmoid(gate, gate, EXACT)
+        if weight is not None:
+            mean, rstd = tl.load(statistics + row), tl.load(statistics + M + row)
+            normed = (silu * value - mean) * rstd
+            dweight += d * normed
+            dbias += d
+            d = slope(d, normed, w, rstd, C)
+        tl.store(dx + at, d * value * s * (1.0 + gate * (1.0 - s)), mask=has)
+        tl.store(dx + at + C, d * silu, mask=has)
+        first += step
+    if sums is not None:
+        store_sums(sums, dweight, dbias, c, has, C)
+
+
+def forward(x, weight, bias, out, statistics, eps):
+    """x: [M, 2 C], contiguous, the gates first; out: [M, C]; statistics: float32 [2, M], None as weight and bias are."""
+    M, C = out.shape
+    with on(x.device):
+        swiglu_norm_kernel[M,](x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **block(C, FORWARD))
+
+
+def backward(dY, x, weight, statistics, dx, sums, dweight, dbias):
+    """As `forward`. sums: float32 [programs, 2, C], or None as dweight and dbias are."""
+    M, C = dY.shape
+    with on(x.device):
+        count = programs(M, C, x.device)
+        swiglu_norm_backward_kernel[count,](
+            dY, x, weight, statistics, dx, sums, M, EXACT=x.dtype == torch.float32, **block(C, BACKWARD)
+        )
+    if dweight is not None:
+        add_up(sums, dweight, dbias)
