@@ -53,7 +53,10 @@ def results(function, inputs, upstream):
 
 
 def near(ours, low, truth, what):
-    """Of a few float32 numbers, whose rms error is a matter of luck: twice the norm of torch's errors and a rounding."""
+    """The rule; but of float32 numbers in the interpreter, which rounds the product of a multiply-add, twice the norm of torch's
+    errors and a rounding."""
+    if ours.dtype != F32 or not INTERPRET:
+        return close(ours, low, truth, what)
     error, allowed = (ours.double() - truth).norm(), 2 * (low.double() - truth).norm() + 2.4e-7 * truth.norm()
     assert error <= allowed, f"{what}: {error:.2e} > {allowed:.2e}"
 
@@ -276,12 +279,11 @@ def draw(seed, backend, device, dtype):
     """A random call of either op."""
     pick = random.Random(seed)
     torch.manual_seed(seed)
-    C = pick.choice([3, 31, 64, 96, 384, 768, pick.randint(3, 1500)])
+    C = pick.choice([31, 64, 96, 384, 768, pick.randint(20, 1500)])
     shape = tuple(pick.randint(1, 5) for _ in range(pick.randint(0, 3)))
     other = pick.choice([F32, dtype])
     weight, bias = norm_weights(C, other, device)
     bias, eps = pick.choice([bias, None]), pick.choice([1e-6, 1e-5, 1e-2])
-    eps = max(eps, 1e-2) if C < 32 else eps  # three numbers may be nearly one, and their norm then noise
     if pick.random() < 0.5:
         residual = pick.choice([None, rows((*shape, C), pick.choice([F32, dtype]), device)])
         call = ops.add_norm, plain_add_norm, (rows((*shape, C), dtype, device), residual, weight, bias)
@@ -289,8 +291,7 @@ def draw(seed, backend, device, dtype):
         weight, bias = pick.choice([(weight, bias), (None, None)])
         call = ops.swiglu_norm, plain_swiglu_norm, (rows((*shape, 2 * C), dtype, device), weight, bias)
     function, plain, inputs = call
-    rule = near if dtype == F32 and backend == "triton" else close
-    check(lambda *x: function(*x, eps=eps, backend=backend), lambda *x: plain(*x, eps=eps), inputs, rule)
+    check(lambda *x: function(*x, eps=eps, backend=backend), lambda *x: plain(*x, eps=eps), inputs, near)
 
 
 @places
