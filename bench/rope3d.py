@@ -130,13 +130,13 @@ def angles(grid, freqs, device):
 
 
 @functools.lru_cache(4)
-def published(grid, D, dtype, device):
+def published(grid, D, dtype, device, scale=(1.0, 1.0, 1.0)):
     """x -> x as EVA-02's code rotates, which is run twice for a video: over space, then over time.
 
     Each: float32 buffers of cosines and sines over the whole head dim, the pairs swapped by a stack, the class token cut
     off and put back, the result rounded to the dtype of x.
     """
-    time, space = ops.joint_freqs(D), ops.joint_freqs(D)
+    time, space = ops.joint_freqs(D, scale=scale), ops.joint_freqs(D, scale=scale)
     time[1:], space[0] = 0, 0
     kind = torch.promote_types(dtype, torch.float32)
     buffers = [angles(grid, f, device)[1:].repeat_interleave(2, -1) for f in (space, time)]

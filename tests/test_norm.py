@@ -53,8 +53,8 @@ def results(function, inputs, upstream):
 
 
 def near(ours, low, truth, what):
-    """The rule; but of float32 numbers in the interpreter, which rounds the product of a multiply-add, twice the norm of torch's
-    errors and a rounding."""
+    """The rule; but of float32 numbers in the interpreter, which rounds the products of multiply-adds, twice the norm of
+    torch's errors and a rounding."""
     if ours.dtype != F32 or not INTERPRET:
         return close(ours, low, truth, what)
     error, allowed = (ours.double() - truth).norm(), 2 * (low.double() - truth).norm() + 2.4e-7 * truth.norm()

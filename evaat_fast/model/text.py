@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
 from evaat_fast.ops.attn.layout import gradient_like
+
+EPS = 1e-5  # CLIP's layer norms
 
 
 class Attention(nn.Module):
@@ -40,18 +43,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: attention, then MLP."""
+    """Pre-norm: attention, then MLP. Stream and open branch go from block to block as in the vision tower."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, EPS)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, branch: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS)
+        x, stream = ops.add_norm(self.attn(x), stream, self.ln_2.weight, self.ln_2.bias, EPS)
+        return self.mlp(x), stream
 
 
 class Transformer(nn.Module):
@@ -60,13 +64,16 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, C] to (branch, stream), whose sum is the last block's output."""
+        stream = None
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x, stream = checkpoint(block, x, stream, use_reentrant=False)
             else:
-                x = block(x)
-        return x
+                x, stream = block(x, stream)
+        assert stream is not None  # there is a block
+        return x, stream
 
 
 def trim(tokens: Tensor) -> Tensor:
@@ -101,7 +108,7 @@ class TextTransformer(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.zeros(config.context_length, width))
         self.transformer = Transformer(width, config.text_layers, config.text_heads)
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = nn.LayerNorm(width, EPS)
         self.text_projection = nn.Parameter(torch.zeros(width, config.embed_dim))
         self.init_parameters()
 
@@ -149,7 +156,7 @@ class TextTransformer(nn.Module):
             self._check_range(tokens)
             tokens = trim(tokens)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x)
-        end = tokens.argmax(-1)  # end-of-text has the highest id
-        x = x[torch.arange(len(x), device=x.device), end]
-        return self.ln_final(x) @ self.text_projection
+        end = torch.arange(len(x), device=x.device), tokens.argmax(-1)  # end-of-text has the highest id
+        branch, stream = (part[end] for part in self.transformer(x))
+        x, _ = ops.add_norm(branch, stream, self.ln_final.weight, self.ln_final.bias, EPS)
+        return x @ self.text_projection

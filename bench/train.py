@@ -1,0 +1,335 @@
+"""A training step, both towers, loss and optimiser, against what others run: python bench/train.py
+
+All stacks train the same weights on the same batch under bf16 autocast (float32 on a CPU) with fused AdamW; AVION's is a plain
+ViT of the same width. "authors" is EVA02-AT as its authors run it, built here of the same parameters: two eager rotations of
+queries and keys, SDPA, torch's layer norms, every row of the last block, CLIP loss in torch. The rows between it and ours
+change one thing each. A stack's loss and gradients are held to the authors' before it is timed.
+
+A row has clips a second, MFU (the share of the matmul rate of the same run that the model's products need: 6 FLOP a parameter
+and token, 12 N^2 C a layer and clip), and the memory at the peak of the step.
+"""
+
+import argparse
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import rope3d
+import store
+import torch
+import torch.nn.functional as F
+from timing import peaks, quantiles
+from torch import nn
+
+import evaat_fast
+from evaat_fast import ops
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What of the step is ours; with none of it, the authors'."""
+
+    attention: bool = True  # rotation in place and SDPA on the packed projection; of the class token alone in the last block
+    norms: bool = True
+    loss: bool = True
+    plain: bool = False  # a ViT instead of EVA-02
+    compiled: bool = False
+    graph: bool = False
+
+
+AUTHORS = Stack(attention=False, norms=False, loss=False)
+STACKS = {
+    "authors, eager": AUTHORS,
+    "+ our attention": dataclasses.replace(AUTHORS, attention=True),
+    "+ our norms": dataclasses.replace(AUTHORS, attention=True, norms=True),
+    "ours, eager": Stack(),
+    "ours, CUDA graph": Stack(graph=True),
+    "authors, compiled": dataclasses.replace(AUTHORS, compiled=True),
+    "ours, compiled": Stack(compiled=True),
+    "AVION, eager": dataclasses.replace(AUTHORS, plain=True),
+    "AVION, compiled": dataclasses.replace(AUTHORS, plain=True, compiled=True),
+}
+BASE, LARGE = "eva02_at_base_patch16_224", "eva02_at_large_patch14_224"
+CPU_SHAPES = [{"model": BASE, "B": 2, "T": 4}]
+GPU_SHAPES = [{"model": m, "B": B, "T": T} for m, B, T in ((BASE, 64, 4), (BASE, 16, 16), (LARGE, 32, 4), (LARGE, 8, 16))]
+CAPTION = 32  # tokens of the longest one
+
+
+def norm(x, stream, module, fused):
+    """(the norm of stream + x, the sum), as the op or as torch has it under autocast."""
+    if fused:
+        return ops.add_norm(x, stream, module.weight, module.bias, module.eps)
+    total = x if stream is None else stream + x
+    return module(total), total
+
+
+class VisionBlock(nn.Module):
+    """An EVA-02 block of the model, with its own parameters, as a stack runs it."""
+
+    def __init__(self, block, stack, last):
+        super().__init__()
+        self.block, self.stack, self.last = block, stack, last and stack.attention
+
+    def forward(self, x, stream, grid, freqs):
+        block, fused = self.block, self.stack.norms
+        if fused and self.stack.attention:
+            return block(x, stream, grid, freqs, self.last)
+        x, stream = norm(x, stream, block.norm1, fused)
+        out = (self.ours if self.stack.attention else self.published)(x, grid, freqs)
+        x = block.attn.proj(norm(out.transpose(1, 2).flatten(2), None, block.attn.norm, fused)[0])
+        x, stream = norm(x, stream[:, :1] if self.last else stream, block.norm2, fused)
+        gate, value = block.mlp.fc1(x).chunk(2, -1)
+        return block.mlp.fc2(norm(F.silu(gate) * value, None, block.mlp.norm, fused)[0]), stream
+
+    def qkv(self, x):
+        attn = self.block.attn
+        return F.linear(x, attn.qkv.weight, torch.cat((attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias)))
+
+    def ours(self, x, grid, freqs):
+        heads = self.block.attn.heads
+        if not self.last:
+            return ops.joint_attention_qkv_(self.qkv(x), heads, grid, freqs=freqs)
+        q, k, v = self.qkv(x).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return ops.joint_attention(q[:, :, :1], ops.rope3d(k, grid=grid, freqs=freqs), v)
+
+    def published(self, x, grid, turn):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(turn(q), turn(k), v)
+
+
+class PlainBlock(nn.Module):
+    """A ViT's block: torch's attention without rotation, a GELU of four times the width."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x, stream, grid, freqs):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)))), None
+
+
+class TextBlock(nn.Module):
+    def __init__(self, block, stack):
+        super().__init__()
+        self.block, self.stack = block, stack
+
+    def forward(self, x, stream):
+        x, stream = norm(x, stream, self.block.ln_1, self.stack.norms)
+        x, stream = norm(self.block.attn(x), stream, self.block.ln_2, self.stack.norms)
+        return self.block.mlp(x), stream
+
+
+class Step(nn.Module):
+    """loss(video, tokens) of a model as a stack runs it."""
+
+    def __init__(self, model, stack):
+        super().__init__()
+        self.model, self.stack, visual = model, stack, model.visual
+        config = model.config
+        if stack.plain:
+            blocks = [PlainBlock(config.vision_width, config.vision_heads) for _ in visual.blocks]
+            visual.blocks = nn.ModuleList()
+        else:
+            blocks = [VisionBlock(block, stack, block is visual.blocks[-1]) for block in visual.blocks]
+        self.vision = nn.ModuleList(blocks).to(visual.cls_token.device)
+        self.text = nn.ModuleList(TextBlock(block, stack) for block in model.text.transformer.resblocks)
+        if stack.compiled:
+            for block in (*self.vision, *self.text):
+                block.compile(dynamic=False)
+
+    def encode_video(self, video):
+        """As VisionTransformer.forward."""
+        visual = self.model.visual
+        x = visual.patch_embed(video)
+        spatial = visual.pos_embed[:, 1:].unsqueeze(1) + visual.temporal_embed.unsqueeze(2)
+        cls = (visual.cls_token + visual.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = x + spatial.flatten(1, 2)
+        x, stream = torch.cat((cls.to(x.dtype), x), 1), None
+        grid, rope = visual.config.grid, visual.freqs
+        if not self.stack.attention:  # the rotation as published, its tables made once
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            scale = (1.0, *(visual.config.rope_grid / side for side in grid[1:]))
+            rope = rope3d.published(grid, 2 * rope.shape[-1], dtype, x.device, scale)
+        for block in self.vision:
+            x, stream = block(x, stream, grid, rope)
+        x = x[:, 0] if stream is None else stream[:, 0] + x[:, 0]
+        return visual.head(visual.norm(x))
+
+    def encode_text(self, tokens):
+        text, stream = self.model.text, None
+        x = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]
+        for block in self.text:
+            x, stream = block(x, stream)
+        end = torch.arange(len(x), device=x.device), tokens.argmax(-1)
+        return text.ln_final(stream[end] + x[end]) @ text.text_projection
+
+    def forward(self, video, tokens):
+        video, text = (F.normalize(x.float(), dim=-1) for x in (self.encode_video(video), self.encode_text(tokens)))
+        scale = self.model.logit_scale.exp()
+        if self.stack.loss:
+            return ops.clip_loss(video, text, scale)
+        logits, target = scale * video @ text.T, torch.arange(len(video), device=video.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def flop(config, B):
+    """Of the products of a step, which are 3 times those of the forward pass."""
+    T, Hp, Wp = config.grid
+    N, width = 1 + T * Hp * Wp, config.vision_width
+    vision = config.vision_layers * (N * (4 * width**2 + 3 * width * config.vision_mlp) + 2 * N * N * width)
+    vision += (N - 1) * 3 * config.patch_size**2 * width
+    L, text = CAPTION, config.text_width
+    return 6 * B * (vision + config.text_layers * (12 * L * text**2 + L * L * text))
+
+
+class Training:
+    """One stack's model, optimiser and batch. `step` trains once."""
+
+    def __init__(self, shape, stack, device, precision):
+        torch.manual_seed(0)
+        model = evaat_fast.create_model(shape["model"], num_frames=shape["T"])
+        self.config, size = model.config, model.config.image_size
+        generator = torch.Generator().manual_seed(1)
+        B, T = shape["B"], shape["T"]
+        self.video = torch.randint(0, 256, (B, T, size, size, 3), dtype=torch.uint8, generator=generator).to(device)
+        tokens = torch.randint(1, self.config.vocab_size - 1, (B, CAPTION), generator=generator)
+        tokens[:, -1] = self.config.vocab_size - 1
+        self.tokens, self.device, self.precision = tokens.to(device), device, precision
+        self.loss = Step(model.to(device), stack)
+        self.parameters = list(self.loss.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True, capturable=stack.graph)
+        self.replay = None
+        if stack.graph:
+            self.capture()
+
+    def gradients(self):
+        """Sets them, and returns the loss."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.loss(self.video, self.tokens)
+        loss.backward()
+        return loss.detach()
+
+    def step(self):
+        if self.replay is not None:
+            return self.replay()
+        self.optimizer.zero_grad()
+        loss = self.gradients()
+        self.optimizer.step()
+        return loss
+
+    def capture(self):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        with torch.cuda.graph(graph):
+            loss = self.gradients()
+            self.optimizer.step()
+        self.replay = lambda: (graph.replay(), loss)[1]
+
+
+def check(ours, authors):
+    """Loss and gradients of the first step, of the same weights and batch."""
+    loss, grads = ours
+    assert abs(loss - authors[0]) <= 1e-2 * abs(authors[0]), f"loss {loss} for {authors[0]}"
+    for name in ("visual.blocks.0.attn.qkv.weight", "visual.blocks.0.norm1.weight", "text.transformer.resblocks.0.ln_1.bias"):
+        error = (grads[name] - authors[1][name]).norm() / authors[1][name].norm()
+        assert error <= 5e-2, f"the gradient of {name} differs by {error:.1e} of its size"
+
+
+def first(training):
+    """(loss, gradients) without a step."""
+    loss = training.gradients().item()
+    names = {name: p.grad.clone() for name, p in training.loss.model.named_parameters() if p.grad is not None}
+    training.optimizer.zero_grad()
+    return loss, names
+
+
+def measure(training, device, seconds):
+    """Seconds of each step, and MiB at the peak."""
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(3):
+        training.step()
+    sync()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times, until = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < until:
+        began = time.perf_counter()
+        training.step()
+        sync()
+        times.append(time.perf_counter() - began)
+    return times, torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--first", type=int, help="only the first so many shapes")
+    parser.add_argument("--only", nargs="*", metavar="STACK", help="of " + "; ".join(STACKS))
+    parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="no stack with such a word in its name")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast on a GPU, fp32 on a CPU by default")
+    parser.add_argument("--seconds", type=float, default=2.0, help="spent per stack, at least five steps")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no stack after so many")
+    parser.add_argument("--json", type=Path, default=harness.HERE.parent / "build" / "bench" / "train.json")
+    args = parser.parse_args(argv)
+    device, stop = args.device, time.monotonic() + args.budget
+    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    peak = peaks(device)["matmul_flop_per_s"]
+    results = {"op": "train", "environment": harness.environment(device), "matmul_flop_per_s": peak, "records": []}
+    for shape in (GPU_SHAPES if device == "cuda" else CPU_SHAPES)[: args.first]:
+        print(f"\n{store.label(shape)}  {precision}")
+        authors = None
+        for name, stack in STACKS.items():
+            chosen = name in args.only if args.only else not any(word in name for word in args.skip)
+            if name != "authors, eager" and (not chosen or time.monotonic() > stop):
+                continue
+            record = {"shape": shape, "dtype": precision, "mode": "step", "provider": name}
+            try:
+                if stack.graph and device != "cuda":
+                    raise harness.Unavailable("for a GPU")
+                began = time.perf_counter()
+                training = Training(shape, stack, device, precision)
+                if authors is None:
+                    authors = first(training)
+                elif not stack.plain and not stack.graph:
+                    check(first(training), authors)
+                times, mib = measure(training, device, args.seconds)
+                ms = quantiles(times)
+                clips, work = shape["B"] / ms["p50"] * 1e3, flop(training.config, shape["B"])
+                record |= {"ms": ms, "clips_per_s": clips, "began_s": time.perf_counter() - began - sum(times)}
+                if not stack.plain:
+                    record["mfu"] = work / ms["p50"] * 1e3 / peak
+                if mib is not None:
+                    record["peak_mib"] = mib
+            except Exception as error:
+                kind = "absent" if isinstance(error, harness.Unavailable) else "fail"
+                record[kind] = f"{type(error).__name__}: {error}"
+            training = None
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            results["records"].append(record)
+            store.write(args.json, results)
+            print(show(record), flush=True)
+    print(f"\n{len(results['records'])} records in {args.json}")
+
+
+def show(record):
+    if "ms" not in record:
+        return f"  {record['provider']:<22} {next(record[k] for k in ('absent', 'fail') if k in record)[:200]}"
+    mfu = f"{record['mfu']:6.1%}" if "mfu" in record else "     –"
+    memory = f"{record['peak_mib'] / 1024:7.1f} GiB" if "peak_mib" in record else ""
+    return f"  {record['provider']:<22} {record['ms']['p50']:9.1f} ms {record['clips_per_s']:8.1f} clips/s  MFU {mfu} {memory}"
+
+
+if __name__ == "__main__":
+    main()
