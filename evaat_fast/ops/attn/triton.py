@@ -73,7 +73,8 @@ def attn_backward(q, k, v, out, lse, grad, grad_lse, need_q, need_kv, call):
 
 def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, call):
     """Writes the gradients that are not None; in one pass, where all are wanted, in no fixed order."""
-    from evaat_fast.kernels.attn.backward import backward, padded
+    from evaat_fast.kernels.attn.backward import backward
+    from evaat_fast.kernels.attn.forward import padded
 
     B, H, N, D = q.shape
     sums = None
