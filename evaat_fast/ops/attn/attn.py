@@ -94,6 +94,9 @@ def joint_attention(
     """
     packed_clips = cu_seqlens is not None
     _check(q, k, v, packed_clips)
+    turns = grid is not None or positions is not None
+    if turns or packed_clips:  # else nobody but torch, or Triton, reads their memory
+        q, k, v = _readable(q, k, v)
     dtype = autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:  # first, so that rotation and scores see the same numbers
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -101,8 +104,8 @@ def joint_attention(
     options |= dict(interleaved=interleaved, k_positions=k_positions, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
     call = plan(q.shape, q.dtype, q.device, k.shape, **options)
-    if call.rope or packed_clips or call.backend in TRITON:  # else nobody but torch reads their memory
-        q, k, v = (memory_of("joint_attention", name, x, rows=True) for name, x in (("q", q), ("k", k), ("v", v)))
+    if call.backend in TRITON and not (turns or packed_clips):
+        q, k, v = _readable(q, k, v)
     if not packed_clips:
         return _attend(q, k, v, call, return_lse)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
@@ -187,6 +190,10 @@ def joint_attention_qkv_(
     return _attend(*consume(qkv, base, num_heads, call.rotation), call.without_rope(), return_lse)
 
 
+def _readable(*qkv):
+    return (memory_of("joint_attention", name, x, rows=True) for name, x in zip("qkv", qkv, strict=True))
+
+
 def _check(q, k, v, packed_clips):
     """q [B, H, N, D] and k, v [B, Hk, M, D], or with packed_clips [N, H, D] and [N, Hk, D]."""
     dims = "[total, H, D]" if packed_clips else "[B, H, N, D]"
@@ -229,7 +236,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bo
     elif call.cu_seqlens is not None:
         out = sdpa_of_clips(q, k, v, call.cu_seqlens, call.max_seqlen, call.scale)
     else:
-        out = scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=bool(q.shape[1] != k.shape[1]))
+        # A branch, since under torch.compile(dynamic=True) a comparison of sizes is no bool.
+        grouped = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+        out = scaled_dot_product_attention(q, k, v, scale=call.scale, **grouped)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # free where the kernel already writes [B, N, H, D]
     return (out, lse) if return_lse else out
 

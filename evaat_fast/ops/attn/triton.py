@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from evaat_fast.ops._core.register import register, traced
+from evaat_fast.ops._core.register import once_differentiable, register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows
 from evaat_fast.ops.attn.plan import AttentionPlan
 from evaat_fast.ops.rope3d.rotate import empty, used_again

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from evaat_fast.ops._core.register import register, traced
+from evaat_fast.ops._core.register import once_differentiable, register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows, overlaps
 from evaat_fast.ops.rope3d import native, reference
 from evaat_fast.ops.rope3d.rotation import Rotation
@@ -25,10 +24,12 @@ def empty(x: Tensor) -> Tensor:
     return x.new_empty((B, H, N, D))
 
 
-def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation) -> None:
-    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
+def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation, table: Tensor | None = None) -> None:
+    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors. table: None to make it."""
     if all(x.numel() == 0 for x in xs):
         return
+    if table is None:
+        table = table_of(rotation, xs[0].shape[3], xs[0].device, torch.promote_types(xs[0].dtype, torch.float32))
     if rotation.backend == "triton":
         from evaat_fast.kernels.rope3d.rotate import rotate
 
@@ -43,13 +44,13 @@ def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation
 @register("rope3d(Tensor[] x, {settings}) -> Tensor[]", lambda xs, rotation: [empty(x) for x in xs], Rotation)
 def rope3d_op(xs: list[Tensor], rotation: Rotation) -> list[Tensor]:
     outs = [empty(x) for x in xs]
-    turn(xs, outs, table_of(rotation, xs[0].shape[3], xs[0].device), rotation)
+    turn(xs, outs, rotation)
     return outs
 
 
 @register("rope3d_(Tensor(a!)[] x, {settings}) -> ()", lambda xs, rotation: None, Rotation)
 def rope3d_op_(xs: list[Tensor], rotation: Rotation) -> None:
-    turn(xs, xs, table_of(rotation, xs[0].shape[3], xs[0].device), rotation)
+    turn(xs, xs, rotation)
     for x in xs:
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
@@ -168,8 +169,7 @@ def rope3d_qkv_op(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor
     """[B, N, 3*H*D] of the turned q and k and of v, [B, H, N, D] each."""
     out = _packed(q, k, v, rotation)
     new_q, new_k, new_v = split_heads(out, q.shape[1]).chunk(3, 1)
-    table = table_of(rotation, q.shape[3], q.device)
-    turn([contiguous_rows(q), contiguous_rows(k)], [new_q, new_k], table, rotation)
+    turn([contiguous_rows(q), contiguous_rows(k)], [new_q, new_k], rotation)
     new_v.copy_(v)
     return out
 
@@ -275,7 +275,7 @@ def used_again() -> RuntimeError:
 @register("rope3d_table(Tensor x, Tensor table, {settings}) -> Tensor", lambda x, table, rotation: empty(x), Rotation)
 def rope3d_table_op(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
     out = empty(x)
-    turn([x], [out], table, rotation)
+    turn([x], [out], rotation, table)
     return out
 
 
