@@ -8,12 +8,6 @@
 
 namespace evaat {
 
-// A tensor's gradient and what the forward pass turned, for rope3d_freqs.
-struct RopeGradient {
-  RopeTensor grad;
-  RopeSaved saved;
-};
-
 // rotate and gradient: the C++ functions. Last and its name: int threads, or the Pointer of a stream.
 template <class Last, class Rotate, class Gradient>
 void bind_rope3d(py::module_& m, const char* last, Rotate rotate, Gradient gradient) {
@@ -40,7 +34,7 @@ void bind_rope3d(py::module_& m, const char* last, Rotate rotate, Gradient gradi
       "rope3d",
       [rotate](const RopeCall& call, const std::vector<RopeTensor>& tensors, Pointer cos, Pointer sin, int64_t table_b,
                int64_t table_h, Last where) {
-        const RopeTable table = {at<const float>(cos), at<const float>(sin), table_b, table_h};
+        const RopeTable<float> table = {at<const float>(cos), at<const float>(sin), table_b, table_h};
         return rotate(call, tensors.data(), int(tensors.size()), table, place(where));
       },
       py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg(last), NoGil());
@@ -48,12 +42,9 @@ void bind_rope3d(py::module_& m, const char* last, Rotate rotate, Gradient gradi
       "rope3d_freqs",
       [gradient](const RopeCall& call, const std::vector<RopeGradient>& tensors, Pointer cos, Pointer sin, int64_t table_b,
                  int64_t table_h, Pointer positions, int64_t positions_b, Pointer partial, Last where) {
-        RopeTensor grad[2];
-        RopeSaved saved[2];
-        for (size_t i = 0; i < tensors.size() && i < 2; ++i) grad[i] = tensors[i].grad, saved[i] = tensors[i].saved;
-        const RopeTable64 table = {at<const double>(cos), at<const double>(sin), table_b, table_h};
+        const RopeTable<double> table = {at<const double>(cos), at<const double>(sin), table_b, table_h};
         const RopePositions rows = {at<const float>(positions), positions_b};
-        return gradient(call, grad, saved, int(tensors.size()), table, rows, at<double>(partial), place(where));
+        return gradient(call, tensors.data(), int(tensors.size()), table, rows, at<double>(partial), place(where));
       },
       py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg("positions"),
       py::arg("positions_b"), py::arg("partial"), py::arg(last), NoGil());

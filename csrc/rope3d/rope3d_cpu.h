@@ -59,10 +59,7 @@ struct Avx512 {
   }
   EVAAT_AVX512 static EVAAT_INLINE F first(F a, F b, F c, F s) { return _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)); }
   EVAAT_AVX512 static EVAAT_INLINE F second(F a, F b, F c, F s) { return _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)); }
-  EVAAT_AVX512 static EVAAT_INLINE F zero() { return _mm512_setzero_ps(); }
   EVAAT_AVX512 static EVAAT_INLINE F swap_pairs(F x) { return _mm512_permute_ps(x, 0xb1); }
-  EVAAT_AVX512 static EVAAT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
-  EVAAT_AVX512 static EVAAT_INLINE F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
   EVAAT_AVX512 static EVAAT_INLINE F add_product(F sum, F a, F b) { return _mm512_fmadd_ps(a, b, sum); }
   EVAAT_AVX512 static EVAAT_INLINE F subtract_product(F sum, F a, F b) { return _mm512_fnmadd_ps(a, b, sum); }
   // W pairs of bfloat16, one pair in each word: no shuffle is needed.
@@ -111,10 +108,7 @@ struct Avx2 {
   }
   EVAAT_AVX2 static EVAAT_INLINE F first(F a, F b, F c, F s) { return _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)); }
   EVAAT_AVX2 static EVAAT_INLINE F second(F a, F b, F c, F s) { return _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)); }
-  EVAAT_AVX2 static EVAAT_INLINE F zero() { return _mm256_setzero_ps(); }
   EVAAT_AVX2 static EVAAT_INLINE F swap_pairs(F x) { return _mm256_permute_ps(x, 0xb1); }
-  EVAAT_AVX2 static EVAAT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
-  EVAAT_AVX2 static EVAAT_INLINE F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
   EVAAT_AVX2 static EVAAT_INLINE F add_product(F sum, F a, F b) { return _mm256_fmadd_ps(a, b, sum); }
   EVAAT_AVX2 static EVAAT_INLINE F subtract_product(F sum, F a, F b) { return _mm256_fnmadd_ps(a, b, sum); }
   EVAAT_AVX2 static EVAAT_INLINE void load_words(const BFloat* p, F& a, F& b) {

@@ -1,5 +1,7 @@
 """What every op asks of a tensor before it reads its memory."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -118,3 +120,20 @@ def number(name: str, x: float | Tensor) -> float:
     if not abs(value) <= 3e38:
         raise ValueError(f"{name}: expected a finite float, got {x!r}")
     return value
+
+
+def numbers(name: str, values: Iterable[float | Tensor], count: int, expected: str) -> list[float]:
+    """`count` numbers, as `number` takes them.
+
+    Raises:
+        ValueError: other ones, or no sequence; `expected` says what is.
+    """
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        found = [number(name, v) for v in values]
+    except (TypeError, ValueError):
+        found = []
+    if len(found) != count:
+        raise ValueError(f"{name}: expected {expected}, got {values!r}")
+    return found

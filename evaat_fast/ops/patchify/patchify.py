@@ -16,7 +16,7 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.native import checked
 from evaat_fast.ops._core.register import register, traced
-from evaat_fast.ops._core.tensor import memory_of, number
+from evaat_fast.ops._core.tensor import memory_of, numbers
 
 
 def patchify_reference(video: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -107,20 +107,8 @@ def patchify(
         raise ValueError(f"video: height and width must be multiples of patch={patch}, got {list(video.shape[2:4])}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    mean, std = _three("mean", mean), _three("std", std)
+    mean, std = (numbers(n, x, 3, "three floats in units of 0..255") for n, x in (("mean", mean), ("std", std)))
     if 0.0 in std:
         raise ValueError(f"std: expected three non-zero floats, got {std}")
     backend = dispatch.pick("patchify", video.device, dtype, backend)
     return _patchify.at(traced(type(video)))(video, patch, mean, std, dtype, backend)
-
-
-def _three(name, values):
-    try:
-        if isinstance(values, str):
-            raise TypeError
-        values = [number(name, v) for v in values]
-    except TypeError:
-        raise ValueError(f"{name}: expected three floats in units of 0..255, got {values!r}") from None
-    if len(values) != 3:
-        raise ValueError(f"{name}: expected three floats in units of 0..255, got {len(values)}")
-    return values

@@ -24,10 +24,11 @@ def empty(x: Tensor) -> Tensor:
     return x.new_empty((B, H, N, D))
 
 
-def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation, table: Tensor | None = None) -> None:
-    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors. table: None to make it."""
+def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation) -> None:
+    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
     if all(x.numel() == 0 for x in xs):
         return
+    table = rotation.table
     if table is None:
         table = table_of(rotation, xs[0].shape[3], xs[0].device, torch.promote_types(xs[0].dtype, torch.float32))
     if rotation.backend == "triton":
@@ -102,7 +103,7 @@ def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False)
         out = reference.rope3d_reference(q, k, rotation.grid or None, **options)
         return (out, None) if k is None else out
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad) or rotation.learns()):
-        out = _Rotate.apply(*_leaves(q, k), rotation.freqs, rotation.positions, rotation.bare(), owned)
+        out = _Rotate.apply(*_leaves(q, k), rotation.freqs, rotation.positions, rotation.table, rotation.bare(), owned)
     else:
         out = rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], rotation)
     return out[0], out[1] if k is not None else None
@@ -119,21 +120,21 @@ def rotate_(xs: list[Tensor], rotation: Rotation) -> None:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, freqs, positions, bare, owned):
-        return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions)))
+    def forward(q, k, freqs, positions, table, bare, owned):
+        return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions, table)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, freqs, positions, ctx.bare, ctx.owned = inputs
+        q, k, freqs, positions, table, ctx.bare, ctx.owned = inputs
         saved = (q, k) if freqs is not None and freqs.requires_grad else (None, None)
-        ctx.save_for_backward(freqs, positions, *saved)
+        ctx.save_for_backward(freqs, positions, table, *saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        freqs, positions, *saved = ctx.saved_tensors
-        back = ctx.bare.of(freqs, positions).back()
+        freqs, positions, table, *saved = ctx.saved_tensors
+        back = ctx.bare.of(freqs, positions, table).back()
         given = [i for i, g in enumerate(grads) if g is not None]
         rows, of_freqs = [contiguous_rows(grads[i]) for i in given], None
         through = traced(*map(type, rows))
@@ -144,7 +145,7 @@ class _Rotate(torch.autograd.Function):
         elif rows:
             rows = rope3d_op.at(through)(rows, back)
         turned = dict(zip(given, rows, strict=True))
-        return turned.get(0), turned.get(1), of_freqs, None, None, None
+        return turned.get(0), turned.get(1), of_freqs, *[None] * 4
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
@@ -272,36 +273,8 @@ def used_again() -> RuntimeError:
     return RuntimeError("qkv: was used again after joint_attention_qkv_, which consumes it; clone it before")
 
 
-@register("rope3d_table(Tensor x, Tensor table, {settings}) -> Tensor", lambda x, table, rotation: empty(x), Rotation)
-def rope3d_table_op(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
-    out = empty(x)
-    turn([x], [out], rotation, table)
-    return out
-
-
-class _RotateByTable(torch.autograd.Function):
-    @staticmethod
-    def forward(x, table, rotation):
-        return rope3d_table_op.at(traced(type(x)))(x, table, rotation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, table, ctx.rotation = inputs
-        ctx.save_for_backward(table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (table,), back = ctx.saved_tensors, ctx.rotation.back()
-        return rope3d_table_op.at(traced(type(grad)))(contiguous_rows(grad), table, back), None, None
-
-
 def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: bool, backend: str) -> Tensor:
-    """The turned x [B, H, N, D] by cosines, then sines, that somebody else made: float32 [2, 1 or B, 1 or H, N - prefix_tokens,
-    D/2], contiguous. No gradient for the table."""
+    """The turned x [B, H, N, D] by a table as `Rotation` has it. No gradient for the table."""
     if backend == "reference":
         return reference.turn(x, table[0], table[1], prefix_tokens, interleaved)
-    rotation = Rotation(None, None, (), prefix_tokens, interleaved, False, backend)
-    if not (torch.is_grad_enabled() and x.requires_grad):  # where none is wanted, Dynamo takes no function with setup_context
-        return rope3d_table_op.at(traced(type(x)))(contiguous_rows(x), table, rotation)
-    return _RotateByTable.apply(contiguous_rows(x), table, rotation)
+    return rotate(contiguous_rows(x), None, Rotation(None, None, (), prefix_tokens, interleaved, False, backend, table))[0]
