@@ -168,9 +168,10 @@ def test_vmap_is_an_error():
 
 def test_opcheck():
     q, k = qk()
-    settings = (None, None, list(GRID), 1, True, False, "cpu")
-    per_call = (ops.joint_freqs(16), torch.randn(2, N, 3), [], 1, False, True, "cpu")
-    for arguments in (settings, per_call):
+    settings = (None, None, list(GRID), 1, True, False, "cpu", None)
+    per_call = (ops.joint_freqs(16), torch.randn(2, N, 3), [], 1, False, True, "cpu", None)
+    by_table = (None, None, [], 1, True, False, "cpu", torch.randn(2, 1, 1, N - 1, 8))
+    for arguments in (settings, per_call, by_table):
         torch.library.opcheck(raw.rope3d.default, ([q, k], *arguments))
         torch.library.opcheck(raw.rope3d_.default, ([q, k], *arguments))
         torch.library.opcheck(raw.rope3d_qkv.default, (q, q + 1, q + 2, *arguments))

@@ -8,15 +8,13 @@
 
 namespace evaat {
 
-// rotate and gradient: the C++ functions. Last and its name: int threads, or the Pointer of a stream.
-template <class Last, class Rotate, class Gradient>
-void bind_rope3d(py::module_& m, const char* last, Rotate rotate, Gradient gradient) {
+// rotate and gradient: the C++ functions. Where: int threads, or the Pointer of a stream.
+template <class Where, class Rotate, class Gradient>
+void bind_rope3d(py::module_& m, Rotate rotate, Gradient gradient) {
   using Strides = std::array<int64_t, 3>;  // of clips, heads and tokens
   m.attr("ROPE_CHUNK") = kRopeChunk;
   py::class_<RopeCall>(m, "RopeCall", py::module_local())
-      .def(py::init([](int dtype, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved, bool inverse) {
-             return RopeCall{dtype, B, N, D, prefix, interleaved, inverse};
-           }),
+      .def(py::init<int, int64_t, int64_t, int64_t, int64_t, bool, bool>(),
            py::arg("dtype"), py::arg("B"), py::arg("N"), py::arg("D"), py::arg("prefix"), py::arg("interleaved"), py::arg("inverse"));
   py::class_<RopeTensor>(m, "RopeTensor", py::module_local())
       .def(py::init([](Pointer x, Strides strides, Pointer out, Strides out_strides, int64_t heads) {
@@ -33,21 +31,21 @@ void bind_rope3d(py::module_& m, const char* last, Rotate rotate, Gradient gradi
   m.def(
       "rope3d",
       [rotate](const RopeCall& call, const std::vector<RopeTensor>& tensors, Pointer cos, Pointer sin, int64_t table_b,
-               int64_t table_h, Last where) {
+               int64_t table_h, Where where) {
         const RopeTable<float> table = {at<const float>(cos), at<const float>(sin), table_b, table_h};
         return rotate(call, tensors.data(), int(tensors.size()), table, place(where));
       },
-      py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg(last), NoGil());
+      py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg("where"), NoGil());
   m.def(
       "rope3d_freqs",
       [gradient](const RopeCall& call, const std::vector<RopeGradient>& tensors, Pointer cos, Pointer sin, int64_t table_b,
-                 int64_t table_h, Pointer positions, int64_t positions_b, Pointer partial, Last where) {
+                 int64_t table_h, Pointer positions, int64_t positions_b, Pointer partial, Where where) {
         const RopeTable<double> table = {at<const double>(cos), at<const double>(sin), table_b, table_h};
         const RopePositions rows = {at<const float>(positions), positions_b};
         return gradient(call, tensors.data(), int(tensors.size()), table, rows, at<double>(partial), place(where));
       },
       py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg("positions"),
-      py::arg("positions_b"), py::arg("partial"), py::arg(last), NoGil());
+      py::arg("positions_b"), py::arg("partial"), py::arg("where"), NoGil());
 }
 
 }  // namespace evaat

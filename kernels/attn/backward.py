@@ -54,9 +54,7 @@ def attn_keys_kernel(q, k, v, do, lse, delta, dk, dv, sums, ADD: tl.constexpr, t
     to memory or by COPY through a descriptor of blocks [1, BLOCK_M, BLOCK_D].
     """
     block, h, b, start, M, scale = place(call, call.M, S.BLOCK_N, S.CLIPS)
-    N = call.N
-    if S.CLIPS:
-        N = M
+    N = M if S.CLIPS else call.N
     head, c = h.to(tl.int64), tl.arange(0, S.BLOCK_D)
     n = block * S.BLOCK_N + tl.arange(0, S.BLOCK_N)
     d, has_d = channel(c, S, table is not None and not S.INTERLEAVED)
@@ -117,9 +115,7 @@ def _query_block(q, dO, level, delta, k, v, k_n, v_n, n, M, d, has_d, e, dQ, sca
 def attn_queries_kernel(q, k, v, do, lse, delta, dq, table, call, S):
     """Program: the gradient of a block of queries. Otherwise as `attn_keys_kernel`."""
     block, h, b, start, N, scale = place(call, call.N, S.BLOCK_M, S.CLIPS)
-    M = call.M
-    if S.CLIPS:
-        M = N
+    M = N if S.CLIPS else call.M
     head, kv_head = h.to(tl.int64), (h // call.groups).to(tl.int64)
     m, c = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M), tl.arange(0, S.BLOCK_D)
     d, has_d = channel(c, S, table is not None and not S.INTERLEAVED)

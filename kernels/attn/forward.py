@@ -143,9 +143,7 @@ def attn_forward_kernel(q, k, v, out, lse, turned_q, table, call, S):
     turned, the keys are taken as they are; the turned queries, as the products see them, go to turned_q unless it is None.
     """
     block, h, b, start, N, scale = place(call, call.N, S.BLOCK_M, S.CLIPS)
-    M = call.M
-    if S.CLIPS:
-        M = N
+    M = N if S.CLIPS else call.M
     head, kv_head = h.to(tl.int64), (h // call.groups).to(tl.int64)
     m = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
     c = tl.arange(0, S.BLOCK_D)

@@ -37,7 +37,8 @@ def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation) -> None:
         rotate(xs, outs, table, rotation.prefix_tokens, rotation.interleaved, rotation.inverse)
     elif rotation.backend == "reference":
         cos, sin = table[0], -table[1] if rotation.inverse else table[1]
-        reference.turn_into(xs, outs, cos, sin, rotation.prefix_tokens, rotation.interleaved)
+        for x, out in zip(xs, outs, strict=True):
+            out.copy_(reference.turn(x, cos, sin, rotation.prefix_tokens, rotation.interleaved))
     else:
         native.turn(xs, outs, table, rotation)
 
@@ -89,11 +90,6 @@ def _freqs_gradient(grads, outs, xs, rotation):
     return (total if rotation.inverse else -total).float().view(freqs.shape)
 
 
-def _leaves(q, k):
-    # Dynamo takes no tensor twice.
-    return q, q.view_as(q) if k is q else k
-
-
 def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False) -> tuple[Tensor, Any]:
     """The turned q and k of a checked call; owned: the gradients of what is returned have no other reader, so the backward pass
     turns them where they lie."""
@@ -103,7 +99,8 @@ def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False)
         out = reference.rope3d_reference(q, k, rotation.grid or None, **options)
         return (out, None) if k is None else out
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad) or rotation.learns()):
-        out = _Rotate.apply(*_leaves(q, k), rotation.freqs, rotation.positions, rotation.table, rotation.bare(), owned)
+        k = q.view_as(q) if k is q else k  # Dynamo takes no tensor twice
+        out = _Rotate.apply(q, k, rotation.freqs, rotation.positions, rotation.table, rotation.bare(), owned)
     else:
         out = rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], rotation)
     return out[0], out[1] if k is not None else None
