@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.native import module_of, run
+from evaat_fast.ops._core.native import checked
 from evaat_fast.ops._core.register import register, traced
 from evaat_fast.ops._core.tensor import memory_of, numbers
 
@@ -54,7 +54,15 @@ def _patchify(video, patch, mean, std, dtype, backend):
     (B, T, H, W, _), (stride_b, stride_t, stride_h, _, _) = video.shape, video.stride()
     call = dict(video=video.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), element_size=out.element_size())
     call |= dict(B=B, T=T, H=H, W=W, stride_b=stride_b, stride_t=stride_t, stride_h=stride_h, patch=patch)
-    run(video, module_of(backend).patchify, **call)
+    if backend == "cpu":
+        from evaat_fast import _cpu
+
+        checked("patchify", video.shape, _cpu.patchify(**call, where=torch.get_num_threads()))
+    else:
+        from evaat_fast import _cuda
+
+        with torch.cuda.device(video.device):
+            checked("patchify", video.shape, _cuda.patchify(**call, where=torch.cuda.current_stream().cuda_stream))
     return out
 
 
