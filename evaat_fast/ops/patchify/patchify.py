@@ -107,7 +107,8 @@ def patchify(
         raise ValueError(f"video: height and width must be multiples of patch={patch}, got {list(video.shape[2:4])}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    mean, std = (numbers(n, x, 3, "three floats in units of 0..255") for n, x in (("mean", mean), ("std", std)))
+    three = "three floats in units of 0..255"
+    mean, std = numbers("mean", mean, 3, three), numbers("std", std, 3, three)
     if 0.0 in std:
         raise ValueError(f"std: expected three non-zero floats, got {std}")
     backend = dispatch.pick("patchify", video.device, dtype, backend)

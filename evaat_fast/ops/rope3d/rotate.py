@@ -30,7 +30,8 @@ def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation) -> None:
         return
     table = rotation.table
     if table is None:
-        table = table_of(rotation, xs[0].shape[3], xs[0].device, torch.promote_types(xs[0].dtype, torch.float32))
+        wide = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
+        table = table_of(rotation, xs[0].shape[3], xs[0].device, wide)
     if rotation.backend == "triton":
         from evaat_fast.kernels.rope3d.rotate import rotate
 
