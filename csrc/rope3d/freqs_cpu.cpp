@@ -49,7 +49,7 @@ void rows_plain(const T* grad, T* out, const T* x, const float* cos, const float
 // P pairs at a time, for every head: their cosines, sines and sums stay in registers.
 #define ROWS(NAME, TARGET, V)                                                                                                  \
   template <class T, Layout kind>                                                                                              \
-  TARGET EVAAT_INLINE void NAME##_pair(const T* p, int64_t pairs, V::F& a, V::F& b) {                                                \
+  TARGET EVAAT_INLINE void NAME##_pair(const T* p, int64_t pairs, V::F& a, V::F& b) {                                          \
     if constexpr (kind == kWords)                                                                                              \
       V::load_words(p, a, b);                                                                                                  \
     else                                                                                                                       \
@@ -77,7 +77,7 @@ void rows_plain(const T* grad, T* out, const T* x, const float* cos, const float
           V::F g_a, g_b, a, b;                                                                                                 \
           NAME##_pair<T, kind>(from, token.pairs, g_a, g_b);                                                                   \
           NAME##_pair<T, kind>(saved, token.pairs, a, b);                                                                      \
-          const V::F new_a = V::first(g_a, g_b, cosine, sine), new_b = V::second(g_a, g_b, cosine, sine);                      \
+          const V::F new_a = V::first(g_a, g_b, cosine, sine), new_b = V::add_product(g_a * sine, g_b, cosine);                \
           if constexpr (kind == kWords)                                                                                        \
             V::store_words(to, new_a, new_b);                                                                                  \
           else                                                                                                                 \

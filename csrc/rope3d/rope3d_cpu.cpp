@@ -44,7 +44,7 @@ void rows_plain(const T* in, T* out, const float* cos, const float* sin, const B
 // over tokens. Both once per instruction set, as a target attribute cannot be a template argument.
 #define ROWS(NAME, TARGET, V)                                                                                                  \
   template <class T, Layout kind, int U>                                                                                       \
-  TARGET EVAAT_INLINE void NAME##_heads(const T* in, T* out, const float* cos, const float* sin, const Block& block) {               \
+  TARGET EVAAT_INLINE void NAME##_heads(const T* in, T* out, const float* cos, const float* sin, const Block& block) {         \
     V::F x[U], y[U];                                                                                                           \
     for (int u = 0; u < U; ++u) {                                                                                              \
       x[u] = kind == kPairs ? V::twice(cos + u * V::W / 2) : V::load(cos + u * V::W);                                          \
@@ -62,13 +62,13 @@ void rows_plain(const T* in, T* out, const float* cos, const float* sin, const B
         if constexpr (kind == kWords) {                                                                                        \
           V::F a, b;                                                                                                           \
           V::load_words(in + u * 2 * V::W, a, b);                                                                              \
-          V::store_words(out + u * 2 * V::W, V::first(a, b, x[u], y[u]), V::second(a, b, x[u], y[u]));                         \
+          V::store_words(out + u * 2 * V::W, V::first(a, b, x[u], y[u]), V::add_product(a * y[u], b, x[u]));                   \
         } else if constexpr (kind == kPairs) {                                                                                 \
           V::store(out + u * V::W, V::turn_pairs(V::load(in + u * V::W), x[u], y[u]));                                         \
         } else {                                                                                                               \
           const V::F a = V::load(in + u * V::W), b = V::load(in + block.pairs + u * V::W);                                     \
           V::store(out + u * V::W, V::first(a, b, x[u], y[u]));                                                                \
-          V::store(out + block.pairs + u * V::W, V::second(a, b, x[u], y[u]));                                                 \
+          V::store(out + block.pairs + u * V::W, V::add_product(a * y[u], b, x[u]));                                           \
         }                                                                                                                      \
       }                                                                                                                        \
     }                                                                                                                          \

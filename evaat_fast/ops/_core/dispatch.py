@@ -105,10 +105,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _constant(function):
-    """Dynamo takes the function's result as a constant: it must not trace the import of a backend.
-
-    What torch.compiler.assume_constant_result does, without the two seconds that importing Dynamo takes.
-    """
+    """Dynamo takes the function's result as a constant: it must not trace the import of a backend. As does
+    torch.compiler.assume_constant_result, after the two seconds that importing Dynamo takes."""
     function._dynamo_marked_constant = True
     return function
 
@@ -176,14 +174,8 @@ DEFAULT = read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
 
 
 def pick(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, needs: tuple[str, ...] = ()) -> str:
-    """The backend that serves `op` for tensors of that device and dtype.
-
-    Args:
-        needs: what of the call only some backends have, as named in `Support.lacks`.
-
-    Raises:
-        ValueError: an unknown name. BackendError, a RuntimeError: a backend asked for by name cannot serve; the reason.
-    """
+    """The backend that serves `op` for tensors of that device and dtype. needs: what of the call only some backends have, as
+    named in `Support.lacks`. An unknown name is a ValueError, one that cannot serve a BackendError with the reason."""
     named = DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
     if named is None:
         return (_choose if torch.compiler.is_compiling() else _chosen)(op, device.type, dtype, needs)

@@ -22,12 +22,10 @@ def clip_positions(
     token = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
     clip = torch.searchsorted(cu_seqlens, token, right=True) - 1
     cell = token - cu_seqlens[clip] - prefix_tokens
+    rows: Any = positions
     if grid is not None:
         _, height, width = grid
         rows = torch.stack((cell // (height * width), cell // width % height, cell % width), 1)
-    else:
-        assert positions is not None
-        rows = positions
     return torch.where((cell >= 0)[:, None], rows, 0).float()
 
 

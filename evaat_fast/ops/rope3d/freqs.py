@@ -70,11 +70,7 @@ def spatial_freqs(head_dim: int, theta: float = 10000.0, scale: Sequence[float] 
 
 
 def split_freqs(
-    head_dim: int,
-    dims: Sequence[int],
-    theta: float = 10000.0,
-    scale: Sequence[float] = (1.0, 1.0, 1.0),
-    restart: bool = True,
+    head_dim: int, dims: Sequence[int], theta: float = 10000.0, scale: Sequence[float] = (1.0, 1.0, 1.0), restart: bool = True
 ) -> Tensor:
     """Axial frequencies: each axis turns channels of its own, in the order t, h, w; channels left over are not turned.
 

@@ -1,4 +1,4 @@
-"""rope3d: rotary embedding of queries and keys at space-time positions, each read and written once.
+"""The public functions of rope3d.
 
 q, k = rope3d(q, k, grid=(4, 14, 14))            # new tensors, with gradients
 rope3d_(q, k, grid=(4, 14, 14))                  # in place, for inference

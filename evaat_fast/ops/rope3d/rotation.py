@@ -51,7 +51,7 @@ class Rotation:
 
 
 def plan(
-    shape: torch.Size,
+    q: torch.Size,
     device: torch.device,
     k_heads: int | None,
     backend: str,
@@ -59,16 +59,14 @@ def plan(
     inverse: bool = False,
     of: str = "positions",
 ) -> Rotation:
-    """The rotation of queries [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked.
-
-    of: the name of `positions` in errors.
-    """
+    """The rotation of queries q [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked. of: the
+    name of `positions` in errors."""
     grid, freqs, prefix_tokens, positions, interleaved = rope
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved: expected True or False, got {interleaved!r}")
     if not isinstance(inverse, bool):
         raise TypeError(f"inverse: expected True or False, got {inverse!r}")
-    B, Hq, N, D = shape
+    B, Hq, N, D = q
     if D % 2 or not 2 <= D <= 256:
         raise ValueError(f"q: expected an even head dim from 2 to 256, got {D}")
     check_place(grid, prefix_tokens, positions)
