@@ -17,10 +17,8 @@ void bind_rope3d(py::module_& m, Rotate rotate, Gradient gradient) {
       .def(py::init<int, int64_t, int64_t, int64_t, int64_t, bool, bool>(),
            py::arg("dtype"), py::arg("B"), py::arg("N"), py::arg("D"), py::arg("prefix"), py::arg("interleaved"), py::arg("inverse"));
   py::class_<RopeTensor>(m, "RopeTensor", py::module_local())
-      .def(py::init([](Pointer x, Strides strides, Pointer out, Strides out_strides, int64_t heads) {
-             const auto [in_b, in_h, in_n] = strides;
-             const auto [out_b, out_h, out_n] = out_strides;
-             return RopeTensor{at<const void>(x), at<void>(out), heads, in_b, in_h, in_n, out_b, out_h, out_n};
+      .def(py::init([](Pointer x, Strides in, Pointer out, Strides to, int64_t heads) {
+             return RopeTensor{at<const void>(x), at<void>(out), heads, in[0], in[1], in[2], to[0], to[1], to[2]};
            }),
            py::arg("x"), py::arg("strides"), py::arg("out"), py::arg("out_strides"), py::arg("heads"));
   py::class_<RopeGradient>(m, "RopeGradient", py::module_local())

@@ -17,12 +17,13 @@ struct Token {
   int64_t heads, grad_h, out_h, x_h, pairs;
 };
 
-// Sums over heads, for every pair c: dot[c] of a g_a + b g_b, cross[c] of a g_b - b g_a.
+// Sums over heads, for every pair c from `first` on: dot[c] of a g_a + b g_b, cross[c] of a g_b - b g_a.
 template <class T>
-using Rows = void (*)(const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross, const Token& token);
+using Rows = void (*)(int64_t first, const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross,
+                      const Token& token);
 
 template <class T, bool interleaved>
-void pairs_from(int64_t first, const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross,
+void rows_plain(int64_t first, const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross,
                 const Token& token) {
   for (int64_t c = first; c < token.pairs; ++c) {
     const int64_t i = interleaved ? 2 * c : c, j = interleaved ? 2 * c + 1 : c + token.pairs;
@@ -40,11 +41,6 @@ void pairs_from(int64_t first, const T* grad, T* out, const T* x, const float* c
   }
 }
 
-template <class T, bool interleaved>
-void rows_plain(const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross, const Token& token) {
-  pairs_from<T, interleaved>(0, grad, out, x, cos, sin, dot, cross, token);
-}
-
 #ifdef EVAAT_X86
 // P pairs at a time, for every head: their cosines, sines and sums stay in registers.
 #define ROWS(NAME, TARGET, V)                                                                                                  \
@@ -56,11 +52,11 @@ void rows_plain(const T* grad, T* out, const T* x, const float* cos, const float
       a = V::load(p), b = V::load(p + pairs);                                                                                  \
   }                                                                                                                            \
   template <class T, bool interleaved>                                                                                         \
-  TARGET void NAME(const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross,            \
+  TARGET void NAME(int64_t first, const T* grad, T* out, const T* x, const float* cos, const float* sin, float* dot, float* cross, \
                    const Token& token) {                                                                                       \
     constexpr Layout kind = layout<T, interleaved>;                                                                            \
     constexpr int64_t P = kind == kPairs ? V::W / 2 : V::W, step = interleaved ? 2 : 1;                                        \
-    int64_t c = 0;                                                                                                             \
+    int64_t c = first;                                                                                                         \
     for (; c + P <= token.pairs; c += P) {                                                                                     \
       const T *from = grad + step * c, *saved = x + step * c;                                                                  \
       T* to = out + step * c;                                                                                                  \
@@ -97,7 +93,7 @@ void rows_plain(const T* grad, T* out, const T* x, const float* cos, const float
         V::store(dot + c, dots), V::store(cross + c, crosses);                                                                 \
       }                                                                                                                        \
     }                                                                                                                          \
-    if (c < token.pairs) pairs_from<T, interleaved>(c, grad, out, x, cos, sin, dot, cross, token);                             \
+    if (c < token.pairs) rows_plain<T, interleaved>(c, grad, out, x, cos, sin, dot, cross, token);                             \
   }
 
 ROWS(rows_avx512, EVAAT_AVX512, Avx512)
@@ -135,7 +131,7 @@ int run(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTabl
           const int64_t row = b * table.stride_b + h * table.stride_h + (n - prefix) * pairs;
           const double *cos = table.cos + row, *sin = table.sin + row;
           for (int64_t c = 0; c < pairs; ++c) cosine[c] = float(cos[c]), sine[c] = float(inverse ? -sin[c] : sin[c]);
-          rows(in + h * g.in_h + n * g.in_n, out + h * g.out_h + n * g.out_n, saved + h * s.x_h + n * s.x_n, cosine, sine, dot,
+          rows(0, in + h * g.in_h + n * g.in_n, out + h * g.out_h + n * g.out_n, saved + h * s.x_h + n * s.x_n, cosine, sine, dot,
                cross, token);
           const float* at = positions.rows + b * positions.stride_b + (n - prefix) * 3;
           for (int64_t c = 0; c < pairs; ++c) {

@@ -31,10 +31,8 @@ struct RopeTable {
   int64_t stride_b, stride_h;
 };
 
-// Returns a Status.
+// A Status, or of a GPU a cudaError_t; stream is a cudaStream_t.
 int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, int threads);
-
-// The same on a GPU. Returns a cudaError_t; stream is a cudaStream_t.
 int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, void* stream);
 
 // The backward pass where frequencies are learnable. grad: `in` is the gradient of the rotated tensor, `out` becomes that of the
@@ -61,7 +59,7 @@ struct RopePositions {
 constexpr int64_t kRopeChunk = 64;
 
 // partial: [B * ceil((N - prefix) / kRopeChunk), heads or 1, 3, D/2], to be summed over its first dimension; heads where the
-// table has one for each. Returns a Status.
+// table has one for each.
 int rope3d_freqs(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
                  const RopePositions& positions, double* partial, int threads);
 int rope3d_freqs_cuda(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,

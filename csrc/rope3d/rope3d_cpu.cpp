@@ -111,7 +111,6 @@ void turn(Rows<T> rows, const RopeTensor& x, const RopeTable<float>& table, int6
 
 template <class T>
 int run(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, int threads) {
-  // Names of their own: a structured binding cannot be used in a parallel region.
   const int64_t B = call.B, N = call.N, D = call.D, prefix = call.prefix;
   const Rows<T> rows = call.interleaved ? EVAAT_BEST(rows, T, true) : EVAAT_BEST(rows, T, false);
   const uint32_t flip = call.inverse ? 0x80000000u : 0;

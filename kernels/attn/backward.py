@@ -7,18 +7,7 @@ fixed order: on Hopper with the copy engine's reduction, elsewhere with atomics.
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.attn.forward import (
-    LOG2E,
-    PRECISION,
-    Call,
-    blocks_of,
-    channel,
-    load_rows,
-    place,
-    programs,
-    shape_of,
-    turn,
-)
+from evaat_fast.kernels.attn.forward import LOG2E, TF32X3, Call, blocks_of, channel, load_rows, place, programs, shape_of, turn
 from evaat_fast.kernels.launch import Rows, generation, on, table_of
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -76,16 +65,16 @@ def attn_keys_kernel(q, k, v, do, lse, delta, dk, dv, sums, ADD: tl.constexpr, t
             at_do += S.BLOCK_M * do.n
             level = tl.load(lse.at + of_row + m, mask=m < N, other=float("inf"))
             minus = tl.load(delta + of_row + m, mask=m < N, other=0.0)
-            s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+            s = tl.dot(keys, tl.trans(queries), input_precision=TF32X3)
             p = _probability(s, scale, level[None, :])
-            dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=PRECISION)
-            ds = p * (tl.dot(values, tl.trans(dO), input_precision=PRECISION) - minus[None, :])
-            dK = tl.dot(ds.to(queries.dtype), queries, dK, input_precision=PRECISION)
+            dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=TF32X3)
+            ds = p * (tl.dot(values, tl.trans(dO), input_precision=TF32X3) - minus[None, :])
+            dK = tl.dot(ds.to(queries.dtype), queries, dK, input_precision=TF32X3)
             if ADD != NOTHING:
                 row = (b * call.heads * call.groups + mine).to(tl.int32)
                 if ADD == COPY and S.CLIPS:  # what is not finite in a clip must not reach the next one's rows
                     ds = tl.where((m < N)[None, :], ds, 0.0)
-                share = tl.dot(tl.trans(ds.to(keys.dtype)), keys, input_precision=PRECISION)
+                share = tl.dot(tl.trans(ds.to(keys.dtype)), keys, input_precision=TF32X3)
                 if ADD == COPY:
                     sums.atomic_add([row, (start + begin).to(tl.int32), 0], tl.reshape(share, (1, S.BLOCK_M, S.BLOCK_D)))
                 else:
@@ -103,12 +92,12 @@ def attn_keys_kernel(q, k, v, do, lse, delta, dk, dv, sums, ADD: tl.constexpr, t
 @triton.jit
 def _query_block(q, dO, level, delta, k, v, k_n, v_n, n, M, d, has_d, e, dQ, scale, MASKED: tl.constexpr, D: tl.constexpr):
     keys = load_rows(k, k_n, n, M, d, has_d, MASKED, D)
-    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    s = tl.dot(q, tl.trans(keys), input_precision=TF32X3)
     p = _probability(s, scale, level[:, None])
     if MASKED:
         p = tl.where((n < M)[None, :], p, 0.0)
-    dp = tl.dot(dO, tl.trans(load_rows(v, v_n, n, M, e, e < D, MASKED, D)), input_precision=PRECISION)
-    return tl.dot((p * (dp - delta[:, None])).to(keys.dtype), keys, dQ, input_precision=PRECISION)
+    dp = tl.dot(dO, tl.trans(load_rows(v, v_n, n, M, e, e < D, MASKED, D)), input_precision=TF32X3)
+    return tl.dot((p * (dp - delta[:, None])).to(keys.dtype), keys, dQ, input_precision=TF32X3)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from evaat_fast.kernels.launch import Rows, constants, generation, on, table_of
 from evaat_fast.kernels.rope3d.rotate import turn_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PRECISION = tl.constexpr("tf32x3")  # of the products of float32
+TF32X3 = tl.constexpr("tf32x3")  # of the products of float32
 
 # N queries and M keys, `groups` query heads to a key head, of which `heads` are the kernel's own; the first `prefix` tokens are
 # not turned. cu: int32 [clips + 1], the limits of packed clips, which are one clip to all else, or None.
@@ -125,7 +125,7 @@ def turn(x, table, b, head, start, n, N, prefix, INVERSE: tl.constexpr, S):
 @triton.jit
 def _block(q, k, v, k_n, v_n, n, M, d, has_d, e, m_i, l_i, acc, scale2, MASKED: tl.constexpr, D: tl.constexpr):
     """One block of keys n: (largest score so far, sum, weighted values)."""
-    s = tl.dot(q, tl.trans(load_rows(k, k_n, n, M, d, has_d, MASKED, D)), input_precision=PRECISION)
+    s = tl.dot(q, tl.trans(load_rows(k, k_n, n, M, d, has_d, MASKED, D)), input_precision=TF32X3)
     largest = tl.max(tl.where((n < M)[None, :], s * scale2, float("-inf")), 1) if MASKED else tl.max(s, 1) * scale2
     new = tl.maximum(m_i, largest, propagate_nan=tl.PropagateNan.ALL)
     p = tl.exp2(s * scale2 - new[:, None])
@@ -133,7 +133,7 @@ def _block(q, k, v, k_n, v_n, n, M, d, has_d, e, m_i, l_i, acc, scale2, MASKED: 
         p = tl.where((n < M)[None, :], p, 0.0)
     alpha = tl.exp2(m_i - new)
     values = load_rows(v, v_n, n, M, e, e < D, MASKED, D)
-    acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(values.dtype), values, acc * alpha[:, None], input_precision=TF32X3)
     return new, l_i * alpha + tl.sum(p, 1), acc
 
 

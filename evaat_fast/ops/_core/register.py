@@ -88,9 +88,9 @@ def once_differentiable(backward: Callable) -> Callable:
     once: torch's decorator of the name lets autograd.grad pass by its error, and a gradient penalty would silently be none."""
 
     def checked(ctx, *grads):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            if any(x is not None and x.requires_grad for x in (*grads, *ctx.saved_tensors)):
-                raise RuntimeError('a kernel has no double backward (create_graph=True); use backend="reference"')
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+        if twice and any(x is not None and x.requires_grad for x in (*grads, *ctx.saved_tensors)):
+            raise RuntimeError('a kernel has no double backward (create_graph=True); use backend="reference"')
         return backward(ctx, *grads)
 
     return checked

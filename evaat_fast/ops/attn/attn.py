@@ -205,7 +205,7 @@ def _check(q, k, v, packed_clips):
 def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bool) -> Any:
     """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v whose memory can be read; B = 1 for packed clips."""
     on_triton = call.backend in TRITON and q.numel() and k.numel()
-    if call.rope and not (on_triton and call.fuses()):
+    if call.rope and (not on_triton or call.rotation.learns()):  # else Triton turns within its passes
         # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
         if call.k_positions is None:
             q, k = rotate(q, k, call.rotation, owned=True)

@@ -29,10 +29,6 @@ class AttentionPlan:
     one_pass: bool
     backend: str
 
-    def fuses(self) -> bool:
-        """Whether Triton turns within its passes: no gradient is wanted of the frequencies."""
-        return self.backend in TRITON and not self.rotation.learns()
-
     def k_rotation(self) -> Rotation:
         return self.rotation if self.k_positions is None else self.rotation.of(self.rotation.freqs, self.k_positions)
 

@@ -24,8 +24,7 @@ def patchify_reference(video: Tensor, patch: int, mean: Sequence[float], std: Se
     B, T, H, W, _ = video.shape
     Hp, Wp = H // patch, W // patch
     table = _table(tuple(mean), tuple(std), dtype, video.device)
-    channels = [table[c][video[..., c].long()] for c in range(3)]
-    x = torch.stack(channels, 2)  # [B, T, 3, H, W]
+    x = torch.stack([table[c][video[..., c].long()] for c in range(3)], 2)  # [B, T, 3, H, W]
     x = x.reshape(B, T, 3, Hp, patch, Wp, patch)
     return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, T * Hp * Wp, 3 * patch * patch)
 

@@ -1,6 +1,4 @@
-"""Frequencies of the rotary embeddings.
-
-Frequencies are float32 [3, D/2], one row per axis (t, h, w), one column per channel pair.
+"""Frequencies of the rotary embeddings: float32 [3, D/2], one row per axis (t, h, w), one column per channel pair.
 
 A token at position p = (t, h, w) turns its channel pair c by the angle p . F[:, c]. Every rotary embedding whose angle
 is linear in the position is such an F, so one kernel serves them all. A zero leaves an axis out.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.tensor import memory_of, packed_base, writable
+from evaat_fast.ops._core.tensor import contiguous_rows, memory_of, packed_base, writable
 from evaat_fast.ops.rope3d import rotate as rotating
 from evaat_fast.ops.rope3d.freqs import joint_freqs, spatial_freqs, split_freqs
-from evaat_fast.ops.rope3d.reference import rope3d_reference
-from evaat_fast.ops.rope3d.rotation import Grid, plan, wrong
+from evaat_fast.ops.rope3d.reference import rope3d_reference, turn
+from evaat_fast.ops.rope3d.rotation import Grid, Rotation, plan, wrong
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
 
@@ -213,7 +213,11 @@ def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: b
 
     x: [B, H, N, D]. table: as `Rotation` has it.
     """
-    return rotating.rotate_by_table(x, table, prefix_tokens, interleaved, dispatch.pick("rope3d", x.device, x.dtype))
+    backend = dispatch.pick("rope3d", x.device, x.dtype)
+    if backend == "reference":
+        return turn(x, table[0], table[1], prefix_tokens, interleaved)
+    rotation = Rotation(None, None, (), prefix_tokens, interleaved, False, backend, table)
+    return rotating.rotate(contiguous_rows(x), None, rotation)[0]
 
 
 def _share_memory(q, k):

@@ -269,10 +269,3 @@ class _Consume(torch.autograd.Function):
 
 def used_again() -> RuntimeError:
     return RuntimeError("qkv: was used again after joint_attention_qkv_, which consumes it; clone it before")
-
-
-def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: bool, backend: str) -> Tensor:
-    """The turned x [B, H, N, D] by a table as `Rotation` has it. No gradient for the table."""
-    if backend == "reference":
-        return reference.turn(x, table[0], table[1], prefix_tokens, interleaved)
-    return rotate(contiguous_rows(x), None, Rotation(None, None, (), prefix_tokens, interleaved, False, backend, table))[0]

@@ -29,13 +29,12 @@ def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: tor
     prefix = None if rotation.positions is None else rotation.prefix_tokens
     key: tuple = (rotation.grid, prefix, head_dim, dtype, device, rotation.freqs is None)
     key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
+    kept = _TABLES.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # The kept table, so that the graph has no launch for it, where a call before the capture has made it; else one of the
         # graph's own memory, made by its first nodes.
-        if key not in _CAPTURED and key not in _TABLES:
-            return make(rotation, head_dim, dtype, device)
-        return _CAPTURED[key] if key in _CAPTURED else _CAPTURED.setdefault(key, _TABLES[key][1])
-    kept = _TABLES.get(key)
+        captured = _CAPTURED.get(key, None if kept is None else kept[1])
+        return make(rotation, head_dim, dtype, device) if captured is None else _CAPTURED.setdefault(key, captured)
     if kept is not None and all(map(torch.equal, kept[0], user)):
         _TABLES[key] = _TABLES.pop(key, kept)  # now the last used; another thread may have dropped it
         return kept[1]
