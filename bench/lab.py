@@ -77,20 +77,19 @@ def rope3d_launch(heads, warps, elements):
 
     def make(inputs):
         import triton
-        from evaat_fast.kernels.rope3d.rotate import rope3d_kernel
+        from evaat_fast.kernels.launch import Rows, table_of
+        from evaat_fast.kernels.rope3d.rotate import rope3d_kernel, shape_of
 
         table, first = inputs["table"], 0 if "q" in inputs else 1
         q, k = parts(cloned(inputs) if first else inputs)
         B, H, N, D = q.shape
         outs = (q, k) if first else (torch.empty_like(q), torch.empty_like(k))
-        rows = max(1, elements // D)
-        settings = dict(D=D, INTERLEAVED=True, INVERSE=False, TABLE_PER_HEAD=False, HEADS=heads, BLOCK_N=rows, BLOCK_C=D // 2)
-        strides = [s for x in (q, k, *outs) for s in x.stride()[:3]]
-        programs = (B * triton.cdiv(N - first, rows), 2 * triton.cdiv(H, heads))
+        S = shape_of(D, True, False, False, heads, elements)
+        places = [Rows(x, *x.stride()[:3]) for x in (q, k, *outs)]
+        programs = (B * triton.cdiv(N - first, S.BLOCK_N.value), 2 * triton.cdiv(H, heads))
 
         def step():
-            places = (q, k, *outs, table, table.stride(0), 0, table.stride(2))
-            rope3d_kernel[programs](*places, *strides, H, H, N, 1, first, **settings, num_warps=warps)
+            rope3d_kernel[programs](*places, table_of(table), H, H, N, 1, first, S, num_warps=warps)
             return outs
 
         return step
@@ -115,9 +114,6 @@ def rope3d_cases(device, small):
             yield Case(f"B {B} H {H} N {N}{what}", inputs | {"table": table}, variants, check, yardstick, work)
 
 
-BLOCK = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-
-
 def attention_launch(rows, columns, warps, stages):
     def make(inputs):
         from evaat_fast.kernels.attn import forward as kernels
@@ -125,16 +121,12 @@ def attention_launch(rows, columns, warps, stages):
         q, k, v, table = (inputs[x] for x in ("q", "k", "v", "table"))
         B, H, N, D = q.shape
         out, lse = torch.empty_like(q), torch.empty((B, H, N), dtype=torch.float32, device=q.device)
-        options = kernels.launch_options("forward", q, table, True, None)
-        options |= zip(BLOCK, (rows, columns, warps, stages), strict=True)
-        strides = [s for x in (q, k, v, out, q) for s in x.stride()[:3]]
-        counts = (1, H, N, N, 1, 0, D**-0.5)  # query heads of a key head, heads, queries, keys, prefix, clips, scale
+        call, S = kernels.Call(1, H, N, N, 1, None, 0, D**-0.5), kernels.shape_of(q, True, None, rows, columns)
+        places = (*(kernels.Rows(x, *x.stride()[:3]) for x in (q, k, v, out, lse)), None, kernels.table_of(table))
 
         def step():
-            kernels.attn_forward_kernel[kernels.programs(N, rows, H, B, None)](
-                q, k, v, out, lse, q, table, lse, *strides, *lse.stride()[:2], *kernels.table_strides(table), *counts,
-                KEEP=False, **options,
-            )  # fmt: skip
+            launch = kernels.attn_forward_kernel[kernels.programs(call, N, rows, B)]
+            launch(*places, call, S, num_warps=warps, num_stages=stages)
             return (out,)
 
         return step
@@ -164,32 +156,38 @@ def attention_cases(device, small):
 
 
 def backward_launch(**changed):
-    """The two passes. changed: BLOCK of the kernel named "keys" or "queries"; else as shipped."""
+    """The two passes. changed: (queries, keys, warps, stages) of the kernel named "keys" or "queries"; else as shipped."""
 
     def make(inputs):
         from evaat_fast.kernels.attn import backward as kernels
 
-        shared, table = [inputs[x] for x in ("q", "k", "v", "do", "lse", "delta")], inputs["table"]
-        q, lse = shared[0], inputs["lse"]
+        q, k, v, do, lse, delta, table = (inputs[x] for x in ("q", "k", "v", "do", "lse", "delta", "table"))
         B, H, N, D = q.shape
-        dq, dk, dv = (torch.empty_like(q) for _ in range(3))
-        options = {kind: kernels.launch_options(kind, q, table, True, None) for kind in ("keys", "queries")}
-        for kind, block in changed.items():
-            options[kind] |= zip(BLOCK, block, strict=True)
+        outs = [torch.empty_like(q) for _ in range(3)]
+        call = kernels.Call(1, H, N, N, 1, None, 0, D**-0.5)
+        places = [kernels.Rows(x, *x.stride()[:3]) for x in (q, k, v, do, lse)]
+        dq, dk, dv = (kernels.Rows(x, *x.stride()[:3]) for x in outs)
+        table = kernels.table_of(table)
 
-        def places(*grads):
-            strides = [s for x in (*shared[:4], *grads) for s in x.stride()[:3]]
-            return table, lse, *strides, *lse.stride()[:2], *kernels.table_strides(table), 1, H, N, N, 1, 0, D**-0.5
+        def blocks(kind):
+            if kind not in changed:
+                rows, columns, launch = kernels.blocks_of(kind, q.dtype, D, kernels.generation(q.device))
+            else:
+                rows, columns, *launch = changed[kind]
+                launch = dict(zip(("num_warps", "num_stages"), launch, strict=True))
+            return (rows, columns), kernels.shape_of(q, True, None, rows, columns), launch
+
+        ((_, columns), keys, of_keys), ((rows, _), queries, of_queries) = blocks("keys"), blocks("queries")
 
         def step():
-            keys, queries = options["keys"], options["queries"]
-            kernels.attn_keys_kernel[kernels.programs(N, keys["BLOCK_N"], H, B, None)](
-                *shared, dk, dv, q, *places(dk, dv), ADD=kernels.NOTHING.value, **keys
+            into = (None, kernels.NOTHING.value)
+            kernels.attn_keys_kernel[kernels.programs(call, N, columns, B)](
+                *places, delta, dk, dv, *into, table, call, keys, **of_keys
             )
-            kernels.attn_queries_kernel[kernels.programs(N, queries["BLOCK_M"], H, B, None)](
-                *shared, dq, *places(dq), **queries
+            kernels.attn_queries_kernel[kernels.programs(call, N, rows, B)](
+                *places, delta, dq, table, call, queries, **of_queries
             )
-            return dq, dk, dv
+            return outs
 
         return step
 

@@ -99,7 +99,7 @@ def _table():
     lines = [f"op x backend for {'CUDA' if cuda else 'CPU'} tensors (* serves a call that names none)"]
     ops, backends = (1 + max(map(len, names)) for names in (_dispatch.SUPPORT, _dispatch.BACKENDS))
     for op, row in _dispatch.SUPPORT.items():
-        named = _dispatch._DEFAULT.get(op)
+        named = _dispatch.DEFAULT.get(op)
         order = (named,) if named else _dispatch.AUTO[op, cuda]
         reasons = {b: _dispatch.unusable(op, b, device, torch.float32) for b in row}
         served = next((b for b in order if b in reasons and reasons[b] is None), None)

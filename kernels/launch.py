@@ -1,8 +1,28 @@
-"""What launchers ask of a tensor."""
+"""What launchers ask of a tensor, and what travels together into a kernel as one named tuple."""
 
 import contextlib
+from collections import namedtuple
+from functools import lru_cache
 
 import torch
+import triton.language as tl
+
+# A tensor [B, H, N, ..] with a contiguous last dimension: its address, and the strides of clips, heads and tokens.
+Rows = namedtuple("Rows", "at b h n")
+
+# Cosines, then sines [2, 1 or B, 1 or H, N, D/2]: their address, the way to the sines, and the strides of clips and heads, 0
+# where there is one for all.
+Table = namedtuple("Table", "at half b h")
+
+
+def table_of(x):
+    return None if x is None else Table(x, x.stride(0), *(x.stride(i) if x.shape[i] > 1 else 0 for i in (1, 2)))
+
+
+@lru_cache(maxsize=256, typed=True)
+def constants(kind, *values):
+    """A named tuple of what a kernel is compiled for. Kept, since making it takes as long as half a launch."""
+    return kind(*map(tl.constexpr, values))
 
 
 def on(device):
@@ -13,9 +33,3 @@ def on(device):
 def generation(device):
     """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-def table_strides(table):
-    """Of a table [2, 1 or B, 1 or H, ..] of cosines and sines: the way to the sines, and the strides of clips and heads, 0
-    where there is one for all."""
-    return table.stride(0), *(table.stride(i) if table.shape[i] > 1 else 0 for i in (1, 2))

@@ -16,8 +16,9 @@ def build(kernel, signature, constants, arch, aligned=(), **options):
     """Compiles a @triton.jit function.
 
     kernel: the jitted function. signature: {argument: "*bf16", "i32", ...} of its run-time arguments, of a tuple one for each
-    field, or the constant that it is; constants: the others. arch: 80, 90, 100. aligned: the integers that are multiples of
-    16, as Triton finds out at a launch (pointers always are), "x.N" in a tuple. options: num_warps, num_stages.
+    field, or the constant that it is (a string as a tl.constexpr); constants: the others. arch: 80, 90, 100. aligned: the
+    integers that are multiples of 16, as Triton finds out at a launch (pointers always are), "x.N" in a tuple. options:
+    num_warps, num_stages.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -35,7 +36,7 @@ def build(kernel, signature, constants, arch, aligned=(), **options):
             kinds = [kind_of(x, (*path, i), f"{name}.{field}") for i, (field, x) in enumerate(zip(fields, value, strict=True))]
             return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
         if name in constants or not isinstance(value, str):
-            constexprs[path] = value
+            constexprs[path] = getattr(value, "value", value)
             return "constexpr"
         if value.startswith("*") or name in aligned:
             attributes[path] = [["tt.divisibility", 16]]

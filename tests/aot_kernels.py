@@ -7,42 +7,55 @@ import aot
 DTYPES = ("bf16", "fp16", "fp32")
 
 
+def rows(dtype):
+    from evaat_fast.kernels.launch import Rows
+
+    return Rows(f"*{dtype}", "i32", "i32", "i32")
+
+
+def strides(*names):
+    """Of tensors whose rows are multiples of 16 bytes apart."""
+    return [f"{name}.{axis}" for name in names for axis in "bhn"]
+
+
+def table(dtype):
+    from evaat_fast.kernels.launch import Table
+
+    return Table(f"*{dtype}", "i32", "i32", "i32")
+
+
+TABLE = ["table.half", "table.b", "table.h"]
+
+
 def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False):
-    import triton
     from evaat_fast.kernels.rope3d import rotate as kernels
 
-    strides = [f"{x}_{d}" for x in ("q", "k", "out_q", "out_k") for d in "bhn"]
-    aligned = ["table_half", "table_b", "table_h", *strides]
-    pointers = {name: f"*{dtype}" for name in ("q", "k", "out_q", "out_k")} | {"table": "*fp32"}
-    integers = dict.fromkeys([*aligned, "q_heads", "k_heads", "N", "prefix", "first"], "i32")
-    constants = dict(D=D, INTERLEAVED=interleaved, INVERSE=inverse, TABLE_PER_HEAD=per_head, HEADS=kernels.HEADS)
-    constants |= dict(BLOCK_N=kernels.block_n(D), BLOCK_C=triton.next_power_of_2(D // 2))
-    options = dict(aligned=aligned, num_warps=kernels.NUM_WARPS)
-    return aot.build(kernels.rope3d_kernel, pointers | integers, constants, arch, **options)
+    tensors = ("q", "k", "out_q", "out_k")
+    types = dict.fromkeys(tensors, rows(dtype)) | {"table": table("fp32")}
+    types |= dict.fromkeys(("q_heads", "k_heads", "N", "prefix", "first"), "i32")
+    types["S"] = kernels.shape_of(D, interleaved, inverse, per_head)
+    aligned = [*TABLE, *strides(*tensors)]
+    return aot.build(kernels.rope3d_kernel, types, {}, arch, aligned=aligned, num_warps=kernels.NUM_WARPS)
 
 
-def rope3d_freqs(arch, dtype, D, interleaved=True, heads=None):
-    import triton
-    from evaat_fast.kernels.rope3d import rotate as kernels
-    from evaat_fast.kernels.rope3d.freqs import rope3d_freqs_kernel, tokens
+def rope3d_freqs(arch, dtype, D, interleaved=True, per_head=False):
+    from evaat_fast.kernels.rope3d import freqs as kernels
 
-    pairs = [f"{x}_{y}" for x in ("grad", "out", "x") for y in "qk"]
-    aligned = ["table_half", "table_b", "table_h", *(f"{x}_{d}" for x in pairs for d in "bhn")]
-    pointers = dict.fromkeys(pairs, f"*{dtype}") | {"table": "*fp64", "positions": "*fp32", "partial": "*fp64"}
-    integers = dict.fromkeys([*aligned, "positions_b", "q_heads", "k_heads", "N", "prefix"], "i32")
-    constants = dict(D=D, INTERLEAVED=interleaved, INVERSE=True, HEADS=heads or kernels.HEADS, BLOCK_N=tokens(D))
-    constants["BLOCK_C"] = triton.next_power_of_2(D // 2)
-    options = dict(aligned=aligned, num_warps=kernels.NUM_WARPS)
-    return aot.build(rope3d_freqs_kernel, pointers | integers, constants, arch, **options)
+    pairs = ("grads", "outs", "xs")
+    types = dict.fromkeys(pairs, (rows(dtype), rows(dtype))) | {"table": table("fp64")}
+    types |= {"positions": "*fp32", "positions_b": "i32", "partial": "*fp64"}
+    types |= dict.fromkeys(("q_heads", "k_heads", "N", "prefix"), "i32")
+    types["S"] = kernels.shape_with_freqs(D, interleaved, True, per_head)
+    aligned = [*TABLE, *strides(*(f"{x}.{i}" for x in pairs for i in (0, 1)))]
+    return aot.build(kernels.rope3d_freqs_kernel, types, {}, arch, aligned=aligned, num_warps=kernels.NUM_WARPS)
 
 
 def rope3d_table(arch, out, grid):
-    from evaat_fast.kernels.rope3d.table import BLOCK, rope3d_table_kernel
+    from evaat_fast.kernels.rope3d.table import BLOCK, Positions, rope3d_table_kernel
 
-    pointers = {"freqs": "*fp32", "positions": "*fp32", "out": f"*{out}"}
-    integers = "freqs_h positions_b positions_n positions_axis out_half out_b out_h M Hp Wp".split()
-    constants = dict(C=32, GRID=grid, BLOCK_M=BLOCK // 32, BLOCK_C=32)
-    return aot.build(rope3d_table_kernel, pointers | dict.fromkeys(integers, "i32"), constants, arch)
+    positions = None if grid else Positions("*fp32", "i32", "i32", "i32")
+    types = {"freqs": "*fp32", "positions": positions, "out": table(out)} | dict.fromkeys(("freqs_h", "M", "Hp", "Wp"), "i32")
+    return aot.build(rope3d_table_kernel, types, dict(C=32, BLOCK_M=BLOCK // 32, BLOCK_C=32), arch)
 
 
 ALIGNED = [f"f.{field}" for field in ("video_n", "text_n", "N", "E")]
@@ -59,10 +72,9 @@ def labels(table, indexed, half):
 
     indices = ["*i64"] * 2 if indexed else [None] * 2
     # Triton makes a constant of an integer that is 1.
-    strides = dict(row="i32", column=1, half="i32" if half else 0)
+    strides = ("i32", 1, "i32" if half else 0)
     verb, values = "*i64" if half else None, "*fp32" if table == "u8" else None
-    return Labels(f"*{table}", **strides, V="i32", C="i32", **dict(zip(("video_index", "caption_index"), indices, strict=True)),
-                  verb=verb, code_values=values)  # fmt: skip
+    return Labels(f"*{table}", *strides, "i32", "i32", *indices, verb, values)
 
 
 def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=False, each=False):
@@ -115,25 +127,25 @@ def contrast(arch, dtype, sweep, positives="OWN"):
 
 
 def attn(arch, kind, D, interleaved=True, clips=0):
+    import triton.language as tl
     from evaat_fast.kernels.attn import backward, forward
     from torch import bfloat16
 
     kernel = getattr(forward if kind == "forward" else backward, f"attn_{'keys' if kind == 'both' else kind}_kernel")
-    plan, padded = forward.blocks_of(kind, bfloat16, D, arch // 10), forward.padded(D)
+    block_m, block_n, launch = forward.blocks_of(kind, bfloat16, D, arch // 10)
+    padded = forward.padded(D)
     add = backward.NOTHING if kind != "both" else backward.ATOMIC if arch < 90 else backward.COPY
-    constants = dict(D=D, BLOCK_D=padded, ROPE=True, INTERLEAVED=interleaved, PRECISION="tf32x3", KEEP=True)
-    constants |= dict(CLIPS=clips, ADD=add.value) | {name: plan.pop(name) for name in ("BLOCK_M", "BLOCK_N")}
-    pointers = dict.fromkeys(["q", "k", "v", "out", "turned_q", "do", "dq", "dk", "dv"], "*bf16")
-    pointers |= dict.fromkeys(["lse", "delta", "table", "sums"], "*fp32") | {"scale": "fp32", "cu": "*i32"}
-    if add is backward.COPY:
-        pointers["sums"] = f"tensordesc<fp32[1, {constants['BLOCK_M']}, {padded}]>"
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
-    aligned = [name for name in types if name.endswith(("_b", "_h", "_n")) and not name.startswith("lse")]
-    return aot.build(kernel, types, constants, arch, aligned=aligned, **plan)
+    tensors = ("q", "k", "v", "out", "turned_q", "do", "dq", "dk", "dv")
+    types = dict.fromkeys(tensors, rows("bf16")) | {"table": table("fp32"), "lse": rows("fp32")._replace(n=1), "delta": "*fp32"}
+    types["sums"] = {0: None, 1: "*fp32", 2: f"tensordesc<fp32[1, {block_m}, {padded}]>"}[add.value]
+    types["call"] = forward.Call(*["i32"] * 5, "*i32" if clips else None, "i32", "fp32")
+    types["S"] = forward.Shape(*map(tl.constexpr, (D, padded, interleaved, clips, block_m, block_n)))
+    types = {name: types[name] for name in kernel.arg_names if name in types}
+    constants = {"ADD": add.value} if "ADD" in kernel.arg_names else {}
+    return aot.build(kernel, types, constants, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
-def rows(arch, name):
+def of_rows(arch, name):
     """The kernels of the pairwise losses that take a row a program, E = 256 in bfloat16."""
     from evaat_fast.kernels.pairwise import panel
 
@@ -156,10 +168,10 @@ def _shipped():
             yield f"rope3d {dtype} D{D} {name}", functools.partial(rope3d, dtype=dtype, D=D, interleaved=interleaved)
     inverse = functools.partial(rope3d, dtype="bf16", D=64, inverse=True, per_head=True)
     yield "rope3d bf16 D64 interleaved, inverse, per head", inverse
-    for dtype, D, heads in [("bf16", 64, None), ("fp16", 128, None), ("fp32", 64, None), ("bf16", 64, 1)]:
+    for dtype, D, per_head in [("bf16", 64, False), ("fp16", 128, False), ("fp32", 64, False), ("bf16", 64, True)]:
         for name, interleaved in pairs.items():
-            of_head = ", per head" if heads else ""
-            build = functools.partial(rope3d_freqs, dtype=dtype, D=D, interleaved=interleaved, heads=heads)
+            of_head = ", per head" if per_head else ""
+            build = functools.partial(rope3d_freqs, dtype=dtype, D=D, interleaved=interleaved, per_head=per_head)
             yield f"rope3d_freqs {dtype} D{D} {name}{of_head}", build
     yield "rope3d_table of a grid, fp64", functools.partial(rope3d_table, out="fp64", grid=True)
     yield "rope3d_table of positions, fp32", functools.partial(rope3d_table, out="fp32", grid=False)
@@ -190,7 +202,7 @@ def _shipped():
         yield f"attn {kind} bf16 D64 interleaved, packed clips", functools.partial(attn, kind=kind, D=64, clips=64)
     yield "attn forward bf16 D80 half-split", functools.partial(attn, kind="forward", D=80, interleaved=False)
     for name in ("prepare", "finish"):
-        yield f"pairwise {name}", functools.partial(rows, name=name)
+        yield f"pairwise {name}", functools.partial(of_rows, name=name)
 
 
 SHIPPED = dict(_shipped())

@@ -246,6 +246,67 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("Hk", [4, 2])
+def test_compiles_for_all_sizes(Hk):
+    call = lambda q, k, v: ops.joint_attention(q, k, v, grid=GRID)  # noqa: E731
+    compiled = torch.compile(call, dynamic=True, fullgraph=True, backend="aot_eager")
+    for B in (2, 3):
+        inputs = tensors(B=B, H=4, Hk=Hk, dtype=torch.float32)
+        for ours, want in zip(results(compiled, inputs), results(call, inputs), strict=True):
+            torch.testing.assert_close(ours, want)
+
+
+CLIPS = torch.tensor([0, 4, N], dtype=torch.int32)
+CALLS = {
+    "sdpa": lambda q, k, v: ops.joint_attention(q, k, v, grid=GRID),
+    "clips": lambda q, k, v: ops.joint_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), cu_seqlens=CLIPS),
+    "packed": lambda q, k, v: ops.joint_attention_qkv_(torch.stack((q, k, v), 1).permute(0, 3, 1, 2, 4).flatten(2), 3, GRID),
+}
+TRITON = {
+    "triton": lambda q, k, v: ops.joint_attention(q, k, v, grid=GRID, backend="triton"),
+    "packed triton": lambda q, k, v: ops.joint_attention_qkv_(
+        torch.stack((q, k, v), 1).permute(0, 3, 1, 2, 4).flatten(2), 3, GRID, backend="triton"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*CALLS, *(pytest.param(name, marks=pytest.mark.interpret) for name in TRITON)])
+def test_double_backward_is_an_error_where_a_kernel_has_none(name):
+    """Not silence, of a sum neither, whose gradient is a constant."""
+    inputs = tensors(dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="no double backward|derivative for .* is not implemented"):
+        grads = torch.autograd.grad((CALLS | TRITON)[name](*inputs).sum(), inputs, create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in grads), inputs, allow_unused=True)
+
+
+def test_the_reference_is_twice_differentiable():
+    call = lambda *x: ops.joint_attention(*x, grid=(1, 1, 2), backend="reference")  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, tensors(B=1, H=1, n=3, D=4))
+
+
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("options", [{"grid": GRID}, {"positions": torch.randn(N, 3)}], ids=["grid", "positions"])
+def test_transforms_name_their_argument(name, options):
+    """Before anything else of the call is looked at."""
+    q, k, v = (x.detach() for x in tensors(dtype=torch.float32))
+
+    def loss(x):
+        return ops.joint_attention(*(x if n == name else y for n, y in zip("qkv", (q, k, v), strict=True)), **options).sum()
+
+    for transformed in (torch.func.grad(loss), lambda x: torch.func.vmap(loss)(x[None])):
+        with pytest.raises(NotImplementedError, match=f"{name}: joint_attention has no vmap rule"):
+            transformed(q)
+
+
+def test_log_sum_exps_are_float32_under_autocast():
+    inputs = tensors(dtype=torch.float32)
+    want = ops.joint_attention(*(x.bfloat16() for x in inputs), return_lse=True, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = ops.joint_attention(*inputs, return_lse=True, backend="reference")
+    assert ours[0].dtype == torch.bfloat16 and ours[1].dtype == torch.float32
+    assert ours[0].equal(want[0]) and ours[1].equal(want[1])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
     linear, x = packed()

@@ -143,18 +143,20 @@ def test_one_pair_that_is_not_finite(name, backend):
     assert loss == 0 and all(not g.any() for g in torch.autograd.grad(loss, x))
 
 
-@pytest.mark.parametrize("make", [
+MAKERS = (
     lambda dtype: torch.empty(3, 4, dtype=dtype),
     lambda dtype: torch.empty_like(torch.zeros(3, 4, dtype=dtype)),
     lambda dtype: torch.empty_strided((3, 4), (1, 3), dtype=dtype),
     lambda dtype: torch.zeros(1, dtype=dtype).new_empty(3, 4),
     lambda dtype: torch.zeros(1, dtype=dtype).new_empty_strided((3, 4), (4, 1)),
-])  # fmt: skip
-@pytest.mark.parametrize("dtype", [
-    torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-], ids=str)  # fmt: skip
+)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("dtype", "float32 bfloat16 complex64 int64 int32 int16 int8 uint8 bool".split())
 def test_unwritten_memory_shows(make, dtype):
     """A sum, a comparison with what was meant and an index must all fail."""
+    dtype = getattr(torch, dtype)
     x = make(dtype)
     if dtype.is_floating_point or dtype.is_complex:
         assert x.isnan().all()

@@ -9,7 +9,6 @@ import torch
 from corpus import corpus
 
 from evaat_fast.cli import main
-from evaat_fast.ops._core import dispatch as _dispatch
 from evaat_fast.train import load, packages
 
 TINY = """
@@ -163,12 +162,14 @@ def test_keys_are_a_file_with_every_default(tmp_path, capsys):
     assert load(path, places).to_dict() == load(tmp_path / "none.toml", places).to_dict()
 
 
-def test_a_named_backend_that_cannot_serve_is_one_line(toml, capsys, monkeypatch):
-    monkeypatch.setattr(_dispatch, "_DEFAULT", {"joint_attention": "cpu"})
-    assert main(["train", toml]) == 2
-    assert "joint_attention: backend 'cpu' was asked for" in capsys.readouterr().err
-    assert main(["doctor"]) == 0
-    assert "! EVAAT_FAST_BACKEND asks for cpu" in capsys.readouterr().out
+def test_a_named_backend_that_cannot_serve_is_one_line(toml, tmp_path):
+    def run(*arguments):
+        command, environment = [sys.executable, "-m", "evaat_fast", *arguments], {"EVAAT_FAST_BACKEND": "joint_attention=cpu"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": "/usr/bin", **environment})
+
+    training, doctor = run("train", toml), run("doctor")
+    assert training.returncode == 2 and "joint_attention: backend 'cpu' was asked for" in training.stderr.splitlines()[-1]
+    assert doctor.returncode == 0 and "! EVAAT_FAST_BACKEND asks for cpu" in doctor.stdout
 
 
 def test_a_bad_environment_variable_is_one_line(tmp_path):

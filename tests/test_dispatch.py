@@ -44,12 +44,22 @@ def test_named_backend_never_falls_back(backend, error, message):
         _dispatch.pick("rope3d", CPU, torch.float32, backend)
 
 
-def test_missing_module_is_a_recorded_reason(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_reasons", {"cpu": "ImportError: no such build"})
-    monkeypatch.setattr(_dispatch, "_choices", {})
-    assert _dispatch.pick("rope3d", CPU, torch.float32) == "reference"
-    with pytest.raises(RuntimeError, match="ImportError: no such build"):
-        _dispatch.pick("rope3d", CPU, torch.float32, "cpu")
+def in_a_process(code, **environment):
+    return subprocess.run([sys.executable, "-I", "-c", code], env={"PATH": "", **environment}, capture_output=True, text=True)
+
+
+def test_missing_module_is_a_recorded_reason():
+    code = (
+        "import sys; sys.modules['evaat_fast._cpu'] = None  # its import fails\n"
+        "import torch; from evaat_fast import ops\n"
+        "q = torch.ones(1, 1, 9, 8)\n"
+        "print(ops.rope3d(q, grid=(2, 2, 2)).equal(ops.rope3d(q, grid=(2, 2, 2), backend='reference')))\n"
+        "try: ops.rope3d(q, grid=(2, 2, 2), backend='cpu')\n"
+        "except RuntimeError as e: print(e)"
+    )
+    run = in_a_process(code)
+    assert run.stdout.startswith("True\nrope3d: backend 'cpu' was asked for but cannot serve this call: "), run.stderr
+    assert "import of evaat_fast._cpu halted" in run.stdout and "rope3d: cpu passed over" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,13 +72,13 @@ def test_missing_module_is_a_recorded_reason(monkeypatch):
     ],
 )
 def test_environment_variable(text, expected):
-    assert _dispatch._read_default(text) == expected
+    assert _dispatch.read_default(text) == expected
 
 
 @pytest.mark.parametrize("text", ["fast", "rope=cpu", "rope3d=fast", "=cpu=cpu"])
 def test_bad_environment_variable(text):
     with pytest.raises(ValueError, match="EVAAT_FAST_BACKEND=.*expected one of auto"):
-        _dispatch._read_default(text)
+        _dispatch.read_default(text)
 
 
 def test_environment_variable_forces_and_never_falls_back():
@@ -77,9 +87,7 @@ def test_environment_variable_forces_and_never_falls_back():
         "try: ops.patchify(torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8), 16, (0,) * 3, (1,) * 3)\n"
         "except RuntimeError as e: print(e)"
     )
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", code], env={"EVAAT_FAST_BACKEND": "cuda", "PATH": ""}, capture_output=True, text=True
-    )
+    run = in_a_process(code, EVAAT_FAST_BACKEND="cuda")
     assert "patchify: backend 'cuda' was asked for" in run.stdout, run.stderr
 
 

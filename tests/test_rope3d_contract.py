@@ -126,11 +126,36 @@ def test_frequencies_learn_where_nothing_else_does():
     torch.testing.assert_close(alone, torch.autograd.grad(ops.rope3d(k, None, GRID, freqs=freqs).pow(3).sum(), freqs)[0])
 
 
-def test_double_backward_is_an_error():
-    q = qk()[0].requires_grad_()
-    (grad,) = torch.autograd.grad(ops.rope3d(q, None, GRID, backend="cpu").pow(2).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_double_backward_is_an_error_where_a_kernel_has_none():
+    q, packed, freqs = qk()[0].requires_grad_(), torch.randn(2, N, 96).requires_grad_(), ops.joint_freqs(16).requires_grad_()
+    losses = {
+        "square": (lambda: ops.rope3d(q, None, GRID, backend="cpu").pow(2).sum(), q),
+        "freqs": (lambda: ops.rope3d(q, None, GRID, freqs=freqs).sum(), q),
+        "packed": (lambda: ops.rope3d_qkv_(packed * 1, 2, GRID).pow(2).sum(), packed),
+        "packed freqs": (lambda: ops.rope3d_qkv_(packed * 1, 2, GRID, freqs=freqs).sum(), packed),
+    }
+    for name, (loss, x) in losses.items():
+        with pytest.raises(RuntimeError, match='no double backward .* use backend="reference"'):
+            torch.autograd.grad(loss(), x, create_graph=True)
+            pytest.fail(name)
+    # A rotation is linear, so the gradient of a sum is constant: its derivative is none, and not lost.
+    (grad,) = torch.autograd.grad(ops.rope3d(q, None, GRID).sum(), q, create_graph=True)
+    assert not grad.requires_grad
+    x = [torch.randn(1, 1, N, 16, dtype=torch.float64).requires_grad_(), freqs]
+    slopes = torch.autograd.grad(ops.rope3d(x[0], None, GRID, freqs=freqs).pow(3).sum(), x, create_graph=True)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(sum(s.sum() for s in slopes), x))
+    assert torch.autograd.gradgradcheck(lambda q: ops.rope3d(q, None, GRID).pow(3), x[:1])
+
+
+def test_in_place_and_out_of_place_are_equal_in_float64():
+    q, k = qk(torch.float64)
+    packed = torch.cat((q, k, k), 1).transpose(1, 2).flatten(2)[..., : 6 * 16].contiguous()  # 2 heads each
+    a, b = ops.rope3d(q, k, GRID)
+    want = ops.rope3d(*packed.view(2, N, 3, 2, 16).permute(2, 0, 3, 1, 4)[:2], GRID)
+    ours = ops.rope3d_qkv_(packed.clone(), 2, GRID).view(2, N, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    assert ours[0].equal(want[0]) and ours[1].equal(want[1])
+    ops.rope3d_(q, k, GRID)
+    assert q.equal(a) and k.equal(b)
 
 
 def test_vmap_is_an_error():
@@ -143,9 +168,10 @@ def test_vmap_is_an_error():
 
 def test_opcheck():
     q, k = qk()
-    settings = (None, None, list(GRID), 1, True, False, "cpu")
-    per_call = (ops.joint_freqs(16), torch.randn(2, N, 3), [], 1, False, True, "cpu")
-    for arguments in (settings, per_call):
+    settings = (None, None, list(GRID), 1, True, False, "cpu", None)
+    per_call = (ops.joint_freqs(16), torch.randn(2, N, 3), [], 1, False, True, "cpu", None)
+    by_table = (None, None, [], 1, True, False, "cpu", torch.randn(2, 1, 1, N - 1, 8))
+    for arguments in (settings, per_call, by_table):
         torch.library.opcheck(raw.rope3d.default, ([q, k], *arguments))
         torch.library.opcheck(raw.rope3d_.default, ([q, k], *arguments))
         torch.library.opcheck(raw.rope3d_qkv.default, (q, q + 1, q + 2, *arguments))

@@ -8,6 +8,9 @@ import rope3d_cases as cases
 import torch
 from rope3d_cases import LAYOUTS, make
 
+from evaat_fast import ops
+from evaat_fast.ops._core import dispatch
+
 pytestmark = pytest.mark.interpret
 GRID, N = (2, 3, 7), 43
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -109,3 +112,14 @@ def test_tables(dtype):
         largest = positions.double().abs().max().item() if positions is not None else 10
         exact = max(4e-16, largest * 4e-16) if dtype == torch.float64 else max(6e-8, largest * 4e-16)
         torch.testing.assert_close(ours, expected, rtol=0, atol=exact)
+
+
+def test_bfloat16_is_refused():
+    """The interpreter computes garbage of it, and says nothing."""
+    q = torch.randn(1, 1, N, 16).bfloat16()
+    for call in (ops.rope3d, lambda q, **options: ops.joint_attention(q, q, q, **options)):
+        with pytest.raises(RuntimeError, match="triton has no bfloat16 in its interpreter"):
+            call(q, grid=GRID, backend="triton")
+    reasons = [dispatch.unusable("rope3d", name, "cuda", torch.bfloat16) for name in dispatch.AUTO["rope3d", True]]
+    assert "no bfloat16 in its interpreter" in reasons[0]
+    assert dispatch.pick("rope3d", torch.device("cuda"), torch.bfloat16) == "reference"

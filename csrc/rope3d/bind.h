@@ -8,27 +8,17 @@
 
 namespace evaat {
 
-// A tensor's gradient and what the forward pass turned, for rope3d_freqs.
-struct RopeGradient {
-  RopeTensor grad;
-  RopeSaved saved;
-};
-
-// rotate and gradient: the C++ functions. Last and its name: int threads, or the Pointer of a stream.
-template <class Last, class Rotate, class Gradient>
-void bind_rope3d(py::module_& m, const char* last, Rotate rotate, Gradient gradient) {
+// rotate and gradient: the C++ functions. Where: int threads, or the Pointer of a stream.
+template <class Where, class Rotate, class Gradient>
+void bind_rope3d(py::module_& m, Rotate rotate, Gradient gradient) {
   using Strides = std::array<int64_t, 3>;  // of clips, heads and tokens
   m.attr("ROPE_CHUNK") = kRopeChunk;
   py::class_<RopeCall>(m, "RopeCall", py::module_local())
-      .def(py::init([](int dtype, int64_t B, int64_t N, int64_t D, int64_t prefix, bool interleaved, bool inverse) {
-             return RopeCall{dtype, B, N, D, prefix, interleaved, inverse};
-           }),
+      .def(py::init<int, int64_t, int64_t, int64_t, int64_t, bool, bool>(),
            py::arg("dtype"), py::arg("B"), py::arg("N"), py::arg("D"), py::arg("prefix"), py::arg("interleaved"), py::arg("inverse"));
   py::class_<RopeTensor>(m, "RopeTensor", py::module_local())
-      .def(py::init([](Pointer x, Strides strides, Pointer out, Strides out_strides, int64_t heads) {
-             const auto [in_b, in_h, in_n] = strides;
-             const auto [out_b, out_h, out_n] = out_strides;
-             return RopeTensor{at<const void>(x), at<void>(out), heads, in_b, in_h, in_n, out_b, out_h, out_n};
+      .def(py::init([](Pointer x, Strides in, Pointer out, Strides to, int64_t heads) {
+             return RopeTensor{at<const void>(x), at<void>(out), heads, in[0], in[1], in[2], to[0], to[1], to[2]};
            }),
            py::arg("x"), py::arg("strides"), py::arg("out"), py::arg("out_strides"), py::arg("heads"));
   py::class_<RopeGradient>(m, "RopeGradient", py::module_local())
@@ -39,24 +29,21 @@ void bind_rope3d(py::module_& m, const char* last, Rotate rotate, Gradient gradi
   m.def(
       "rope3d",
       [rotate](const RopeCall& call, const std::vector<RopeTensor>& tensors, Pointer cos, Pointer sin, int64_t table_b,
-               int64_t table_h, Last where) {
-        const RopeTable table = {at<const float>(cos), at<const float>(sin), table_b, table_h};
+               int64_t table_h, Where where) {
+        const RopeTable<float> table = {at<const float>(cos), at<const float>(sin), table_b, table_h};
         return rotate(call, tensors.data(), int(tensors.size()), table, place(where));
       },
-      py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg(last), NoGil());
+      py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg("where"), NoGil());
   m.def(
       "rope3d_freqs",
       [gradient](const RopeCall& call, const std::vector<RopeGradient>& tensors, Pointer cos, Pointer sin, int64_t table_b,
-                 int64_t table_h, Pointer positions, int64_t positions_b, Pointer partial, Last where) {
-        RopeTensor grad[2];
-        RopeSaved saved[2];
-        for (size_t i = 0; i < tensors.size() && i < 2; ++i) grad[i] = tensors[i].grad, saved[i] = tensors[i].saved;
-        const RopeTable64 table = {at<const double>(cos), at<const double>(sin), table_b, table_h};
+                 int64_t table_h, Pointer positions, int64_t positions_b, Pointer partial, Where where) {
+        const RopeTable<double> table = {at<const double>(cos), at<const double>(sin), table_b, table_h};
         const RopePositions rows = {at<const float>(positions), positions_b};
-        return gradient(call, grad, saved, int(tensors.size()), table, rows, at<double>(partial), place(where));
+        return gradient(call, tensors.data(), int(tensors.size()), table, rows, at<double>(partial), place(where));
       },
       py::arg("call"), py::arg("tensors"), py::arg("cos"), py::arg("sin"), py::arg("table_b"), py::arg("table_h"), py::arg("positions"),
-      py::arg("positions_b"), py::arg("partial"), py::arg(last), NoGil());
+      py::arg("positions_b"), py::arg("partial"), py::arg("where"), NoGil());
 }
 
 }  // namespace evaat

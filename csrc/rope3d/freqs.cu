@@ -14,7 +14,7 @@ constexpr int64_t kMostBlocks = 65535;
 struct Backward {
   RopeTensor grad[2];
   RopeSaved x[2];
-  RopeTable64 table;
+  RopeTable<double> table;
   RopePositions positions;
   double* partial;
   int64_t B, N, pairs, prefix, chunks;
@@ -116,12 +116,11 @@ int run(const Backward& r, bool interleaved, void* stream) {
 
 }  // namespace
 
-int rope3d_freqs_cuda(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+int rope3d_freqs_cuda(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
                       const RopePositions& positions, double* partial, void* stream) {
   const int64_t chunks = (call.N - call.prefix + kRopeChunk - 1) / kRopeChunk, last = tensors - 1;
-  const Backward r = {{grad[0], grad[last]}, {x[0], x[last]}, table,   positions,
-                      partial,               call.B,          call.N,  call.D / 2,
-                      call.prefix,           chunks,          tensors, call.inverse ? -1.0 : 1.0};
+  const Backward r = {{x[0].grad, x[last].grad}, {x[0].saved, x[last].saved}, table, positions, partial, call.B, call.N,
+                      call.D / 2, call.prefix, chunks, tensors, call.inverse ? -1.0 : 1.0};
   if (call.B * chunks == 0) return cudaSuccess;
   if (call.dtype == kFloat32) return run<float>(r, call.interleaved, stream);
   if (call.dtype == kBFloat16) return run<__nv_bfloat16>(r, call.interleaved, stream);

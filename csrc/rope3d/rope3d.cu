@@ -12,7 +12,7 @@ constexpr int64_t kMostClips = 65535;  // of a grid's third dimension; a block s
 
 struct Rotation {
   RopeTensor x[2];
-  RopeTable table;
+  RopeTable<float> table;
   int64_t B, N, pairs, prefix, first;  // tokens below `first` are not visited
   int q_groups, heads_of_group;
   float sign;  // of every sine
@@ -81,7 +81,7 @@ int run(Rotation r, int tensors, bool interleaved, void* stream) {
 
 }  // namespace
 
-int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, void* stream) {
+int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, void* stream) {
   Rotation r = {{x[0], x[tensors - 1]}, table, call.B, call.N, call.D / 2, call.prefix, 0, 0, 0, call.inverse ? -1.0f : 1.0f};
   bool in_place = true;
   for (int i = 0; i < tensors; ++i) in_place = in_place && x[i].in == x[i].out;

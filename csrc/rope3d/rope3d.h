@@ -25,31 +25,28 @@ struct RopeTensor {
   int64_t heads, in_b, in_h, in_n, out_b, out_h, out_n;
 };
 
+template <class F>
 struct RopeTable {
-  const float* cos;
-  const float* sin;
+  const F *cos, *sin;
   int64_t stride_b, stride_h;
 };
 
-// Returns a Status.
-int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, int threads);
-
-// The same on a GPU. Returns a cudaError_t; stream is a cudaStream_t.
-int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, void* stream);
+// A Status, or of a GPU a cudaError_t; stream is a cudaStream_t.
+int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, int threads);
+int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, void* stream);
 
 // The backward pass where frequencies are learnable. grad: `in` is the gradient of the rotated tensor, `out` becomes that of the
-// tensor. x: what was rotated. A pair's angle has the slope a g_b - b g_a, (a, b) of x and (g_a, g_b) of the tensor's gradient
+// tensor. saved: what was rotated. A pair's angle has the slope a g_b - b g_a, (a, b) of x and (g_a, g_b) of the tensor's gradient
 // before it is rounded; a frequency's is the sum of positions times these. The table is float64, since one of float32 would add
 // more error to the sum than all that torch makes.
-struct RopeTable64 {
-  const double* cos;
-  const double* sin;
-  int64_t stride_b, stride_h;
-};
-
 struct RopeSaved {
   const void* x;
   int64_t x_b, x_h, x_n;
+};
+
+struct RopeGradient {
+  RopeTensor grad;
+  RopeSaved saved;
 };
 
 struct RopePositions {
@@ -62,10 +59,10 @@ struct RopePositions {
 constexpr int64_t kRopeChunk = 64;
 
 // partial: [B * ceil((N - prefix) / kRopeChunk), heads or 1, 3, D/2], to be summed over its first dimension; heads where the
-// table has one for each. Returns a Status.
-int rope3d_freqs(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+// table has one for each.
+int rope3d_freqs(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
                  const RopePositions& positions, double* partial, int threads);
-int rope3d_freqs_cuda(const RopeCall& call, const RopeTensor* grad, const RopeSaved* x, int tensors, const RopeTable64& table,
+int rope3d_freqs_cuda(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
                       const RopePositions& positions, double* partial, void* stream);
 
 }  // namespace evaat

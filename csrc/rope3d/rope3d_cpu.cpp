@@ -44,7 +44,7 @@ void rows_plain(const T* in, T* out, const float* cos, const float* sin, const B
 // over tokens. Both once per instruction set, as a target attribute cannot be a template argument.
 #define ROWS(NAME, TARGET, V)                                                                                                  \
   template <class T, Layout kind, int U>                                                                                       \
-  TARGET EVAAT_INLINE void NAME##_heads(const T* in, T* out, const float* cos, const float* sin, const Block& block) {               \
+  TARGET EVAAT_INLINE void NAME##_heads(const T* in, T* out, const float* cos, const float* sin, const Block& block) {         \
     V::F x[U], y[U];                                                                                                           \
     for (int u = 0; u < U; ++u) {                                                                                              \
       x[u] = kind == kPairs ? V::twice(cos + u * V::W / 2) : V::load(cos + u * V::W);                                          \
@@ -62,13 +62,13 @@ void rows_plain(const T* in, T* out, const float* cos, const float* sin, const B
         if constexpr (kind == kWords) {                                                                                        \
           V::F a, b;                                                                                                           \
           V::load_words(in + u * 2 * V::W, a, b);                                                                              \
-          V::store_words(out + u * 2 * V::W, V::first(a, b, x[u], y[u]), V::second(a, b, x[u], y[u]));                         \
+          V::store_words(out + u * 2 * V::W, V::first(a, b, x[u], y[u]), V::add_product(a * y[u], b, x[u]));                   \
         } else if constexpr (kind == kPairs) {                                                                                 \
           V::store(out + u * V::W, V::turn_pairs(V::load(in + u * V::W), x[u], y[u]));                                         \
         } else {                                                                                                               \
           const V::F a = V::load(in + u * V::W), b = V::load(in + block.pairs + u * V::W);                                     \
           V::store(out + u * V::W, V::first(a, b, x[u], y[u]));                                                                \
-          V::store(out + block.pairs + u * V::W, V::second(a, b, x[u], y[u]));                                                 \
+          V::store(out + block.pairs + u * V::W, V::add_product(a * y[u], b, x[u]));                                           \
         }                                                                                                                      \
       }                                                                                                                        \
     }                                                                                                                          \
@@ -92,18 +92,9 @@ ROWS(rows_avx512, EVAAT_AVX512, Avx512)
 ROWS(rows_avx2, EVAAT_AVX2, Avx2)
 #endif
 
-template <class T>
-Rows<T> choose(bool interleaved) {
-#ifdef EVAAT_X86
-  if (isa() == kAvx512) return interleaved ? rows_avx512<T, true> : rows_avx512<T, false>;
-  if (isa() == kAvx2) return interleaved ? rows_avx2<T, true> : rows_avx2<T, false>;
-#endif
-  return interleaved ? rows_plain<T, true> : rows_plain<T, false>;
-}
-
 // Tokens [from, to) of one clip, `heads` heads of one tensor from head h on.
 template <class T>
-void turn(Rows<T> rows, const RopeTensor& x, const RopeTable& table, int64_t b, int64_t h, int64_t heads, int64_t from, int64_t to,
+void turn(Rows<T> rows, const RopeTensor& x, const RopeTable<float>& table, int64_t b, int64_t h, int64_t heads, int64_t from, int64_t to,
           int64_t D, int64_t prefix, uint32_t flip) {
   const T* in = (const T*)x.in + b * x.in_b + h * x.in_h;
   T* out = (T*)x.out + b * x.out_b + h * x.out_h;
@@ -119,10 +110,9 @@ void turn(Rows<T> rows, const RopeTensor& x, const RopeTable& table, int64_t b, 
 }
 
 template <class T>
-void run(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, int threads) {
-  // Names of their own: a structured binding cannot be used in a parallel region.
+int run(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, int threads) {
   const int64_t B = call.B, N = call.N, D = call.D, prefix = call.prefix;
-  const Rows<T> rows = choose<T>(call.interleaved);
+  const Rows<T> rows = call.interleaved ? EVAAT_BEST(rows, T, true) : EVAAT_BEST(rows, T, false);
   const uint32_t flip = call.inverse ? 0x80000000u : 0;
   int64_t heads = 0;
   bool together = true;  // in every tensor, the heads of a token lie nearer than its neighbours
@@ -163,20 +153,16 @@ void run(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable
     const int64_t b = stream / groups[i], h = stream % groups[i] * group;
     turn<T>(rows, x[i], table, b, h, std::min(group, x[i].heads - h), from, to, D, prefix, flip);
   }
+  return kOk;
 }
 
 }  // namespace
 
-int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable& table, int threads) {
-  if (call.dtype == kFloat32)
-    run<float>(call, x, tensors, table, threads);
-  else if (call.dtype == kBFloat16)
-    run<BFloat>(call, x, tensors, table, threads);
-  else if (call.dtype == kFloat16)
-    run<Half>(call, x, tensors, table, threads);
-  else
-    return kBadDtype;
-  return kOk;
+int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, int threads) {
+  if (call.dtype == kFloat32) return run<float>(call, x, tensors, table, threads);
+  if (call.dtype == kBFloat16) return run<BFloat>(call, x, tensors, table, threads);
+  if (call.dtype == kFloat16) return run<Half>(call, x, tensors, table, threads);
+  return kBadDtype;
 }
 
 }  // namespace evaat

@@ -8,77 +8,105 @@ of four bfloat16 heads from and to DRAM. Three axis tables would fit into L1, bu
 each of the three angles composed in float32) are as many instructions as the rotation of two heads, and cost exact angles.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on, table_strides
-from evaat_fast.kernels.rope3d.pair import load_pair, store_pair, turn_pair
+from evaat_fast.kernels.launch import Rows, constants, on, table_of
 
 HEADS = 4
 NUM_WARPS = 4
 BLOCK_ELEMENTS = 2048  # of one head in a program: 16 a thread, two loads of 16 bytes in bfloat16
 
+# What a kernel is compiled for. BLOCK_C: of a block's pairs, a power of two.
+Shape = namedtuple("Shape", "D INTERLEAVED INVERSE TABLE_PER_HEAD HEADS BLOCK_N BLOCK_C")
 
-def block_n(head_dim):
-    """Tokens of a program."""
-    return max(1, BLOCK_ELEMENTS // triton.next_power_of_2(head_dim))
+
+def shape_of(D, interleaved, inverse, per_head, heads=HEADS, elements=BLOCK_ELEMENTS):
+    """elements: of one head in a program."""
+    rows = max(1, elements // triton.next_power_of_2(D))
+    return constants(Shape, D, interleaved, inverse, per_head, heads, rows, triton.next_power_of_2(D // 2))
 
 
 @triton.jit
-def _turn_heads(
-    x, out, x_h, x_n, out_h, out_n, table, table_half, table_h, first_head, heads, n, N, prefix,
-    D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE_PER_HEAD: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Turns heads first_head .. first_head + HEADS - 1 of the tokens n of one clip."""
-    BLOCK_N: tl.constexpr = n.shape[0]
-    c = tl.arange(0, BLOCK_C)
+def turn_pair(a, b, cos, sin, turned):
+    """(a, b) by the angles of cos and sin where turned; elsewhere it passes unchanged, even if it is not finite.
+
+    Products are fused by hand: left to the compiler, which one it fuses depends on how a kernel is specialised, and a rotation
+    in place differed from one out of place in the last bit.
+    """
+    new_a, new_b = tl.fma(a, cos, -(b * sin)), tl.fma(b, cos, a * sin)
+    return tl.where(turned, new_a, a), tl.where(turned, new_b, b)
+
+
+@triton.jit
+def load_pair(row, c, present, S, OTHER: tl.constexpr):
+    """float32 [BLOCK_N, BLOCK_C] twice: channels c of rows, pointers [BLOCK_N, 1] to D channels each, and OTHER, or None for
+    anything, where they are not present. Both channels of a pair lie in one thread: interleaved rows are loaded whole, 16 bytes
+    a thread, and split in registers."""
+    if S.INTERLEAVED:
+        d = tl.arange(0, 2 * S.BLOCK_C)[None, :]
+        x = tl.load(row + d, mask=present & (d < S.D), other=OTHER)
+        return tl.split(tl.reshape(x.to(tl.float32), (S.BLOCK_N, S.BLOCK_C, 2)))
+    at, mask = row + c[None, :], present & (c < S.D // 2)[None, :]
+    a, b = tl.load(at, mask=mask, other=OTHER), tl.load(at + S.D // 2, mask=mask, other=OTHER)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def store_pair(row, a, b, c, present, S):
+    """What `load_pair` loads, back to memory."""
+    kind = row.dtype.element_ty
+    if S.INTERLEAVED:
+        d = tl.arange(0, 2 * S.BLOCK_C)[None, :]
+        tl.store(row + d, tl.reshape(tl.join(a, b), (S.BLOCK_N, 2 * S.BLOCK_C)).to(kind), mask=present & (d < S.D))
+    else:
+        at, mask = row + c[None, :], present & (c < S.D // 2)[None, :]
+        tl.store(at, a.to(kind), mask=mask)
+        tl.store(at + S.D // 2, b.to(kind), mask=mask)
+
+
+@triton.jit
+def _turn_heads(x, out, of_clip, table, b, first_head, heads, n, N, prefix, S):
+    """Turns heads first_head .. first_head + HEADS - 1 of the tokens n of clip b. of_clip: its part of the table."""
+    rows, to = x.at + b * x.b, out.at + b * out.b
+    c = tl.arange(0, S.BLOCK_C)
     turned = (n >= prefix)[:, None]
-    in_table = turned & (n < N)[:, None] & (c < D // 2)[None, :]
+    in_table = turned & (n < N)[:, None] & (c < S.D // 2)[None, :]
     # cos, sin float32 [BLOCK_N, BLOCK_C]: rows n - prefix of the table, shared by the heads unless each has its own.
-    row = table + (n - prefix).to(tl.int64)[:, None] * (D // 2) + c[None, :]
-    if not TABLE_PER_HEAD:
+    row = of_clip + (n - prefix).to(tl.int64)[:, None] * (S.D // 2) + c[None, :]
+    if not S.TABLE_PER_HEAD:
         cos = tl.load(row, mask=in_table, other=0.0)
-        sin = tl.load(row + table_half, mask=in_table, other=0.0)
-    for i in tl.static_range(HEADS):
+        sin = tl.load(row + table.half, mask=in_table, other=0.0)
+    for i in tl.static_range(S.HEADS):
         h = first_head + i
         # One comparison masks both tokens and heads; the interpreter cannot combine a scalar mask with a block's.
         present = (n < tl.where(h < heads, N, 0))[:, None]
-        if TABLE_PER_HEAD:
+        if S.TABLE_PER_HEAD:
             mine = in_table & present
-            cos = tl.load(row + h.to(tl.int64) * table_h, mask=mine, other=0.0)
-            sin = tl.load(row + h.to(tl.int64) * table_h + table_half, mask=mine, other=0.0)
-        s = -sin if INVERSE else sin
-        source = x + h.to(tl.int64) * x_h + n.to(tl.int64)[:, None] * x_n
-        target = out + h.to(tl.int64) * out_h + n.to(tl.int64)[:, None] * out_n
-        a, b = load_pair(source, c, present, D, INTERLEAVED, BLOCK_N, BLOCK_C, False)
-        a, b = turn_pair(a, b, cos, s, turned)
-        store_pair(target, a, b, c, present, D, INTERLEAVED, BLOCK_N, BLOCK_C)
+            cos = tl.load(row + h.to(tl.int64) * table.h, mask=mine, other=0.0)
+            sin = tl.load(row + h.to(tl.int64) * table.h + table.half, mask=mine, other=0.0)
+        s = -sin if S.INVERSE else sin
+        source = rows + h.to(tl.int64) * x.h + n.to(tl.int64)[:, None] * x.n
+        target = to + h.to(tl.int64) * out.h + n.to(tl.int64)[:, None] * out.n
+        x_a, x_b = load_pair(source, c, present, S, None)
+        x_a, x_b = turn_pair(x_a, x_b, cos, s, turned)
+        store_pair(target, x_a, x_b, c, present, S)
 
 
 @triton.jit
-def rope3d_kernel(
-    q, k, out_q, out_k, table, table_half, table_b, table_h,
-    q_b, q_h, q_n, k_b, k_h, k_n, out_q_b, out_q_h, out_q_n, out_k_b, out_k_h, out_k_n, q_heads, k_heads, N, prefix, first,
-    D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE_PER_HEAD: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def rope3d_kernel(q, k, out_q, out_k, table, q_heads, k_heads, N, prefix, first, S):
     """q [B, q_heads, N, D] -> out_q, and k likewise; tokens below first are not visited, those below prefix copied."""
-    blocks = tl.cdiv(N - first, BLOCK_N)
+    blocks = tl.cdiv(N - first, S.BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    n = first + tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first + tl.program_id(0) % blocks * S.BLOCK_N + tl.arange(0, S.BLOCK_N)
     group = tl.program_id(1)
-    q_groups = tl.cdiv(q_heads, HEADS)
-    table += b * table_b
+    q_groups = tl.cdiv(q_heads, S.HEADS)
+    of_clip = table.at + b * table.b
     if group < q_groups:
-        _turn_heads(
-            q + b * q_b, out_q + b * out_q_b, q_h, q_n, out_q_h, out_q_n, table, table_half, table_h, group * HEADS, q_heads,
-            n, N, prefix, D, INTERLEAVED, INVERSE, TABLE_PER_HEAD, HEADS, BLOCK_C,
-        )  # fmt: skip
+        _turn_heads(q, out_q, of_clip, table, b, group * S.HEADS, q_heads, n, N, prefix, S)
     else:
-        _turn_heads(
-            k + b * k_b, out_k + b * out_k_b, k_h, k_n, out_k_h, out_k_n, table, table_half, table_h,
-            (group - q_groups) * HEADS, k_heads, n, N, prefix, D, INTERLEAVED, INVERSE, TABLE_PER_HEAD, HEADS, BLOCK_C,
-        )  # fmt: skip
+        _turn_heads(k, out_k, of_clip, table, b, (group - q_groups) * S.HEADS, k_heads, n, N, prefix, S)
 
 
 def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
@@ -87,16 +115,11 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
     B, q_heads, N, D = q.shape
     k_heads = k.shape[1] if len(xs) == 2 else 0
     first = prefix_tokens if out_q is q else 0
-    BLOCK_N = block_n(D)
-    grid = (B * triton.cdiv(N - first, BLOCK_N), triton.cdiv(q_heads, HEADS) + triton.cdiv(k_heads, HEADS))
+    S = shape_of(D, interleaved, inverse, table.shape[2] > 1)
+    grid = (B * triton.cdiv(N - first, S.BLOCK_N.value), triton.cdiv(q_heads, HEADS) + triton.cdiv(k_heads, HEADS))
     if grid[0] * grid[1] == 0:
         return
-    table_half, table_b, _ = table_strides(table)
-    strides = [n for x in (q, k, out_q, out_k) for n in x.stride()[:3]]
+    places = [Rows(x, *x.stride()[:3]) for x in (q, k, out_q, out_k)]
     with on(q.device):
-        rope3d_kernel[grid](
-            q, k, out_q, out_k, table, table_half, table_b, table.stride(2), *strides,
-            q_heads, k_heads, N, prefix_tokens, first, D=D, INTERLEAVED=interleaved, INVERSE=inverse,
-            TABLE_PER_HEAD=table.shape[2] > 1, HEADS=HEADS, BLOCK_N=BLOCK_N, BLOCK_C=triton.next_power_of_2(D // 2),
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+        counts = (q_heads, k_heads, N, prefix_tokens, first)
+        rope3d_kernel[grid](*places, table_of(table), *counts, S, num_warps=NUM_WARPS)

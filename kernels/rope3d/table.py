@@ -4,11 +4,15 @@ Angles are float64, as time stamps may be large, and so are sine and cosine, by 
 [-pi/4, pi/4]: the library's functions keep an array on the stack for angles of astronomical size.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.launch import on, table_of
 
 BLOCK = 1024  # entries of a program
+
+Positions = namedtuple("Positions", "at b n axis")  # and the strides of clips, tokens and axes
 
 
 @triton.jit
@@ -33,33 +37,31 @@ def _sin_cos(angle):
 
 @triton.jit
 def rope3d_table_kernel(
-    freqs, positions, out, freqs_h, positions_b, positions_n, positions_axis, out_half, out_b, out_h, M, Hp, Wp,
-    C: tl.constexpr, GRID: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """freqs: float32 [.., 3, C]; positions: [.., M, 3] of integers or float32; out: cosines at out, sines at out + out_half."""
+    freqs, freqs_h, positions, out, M, Hp, Wp, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """freqs: float32 [.., 3, C]. positions: [.., M, 3] of integers or float32, or None for those of a grid."""
     blocks = tl.cdiv(M, BLOCK_M)
     n = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     h, b = tl.program_id(1).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     angle = tl.zeros((BLOCK_M, BLOCK_C), tl.float64)
     for axis in tl.static_range(3):
-        if GRID:
-            if axis == 0:
-                at = n // (Hp * Wp)
-            elif axis == 1:
-                at = n // Wp % Hp
-            else:
-                at = n % Wp
-        else:
-            row = positions + b * positions_b + n.to(tl.int64) * positions_n + axis * positions_axis
+        if positions is not None:
+            row = positions.at + b * positions.b + n.to(tl.int64) * positions.n + axis * positions.axis
             at = tl.load(row, mask=n < M, other=0)
+        elif axis == 0:
+            at = n // (Hp * Wp)
+        elif axis == 1:
+            at = n // Wp % Hp
+        else:
+            at = n % Wp
         f = tl.load(freqs + h * freqs_h + axis * C + c, mask=c < C, other=0.0).to(tl.float64)
         angle += at.to(tl.float64)[:, None] * f[None, :]
     sin, cos = _sin_cos(angle)
-    target = out + b * out_b + h * out_h + n.to(tl.int64)[:, None] * C + c[None, :]
+    target = out.at + b * out.b + h * out.h + n.to(tl.int64)[:, None] * C + c[None, :]
     mask = (n < M)[:, None] & (c < C)[None, :]
-    tl.store(target, cos.to(out.dtype.element_ty), mask=mask)
-    tl.store(target + out_half, sin.to(out.dtype.element_ty), mask=mask)
+    tl.store(target, cos.to(out.at.dtype.element_ty), mask=mask)
+    tl.store(target + out.half, sin.to(out.at.dtype.element_ty), mask=mask)
 
 
 def fill(out, freqs, positions, grid):
@@ -72,9 +74,7 @@ def fill(out, freqs, positions, grid):
     BLOCK_C = triton.next_power_of_2(C)
     BLOCK_M = max(1, BLOCK // BLOCK_C)
     _, Hp, Wp = grid or (1, 1, 1)
-    strides = positions.stride() if positions is not None else (0, 0, 0)
+    rows = None if positions is None else Positions(positions, *positions.stride())
+    places = (freqs, freqs.stride(0), rows, table_of(out), M, Hp, Wp)
     with on(out.device):
-        rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](
-            freqs, freqs if positions is None else positions, out, freqs.stride(0), *strides, *out.stride()[:3], M, Hp, Wp,
-            C=C, GRID=positions is None, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C,
-        )  # fmt: skip
+        rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](*places, C=C, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C)

@@ -5,6 +5,7 @@ one of its row and logs once why an earlier one cannot be used. EVAAT_FAST_BACKE
 ("reference"), or names per op ("rope3d=cpu,patchify=reference").
 """
 
+import functools
 import importlib
 import logging
 import os
@@ -117,17 +118,12 @@ AUTO = {
 _ANY_DEVICE = {"joint_attention"}
 
 _MODULE = {"triton": "triton", "triton_onepass": "triton", "cuda": "evaat_fast._cuda", "cpu": "evaat_fast._cpu"}
-_reasons: dict[str, str | None] = {}
-_choices: dict[tuple, str] = {}
-
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _constant(function):
-    """Dynamo takes the function's result as a constant: it must not trace the import of a backend.
-
-    What torch.compiler.assume_constant_result does, without the two seconds that importing Dynamo takes.
-    """
+    """Dynamo takes the function's result as a constant: it must not trace the import of a backend. As does
+    torch.compiler.assume_constant_result, after the two seconds that importing Dynamo takes."""
     function._dynamo_marked_constant = True
     return function
 
@@ -137,16 +133,15 @@ def not_built(name: str, detail: str) -> NotImplementedError:
     return NotImplementedError(f"{name} is part of the public contract but not built yet: {detail}")
 
 
+@functools.cache
 def why_not(backend: str) -> str | None:
     """None if the backend's module imports here, else the reason, found once."""
-    if backend not in _reasons:
-        try:
-            if backend in _MODULE:
-                importlib.import_module(_MODULE[backend])
-            _reasons[backend] = None
-        except Exception as error:  # a broken install must become a reason, whatever it raises
-            _reasons[backend] = f"{type(error).__name__}: {error}" + _hint(backend)
-    return _reasons[backend]
+    try:
+        if backend in _MODULE:
+            importlib.import_module(_MODULE[backend])
+    except Exception as error:  # a broken install must become a reason, whatever it raises
+        return f"{type(error).__name__}: {error}" + _hint(backend)
+    return None
 
 
 def _hint(backend: str) -> str:
@@ -171,11 +166,13 @@ def unusable(op: str, backend: str, device: str, dtype: torch.dtype | None, need
         return "the cuda backend takes CUDA tensors"
     if backend.startswith("triton") and device != "cuda" and not INTERPRET:
         return f"{backend} takes CUDA tensors (CPU tensors only under TRITON_INTERPRET=1)"
+    if backend.startswith("triton") and INTERPRET and dtype == torch.bfloat16:
+        return f"{backend} has no bfloat16 in its interpreter (TRITON_INTERPRET=1), which would compute garbage"
     lacking = next((support.lacks[need] for need in needs if need in support.lacks), None)
     return lacking if lacking is not None else why_not(backend)
 
 
-def _read_default(text: str) -> dict[str, str]:
+def read_default(text: str) -> dict[str, str]:
     """EVAAT_FAST_BACKEND -> {op: backend}."""
     default = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -190,24 +187,15 @@ def _read_default(text: str) -> dict[str, str]:
     return default
 
 
-_DEFAULT = _read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
+DEFAULT = read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
 
 
 def pick(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, needs: tuple[str, ...] = ()) -> str:
-    """The backend that serves `op` for tensors of that device and dtype.
-
-    Args:
-        needs: what of the call only some backends have, as named in `Support.lacks`.
-
-    Raises:
-        ValueError: an unknown name. BackendError, a RuntimeError: a backend asked for by name cannot serve; the reason.
-    """
-    named = _DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
+    """The backend that serves `op` for tensors of that device and dtype. needs: what of the call only some backends have, as
+    named in `Support.lacks`. An unknown name is a ValueError, one that cannot serve a BackendError with the reason."""
+    named = DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
     if named is None:
-        key = (op, device.type, dtype, needs)
-        # Dynamo would guard on the dictionary, which the first choice changes.
-        choice = None if torch.compiler.is_compiling() else _choices.get(key)
-        return choice if choice is not None else _choose(key)
+        return (_choose if torch.compiler.is_compiling() else _chosen)(op, device.type, dtype, needs)
     if named not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}")
     reason = unusable(op, named, device.type, dtype, needs)
@@ -218,8 +206,7 @@ def pick(op: str, device: torch.device, dtype: torch.dtype, backend: str | None 
 
 
 @_constant
-def _choose(key: tuple) -> str:
-    op, device, dtype, needs = key
+def _choose(op: str, device: str, dtype: torch.dtype, needs: tuple[str, ...]) -> str:
     reason = None
     if device not in ("cpu", "cuda"):
         order = AUTO[op, False] if op in _ANY_DEVICE else AUTO[op, False][-1:]
@@ -228,8 +215,10 @@ def _choose(key: tuple) -> str:
     for name in order:
         reason = unusable(op, name, device, dtype, needs)
         if reason is None:
-            _choices[key] = name
             return name
         if reason not in SUPPORT[op][name].lacks.values():
             _log.warning("%s: %s passed over: %s", op, name, reason)
     raise TypeError(f"{op}: no backend takes {dtype} on {device}: {reason}")
+
+
+_chosen = functools.cache(_choose)  # which Dynamo would trace

@@ -83,6 +83,19 @@ def register(schema: str, fake: Callable, settings: type | None = None) -> Calla
     return decorate
 
 
+def once_differentiable(backward: Callable) -> Callable:
+    """Decorates a backward pass that has no derivative of its own. Where there would be one, create_graph=True is an error at
+    once: torch's decorator of the name lets autograd.grad pass by its error, and a gradient penalty would silently be none."""
+
+    def checked(ctx, *grads):
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+        if twice and any(x is not None and x.requires_grad for x in (*grads, *ctx.saved_tensors)):
+            raise RuntimeError('a kernel has no double backward (create_graph=True); use backend="reference"')
+        return backward(ctx, *grads)
+
+    return checked
+
+
 def flat(settings: Any) -> list:
     """The operator's arguments that stand for a dataclass: what `opcheck` and FLOP formulas see."""
     return [_field(settings, path) for path, _ in _fields(type(settings))]

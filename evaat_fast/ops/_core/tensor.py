@@ -1,5 +1,7 @@
 """What every op asks of a tensor before it reads its memory."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,12 +18,9 @@ def is_transformed(x: Tensor) -> bool:
 
 
 def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
-    """x, or the same numbers in memory that can be read as its strides say; rows: with a contiguous last dimension.
-
-    Raises:
-        TypeError: a sparse, nested or other tensor without strides. NotImplementedError: a tensor inside torch.func's
-        transforms or with a forward-mode tangent, for which the ops have no rule.
-    """
+    """x, or the same numbers in memory that can be read as its strides say; rows: with a contiguous last dimension. A tensor
+    without strides is a TypeError; one inside torch.func's transforms or with a forward-mode tangent, for which the ops have no
+    rule, a NotImplementedError."""
     if not torch.compiler.is_compiling():
         if x.layout is not torch.strided or x.is_nested or x.is_mkldnn:
             kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
@@ -43,11 +42,8 @@ def contiguous_rows(x: Tensor) -> Tensor:
 
 
 def writable(op: str, name: str, x: Tensor) -> Tensor:
-    """x, if a kernel may change it in place: rows with a contiguous last dimension, and memory of its own for every element.
-
-    Raises:
-        ValueError: it may not. Others: as `memory_of`.
-    """
+    """x, if a kernel may change it in place: rows with a contiguous last dimension, and memory of its own for every element;
+    else a ValueError, or an error of `memory_of`."""
     _own_memory(op, name, x)
     if x.ndim and x.stride(-1) != 1:
         raise ValueError(f"{name}: in place needs a contiguous last dimension, got strides {list(x.stride())}")
@@ -76,9 +72,7 @@ def packed_base(op: str, qkv: Tensor, learns: bool) -> Tensor | None:
     """What autograd is to see changed in place where a packed projection is: the projection, or the tensor that it is a reshape
     of. Changing that replaces one node of the graph; changing the view would copy the gradient three times. None: no gradient.
 
-    Raises:
-        ValueError: qkv is not contiguous, a leaf that requires a gradient, or a view of a part of another tensor. Others: as
-        `memory_of`.
+    A tensor that is not contiguous, a leaf that requires a gradient or a view of a part of another one is a ValueError.
     """
     _own_memory(op, "qkv", qkv)
     if not qkv.is_contiguous():
@@ -105,11 +99,8 @@ def keeps_numbers_elsewhere(kind: type) -> bool:
 
 
 def number(name: str, x: float | Tensor) -> float:
-    """x as a Python float: an int or a float, or a tensor of one element that needs no gradient.
-
-    Raises:
-        TypeError: another type, such as a string or a bool. ValueError: not finite in float32, or requires a gradient.
-    """
+    """x as a Python float: an int or a float, or a tensor of one element that needs no gradient. Another type, such as a string
+    or a bool, is a TypeError; what is not finite in float32 or requires a gradient a ValueError."""
     if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, and none is computed for it; pass a number")
     try:
@@ -123,3 +114,16 @@ def number(name: str, x: float | Tensor) -> float:
     if not abs(value) <= 3e38:
         raise ValueError(f"{name}: expected a finite float, got {x!r}")
     return value
+
+
+def numbers(name: str, values: Iterable[float | Tensor], count: int, expected: str) -> list[float]:
+    """`count` numbers, as `number` takes them; other ones, or no sequence, are a ValueError that says what was `expected`."""
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        found = [number(name, v) for v in values]
+    except (TypeError, ValueError):
+        found = []
+    if len(found) != count:
+        raise ValueError(f"{name}: expected {expected}, got {values!r}")
+    return found

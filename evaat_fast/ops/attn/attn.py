@@ -4,7 +4,6 @@
 same on the packed output of the qkv projection, rotated in place. By name a Triton kernel does both in one.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -20,7 +19,7 @@ from evaat_fast.ops.attn.reference import attention_reference
 from evaat_fast.ops.attn.triton import attend, attend_packed
 from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 from evaat_fast.ops.rope3d.rotate import consume, rotate
-from evaat_fast.ops.rope3d.rotation import kind
+from evaat_fast.ops.rope3d.rotation import Grid, kind
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
         deterministic: bool
 
     class AttentionOptions(PackedOptions, total=False):
-        grid: Sequence[int] | None
+        grid: Grid
         k_positions: Tensor | None
         cu_seqlens: Tensor | None
         max_seqlen: int | None
@@ -51,7 +50,7 @@ def joint_attention(
     k: Tensor,
     v: Tensor,
     *,
-    grid: Sequence[int] | None = None,
+    grid: Grid = None,
     freqs: Tensor | None = None,
     prefix_tokens: int = 1,
     positions: Tensor | None = None,
@@ -95,15 +94,17 @@ def joint_attention(
     """
     packed_clips = cu_seqlens is not None
     _check(q, k, v, packed_clips)
+    turns = grid is not None or positions is not None
+    if turns or packed_clips:  # else nobody but torch, or Triton, reads their memory
+        q, k, v = _readable(q, k, v)
     dtype = autocast_dtype(q.device.type)
     if dtype is not None and q.dtype != torch.float64:  # first, so that rotation and scores see the same numbers
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    options: dict[str, Any] = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions)
-    options |= dict(interleaved=interleaved, k_positions=k_positions, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-    options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
-    call = plan(q.shape, q.dtype, q.device, k.shape, **options)
-    if call.rope or packed_clips or call.backend in TRITON:  # else nobody but torch reads their memory
-        q, k, v = (memory_of("joint_attention", name, x, rows=True) for name, x in (("q", q), ("k", k), ("v", v)))
+    rope = (grid, freqs, prefix_tokens, positions, interleaved)
+    shapes = (q.shape, k.shape, q.dtype, q.device)
+    call = plan(*shapes, rope, k_positions, scale, cu_seqlens, max_seqlen, deterministic, return_lse, backend)
+    if call.backend in TRITON and not (turns or packed_clips):
+        q, k, v = _readable(q, k, v)
     if not packed_clips:
         return _attend(q, k, v, call, return_lse)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
@@ -115,26 +116,16 @@ def joint_attention(
 
 @overload
 def joint_attention_qkv_(
-    qkv: Tensor,
-    num_heads: int,
-    grid: Sequence[int] | None = None,
-    *,
-    return_lse: Literal[False] = False,
-    **options: "Unpack[PackedOptions]",
+    qkv: Tensor, num_heads: int, grid: Grid = None, *, return_lse: Literal[False] = False, **options: "Unpack[PackedOptions]"
 ) -> Tensor: ...
 @overload
 def joint_attention_qkv_(
-    qkv: Tensor,
-    num_heads: int,
-    grid: Sequence[int] | None = None,
-    *,
-    return_lse: Literal[True],
-    **options: "Unpack[PackedOptions]",
+    qkv: Tensor, num_heads: int, grid: Grid = None, *, return_lse: Literal[True], **options: "Unpack[PackedOptions]"
 ) -> tuple[Tensor, Tensor]: ...
 def joint_attention_qkv_(
     qkv: Tensor,
     num_heads: int,
-    grid: Sequence[int] | None = None,
+    grid: Grid = None,
     *,
     freqs: Tensor | None = None,
     prefix_tokens: int = 1,
@@ -171,10 +162,8 @@ def joint_attention_qkv_(
     qkv = qkv.to(dtype) if dtype is not None and qkv.dtype != torch.float64 else qkv
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
-    options: dict[str, Any] = dict(grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions)
-    options |= dict(interleaved=interleaved, k_positions=None, scale=scale, cu_seqlens=None, max_seqlen=None)
-    options |= dict(deterministic=deterministic, return_lse=return_lse, backend=backend)
-    call = plan(shape, qkv.dtype, qkv.device, shape, **options)
+    rope = (grid, freqs, prefix_tokens, positions, interleaved)
+    call = plan(shape, shape, qkv.dtype, qkv.device, rope, None, scale, None, None, deterministic, return_lse, backend)
     base = packed_base("joint_attention_qkv_", qkv, False) if call.rope else None
     # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
     in_place = call.rope and call.backend != "reference" and not call.rotation.learns() and not torch.compiler.is_compiling()
@@ -186,6 +175,10 @@ def joint_attention_qkv_(
         out, lse = attend_packed(qkv, base, num_heads, call)
         return (out, lse) if return_lse else out
     return _attend(*consume(qkv, base, num_heads, call.rotation), call.without_rope(), return_lse)
+
+
+def _readable(*qkv):
+    return (memory_of("joint_attention", name, x, rows=True) for name, x in zip("qkv", qkv, strict=True))
 
 
 def _check(q, k, v, packed_clips):
@@ -213,7 +206,7 @@ def _check(q, k, v, packed_clips):
 def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bool) -> Any:
     """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v whose memory can be read; B = 1 for packed clips."""
     on_triton = call.backend in TRITON and q.numel() and k.numel()
-    if call.rope and not (on_triton and call.fuses()):
+    if call.rope and (not on_triton or call.rotation.learns()):  # else Triton turns within its passes
         # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
         if call.k_positions is None:
             q, k = rotate(q, k, call.rotation, owned=True)
@@ -230,8 +223,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bo
     elif call.cu_seqlens is not None:
         out = sdpa_of_clips(q, k, v, call.cu_seqlens, call.max_seqlen, call.scale)
     else:
-        out = scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=bool(q.shape[1] != k.shape[1]))
-        out = gradient_like(out)
+        # A branch, since under torch.compile(dynamic=True) a comparison of sizes is no bool.
+        grouped: Any = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+        out = gradient_like(scaled_dot_product_attention(q, k, v, scale=call.scale, **grouped))
     out = out.transpose(1, 2).contiguous().transpose(1, 2)  # free where the kernel already writes [B, N, H, D]
     return (out, lse) if return_lse else out
 

@@ -1,14 +1,14 @@
 """Packed clips of different lengths: their tokens' positions, and torch's attention within each."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from evaat_fast.ops._core.register import register, traced
+from evaat_fast.ops._core.register import once_differentiable, register, traced
 from evaat_fast.ops.rope3d.rotate import empty
 
 
@@ -22,12 +22,10 @@ def clip_positions(
     token = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
     clip = torch.searchsorted(cu_seqlens, token, right=True) - 1
     cell = token - cu_seqlens[clip] - prefix_tokens
+    rows: Any = positions
     if grid is not None:
         _, height, width = grid
         rows = torch.stack((cell // (height * width), cell // width % height, cell % width), 1)
-    else:
-        assert positions is not None
-        rows = positions
     return torch.where((cell >= 0)[:, None], rows, 0).float()
 
 
@@ -100,15 +98,14 @@ class _OfClips(torch.autograd.Function):
 
 def sdpa_of_clips(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float) -> Tensor:
     """Torch's attention within each clip, q [1, H, total, D], as fast as the device has it."""
-    if q.is_cpu:
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return _OfClips.apply(q, k, v, cu_seqlens, scale)[0]
     if q.is_cuda:
         return nested_sdpa(q, k, v, cu_seqlens, max_seqlen, scale)
-    core = lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # noqa: E731
-    return each_clip(core, q, k, v, cu_seqlens)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if q.is_cpu:
+        return _OfClips.apply(q, k, v, cu_seqlens, scale)[0]
+    return each_clip(functools.partial(scaled_dot_product_attention, scale=scale), q, k, v, cu_seqlens)
 
 
 def nested_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float) -> Tensor:

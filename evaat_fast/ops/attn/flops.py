@@ -3,26 +3,15 @@
 import torch
 
 
-def _products(q, k, cu_seqlens):
-    """Multiplications of one product over all pairs of a query and a key."""
-    B, H, N, D = q.shape
-    if cu_seqlens is None:
-        return B * H * N * k.shape[2] * D
-    return H * D * int(cu_seqlens.diff().long().square().sum())
+def _products(times):
+    """`times` multiplications for every channel of every pair of a query and a key."""
 
+    def count(q, k, *settings, out_val=None):
+        *_, cu_seqlens, _, _, _, _ = settings  # in AttentionPlan's order of fields
+        (B, H, N, D), M = q.shape, k.shape[2]
+        return times * H * D * (B * N * M if cu_seqlens is None else int(cu_seqlens.diff().long().square().sum()))
 
-def _limits(settings):
-    """cu_seqlens among an operator's flat settings, in AttentionPlan's order of fields."""
-    *_, cu_seqlens, _, _, _, _ = settings
-    return cu_seqlens
-
-
-def _forward(q, k, v, *settings, out_val=None):
-    return 4 * _products(q, k, _limits(settings))
-
-
-def _backward(q, k, *settings, out_val=None):
-    return 10 * _products(q, k, _limits(settings))
+    return count
 
 
 def _packed(times):
@@ -39,8 +28,8 @@ def register_flop_formulas() -> None:
 
     ops = torch.ops.evaat_fast
     formulas = {
-        ops.attn_forward: _forward,
-        ops.attn_backward: _backward,
+        ops.attn_forward: _products(4),
+        ops.attn_backward: _products(10),
         ops.attn_qkv_forward_: _packed(4),
         ops.attn_qkv_backward: _packed(10),
     }

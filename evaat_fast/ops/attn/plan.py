@@ -1,8 +1,6 @@
 """What a call of joint_attention is besides its tensors: checked once, decided once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +8,7 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import number
 from evaat_fast.ops.attn.clips import clip_positions
-from evaat_fast.ops.rope3d.rotation import Rotation, check_grid, check_place, kind
+from evaat_fast.ops.rope3d.rotation import Rope, Rotation, check_grid, check_place, kind
 from evaat_fast.ops.rope3d.rotation import plan as plan_rotation
 
 TRITON = ("triton", "triton_onepass")
@@ -30,10 +28,6 @@ class AttentionPlan:
     scale: float
     one_pass: bool
     backend: str
-
-    def fuses(self) -> bool:
-        """Whether Triton turns within its passes: no gradient is wanted of the frequencies."""
-        return self.backend in TRITON and not self.rotation.learns()
 
     def k_rotation(self) -> Rotation:
         return self.rotation if self.k_positions is None else self.rotation.of(self.rotation.freqs, self.k_positions)
@@ -67,16 +61,11 @@ class AttentionPlan:
 
 def plan(
     shape: torch.Size,
+    k_shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device,
-    k_shape: torch.Size,
-    *,
-    grid: Sequence[int] | None,
-    freqs: Tensor | None,
-    prefix_tokens: int,
-    positions: Tensor | None,
+    rope: Rope,
     k_positions: Tensor | None,
-    interleaved: bool,
     scale: float | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
@@ -85,7 +74,7 @@ def plan(
     backend: str | None,
 ) -> AttentionPlan:
     """The plan of queries [B, H, N, D] and keys [B, Hk, M, D], or of [total, H, D] and [total, Hk, D] with cu_seqlens."""
-    head_dim = shape[-1]
+    (grid, freqs, prefix_tokens, positions, interleaved), head_dim = rope, shape[-1]
     _check_clips(cu_seqlens, max_seqlen, shape[0], device)
     alone = deterministic and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC: deterministic, dispatch.DETERMINISTIC_CALL: alone}
@@ -103,27 +92,22 @@ def plan(
     if k_positions is not None and (positions is None or grid is not None):
         raise ValueError("k_positions: expected together with positions, and without grid")
     same = "reference" if chosen == "reference" else "triton" if chosen in TRITON else None
-    rope = dispatch.pick("rope3d", device, dtype, same)
+    turns = dispatch.pick("rope3d", device, dtype, same)
     if cu_seqlens is not None:
         _check_longest(cu_seqlens, grid, prefix_tokens, positions)
         shape, k_shape = (torch.Size((1, s[1], s[0], s[2])) for s in (shape, k_shape))
-    place: dict[str, Any] = dict(
-        grid=grid, freqs=freqs, prefix_tokens=prefix_tokens, positions=positions, interleaved=interleaved
-    )
     if cu_seqlens is not None:  # whose prefixes are tokens at the origin
-        place |= dict(grid=None, prefix_tokens=0)
-    if cu_seqlens is not None and grid is not None:
-        place |= dict(positions=clip_positions(cu_seqlens, shape[2], grid, None, prefix_tokens))
-    k_heads = k_shape[1] if k_positions is None else None
-    rotation = plan_rotation(shape, device, k_heads, rope, **place)
+        shown = positions if grid is None else clip_positions(cu_seqlens, shape[2], grid, None, prefix_tokens)
+        rope = (None, freqs, 0, shown, interleaved)
+    rotation = plan_rotation(shape, device, k_shape[1] if k_positions is None else None, turns, rope)
     if k_positions is not None:
-        k_place = place | dict(positions=k_positions)
-        k_positions = plan_rotation(k_shape, device, None, rope, **k_place, of="k_positions").positions
+        k_rope = (None, freqs, rope[2], k_positions, interleaved)
+        k_positions = plan_rotation(k_shape, device, None, turns, k_rope, of="k_positions").positions
     elif k_shape[2] != shape[2]:
         raise ValueError(f"k: expected the shape [{shape[0]}, Hk, {shape[2]}, {head_dim}], got {list(k_shape)}")
     if cu_seqlens is not None and grid is None:
         of_clips = lambda x: clip_positions(cu_seqlens, shape[2], None, x, prefix_tokens)  # noqa: E731
-        rotation = plan_rotation(shape, device, k_heads, rope, **place | dict(positions=of_clips(positions)))
+        rotation = rotation.of(rotation.freqs, of_clips(rotation.positions))
         k_positions = None if k_positions is None else of_clips(k_positions)
     return AttentionPlan(rotation, k_positions, True, *rest)
 

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from evaat_fast.ops._core.register import register, traced
+from evaat_fast.ops._core.register import once_differentiable, register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows
 from evaat_fast.ops.attn.plan import AttentionPlan
 from evaat_fast.ops.rope3d.rotate import empty, used_again
@@ -38,17 +37,21 @@ def _forward_fake(q, k, v, keep, call):
 @torch.no_grad()
 def attn_forward(q: Tensor, k: Tensor, v: Tensor, keep: bool, call: AttentionPlan) -> tuple[Tensor, ...]:
     """(output, log-sum-exps float32 [B, H, N], turned queries if keep, turned keys); what is not turned is empty."""
+    out, lse, turned_q, turned_k = _forward_fake(q, k, v, keep, call)
+    _launch_forward(q, k, v, out, lse, turned_q if keep and call.rope else None, turned_k, call)
+    return out, lse, turned_q, turned_k
+
+
+def _launch_forward(q, k, v, out, lse, turned_q, turned_k, call):
+    """turned_q: None not to keep them."""
     from evaat_fast.kernels.attn.forward import forward
     from evaat_fast.kernels.rope3d.rotate import rotate
 
     (table, k_table), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
-    out, lse, turned_q, turned_k = _forward_fake(q, k, v, keep, call)
     if call.rope:
         rotate([k], [turned_k], k_table, *rotation, False)
         k = turned_k
-    kept = turned_q if call.rope and keep else None
-    forward(q, k, v, out, lse, kept, table, *rotation, call.scale, call.cu_seqlens)
-    return out, lse, turned_q, turned_k
+    forward(q, k, v, out, lse, turned_q, table, *rotation, call.scale, call.cu_seqlens)
 
 
 def _backward_fake(q, k, v, *others):
@@ -73,7 +76,8 @@ def attn_backward(q, k, v, out, lse, grad, grad_lse, need_q, need_kv, call):
 
 def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, call):
     """Writes the gradients that are not None; in one pass, where all are wanted, in no fixed order."""
-    from evaat_fast.kernels.attn.backward import backward, padded
+    from evaat_fast.kernels.attn.backward import backward
+    from evaat_fast.kernels.attn.forward import padded
 
     B, H, N, D = q.shape
     sums = None
@@ -139,14 +143,9 @@ def _packed_fake(qkv, num_heads, keep, call):
 @torch.no_grad()
 def attn_qkv_forward_(qkv: Tensor, num_heads: int, keep: bool, call: AttentionPlan) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exps float32 [B, H, N]); the keys are turned where they lie, with keep also the queries."""
-    from evaat_fast.kernels.attn.forward import forward
-    from evaat_fast.kernels.rope3d.rotate import rotate
-
     q, k, v = _parts(qkv, num_heads)
-    (table, _), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
     out, lse = _packed_fake(qkv, num_heads, keep, call)
-    rotate([k], [k], table, *rotation, False)
-    forward(q, k, v, out, lse, q if keep else None, table, *rotation, call.scale, None)
+    _launch_forward(q, k, v, out, lse, q if keep else None, k, call)
     if not qkv.is_inference():
         torch.autograd.graph.increment_version(qkv)
     return out, lse

@@ -16,7 +16,7 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.native import checked
 from evaat_fast.ops._core.register import register, traced
-from evaat_fast.ops._core.tensor import memory_of, number
+from evaat_fast.ops._core.tensor import memory_of, numbers
 
 
 def patchify_reference(video: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -24,8 +24,7 @@ def patchify_reference(video: Tensor, patch: int, mean: Sequence[float], std: Se
     B, T, H, W, _ = video.shape
     Hp, Wp = H // patch, W // patch
     table = _table(tuple(mean), tuple(std), dtype, video.device)
-    channels = [table[c][video[..., c].long()] for c in range(3)]
-    x = torch.stack(channels, 2)  # [B, T, 3, H, W]
+    x = torch.stack([table[c][video[..., c].long()] for c in range(3)], 2)  # [B, T, 3, H, W]
     x = x.reshape(B, T, 3, Hp, patch, Wp, patch)
     return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, T * Hp * Wp, 3 * patch * patch)
 
@@ -57,12 +56,12 @@ def _patchify(video, patch, mean, std, dtype, backend):
     if backend == "cpu":
         from evaat_fast import _cpu
 
-        checked("patchify", video.shape, _cpu.patchify(**call, threads=torch.get_num_threads()))
+        checked("patchify", video.shape, _cpu.patchify(**call, where=torch.get_num_threads()))
     else:
         from evaat_fast import _cuda
 
         with torch.cuda.device(video.device):
-            checked("patchify", video.shape, _cuda.patchify(**call, stream=torch.cuda.current_stream().cuda_stream))
+            checked("patchify", video.shape, _cuda.patchify(**call, where=torch.cuda.current_stream().cuda_stream))
     return out
 
 
@@ -107,20 +106,9 @@ def patchify(
         raise ValueError(f"video: height and width must be multiples of patch={patch}, got {list(video.shape[2:4])}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    mean, std = _three("mean", mean), _three("std", std)
+    three = "three floats in units of 0..255"
+    mean, std = numbers("mean", mean, 3, three), numbers("std", std, 3, three)
     if 0.0 in std:
         raise ValueError(f"std: expected three non-zero floats, got {std}")
     backend = dispatch.pick("patchify", video.device, dtype, backend)
     return _patchify.at(traced(type(video)))(video, patch, mean, std, dtype, backend)
-
-
-def _three(name, values):
-    try:
-        if isinstance(values, str):
-            raise TypeError
-        values = [number(name, v) for v in values]
-    except TypeError:
-        raise ValueError(f"{name}: expected three floats in units of 0..255, got {values!r}") from None
-    if len(values) != 3:
-        raise ValueError(f"{name}: expected three floats in units of 0..255, got {len(values)}")
-    return values

@@ -1,6 +1,4 @@
-"""Frequencies of the rotary embeddings.
-
-Frequencies are float32 [3, D/2], one row per axis (t, h, w), one column per channel pair.
+"""Frequencies of the rotary embeddings: float32 [3, D/2], one row per axis (t, h, w), one column per channel pair.
 
 A token at position p = (t, h, w) turns its channel pair c by the angle p . F[:, c]. Every rotary embedding whose angle
 is linear in the position is such an F, so one kernel serves them all. A zero leaves an axis out.
@@ -11,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core.tensor import number
+from evaat_fast.ops._core.tensor import number, numbers
 
 
 def joint_freqs(head_dim: int, theta: float = 10000.0, scale: Sequence[float] = (1.0, 1.0, 1.0)) -> Tensor:
@@ -54,9 +52,7 @@ def spatial_freqs(head_dim: int, theta: float = 10000.0, scale: Sequence[float] 
     """The 2-D frequencies of EVA-02: height turns the first half of the pairs, width the second, time none.
 
     Args:
-        head_dim: D, a multiple of 4.
-        theta: base of the geometric progression.
-        scale: what positions are multiplied by, for (h, w).
+        head_dim, theta: as for `joint_freqs`. scale: what positions are multiplied by, for (h, w).
 
     Returns:
         float32 [3, D/2] with a zero first row.
@@ -72,19 +68,13 @@ def spatial_freqs(head_dim: int, theta: float = 10000.0, scale: Sequence[float] 
 
 
 def split_freqs(
-    head_dim: int,
-    dims: Sequence[int],
-    theta: float = 10000.0,
-    scale: Sequence[float] = (1.0, 1.0, 1.0),
-    restart: bool = True,
+    head_dim: int, dims: Sequence[int], theta: float = 10000.0, scale: Sequence[float] = (1.0, 1.0, 1.0), restart: bool = True
 ) -> Tensor:
     """Axial frequencies: each axis turns channels of its own, in the order t, h, w; channels left over are not turned.
 
     Args:
-        head_dim: D, even.
+        head_dim: D, even. theta, scale: as for `joint_freqs`.
         dims: (dt, dh, dw), even numbers of channels with a sum of at most D.
-        theta: base of the geometric progression.
-        scale: what positions are multiplied by, for (t, h, w).
         restart: True: each axis begins at frequency 1 and spans the whole progression, theta^(-2j/d_axis). False: the
             axes are consecutive sections of one progression over the head, theta^(-2c/D), as in the M-RoPE of Qwen2-VL.
 
@@ -130,15 +120,7 @@ def _check(head_dim, multiple, theta):
 
 
 def _numbers(name, values, count):
-    try:
-        if isinstance(values, str):
-            raise TypeError
-        numbers = [number(name, v) for v in values]
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected {count} finite numbers, got {values!r}") from None
-    if len(numbers) != count:
-        raise ValueError(f"{name}: expected {count} finite numbers, got {values!r}")
-    return numbers
+    return numbers(name, values, count, f"{count} finite numbers")
 
 
 def grid_positions(grid: Sequence[int], device: torch.device | None = None) -> Tensor:

@@ -28,13 +28,6 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, prefix_tokens: int, interleaved: b
     return torch.cat((x[:, :, :prefix_tokens], rows.to(x.dtype)), 2)
 
 
-def turn_into(xs: list[Tensor], outs: list[Tensor], cos: Tensor, sin: Tensor, prefix_tokens: int, interleaved: bool) -> None:
-    """Writes the turned xs to outs, which may be the same tensors."""
-    for x, out in zip(xs, outs, strict=True):
-        first = prefix_tokens if out is x else 0
-        out[:, :, first:] = turn(x, cos, sin, prefix_tokens, interleaved)[:, :, first:]
-
-
 def cos_sin(
     freqs: Tensor | None, positions: Tensor | None, grid: Any, prefix_tokens: int, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,21 @@
-"""rope3d: rotary embedding of queries and keys at space-time positions, each read and written once.
+"""The public functions of rope3d.
 
 q, k = rope3d(q, k, grid=(4, 14, 14))            # new tensors, with gradients
 rope3d_(q, k, grid=(4, 14, 14))                  # in place, for inference
 qkv = rope3d_qkv_(linear(x), 12, (4, 14, 14))    # training in place, on the linear layer's own output
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.tensor import memory_of, packed_base, writable
+from evaat_fast.ops._core.tensor import contiguous_rows, memory_of, packed_base, writable
 from evaat_fast.ops.rope3d import rotate as rotating
 from evaat_fast.ops.rope3d.freqs import joint_freqs, spatial_freqs, split_freqs
-from evaat_fast.ops.rope3d.reference import rope3d_reference
-from evaat_fast.ops.rope3d.rotation import Rotation, plan, wrong
+from evaat_fast.ops.rope3d.reference import rope3d_reference, turn
+from evaat_fast.ops.rope3d.rotation import Grid, Rotation, plan, wrong
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
 
@@ -37,15 +36,13 @@ if TYPE_CHECKING:
 
 
 @overload
-def rope3d(q: Tensor, k: None = None, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]") -> Tensor: ...
+def rope3d(q: Tensor, k: None = None, grid: Grid = None, **options: "Unpack[RopeOptions]") -> Tensor: ...
 @overload
-def rope3d(
-    q: Tensor, k: Tensor, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]"
-) -> tuple[Tensor, Tensor]: ...
+def rope3d(q: Tensor, k: Tensor, grid: Grid = None, **options: "Unpack[RopeOptions]") -> tuple[Tensor, Tensor]: ...
 def rope3d(
     q: Tensor,
     k: Tensor | None = None,
-    grid: Sequence[int] | None = None,
+    grid: Grid = None,
     *,
     freqs: Tensor | None = None,
     prefix_tokens: int = 1,
@@ -83,21 +80,19 @@ def rope3d(
     Source: EVA02-AT (arXiv 2506.14356), section 3.2; RoFormer (arXiv 2104.09864).
     """
     q, k = _heads(q, k)
-    rotation = _plan(q, k, backend, grid, freqs, prefix_tokens, positions, interleaved, inverse)
+    rotation = _plan(q, k, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse)
     new_q, new_k = rotating.rotate(q, k, rotation)
     return new_q if new_k is None else (new_q, new_k)
 
 
 @overload
-def rope3d_(q: Tensor, k: None = None, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]") -> Tensor: ...
+def rope3d_(q: Tensor, k: None = None, grid: Grid = None, **options: "Unpack[RopeOptions]") -> Tensor: ...
 @overload
-def rope3d_(
-    q: Tensor, k: Tensor, grid: Sequence[int] | None = None, **options: "Unpack[RopeOptions]"
-) -> tuple[Tensor, Tensor]: ...
+def rope3d_(q: Tensor, k: Tensor, grid: Grid = None, **options: "Unpack[RopeOptions]") -> tuple[Tensor, Tensor]: ...
 def rope3d_(
     q: Tensor,
     k: Tensor | None = None,
-    grid: Sequence[int] | None = None,
+    grid: Grid = None,
     *,
     freqs: Tensor | None = None,
     prefix_tokens: int = 1,
@@ -120,7 +115,7 @@ def rope3d_(
     Source: as `rope3d`.
     """
     _heads(q, k, in_place=True)
-    rotation = _plan(q, k, backend, grid, freqs, prefix_tokens, positions, interleaved, inverse)
+    rotation = _plan(q, k, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse)
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("freqs", freqs)):
             if x is not None and x.requires_grad:
@@ -137,7 +132,7 @@ def rope3d_(
 def rope3d_qkv_(
     qkv: Tensor,
     num_heads: int,
-    grid: Sequence[int] | None = None,
+    grid: Grid = None,
     *,
     freqs: Tensor | None = None,
     prefix_tokens: int = 1,
@@ -178,7 +173,8 @@ def rope3d_qkv_(
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
     backend = dispatch.pick("rope3d", qkv.device, qkv.dtype, backend)
-    rotation = plan(shape, qkv.device, None, backend, grid, freqs, prefix_tokens, positions, interleaved, inverse)
+    rope = (grid, freqs, prefix_tokens, positions, interleaved)
+    rotation = plan(shape, qkv.device, None, backend, rope, inverse)
     return rotating.rotate_packed_(qkv, base, num_heads, rotation)
 
 
@@ -207,17 +203,21 @@ def _head(name, x, in_place):
     return x
 
 
-def _plan(q: Tensor, k: Tensor | None, backend: str | None, *settings: Any) -> Rotation:
+def _plan(q, k, backend, rope, inverse):
     backend = dispatch.pick("rope3d", q.device, q.dtype, backend)
-    return plan(q.shape, q.device, None if k is None else k.shape[1], backend, *settings)
+    return plan(q.shape, q.device, None if k is None else k.shape[1], backend, rope, inverse)
 
 
 def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: bool) -> Tensor:
     """rope3d by cosines and sines that somebody else made, for integrations: no check, and no gradient for the table.
 
-    x: [B, H, N, D]. table: float32 [2, 1 or B, 1 or H, N - prefix_tokens, D/2], contiguous: cosines, then sines.
+    x: [B, H, N, D]. table: as `Rotation` has it.
     """
-    return rotating.rotate_by_table(x, table, prefix_tokens, interleaved, dispatch.pick("rope3d", x.device, x.dtype))
+    backend = dispatch.pick("rope3d", x.device, x.dtype)
+    if backend == "reference":
+        return turn(x, table[0], table[1], prefix_tokens, interleaved)
+    rotation = Rotation(None, None, (), prefix_tokens, interleaved, False, backend, table)
+    return rotating.rotate(contiguous_rows(x), None, rotation)[0]
 
 
 def _share_memory(q, k):

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from evaat_fast.ops._core.register import register, traced
+from evaat_fast.ops._core.register import once_differentiable, register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows, overlaps
 from evaat_fast.ops.rope3d import native, reference
 from evaat_fast.ops.rope3d.rotation import Rotation
@@ -25,17 +24,22 @@ def empty(x: Tensor) -> Tensor:
     return x.new_empty((B, H, N, D))
 
 
-def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation) -> None:
+def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation) -> None:
     """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
     if all(x.numel() == 0 for x in xs):
         return
+    table = rotation.table
+    if table is None:
+        wide = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
+        table = table_of(rotation, xs[0].shape[3], xs[0].device, wide)
     if rotation.backend == "triton":
         from evaat_fast.kernels.rope3d.rotate import rotate
 
         rotate(xs, outs, table, rotation.prefix_tokens, rotation.interleaved, rotation.inverse)
     elif rotation.backend == "reference":
         cos, sin = table[0], -table[1] if rotation.inverse else table[1]
-        reference.turn_into(xs, outs, cos, sin, rotation.prefix_tokens, rotation.interleaved)
+        for x, out in zip(xs, outs, strict=True):
+            out.copy_(reference.turn(x, cos, sin, rotation.prefix_tokens, rotation.interleaved))
     else:
         native.turn(xs, outs, table, rotation)
 
@@ -43,13 +47,13 @@ def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation
 @register("rope3d(Tensor[] x, {settings}) -> Tensor[]", lambda xs, rotation: [empty(x) for x in xs], Rotation)
 def rope3d_op(xs: list[Tensor], rotation: Rotation) -> list[Tensor]:
     outs = [empty(x) for x in xs]
-    turn(xs, outs, table_of(rotation, xs[0].shape[3], xs[0].device), rotation)
+    turn(xs, outs, rotation)
     return outs
 
 
 @register("rope3d_(Tensor(a!)[] x, {settings}) -> ()", lambda xs, rotation: None, Rotation)
 def rope3d_op_(xs: list[Tensor], rotation: Rotation) -> None:
-    turn(xs, xs, table_of(rotation, xs[0].shape[3], xs[0].device), rotation)
+    turn(xs, xs, rotation)
     for x in xs:
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
@@ -87,11 +91,6 @@ def _freqs_gradient(grads, outs, xs, rotation):
     return (total if rotation.inverse else -total).float().view(freqs.shape)
 
 
-def _leaves(q, k):
-    # Dynamo takes no tensor twice.
-    return q, q.view_as(q) if k is q else k
-
-
 def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False) -> tuple[Tensor, Any]:
     """The turned q and k of a checked call; owned: the gradients of what is returned have no other reader, so the backward pass
     turns them where they lie."""
@@ -101,7 +100,8 @@ def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False)
         out = reference.rope3d_reference(q, k, rotation.grid or None, **options)
         return (out, None) if k is None else out
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad) or rotation.learns()):
-        out = _Rotate.apply(*_leaves(q, k), rotation.freqs, rotation.positions, rotation.bare(), owned)
+        k = q.view_as(q) if k is q else k  # Dynamo takes no tensor twice
+        out = _Rotate.apply(q, k, rotation.freqs, rotation.positions, rotation.table, rotation.bare(), owned)
     else:
         out = rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], rotation)
     return out[0], out[1] if k is not None else None
@@ -118,21 +118,21 @@ def rotate_(xs: list[Tensor], rotation: Rotation) -> None:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, freqs, positions, bare, owned):
-        return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions)))
+    def forward(q, k, freqs, positions, table, bare, owned):
+        return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions, table)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, freqs, positions, ctx.bare, ctx.owned = inputs
+        q, k, freqs, positions, table, ctx.bare, ctx.owned = inputs
         saved = (q, k) if freqs is not None and freqs.requires_grad else (None, None)
-        ctx.save_for_backward(freqs, positions, *saved)
+        ctx.save_for_backward(freqs, positions, table, *saved)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        freqs, positions, *saved = ctx.saved_tensors
-        back = ctx.bare.of(freqs, positions).back()
+        freqs, positions, table, *saved = ctx.saved_tensors
+        back = ctx.bare.of(freqs, positions, table).back()
         given = [i for i, g in enumerate(grads) if g is not None]
         rows, of_freqs = [contiguous_rows(grads[i]) for i in given], None
         through = traced(*map(type, rows))
@@ -143,7 +143,7 @@ class _Rotate(torch.autograd.Function):
         elif rows:
             rows = rope3d_op.at(through)(rows, back)
         turned = dict(zip(given, rows, strict=True))
-        return turned.get(0), turned.get(1), of_freqs, None, None, None
+        return turned.get(0), turned.get(1), of_freqs, *[None] * 4
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
@@ -168,8 +168,7 @@ def rope3d_qkv_op(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor
     """[B, N, 3*H*D] of the turned q and k and of v, [B, H, N, D] each."""
     out = _packed(q, k, v, rotation)
     new_q, new_k, new_v = split_heads(out, q.shape[1]).chunk(3, 1)
-    table = table_of(rotation, q.shape[3], q.device)
-    turn([contiguous_rows(q), contiguous_rows(k)], [new_q, new_k], table, rotation)
+    turn([contiguous_rows(q), contiguous_rows(k)], [new_q, new_k], rotation)
     new_v.copy_(v)
     return out
 
@@ -270,38 +269,3 @@ class _Consume(torch.autograd.Function):
 
 def used_again() -> RuntimeError:
     return RuntimeError("qkv: was used again after joint_attention_qkv_, which consumes it; clone it before")
-
-
-@register("rope3d_table(Tensor x, Tensor table, {settings}) -> Tensor", lambda x, table, rotation: empty(x), Rotation)
-def rope3d_table_op(x: Tensor, table: Tensor, rotation: Rotation) -> Tensor:
-    out = empty(x)
-    turn([x], [out], table, rotation)
-    return out
-
-
-class _RotateByTable(torch.autograd.Function):
-    @staticmethod
-    def forward(x, table, rotation):
-        return rope3d_table_op.at(traced(type(x)))(x, table, rotation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, table, ctx.rotation = inputs
-        ctx.save_for_backward(table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (table,), back = ctx.saved_tensors, ctx.rotation.back()
-        return rope3d_table_op.at(traced(type(grad)))(contiguous_rows(grad), table, back), None, None
-
-
-def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: bool, backend: str) -> Tensor:
-    """The turned x [B, H, N, D] by cosines, then sines, that somebody else made: float32 [2, 1 or B, 1 or H, N - prefix_tokens,
-    D/2], contiguous. No gradient for the table."""
-    if backend == "reference":
-        return reference.turn(x, table[0], table[1], prefix_tokens, interleaved)
-    rotation = Rotation(None, None, (), prefix_tokens, interleaved, False, backend)
-    if not (torch.is_grad_enabled() and x.requires_grad):  # where none is wanted, Dynamo takes no function with setup_context
-        return rope3d_table_op.at(traced(type(x)))(contiguous_rows(x), table, rotation)
-    return _RotateByTable.apply(contiguous_rows(x), table, rotation)

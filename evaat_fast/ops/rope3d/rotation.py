@@ -10,13 +10,16 @@ from torch import Tensor
 
 from evaat_fast.ops._core.tensor import memory_of
 
+Grid = Sequence[int] | None
+Rope = tuple[Grid, Tensor | None, int, Tensor | None, bool]  # grid, freqs, prefix_tokens, positions, interleaved: not checked
 _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32)
 
 
 @dataclass(frozen=True)
 class Rotation:
     """A checked rotation. freqs: float32 [3, D/2] or [H, 3, D/2], None for the joint ones. positions: [N, 3] or [B, N, 3], None
-    where grid, (T, Hp, Wp) and else (), places the tokens. backend: of the kernel that turns."""
+    where grid, (T, Hp, Wp) and else (), places the tokens. backend: of the kernel that turns. table: cosines, then sines that
+    somebody else made, float32 [2, 1 or B, 1 or H, N - prefix_tokens, D/2], contiguous, in place of freqs and positions."""
 
     freqs: Tensor | None
     positions: Tensor | None
@@ -25,21 +28,22 @@ class Rotation:
     interleaved: bool
     inverse: bool
     backend: str
+    table: Tensor | None = None
 
     def back(self) -> "Rotation":
         """The rotation that undoes this one."""
-        return self._with(self.freqs, self.positions, not self.inverse)
+        return self._with(self.freqs, self.positions, self.table, not self.inverse)
 
     def bare(self) -> "Rotation":
         """Without its tensors, which autograd saves in its own way."""
-        return self._with(None, None, self.inverse)
+        return self._with(None, None, None, self.inverse)
 
-    def of(self, freqs: Tensor | None, positions: Tensor | None) -> "Rotation":
+    def of(self, freqs: Tensor | None, positions: Tensor | None, table: Tensor | None = None) -> "Rotation":
         """With these tensors."""
-        return self._with(freqs, positions, self.inverse)
+        return self._with(freqs, positions, table, self.inverse)
 
-    def _with(self, freqs, positions, inverse):
-        return Rotation(freqs, positions, self.grid, self.prefix_tokens, self.interleaved, inverse, self.backend)
+    def _with(self, freqs, positions, table, inverse):
+        return Rotation(freqs, positions, self.grid, self.prefix_tokens, self.interleaved, inverse, self.backend, table)
 
     def learns(self) -> bool:
         """Whether a gradient is wanted of the frequencies."""
@@ -47,27 +51,22 @@ class Rotation:
 
 
 def plan(
-    shape: torch.Size,
+    q: torch.Size,
     device: torch.device,
     k_heads: int | None,
     backend: str,
-    grid: Sequence[int] | None,
-    freqs: Tensor | None,
-    prefix_tokens: int,
-    positions: Tensor | None,
-    interleaved: bool,
+    rope: Rope,
     inverse: bool = False,
     of: str = "positions",
 ) -> Rotation:
-    """The rotation of queries [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked.
-
-    of: the name of `positions` in errors.
-    """
+    """The rotation of queries q [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked. of: the
+    name of `positions` in errors."""
+    grid, freqs, prefix_tokens, positions, interleaved = rope
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved: expected True or False, got {interleaved!r}")
     if not isinstance(inverse, bool):
         raise TypeError(f"inverse: expected True or False, got {inverse!r}")
-    B, Hq, N, D = shape
+    B, Hq, N, D = q
     if D % 2 or not 2 <= D <= 256:
         raise ValueError(f"q: expected an even head dim from 2 to 256, got {D}")
     check_place(grid, prefix_tokens, positions)
@@ -111,7 +110,7 @@ def _checked_freqs(freqs, Hq, D, device, k_heads):
     return freqs
 
 
-def check_place(grid: Sequence[int] | None, prefix_tokens: int, positions: Tensor | None) -> None:
+def check_place(grid: Grid, prefix_tokens: int, positions: Tensor | None) -> None:
     if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
         raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
     if (grid is None) == (positions is None):

@@ -20,17 +20,21 @@ _MOST_BYTES = 2**26
 
 def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """[2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
+    make = triton_table if rotation.backend == "triton" else torch_table
     user = tuple(x for x in (rotation.freqs, rotation.positions) if x is not None)
     # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
     # counters do not see writes through .data.
     if device.type != "cpu" and (user or device.type != "cuda"):
-        return (triton_table if rotation.backend == "triton" else torch_table)(rotation, head_dim, dtype, device)
+        return make(rotation, head_dim, dtype, device)
     prefix = None if rotation.positions is None else rotation.prefix_tokens
     key: tuple = (rotation.grid, prefix, head_dim, dtype, device, rotation.freqs is None)
     key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _captured(key, rotation, head_dim, dtype, device)
     kept = _TABLES.get(key)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # The kept table, so that the graph has no launch for it, where a call before the capture has made it; else one of the
+        # graph's own memory, made by its first nodes.
+        captured = _CAPTURED.get(key, None if kept is None else kept[1])
+        return make(rotation, head_dim, dtype, device) if captured is None else _CAPTURED.setdefault(key, captured)
     if kept is not None and all(map(torch.equal, kept[0], user)):
         _TABLES[key] = _TABLES.pop(key, kept)  # now the last used; another thread may have dropped it
         return kept[1]
@@ -40,17 +44,6 @@ def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: tor
     while _TABLES and sum(t.nbytes for _, t in list(_TABLES.values())) > _MOST_BYTES:
         _TABLES.popitem(last=False)
     return table
-
-
-def _captured(key: tuple, rotation: Rotation, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table for the graph that is being captured: the kept one, so that the graph has no launch for it, where a call before
-    the capture has made it; else one of the graph's own memory, made by its first nodes."""
-    if key not in _CAPTURED:
-        kept = _TABLES.get(key)
-        if kept is None:
-            return (triton_table if rotation.backend == "triton" else torch_table)(rotation, head_dim, dtype, device)
-        _CAPTURED[key] = kept[1]
-    return _CAPTURED[key]
 
 
 def rows_of(rotation: Rotation, device: torch.device) -> Tensor:
