@@ -66,11 +66,11 @@ struct RowMask {
   static EVAAT_INLINE void run(const PairPositives* from, int64_t j, int64_t N, uint8_t* mask) {
     std::memset(mask, 0, size_t((N + kBlock - 1) / kBlock * kBlock));
     if (from->dense) {
-      const uint8_t* row = from->dense + j * from->stride_row;
-      if (from->stride_col == 1)
+      const uint8_t* row = from->dense + j * from->strides[0];
+      if (from->strides[1] == 1)
         std::memcpy(mask, row, size_t(N));
       else
-        for (int64_t i = 0; i < N; ++i) mask[i] = row[i * from->stride_col];
+        for (int64_t i = 0; i < N; ++i) mask[i] = row[i * from->strides[1]];
     } else {
       mark<1>(from->verbs, from->verb_words, j, N, mask);
       mark<2>(from->nouns, from->noun_words, j, N, mask);

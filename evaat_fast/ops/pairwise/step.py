@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import Operator, register, traced
-from evaat_fast.ops._core.tensor import contiguous_rows
-from evaat_fast.ops.pairwise import panels
-from evaat_fast.ops.pairwise.check import Options, no_autocast
+from evaat_fast.ops._core.tensor import memory_of
+from evaat_fast.ops.pairwise.check import FLOATS, Options, kind, no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
@@ -46,8 +46,7 @@ class SmsSettings:
     work: Work
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        of = self.labels
-        return of.table, of.video_index, of.caption_index, of.verb, of.values, self.own
+        return *vars(self.labels).values(), self.own
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,14 @@ class ContrastSettings:
     work: Work
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.positives.dense, self.positives.verbs, self.positives.nouns
+        return tuple(vars(self.positives).values())
 
 
 class Step:
-    """One step on one backend: what it is given, and room for the gradients.
+    """One step on one backend: what it is given, room for the gradients, and the loop over panels, some videos times all
+    captions, of every loss.
 
-    A backend's class adds what `panels.run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
+    A backend's class adds what `run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
     similarities and return their slopes or None; product(a, b, out, add), out (+)= a @ b; finish(), the loss and all gradients.
     """
 
@@ -74,22 +74,42 @@ class Step:
     panel: Any
     unit_video: Any
     unit_text: Any
+    prepare: Callable
+    sweeps: Callable
+    product: Callable
+    finish: Callable
 
     def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any):
-        self.video, self.text, self.weight = contiguous_rows(video), contiguous_rows(text), weight
-        self.scale: Any = scale
-        self.settings, self.work = settings, settings.work
         self.N, self.E = video.shape
+        self.video, self.text = (x if x.stride(1) == 1 or self.E == 1 else x.contiguous() for x in (video, text))
+        self.scale: Any = scale
+        self.weight, self.settings, self.work = weight, settings, settings.work
         self.dtype, self.wide, self.device = video.dtype, wide(video.dtype), video.device
-        needs = self.work.needs()[:2]
-        self.gradients = [torch.empty((self.N, self.E) if x else (0,), dtype=self.wide, device=self.device) for x in needs]
-        self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=True))
-        self.learns = any(self.work.needs())
+        needs = self.work.needs()
+        self.gradients = [torch.empty((self.N, self.E) if x else 0, dtype=self.wide, device=self.device) for x in needs[:2]]
+        self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=False))
+        self.learns = any(needs)
 
     @classmethod
     def fitting(cls, shape: torch.Size, dtype: torch.dtype, work: Work) -> "type[Step]":
         """The class for features of that shape and dtype."""
         return cls
+
+    def run(self) -> tuple[Tensor, ...]:
+        """The loss and the gradients, in memory linear in N: a sweep reads one panel of similarities and may turn it into
+        slopes, of which two products make the gradients of the unit rows. The max-margin losses need one sweep, as their slopes
+        depend on nothing but the diagonal of the similarities; the contrastive ones two, for the totals come first.
+        """
+        self.prepare()
+        for sweep in self.sweeps():
+            for first in range(0, self.N, self.rows):
+                last = min(first + self.rows, self.N)
+                slopes = sweep(first, last)
+                if slopes is not None and self.grad_video is not None:
+                    self.product(slopes, self.unit_text, self.grad_video[first:last])
+                if slopes is not None and self.grad_text is not None:
+                    self.product(slopes.T, self.unit_video[first:last], self.grad_text, add=first > 0)
+        return self.finish()
 
 
 def _outputs(inputs, work):
@@ -112,7 +132,7 @@ def _run(name, inputs, weight, settings):
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     with no_autocast(video.device.type):
         fitting = getattr(backend, name).fitting(video.shape, video.dtype, work)
-        return panels.run(fitting(video, text, scale, weight, settings))
+        return fitting(video, text, scale, weight, settings).run()
 
 
 @register(
@@ -120,7 +140,6 @@ def _run(name, inputs, weight, settings):
     lambda video, text, weight, settings: _outputs((video, text), settings.work),
     SmsSettings,
 )
-@torch.no_grad()
 def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSettings) -> tuple:
     """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features.
 
@@ -136,7 +155,6 @@ def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSe
     lambda video, text, scale, weight, settings: _outputs((video, text, scale), settings.work),
     ContrastSettings,
 )
-@torch.no_grad()
 def contrast_step(video: Tensor, text: Tensor, scale: Tensor, weight: Tensor | None, settings: ContrastSettings) -> tuple:
     """As `sms_step`, with the gradient of scale, [] in the dtype of the computation."""
     return _run("Contrast", (video, text, scale), weight, settings)
@@ -193,15 +211,56 @@ class Each(torch.autograd.Function):
         return None, None, None, *_given(gradients, [x.dtype for x in inputs], ctx.settings.work)
 
 
-def loss(step: Operator, settings_of: Callable, inputs: tuple[Tensor, ...], options: Options, backend: str) -> Tensor:
-    """The loss of a checked call. settings_of: the step's settings for some work."""
-    video, text, *scale = inputs
+@dataclass(frozen=True)
+class Call:
+    """What a loss plans by: N pairs, where they are, the dtype of the computation, the backend, and whether a compiler, a mode
+    or a wrapper may hide the numbers."""
+
+    N: int
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    hidden: bool
+
+
+def loss(op: str, step: Operator, video: Tensor, text: Tensor, options: Options, plan: Callable[[Call], tuple]) -> Tensor:
+    """Checks a call, plans it, and runs it.
+
+    plan: returns the step's settings as a function of their work, the reference as one of the inputs, and what the inputs are
+    beside the features.
+    """
+    video, text = (_features(op, name, x) for name, x in (("video", video), ("text", text)))
+    for of in ("dtype", "device", "shape"):
+        ours, theirs = getattr(text, of), getattr(video, of)
+        if ours != theirs:
+            error = TypeError if of == "dtype" else ValueError
+            ours, theirs = (list(x) if of == "shape" else x for x in (ours, theirs))
+            raise error(f"text: expected video's {of} {theirs}, got {ours}")
+    options.check(op)
+    N, device = video.shape[0], video.device
+    backend, hidden = dispatch.pick(op, device, video.dtype, options.backend), traced(type(video), type(text))
+    settings_of, reference, *scale = plan(Call(N, device, wide(video.dtype), backend, hidden))
+    if backend == "reference":
+        inputs = [video, text, *scale]
+        if N == 1:  # there is no pair, so a NaN in the features must not reach loss or gradient
+            inputs = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in inputs]
+        with no_autocast(device.type):
+            return reference(*inputs)
     inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
     needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     each, how = options.reduction == "none", (backend, options.panel_rows)
     if not any(needs):
-        return _call(step, inputs, None, settings_of(Work(each, False, False, False, *how)))[0]
+        return step.at(hidden)(*inputs, None, settings_of(Work(each, False, False, False, *how)))[0]
     asked = settings_of(Work(False, needs[0], needs[1], needs[-1] and bool(scale), *how))
     if each:
         return Each.apply(step, settings_of(Work(True, False, False, False, *how)), asked, *inputs)
     return Mean.apply(step, asked, *inputs)
+
+
+def _features(op, name, x):
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor [N, E], got {kind(x)}")
+    x = memory_of(op, name, x)  # a nested tensor has no shape to speak of
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name}: expected the shape [N, E] with E > 0, got {list(x.shape)}")
+    return x
