@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evaat_fast.kernels.pairwise import contrast, panel, sms
-from evaat_fast.kernels.pairwise.sms_recompute import MOST_FEATURES, sms_rows
+from evaat_fast.kernels.pairwise import sms_recompute as recompute
 from evaat_fast.ops.pairwise.step import Step
 
 # Bytes of a panel, which should stay in L2 between the kernel that writes it and the two products that read it; from N = 128k
@@ -30,7 +30,7 @@ def without_panels(N: int, E: int, dtype: torch.dtype) -> bool:
     """Whether a max-margin step with gradients does without panels: where their least rows leave L2, and a text gradient that
     every panel adds to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never
     too large; float32 would spill."""
-    return N >= NO_PANELS and E <= MOST_FEATURES and dtype == torch.bfloat16
+    return N >= NO_PANELS and E <= recompute.MOST_FEATURES and dtype == torch.bfloat16
 
 
 @functools.cache
@@ -43,12 +43,16 @@ class _Triton(Step):
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    @functools.cached_property
+    def features(self) -> panel.Features:
+        return panel.features(self.video, self.text)
+
     def normalise(self, units: bool = True) -> None:
         """Norms, their inverses, and the unit rows in the features' dtype."""
         self.norms, self.inverses = self.empty(2, 2, self.N)
         made = self.empty(2, self.N, self.E, dtype=self.dtype) if units else None
         self.unit_video, self.unit_text = (None, None) if made is None else made
-        panel.prepare(self.video, self.text, made, self.norms, self.inverses)
+        panel.prepare(self.features, made, self.norms, self.inverses)
 
     def begin(self) -> None:
         """Room for a panel, where slopes are asked for."""
@@ -67,7 +71,7 @@ class _Triton(Step):
             out.add_(part) if add else out.copy_(part)
 
     def through_norms(self, sums: Tensor, weight: Tensor | None, factor: float) -> None:
-        panel.finish(self.video, self.text, self.norms, sums, weight, self.grad_video, self.grad_text, factor)
+        panel.finish(self.features, self.norms, sums, weight, (self.grad_video, self.grad_text), factor)
 
 
 class Sms(_Triton):
@@ -78,12 +82,11 @@ class Sms(_Triton):
 
     def arguments(self) -> None:
         """What the kernels are given of pairs and labels."""
-        source, weight = self.settings.labels, None if self.weight is None else self.weight.float()
-        table, own = source.table, self.settings.own.to(self.wide).contiguous()
-        self.labels = sms.Labels(
-            table, *table.stride()[-2:], table.stride(0) if table.ndim == 3 else 0, *table.shape[-2:],
-            source.video_index, source.caption_index, source.verb, None if source.values is None else source.values.float(),
-        )  # fmt: skip
+        of, weight = self.settings.labels, None if self.weight is None else self.weight.float()
+        own, values = self.settings.own.to(self.wide).contiguous(), None if of.values is None else of.values.float()
+        half, row, column = (0, *of.table.stride())[-3:]
+        shape, indices = of.table.shape[-2:], (of.video_index, of.caption_index, of.verb)
+        self.labels = sms.Labels(of.table, row, column, half, *shape, *indices, values)
         self.pairs = sms.Pairs(*self.inverses, self.empty(self.N), own, weight)
 
     def prepare(self):
@@ -91,7 +94,7 @@ class Sms(_Triton):
         self.normalise()
         self.begin()
         self.arguments()
-        panel.own_cosines(self.video, self.text, self.inverses, self.pairs.cosine)
+        panel.own_cosines(self.features, self.inverses, self.pairs.cosine)
         self.block = panel.config(self.dtype)["BLOCK"]
         down, across = panel.tiles(self.rows, N, self.block)
         self.sums = torch.zeros((2, N), dtype=torch.int32, device=self.device)
@@ -107,8 +110,8 @@ class Sms(_Triton):
         down, across = panel.tiles(rows, self.N, self.block)
         slopes = self.panel[:rows] if self.learns else None
         part = self.part[: across * rows if each else down * across]
-        out = sms.Out(slopes, *self.sums, part, self.part_col)
-        sms.sms_panel(self.video, self.text, self.pairs, self.labels, self.settings.penalty, out, first, last)
+        out = sms.Out(slopes, *self.sums, part, self.part_col, first, last)
+        sms.sms_panel(self.features, self.pairs, self.labels, self.settings.penalty, out)
         if each:
             self.losses[0, first:last] = part.view(across, rows).sum(0, dtype=torch.float64)
             self.losses[1] += self.part_col[:down].sum(0, dtype=torch.float64)
@@ -141,8 +144,8 @@ class SmsWithoutPanels(Sms):
     def finish(self):
         entries, sums = self.empty(2, self.N, dtype=torch.float64), self.empty(2, self.N, dtype=torch.int32)
         for i, grad in enumerate((self.grad_video, self.grad_text)):
-            out = entries[i], sums[i], grad
-            sms_rows(self.video, self.text, self.pairs, self.labels, self.settings.penalty, *out, captions=i == 1)
+            out = recompute.Out(entries[i], sums[i], grad)
+            recompute.sms_rows(self.features, self.pairs, self.labels, self.settings.penalty, out, captions=i == 1)
         self.through_norms(sums, self.pairs.weight, self.share())
         return (entries.sum() * self.share()).float(), *self.gradients
 
@@ -161,11 +164,9 @@ class Contrast(_Triton):
         if normalise:
             self.normalise()
         self.begin()
-        from_pairs = self.settings.positives
-        dense, verbs, nouns = from_pairs.dense, from_pairs.verbs, from_pairs.nouns
-        strides = (None, None) if dense is None else dense.stride()
-        self.positives = contrast.Positives(dense, *strides, verbs, nouns)
-        self.source = self.video, self.text, self.inverses, self.scale.reshape(1), self.positives
+        of = self.settings.positives
+        strides = (None, None) if of.dense is None else of.dense.stride()
+        self.logits = contrast.Logits(self.inverses, self.scale.reshape(1), of.dense, *strides, of.verbs, of.nouns)
         self.row_totals, self.col_totals = torch.full((2, 2, N), -torch.inf, dtype=torch.float64, device=self.device)
         self.grad_scale = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -176,25 +177,26 @@ class Contrast(_Triton):
             yield self.slopes
 
     def stats(self, first, last):
-        down, across = contrast.tiles_of(last - first, self.video, self.positives)
+        down, across = contrast.tiles_of(last - first, self.features, self.logits)
         of_rows, of_columns = self.empty(2, 2, 4 * across, last - first), self.empty(2, 2, down, self.N)
-        contrast.stats(*self.source, of_rows, of_columns, first, last)
+        contrast.stats(self.features, self.logits, contrast.Stats(of_rows, of_columns, first, last))
         self.row_totals[:, first:last] = of_rows.sum(1, dtype=torch.float64).logsumexp(1)
         self.col_totals = torch.logaddexp(self.col_totals, of_columns.sum(1, dtype=torch.float64).logsumexp(1))
 
     def total(self) -> None:
-        if self.positives.dense is None and self.positives.verbs is None:  # the own logits, from the same products
+        if self.logits.dense is None and self.logits.verbs is None:  # the own logits, from the same products
             own, ones = self.empty(self.N), torch.ones((2, self.N), device=self.device)
-            panel.own_cosines(self.video, self.text, ones if self.inverses is None else self.inverses, own)
+            panel.own_cosines(self.features, ones if self.inverses is None else self.inverses, own)
             self.row_totals[1] = self.col_totals[1] = own * self.scale
         every = self.row_totals, self.col_totals
         both = [_two_floats(torch.stack((torch.logaddexp(*x), x[1]))) for x in every]
-        self.totals = contrast.Totals(*both, *((others - positive).sigmoid().float() for others, positive in every))
+        rests = ((others - positive).sigmoid().float() for others, positive in every)
+        self.totals = contrast.Totals(*both, *rests, self.weight)
 
     def slopes(self, first, last):
-        down, across = contrast.tiles_of(last - first, self.video, self.positives)
+        down, across = contrast.tiles_of(last - first, self.features, self.logits)
         slopes, part = self.panel[: last - first], self.empty(down * across)
-        contrast.slopes(*self.source, self.totals, self.weight, slopes, part, first, last)
+        contrast.slopes(self.features, self.logits, self.totals, contrast.Slopes(slopes, part, first, last))
         self.grad_scale += part.sum(dtype=torch.float64)
         return slopes
 
