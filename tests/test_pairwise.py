@@ -231,12 +231,16 @@ def test_nan_label_reaches_the_loss(backend, isa):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-@pytest.mark.parametrize("view", [
-    lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-    lambda x: x.T.contiguous().T,
-    lambda x: torch.stack((x, x), 2)[..., 1],
-    lambda x: x.repeat_interleave(2, 0)[1::2],
-], ids=["row stride", "transposed", "column stride", "every second row"])  # fmt: skip
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.stack((x, x), 2)[..., 1],
+        lambda x: x.repeat_interleave(2, 0)[1::2],
+    ],
+    ids=["row stride", "transposed", "column stride", "every second row"],
+)
 def test_views(view, dtype):
     video, text, c = batch(45, 24, dtype)
     want = gradients(lambda v, t: ops.sms_loss(v, t, c), video, text)
@@ -344,11 +348,14 @@ def test_siblings(op, labels, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("op", [
-    lambda v, t, c, **k: ops.sms_loss(v, t, c, **k),
-    lambda v, t, c, **k: ops.sms_loss(v, t, c, rule="charades", **k),
-    lambda v, t, c, **k: ops.mi_mm_loss(v, t, **k),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda v, t, c, **k: ops.sms_loss(v, t, c, **k),
+        lambda v, t, c, **k: ops.sms_loss(v, t, c, rule="charades", **k),
+        lambda v, t, c, **k: ops.mi_mm_loss(v, t, **k),
+    ],
+)
 def test_reduction_none(op, backend):
     video, text, c = batch(30, 8, F64)
     op = functools.partial(op, backend=backend)

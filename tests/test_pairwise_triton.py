@@ -203,11 +203,14 @@ def test_siblings(op):
         assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
-@pytest.mark.parametrize("view", [
-    lambda x: x.T.contiguous().T,
-    lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-    lambda x: x.repeat_interleave(2, 0)[::2],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+        lambda x: x.repeat_interleave(2, 0)[::2],
+    ],
+)
 def test_views(view):
     video, text, c = batch(20, 24)
     assert all(map(torch.equal, sms(view(video), view(text), c), sms(video, text, c)))
