@@ -36,7 +36,7 @@ def test_the_kernel_without_panels_serves_large_batches_of_bfloat16():
         ((1 << 18, 256), F16, work(True, True), False),
         ((100, 256), F32, work(True, True, rows=0), True),
     ]:
-        assert (triton.Sms.fitting(shape, dtype, how) is triton.SmsWithoutPanels) == served
+        assert triton.without_panels(*shape, dtype, how) == served
 
 
 @pytest.mark.sample(5)

@@ -90,12 +90,12 @@ def contrast(
     """positives: of EgoNCE."""
 
     def plan(call):
-        N, normalise = call.N, op == "ego_nce_loss"
-        pairs = as_positives(positives, N, call.device) if normalise else Positives()
+        normalise = op == "ego_nce_loss"
+        pairs = as_positives(positives, call.N, call.device) if normalise else Positives()
 
         def reference(video, text, multiplier):
             if normalise:
-                return ego_nce_loss_reference(video, text, pairs.rows(0, N), 1 / scale, options.reduction)
+                return ego_nce_loss_reference(video, text, pairs.matrix(), 1 / scale, options.reduction)
             return clip_loss_reference(video, text, multiplier, options.reduction)
 
         multiplier = _check_scale(scale, call.device, call.dtype)

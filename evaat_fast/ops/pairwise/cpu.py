@@ -27,11 +27,6 @@ def native_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def panel_rows(N: int, size: int) -> int:
-    """Rows of a panel whose elements have `size` bytes."""
-    return min(N, max(LEAST_ROWS, PANEL_BYTES // (N * size) // 64 * 64))
-
-
 def _done(status):
     if status:
         raise TypeError("the C++ kernels of the pairwise losses: dtype not supported")
@@ -42,7 +37,7 @@ class _Cpu(Step):
 
     def begin(self, dtype: torch.dtype) -> None:
         """Room for a panel of that dtype."""
-        self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, dtype.itemsize))
+        self.rows = self.panel_rows(dtype.itemsize, PANEL_BYTES, LEAST_ROWS, 64)
         self.panel, self.threads = torch.empty((self.rows, self.N), dtype=dtype), torch.get_num_threads()
 
     def normalise(self, video: bool, text: bool) -> None:
@@ -100,7 +95,7 @@ class Sms(_Cpu):
         self.step = _cpu.SmsStep(pairs=self.pairs, scales=scales, weight=self.weight, **how, **known, **out)
 
     def sweeps(self):
-        yield self.slopes
+        return (self.slopes,)
 
     def slopes(self, first, last):
         s = self.multiply(self.factors[0], self.factors[1], first, last)

@@ -150,6 +150,7 @@ def max_margin(
         # a mode hides the numbers, in the operator.
         as_asked = options.validate is None or call.backend != "reference"
         checked = bool(options.validate) or (device.type == "cpu" and not call.hidden and as_asked)
+        own: Tensor | None
         if relevancy is None:
             labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
         elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
@@ -159,10 +160,11 @@ def max_margin(
             own = labels.table.diagonal()
         if self_relevancy is not None:
             own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
+        assert own is not None
 
         def reference(video, text):
-            matrix = labels.matrix(dtype)
-            return sms_loss_reference(video, text, matrix, own.to(dtype), **vars(costs), reduction=options.reduction)
+            of_all = labels.matrix(dtype), own.to(dtype)
+            return sms_loss_reference(video, text, *of_all, **vars(costs), reduction=options.reduction)
 
         return functools.partial(step.SmsSettings, labels, own, costs, checked), reference
 

@@ -1,7 +1,7 @@
 """A step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -45,9 +45,6 @@ class SmsSettings:
     checked: bool
     work: Work
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return *vars(self.labels).values(), self.own
-
 
 @dataclass(frozen=True)
 class ContrastSettings:
@@ -58,26 +55,17 @@ class ContrastSettings:
     normalise: bool
     work: Work
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(vars(self.positives).values())
-
 
 class Step:
-    """One step on one backend: what it is given, room for the gradients, and the loop over panels, some videos times all
-    captions, of every loss.
+    """One step on one backend: what it is given, and room for the gradients.
 
-    A backend's class adds what `run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
+    A backend's class adds what `_run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
     similarities and return their slopes or None; product(a, b, out, add), out (+)= a @ b; finish(), the loss and all gradients.
     """
 
-    rows: int
     panel: Any
     unit_video: Any
     unit_text: Any
-    prepare: Callable
-    sweeps: Callable
-    product: Callable
-    finish: Callable
 
     def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any):
         self.N, self.E = video.shape
@@ -90,26 +78,9 @@ class Step:
         self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=False))
         self.learns = any(needs)
 
-    @classmethod
-    def fitting(cls, shape: torch.Size, dtype: torch.dtype, work: Work) -> "type[Step]":
-        """The class for features of that shape and dtype."""
-        return cls
-
-    def run(self) -> tuple[Tensor, ...]:
-        """The loss and the gradients, in memory linear in N: a sweep reads one panel of similarities and may turn it into
-        slopes, of which two products make the gradients of the unit rows. The max-margin losses need one sweep, as their slopes
-        depend on nothing but the diagonal of the similarities; the contrastive ones two, for the totals come first.
-        """
-        self.prepare()
-        for sweep in self.sweeps():
-            for first in range(0, self.N, self.rows):
-                last = min(first + self.rows, self.N)
-                slopes = sweep(first, last)
-                if slopes is not None and self.grad_video is not None:
-                    self.product(slopes, self.unit_text, self.grad_video[first:last])
-                if slopes is not None and self.grad_text is not None:
-                    self.product(slopes.T, self.unit_video[first:last], self.grad_text, add=first > 0)
-        return self.finish()
+    def panel_rows(self, size: int, most: int, least: int, multiple: int) -> int:
+        """Rows of a panel of `most` bytes whose elements have `size`, a multiple and at least so many."""
+        return min(self.N, self.work.panel_rows or max(least, most // (self.N * size) // multiple * multiple))
 
 
 def _outputs(inputs, work):
@@ -131,8 +102,20 @@ def _run(name, inputs, weight, settings):
         from evaat_fast.ops.pairwise import cpu as backend
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     with no_autocast(video.device.type):
-        fitting = getattr(backend, name).fitting(video.shape, video.dtype, work)
-        return fitting(video, text, scale, weight, settings).run()
+        step = getattr(backend, name)(video, text, scale, weight, settings)
+        step.prepare()
+        # Memory is linear in N: a sweep reads a panel, some videos times all captions, and may turn it into slopes. The
+        # max-margin losses need one sweep, as their slopes depend on nothing but the diagonal of the similarities; the
+        # contrastive ones two, for the totals come first.
+        for sweep in step.sweeps():
+            for first in range(0, step.N, step.rows):
+                last = min(first + step.rows, step.N)
+                slopes = sweep(first, last)
+                if slopes is not None and step.grad_video is not None:
+                    step.product(slopes, step.unit_text, step.grad_video[first:last])
+                if slopes is not None and step.grad_text is not None:
+                    step.product(slopes.T, step.unit_video[first:last], step.grad_text, add=first > 0)
+        return step.finish()
 
 
 @register(
@@ -199,7 +182,8 @@ class Each(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, step, entries, gradients, *inputs):
-        ctx.save_for_backward(*inputs, *gradients.tensors())
+        parts = [vars(x).values() if is_dataclass(x) else (x,) for x in vars(gradients).values()]
+        ctx.save_for_backward(*inputs, *(x for part in parts for x in part if isinstance(x, Tensor)))
         ctx.step, ctx.settings, ctx.count = step, gradients, len(inputs)
         return _call(step, inputs, None, entries)[0]
 
@@ -229,23 +213,23 @@ def loss(op: str, step: Operator, video: Tensor, text: Tensor, options: Options,
     plan: returns the step's settings as a function of their work, the reference as one of the inputs, and what the inputs are
     beside the features.
     """
-    video, text = (_features(op, name, x) for name, x in (("video", video), ("text", text)))
-    for of in ("dtype", "device", "shape"):
-        ours, theirs = getattr(text, of), getattr(video, of)
-        if ours != theirs:
-            error = TypeError if of == "dtype" else ValueError
-            ours, theirs = (list(x) if of == "shape" else x for x in (ours, theirs))
-            raise error(f"text: expected video's {of} {theirs}, got {ours}")
+    video, text = _features(op, "video", video), _features(op, "text", text)
+    if text.dtype != video.dtype:
+        raise TypeError(f"text: expected video's dtype {video.dtype}, got {text.dtype}")
+    if text.device != video.device:
+        raise ValueError(f"text: expected video's device {video.device}, got {text.device}")
+    if text.shape != video.shape:
+        raise ValueError(f"text: expected video's shape {list(video.shape)}, got {list(text.shape)}")
     options.check(op)
     N, device = video.shape[0], video.device
     backend, hidden = dispatch.pick(op, device, video.dtype, options.backend), traced(type(video), type(text))
     settings_of, reference, *scale = plan(Call(N, device, wide(video.dtype), backend, hidden))
     if backend == "reference":
-        inputs = [video, text, *scale]
+        given = [video, text, *scale]
         if N == 1:  # there is no pair, so a NaN in the features must not reach loss or gradient
-            inputs = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in inputs]
+            given = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in given]
         with no_autocast(device.type):
-            return reference(*inputs)
+            return reference(*given)
     inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
     needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     each, how = options.reduction == "none", (backend, options.panel_rows)

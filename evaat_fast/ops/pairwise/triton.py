@@ -4,7 +4,6 @@ Scratch is one panel, unit rows in the features' dtype and a few vectors; from N
 that needs neither panel nor unit rows. Nothing waits for the GPU.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -12,40 +11,33 @@ from torch import Tensor
 
 from evaat_fast.kernels.pairwise import contrast, panel, sms
 from evaat_fast.kernels.pairwise import sms_recompute as recompute
-from evaat_fast.ops.pairwise.step import Step
+from evaat_fast.ops.pairwise.step import Step, Work
 
 # Bytes of a panel, which should stay in L2 between the kernel that writes it and the two products that read it; from N = 128k
 # its 128 rows, the least a product is efficient with, take more.
 PANEL_BYTES = 32 << 20
 LEAST_ROWS = 128
 NO_PANELS = 1 << 18  # pairs from which a step does without panels
+# Whether torch multiplies 16-bit matrices into a float32 result (2.8 and later, CUDA).
+OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-def panel_rows(N: int, size: int) -> int:
-    """Rows of a panel whose elements have `size` bytes."""
-    return min(N, max(LEAST_ROWS, PANEL_BYTES // (N * size) // LEAST_ROWS * LEAST_ROWS))
-
-
-def without_panels(N: int, E: int, dtype: torch.dtype) -> bool:
-    """Whether a max-margin step with gradients does without panels: where their least rows leave L2, and a text gradient that
-    every panel adds to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never
-    too large; float32 would spill."""
-    return N >= NO_PANELS and E <= recompute.MOST_FEATURES and dtype == torch.bfloat16
-
-
-@functools.cache
-def _has_out_dtype():
-    """Whether torch multiplies 16-bit matrices into a float32 result (2.8 and later, CUDA)."""
-    return hasattr(torch.ops.aten.addmm, "dtype_out")
+def without_panels(N: int, E: int, dtype: torch.dtype, work: Work) -> bool:
+    """Whether a max-margin step does without panels: where their least rows leave L2, and a text gradient that every panel adds
+    to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never too large; float32
+    would spill."""
+    large = N >= NO_PANELS and E <= recompute.MOST_FEATURES and dtype == torch.bfloat16
+    return any(work.needs()) and (large if work.panel_rows is None else work.panel_rows == 0)
 
 
 class _Triton(Step):
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.features = panel.features(self.video, self.text)
+        self.weight = None if self.weight is None else self.weight.float()
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
-
-    @functools.cached_property
-    def features(self) -> panel.Features:
-        return panel.features(self.video, self.text)
 
     def normalise(self, units: bool = True) -> None:
         """Norms, their inverses, and the unit rows in the features' dtype."""
@@ -56,15 +48,14 @@ class _Triton(Step):
 
     def begin(self) -> None:
         """Room for a panel, where slopes are asked for."""
-        self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, self.dtype.itemsize))
+        self.rows = self.panel_rows(self.dtype.itemsize, PANEL_BYTES, LEAST_ROWS, LEAST_ROWS)
         self.panel = self.empty(self.rows, self.N, dtype=self.dtype) if self.learns else None
-        self.weight = None if self.weight is None else self.weight.float()
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         """In float32; 16-bit products are rounded once each where torch cannot keep their sums."""
         if a.dtype == out.dtype:
             out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-        elif a.is_cuda and _has_out_dtype():
+        elif a.is_cuda and OUT_DTYPE:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             part = torch.mm(a, b)
@@ -75,25 +66,19 @@ class _Triton(Step):
 
 
 class Sms(_Triton):
-    @classmethod
-    def fitting(cls, shape, dtype, work):
-        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(shape[0], shape[1], dtype))
-        return SmsWithoutPanels if none and any(work.needs()) else cls
-
-    def arguments(self) -> None:
-        """What the kernels are given of pairs and labels."""
-        of, weight = self.settings.labels, None if self.weight is None else self.weight.float()
-        own, values = self.settings.own.to(self.wide).contiguous(), None if of.values is None else of.values.float()
-        half, row, column = (0, *of.table.stride())[-3:]
-        shape, indices = of.table.shape[-2:], (of.video_index, of.caption_index, of.verb)
-        self.labels = sms.Labels(of.table, row, column, half, *shape, *indices, values)
-        self.pairs = sms.Pairs(*self.inverses, self.empty(self.N), own, weight)
-
     def prepare(self):
         N, each = self.N, self.work.each
-        self.normalise()
+        self.panels = not without_panels(N, self.E, self.dtype, self.work)
+        self.normalise(units=self.panels)
+        self.share = 1 / (2 * (N - 1) * (N if self.weight is None else 1))  # what a slope counts
+        of, own = self.settings.labels, self.settings.own.to(self.wide).contiguous()
+        half, row, column = (0, *of.table.stride())[-3:]
+        indices, values = (of.video_index, of.caption_index, of.verb), None if of.values is None else of.values.float()
+        self.labels = sms.Labels(of.table, row, column, half, *of.table.shape[-2:], *indices, values)
+        self.pairs = sms.Pairs(*self.inverses, self.empty(N), own, self.weight)
+        if not self.panels:
+            return
         self.begin()
-        self.arguments()
         panel.own_cosines(self.features, self.inverses, self.pairs.cosine)
         self.block = panel.config(self.dtype)["BLOCK"]
         down, across = panel.tiles(self.rows, N, self.block)
@@ -103,7 +88,7 @@ class Sms(_Triton):
         self.part_col: Any = self.empty(down, N) if each else None
 
     def sweeps(self):
-        yield self.slopes
+        return (self.slopes,) if self.panels else ()
 
     def slopes(self, first, last):
         rows, each = last - first, self.work.each
@@ -119,35 +104,19 @@ class Sms(_Triton):
             self.losses += part.sum(dtype=torch.float64)
         return slopes
 
-    def share(self) -> float:
-        """What a slope counts."""
-        return 1 / (2 * (self.N - 1)) if self.weight is not None else 1 / (2 * self.N * (self.N - 1))
-
     def finish(self):
         N = self.N
+        if not self.panels:  # a kernel that runs once for the videos and once for the captions
+            entries, self.sums = self.empty(2, N, dtype=torch.float64), self.empty(2, N, dtype=torch.int32)
+            for i, grad in enumerate((self.grad_video, self.grad_text)):
+                out = recompute.Out(entries[i], self.sums[i], grad)
+                recompute.sms_rows(self.features, self.pairs, self.labels, self.settings.penalty, out, captions=i == 1)
+            loss = entries.sum() * self.share
+        else:
+            loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
         if self.learns:
-            self.through_norms(self.sums, self.pairs.weight, self.share())
-        loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
+            self.through_norms(self.sums, self.weight, self.share)
         return loss.float(), *self.gradients
-
-
-class SmsWithoutPanels(Sms):
-    """A step with gradients, in a kernel that runs once for the videos and once for the captions."""
-
-    def prepare(self):
-        self.normalise(units=False)
-        self.arguments()
-
-    def sweeps(self):
-        return ()
-
-    def finish(self):
-        entries, sums = self.empty(2, self.N, dtype=torch.float64), self.empty(2, self.N, dtype=torch.int32)
-        for i, grad in enumerate((self.grad_video, self.grad_text)):
-            out = recompute.Out(entries[i], sums[i], grad)
-            recompute.sms_rows(self.features, self.pairs, self.labels, self.settings.penalty, out, captions=i == 1)
-        self.through_norms(sums, self.pairs.weight, self.share())
-        return (entries.sum() * self.share()).float(), *self.gradients
 
 
 def _two_floats(x):
