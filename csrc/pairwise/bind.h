@@ -92,7 +92,7 @@ inline void bind_pairwise(py::module_& m) {
 #define F(field) with(#field, &std::decay_t<decltype(s)>::Of::field)
   STRUCT(PairFeatures, F(dtype).F(wide).F(N).F(E).F(video).F(text).F(video_stride).F(text_stride).F(norms));
   STRUCT(PairLabels, F(table).F(dtype).F(strides).F(video_index).F(caption_index).F(verb).F(values));
-  STRUCT(Penalty, F(margin).F(relaxation).F(eps).F(rule));
+  bind_struct<Penalty>(m, "Penalty", [](auto& s) { Penalty::list(s); });
   STRUCT(SmsStep, F(pairs).F(dtype).F(scales).F(own).F(labels).F(penalty).F(mode).F(weight).F(losses).F(sums));
   STRUCT(PairPositives, F(dense).F(strides).F(verbs).F(nouns).F(verb_words).F(noun_words).F(mask));
   STRUCT(ContrastStep, F(wide).F(N).F(scale).F(positives).F(weight).F(totals).F(row_slope));

@@ -48,6 +48,11 @@ enum SmsRule { kCode, kPaper, kCharades };  // which penalty a difference of lab
 struct Penalty {
   double margin, relaxation, eps;
   int rule;
+
+  template <class Fields>
+  static void list(Fields& to) {  // for bind.h
+    to.with("margin", &Penalty::margin).with("relaxation", &Penalty::relaxation).with("eps", &Penalty::eps).with("rule", &Penalty::rule);
+  }
 };
 
 // What a panel is read for: the sum of all penalties; that, and its slopes; the penalties of each row and column; the slopes of a

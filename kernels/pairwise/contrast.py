@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import generation, on
 from evaat_fast.kernels.pairwise import panel
-from evaat_fast.kernels.pairwise.panel import strips, tile, tiles
+from evaat_fast.kernels.pairwise.panel import place, products, strips, tiles
 
 # Which pairs are positive beside each pair itself: none, those of a matrix [N, N], or those that share a verb and a noun.
 OWN, DENSE, SHARED = 0, 1, 2
@@ -92,8 +92,9 @@ def contrast_stats_kernel(
     f, logits, out, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
     N, first, last = f.N, out.first, out.last
-    tile_m, tile_n, m, s = tile(f, first, last, BLOCK, PRECISION)
-    quarters = strips(s, BLOCK)
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK)
+    m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
+    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, PRECISION), BLOCK)
     height, down, across = last - first, tl.cdiv(last - first, BLOCK), tl.cdiv(N, BLOCK) * 4
     by_row, by_column = across.to(tl.int64) * height, down.to(tl.int64) * N
     for i in tl.static_range(4):
@@ -115,8 +116,9 @@ def contrast_slopes_kernel(
     f, logits, totals, out, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
     N, first, last, row_totals, col_totals = f.N, out.first, out.last, totals.rows, totals.columns
-    tile_m, tile_n, m, s = tile(f, first, last, BLOCK, PRECISION)
-    quarters = strips(s, BLOCK)
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK)
+    m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
+    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, PRECISION), BLOCK)
     in_m, total = m < last, tl.zeros((BLOCK, BLOCK // 4), tl.float32)
     for i in tl.static_range(4):
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)

@@ -68,16 +68,13 @@ def strips(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile(f, first, last, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """(row and column of the program's tile among those of videos first .. last - 1, its videos, its products); GROUP rows of
-    tiles at a time, so that the operands of programs that run together stay in L2."""
-    pid, down, across = tl.program_id(0), tl.cdiv(last - first, BLOCK), tl.cdiv(f.N, BLOCK)
-    top = pid // (GROUP * across) * GROUP
-    height = tl.minimum(down - top, GROUP)
+def place(pid, rows, N, BLOCK: tl.constexpr):
+    """(row, column) of a tile: GROUP rows at a time, so that the operands of programs that run together stay in L2."""
+    down, across = tl.cdiv(rows, BLOCK), tl.cdiv(N, BLOCK)
+    first = pid // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
     inside = pid % (GROUP * across)
-    tile_m, tile_n = top + inside % height, inside // height
-    m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
-    return tile_m, tile_n, m, products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, PRECISION)
+    return first + inside % height, inside // height
 
 
 @triton.jit

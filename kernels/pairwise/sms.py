@@ -12,7 +12,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import on
-from evaat_fast.kernels.pairwise.panel import config, strips, tile, tiles
+from evaat_fast.kernels.pairwise.panel import config, place, products, strips, tiles
 
 RULES = {"code": 0, "paper": 1, "charades": 2}
 
@@ -113,7 +113,10 @@ def _strip(s, m, n, rows, pairs, labels, penalty, out, col_loss, N, RULE: tl.con
 @triton.jit
 def sms_kernel(f, pairs, labels, penalty, out, RULE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     N, first, last = f.N, out.first, out.last
-    tile_m, tile_n, m, s = tile(f, first, last, BLOCK, PRECISION)
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK)
+    m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
+    n = tile_n * BLOCK + tl.arange(0, BLOCK)
+    s = products(f, m, n, BLOCK, PRECISION)
     in_m = m < last
     inv_m, cosine_m = tl.load(pairs.inv_video + m, mask=in_m, other=0.0), tl.load(pairs.cosine + m, mask=in_m, other=0.0)
     own_m, weight_m = tl.load(pairs.own + m, mask=in_m, other=0.0), inv_m
