@@ -45,7 +45,7 @@ def sms_loss(
         video, text: [N, E], one dtype of float32, bfloat16, float16 and float64, any strides; normalised inside (eps 1e-8). The
             gradient of a row whose norm is below 1e-8 is zero.
         relevancy: float [N, N], rows = videos and columns = captions, or an IndexedRelevancy, VerbNounRelevancy or
-            DenseRelevancy. Converted to float32 (float64 for float64 features) before anything is computed with it. No gradient.
+            DenseRelevancy. Converted to float32 (float64 for float64 features) before it is used. No gradient.
         self_relevancy: float [N], w; None: the diagonal of relevancy.
         margin, relaxation: floats; relaxation >= 0.
         eps: labels that differ by less count as equal; None: 1.1 / 240 for rule "code", 0.1 for the others.

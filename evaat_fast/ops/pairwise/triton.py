@@ -31,8 +31,7 @@ def without_panels(N: int, E: int, dtype: torch.dtype, work: Work) -> bool:
 
 
 class _Triton(Step):
-    def __init__(self, *given: Any):
-        super().__init__(*given)
+    def prepare(self) -> None:
         self.features = panel.features(self.video, self.text)
         self.weight = None if self.weight is None else self.weight.float()
 
@@ -67,6 +66,7 @@ class _Triton(Step):
 
 class Sms(_Triton):
     def prepare(self):
+        super().prepare()
         N, each = self.N, self.work.each
         self.panels = not without_panels(N, self.E, self.dtype, self.work)
         self.normalise(units=self.panels)
@@ -128,6 +128,7 @@ def _two_floats(x):
 
 class Contrast(_Triton):
     def prepare(self):
+        super().prepare()
         N, normalise = self.N, self.settings.normalise
         self.unit_video, self.unit_text, self.inverses = self.video, self.text, None
         if normalise:
