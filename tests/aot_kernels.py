@@ -71,8 +71,7 @@ def labels(table, indexed, half):
     from evaat_fast.kernels.pairwise.sms import Labels
 
     indices = ["*i64"] * 2 if indexed else [None] * 2
-    # Triton makes a constant of an integer that is 1.
-    strides = ("i32", 1, "i32" if half else 0)
+    strides = ("i32", 1, "i32" if half else 0)  # Triton makes a constant of an integer that is 1
     verb, values = "*i64" if half else None, "*fp32" if table == "u8" else None
     return Labels(f"*{table}", *strides, "i32", "i32", *indices, verb, values)
 
@@ -83,21 +82,21 @@ def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=
     from torch import bfloat16, float16, float32
 
     shape = panel.config({"bf16": bfloat16, "fp16": float16, "fp32": float32}[dtype])
-    types = {"f": features(dtype), "labels": labels(table, indexed, half), "first": "i32", "last": "i32"}
+    types = {"f": features(dtype), "labels": labels(table, indexed, half)}
     types["pairs"] = kernels.Pairs(*["*fp32"] * 4, None)
     types["penalty"] = kernels.Penalty(*["fp32"] * len(kernels.Penalty._fields))
-    types["out"] = kernels.Out(f"*{dtype}" if write else None, "*i32", "*i32", "*fp32", "*fp32" if each else None)
-    constants = {"RULE": kernels.RULES[rule], "GROUP": panel.GROUP}
-    constants |= {name: shape.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
-    return aot.build(kernels.sms_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row", "first", "last"], **shape)
+    types["out"] = kernels.Out(f"*{dtype}" if write else None, "*i32", "*i32", "*fp32", "*fp32" if each else None, "i32", "i32")
+    constants = {"RULE": kernels.RULES[rule]} | {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
+    aligned = [*ALIGNED, "labels.row", "out.first", "out.last"]
+    return aot.build(kernels.sms_kernel, types, constants, arch, aligned=aligned, **shape)
 
 
 def sms_recompute(arch, table="fp32", indexed=False, half=False, E=256, weighted=False):
     from evaat_fast.kernels.pairwise import sms as kernels
-    from evaat_fast.kernels.pairwise.sms_recompute import config, sms_recompute_kernel
+    from evaat_fast.kernels.pairwise.sms_recompute import Out, config, sms_recompute_kernel
 
     shape = config(E, arch // 10)
-    types = {"f": features("bf16"), "labels": labels(table, indexed, half), "entries": "*fp64", "sums": "*i32", "grad": "*fp32"}
+    types = {"f": features("bf16"), "labels": labels(table, indexed, half), "out": Out("*fp64", "*i32", "*fp32")}
     types["pairs"] = kernels.Pairs(*["*fp32"] * 4, "*fp32" if weighted else None)
     types["penalty"] = kernels.Penalty(*["fp32"] * len(kernels.Penalty._fields))
     constants = {"RULE": 0, "CAPTIONS": True} | {name: shape.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_E")}
@@ -106,23 +105,20 @@ def sms_recompute(arch, table="fp32", indexed=False, half=False, E=256, weighted
 
 def contrast(arch, dtype, sweep, positives="OWN"):
     from evaat_fast.kernels.pairwise import contrast as kernels
-    from evaat_fast.kernels.pairwise import panel
     from torch import bfloat16, float32
 
     kind = getattr(kernels, positives)
     shape = kernels.config({"bf16": bfloat16, "fp32": float32}[dtype], kind, arch // 10)
-    types = {"f": features(dtype), "inverses": None if positives == "OWN" else "*fp32", "scale": "*fp32"}
-    dense = ("*i1", "i32", 1) if positives == "DENSE" else [None] * 3
-    types["positives"] = kernels.Positives(*dense, *["*i32" if positives == "SHARED" else None] * 2)
-    types |= dict.fromkeys(["first", "last"], "i32")
-    # EgoVLP's 118 verbs and 582 nouns.
-    constants = {"POSITIVES": kind, "VERB_WORDS": 4, "NOUN_WORDS": 19, "GROUP": panel.GROUP}
-    constants |= {name: shape.pop(name) for name in ("BLOCK", "BLOCK_K", "PRECISION")}
-    aligned = [*ALIGNED, "positives.row", "first", "last"]
+    dense, bits = ("*i1", "i32", 1) if positives == "DENSE" else [None] * 3, ["*i32" if positives == "SHARED" else None] * 2
+    types = {"f": features(dtype)}
+    types["logits"] = kernels.Logits(None if positives == "OWN" else "*fp32", "*fp32", *dense, *bits)
+    constants = {"VERB_WORDS": 4, "NOUN_WORDS": 19}  # EgoVLP's 118 verbs and 582 nouns
+    constants |= {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
+    aligned = [*ALIGNED, "logits.row", "out.first", "out.last"]
     if sweep == "stats":
-        types |= dict.fromkeys(["rows", "columns"], "*fp32")
+        types["out"] = kernels.Stats("*fp32", "*fp32", "i32", "i32")
         return aot.build(kernels.contrast_stats_kernel, types, constants, arch, aligned=aligned, **shape)
-    types |= {"totals": kernels.Totals(*["*fp32"] * 4), "weight": None, "panel": f"*{dtype}", "scale_slope": "*fp32"}
+    types |= {"totals": kernels.Totals(*["*fp32"] * 4, None), "out": kernels.Slopes(f"*{dtype}", "*fp32", "i32", "i32")}
     return aot.build(kernels.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **shape)
 
 
@@ -156,7 +152,7 @@ def of_rows(arch, name):
     else:
         types |= {"row_sum": "*i32", "col_sum": "*i32", "weight": None, "factor": "fp32"}
         types |= dict.fromkeys(["grad_video", "grad_text"], "*fp32")
-        constants |= {"NEED_VIDEO": True, "NEED_TEXT": True}
+        constants["FIRST"] = 0
     aligned = [x for x in ALIGNED if x != "f.N"]
     return aot.build(getattr(panel, f"{name}_kernel"), types, constants, arch, aligned=aligned)
 

@@ -94,7 +94,7 @@ def test_all_32_bits_of_a_word_count():
     for K in (1, 31, 32, 33, 64):
         hot = torch.eye(K).repeat(2, 1)
         positives = ops.VerbNounPositives(hot, torch.ones(2 * K, 1))
-        assert torch.equal(Positives(None, positives.verbs, positives.nouns).rows(0, 2 * K), hot @ hot.T > 0)
+        assert torch.equal(Positives(None, positives.verbs, positives.nouns).matrix(), hot @ hot.T > 0)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -48,11 +48,12 @@ def test_equals_the_loop(rows, columns, ties, dtype):
     assert mir.ndcg(sim, relevancy) == pytest.approx(gain, rel=1e-12)
 
 
-def test_tiles_change_nothing(monkeypatch):
-    sim, relevancy = torch.randn(50, 37).round(decimals=1), LEVELS[torch.randint(len(LEVELS), (50, 37))]
-    whole = mir.evaluate(sim, relevancy)
-    monkeypatch.setattr(mir, "_TILE", 100)
-    assert mir.evaluate(sim, relevancy) == pytest.approx(whole, rel=1e-12)
+def test_rows_of_a_large_matrix_are_those_of_its_parts():
+    """2.4 million elements, more than are sorted at once."""
+    sim, relevancy = torch.randn(300, 8000).round(decimals=1), LEVELS[torch.randint(len(LEVELS), (300, 8000))]
+    parts = [mir.per_row(sim[rows], relevancy[rows]) for rows in (slice(100), slice(100, 300))]
+    for whole, *some in zip(mir.per_row(sim, relevancy), *parts, strict=True):
+        torch.testing.assert_close(whole, torch.cat(some), rtol=1e-12, atol=0, equal_nan=True)
 
 
 def test_evaluate_names_the_directions():

@@ -10,7 +10,7 @@ from check import close
 from pairwise_oracle import gradients
 
 from evaat_fast import _cpu, ops
-from evaat_fast.ops._core.native import dtype_codes, pointer
+from evaat_fast.ops._core.native import dtype_codes
 from evaat_fast.ops.pairwise.cpu import native_bf16
 from evaat_fast.ops.pairwise.reference import sms_loss_reference
 from evaat_fast.ops.pairwise.step import sms_step
@@ -74,20 +74,17 @@ def run_panels(x, c, w, numbers, rule, dtype, rows, threads, mode="slopes", weig
     s = x.T.to(dtype).contiguous()
     assert torch.equal(s.double(), x.T.double())
     diagonal, c, w = x.diag().to(wide).contiguous(), c.to(wide).contiguous(), w.to(wide).contiguous()
-    row_loss, row_sum = torch.zeros(N, dtype=F64), torch.zeros(N, dtype=torch.int32)
-    col_sum, col_loss = torch.zeros(threads, N, dtype=torch.int32), torch.zeros(threads, N, dtype=F64)
-    ones = torch.ones(N) if dtype == BF16 else None
+    losses, sums = torch.zeros(1 + threads, N, dtype=F64), torch.zeros(1 + threads, N, dtype=torch.int32)
     penalty = _cpu.Penalty(**dict(zip(("margin", "relaxation", "eps"), numbers, strict=True), rule=_cpu.SMS_RULES[rule]))
-    step = _cpu.SmsStep(
-        wide=codes[wide], dtype=codes[dtype], N=N, row_scale=pointer(ones), col_scale=pointer(ones),
-        diagonal=pointer(diagonal), self=pointer(w), weight=pointer(weight), mode=_cpu.SMS_MODES[mode],
-        labels=_cpu.PairLabels(table=pointer(c), dtype=codes[wide], stride_row=N, stride_col=1), penalty=penalty,
-        row_loss=pointer(row_loss), col_loss=pointer(col_loss), row_sum=pointer(row_sum), col_sum=pointer(col_sum),
-    )  # fmt: skip
+    labels = _cpu.PairLabels(table=c, dtype=codes[wide], strides=(0, N, 1))
+    pairs = _cpu.PairFeatures(wide=codes[wide], N=N, norms=torch.stack((diagonal, diagonal, diagonal)))
+    given = {"dtype": codes[dtype], "scales": torch.ones(2, N) if dtype == BF16 else None, "own": w, "weight": weight}
+    how = {"labels": labels, "penalty": penalty, "mode": _cpu.SMS_MODES[mode]}
+    step = _cpu.SmsStep(pairs=pairs, losses=losses, sums=sums, **given, **how)
     for first in range(0, N, rows):
         part = s[first : first + rows]
         assert not _cpu.sms_panel(step, part.data_ptr(), first, len(part), threads)
-    return s, row_sum, col_sum.sum(0), row_loss, col_loss.sum(0)
+    return s, sums[0], sums[1:].sum(0), losses[0], losses[1:].sum(0)
 
 
 def test_a_field_that_does_not_exist_is_an_error():
@@ -234,12 +231,16 @@ def test_nan_label_reaches_the_loss(backend, isa):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-@pytest.mark.parametrize("view", [
-    lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-    lambda x: x.T.contiguous().T,
-    lambda x: torch.stack((x, x), 2)[..., 1],
-    lambda x: x.repeat_interleave(2, 0)[1::2],
-], ids=["row stride", "transposed", "column stride", "every second row"])  # fmt: skip
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.stack((x, x), 2)[..., 1],
+        lambda x: x.repeat_interleave(2, 0)[1::2],
+    ],
+    ids=["row stride", "transposed", "column stride", "every second row"],
+)
 def test_views(view, dtype):
     video, text, c = batch(45, 24, dtype)
     want = gradients(lambda v, t: ops.sms_loss(v, t, c), video, text)
@@ -347,11 +348,14 @@ def test_siblings(op, labels, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("op", [
-    lambda v, t, c, **k: ops.sms_loss(v, t, c, **k),
-    lambda v, t, c, **k: ops.sms_loss(v, t, c, rule="charades", **k),
-    lambda v, t, c, **k: ops.mi_mm_loss(v, t, **k),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda v, t, c, **k: ops.sms_loss(v, t, c, **k),
+        lambda v, t, c, **k: ops.sms_loss(v, t, c, rule="charades", **k),
+        lambda v, t, c, **k: ops.mi_mm_loss(v, t, **k),
+    ],
+)
 def test_reduction_none(op, backend):
     video, text, c = batch(30, 8, F64)
     op = functools.partial(op, backend=backend)

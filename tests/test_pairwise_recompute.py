@@ -36,7 +36,7 @@ def test_the_kernel_without_panels_serves_large_batches_of_bfloat16():
         ((1 << 18, 256), F16, work(True, True), False),
         ((100, 256), F32, work(True, True, rows=0), True),
     ]:
-        assert (triton.Sms.fitting(shape, dtype, how) is triton.SmsWithoutPanels) == served
+        assert triton.without_panels(*shape, dtype, how) == served
 
 
 @pytest.mark.sample(5)
@@ -59,7 +59,7 @@ def test_equals_oracle(N, E, dtype, rule):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_everything_is_exact_on_kinks_and_ties(rule, weighted):
     """Rows of four signs: cosines are halves, and with quarters as labels every m is exact, kinks and ties frequent."""
-    from evaat_fast.kernels.pairwise.sms_recompute import sms_rows
+    from evaat_fast.kernels.pairwise import panel, sms_recompute
 
     N, settings = 150, (0.5, 0.25, 0.25)
     features = [torch.randint(0, 2, (N, 4)) * 2.0 - 1 for _ in range(2)]
@@ -72,9 +72,11 @@ def test_everything_is_exact_on_kinks_and_ties(rule, weighted):
     off, total = (truth - torch.diag(own)).float(), torch.zeros(N, dtype=torch.int32)
     penalties = oracle.penalties(x.double(), c.double(), w.double(), *settings, rule).view(2, N, N - 1).sum(2)
     for captions in (False, True):
-        entries, sums, grad = torch.full((N,), torch.nan, dtype=F64), torch.zeros(N, dtype=torch.int32), torch.empty(N, 4)
-        sms_rows(*features, pairs, kernel_labels(c), penalty(*settings, rule), entries, sums, grad, captions)
-        assert torch.equal(grad, (off if captions else off.T) @ features[1 - captions] / 2)
+        entries, sums = torch.full((N,), torch.nan, dtype=F64), torch.zeros(N, dtype=torch.int32)
+        out = sms_recompute.Out(entries, sums, torch.empty(N, 4))
+        costs = penalty(*settings, rule)
+        sms_recompute.sms_rows(panel.features(*features), pairs, kernel_labels(c), costs, out, captions)
+        assert torch.equal(out.grad, (off if captions else off.T) @ features[1 - captions] / 2)
         assert torch.equal(entries, penalties[1 - captions])
         total += sums
     assert torch.equal(-total.long(), plain)

@@ -62,10 +62,10 @@ def test_equals_oracle(N, E, dtype, rule, panels):
 def kernel_pairs(video, text, own, weight=None):
     from evaat_fast.kernels.pairwise import panel, sms
 
-    norms, inverses = torch.empty(2, 2, len(video))
-    panel.prepare(video, text, None, norms, inverses)
+    (norms, inverses), features = torch.empty(2, 2, len(video)), panel.features(video, text)
+    panel.prepare(features, None, norms, inverses)
     pairs = sms.Pairs(*inverses, torch.empty(len(video)), own, weight)
-    panel.own_cosines(video, text, inverses, pairs.cosine)
+    panel.own_cosines(features, inverses, pairs.cosine)
     return pairs
 
 
@@ -87,8 +87,8 @@ def panel_of(video, text, c, w, settings, rule, weight=None, rows=None):
         last = min(first + (rows or N), N)
         down, across = panel.tiles(last - first, N, panel.config(video.dtype)["BLOCK"])
         parts = torch.full((across, last - first), torch.nan), torch.full((down, N), torch.nan)
-        out = kernels.Out(slopes[first:last], *sums, *parts)
-        kernels.sms_panel(video, text, pairs, kernel_labels(c), cases.penalty(*settings, rule), out, first, last)
+        out = kernels.Out(slopes[first:last], *sums, *parts, first, last)
+        kernels.sms_panel(panel.features(video, text), pairs, kernel_labels(c), cases.penalty(*settings, rule), out)
         entries[0, first:last] = parts[0].sum(0)
         entries[1] += parts[1].sum(0)
     return slopes, sums, entries
@@ -203,11 +203,14 @@ def test_siblings(op):
         assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
-@pytest.mark.parametrize("view", [
-    lambda x: x.T.contiguous().T,
-    lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-    lambda x: x.repeat_interleave(2, 0)[::2],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+        lambda x: x.repeat_interleave(2, 0)[::2],
+    ],
+)
 def test_views(view):
     video, text, c = batch(20, 24)
     assert all(map(torch.equal, sms(view(video), view(text), c), sms(video, text, c)))

@@ -107,6 +107,16 @@ def sms_loss_of_table(backend):
     return lambda: ops.sms_loss(*features(), ops.IndexedRelevancy(table, index, index), backend=backend), table
 
 
+def sms_loss_of_video(backend):
+    video, text = features()
+    return lambda: ops.sms_loss(video, text, torch.rand(8, 8), backend=backend), video
+
+
+def clip_loss(backend):
+    video, text = features()
+    return lambda: ops.clip_loss(video, text, 5.0, backend=backend), video
+
+
 def patchify(backend):
     video = torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8)
     return lambda: ops.patchify(video, 16, (0.0,) * 3, (1.0,) * 3, backend=backend), video
@@ -116,6 +126,8 @@ CASES = [
     *((make, backend) for make in (rope3d, rope3d_, rope3d_qkv_) for backend in ("cpu", "triton")),
     *((make, backend) for make in (joint_attention, joint_attention_qkv_) for backend in ("sdpa", "triton")),
     *((make, backend) for make in (sms_loss, sms_loss_of_table) for backend in ("cpu", "triton")),
+    (sms_loss_of_video, "cpu"),
+    (clip_loss, "cpu"),
     (patchify, "cpu"),
 ]
 

@@ -3,6 +3,7 @@
 // float stands for the type of the computation below: float32 features (and narrower ones) are computed in float, float64 in
 // double; `wide` is its Dtype code. Every function returns a Status.
 #pragma once
+#include <array>
 #include <cstdint>
 
 namespace evaat {
@@ -14,23 +15,23 @@ constexpr int kCodes = 4;  // beside the Dtypes: uint8 codes, read through a tab
 struct PairLabels {
   const void* table;
   int dtype;
-  int64_t stride_half, stride_row, stride_col;
+  std::array<int64_t, 3> strides;
   const int64_t *video_index, *caption_index, *verb;
   const void* values;  // float [256], for codes only
 };
 
-// N pairs of rows of E features of any Dtype, the last dimension contiguous, and their norms |v| and |t|, float [N].
+// N pairs of rows of E features of any Dtype, the last dimension contiguous; norms: float [3, N], |v|, |t| and cos(v, t).
 struct PairFeatures {
   int dtype, wide;
   int64_t N, E;
   const void *video, *text;
   int64_t video_stride, text_stride;
-  void *norm_video, *norm_text;
+  void* norms;
 };
 
-// Fills the norms and diagonal [N], cos(v, t) of each pair. unit_*: the rows divided by max(norm, 1e-8), in the type of the
-// computation, or in bfloat16 where unit_bf16; null to leave them out.
-int pair_prepare(const PairFeatures& pairs, void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads);
+// Fills the norms. unit_*: the rows divided by max(norm, 1e-8), in the type of the computation, or in bfloat16 where
+// unit_bf16; null to leave them out.
+int pair_prepare(const PairFeatures& pairs, void* unit_video, void* unit_text, bool unit_bf16, int threads);
 
 // Of the videos, or of the captions. slope: float [N]. In place: gradient[i] = factor * (gradient[i] + slope[i] * unit(other[i])),
 // taken through the normalisation; zero where the norm is < 1e-8.
@@ -47,6 +48,11 @@ enum SmsRule { kCode, kPaper, kCharades };  // which penalty a difference of lab
 struct Penalty {
   double margin, relaxation, eps;
   int rule;
+
+  template <class Fields>
+  static void list(Fields& to) {  // for bind.h
+    to.with("margin", &Penalty::margin).with("relaxation", &Penalty::relaxation).with("eps", &Penalty::eps).with("rule", &Penalty::rule);
+  }
 };
 
 // What a panel is read for: the sum of all penalties; that, and its slopes; the penalties of each row and column; the slopes of a
@@ -55,18 +61,17 @@ enum SmsMode { kLoss, kSlopes, kEach, kWeighted };
 
 // What all panels of a step share.
 struct SmsStep {
-  int wide, dtype;  // dtype of s: `wide`, or bfloat16 for products of raw rows, which row_scale and col_scale turn into cosines
-  int64_t N;
-  const void *row_scale, *col_scale;  // float [N] or null
-  const void *diagonal, *self;        // float [N]: cosine and relevancy of each pair itself
+  PairFeatures pairs;  // their N, `wide` and norms alone
+  int dtype;           // of s: `wide`, or bfloat16 for products of raw rows
+  const void* scales;  // float [2, N], what turns products of raw rows into cosines, or null
+  const void* own;     // float [N], the relevancy of each pair itself
   PairLabels labels;
   Penalty penalty;
   int mode;
   const void* weight;  // float [N], kWeighted only, where dtype is `wide`
-  double* row_loss;    // [N]: sum of both penalties over each row's pairs; kEach: of those anchored at the row's video
-  double* col_loss;    // [threads, N], accumulated: of those anchored at the column's caption, kEach only
-  int32_t* row_sum;    // [N]: sum of g2 (anchored at the row's video)
-  int32_t* col_sum;    // [threads, N], accumulated: sums of g1 (anchored at the column's caption)
+  // Of pairs anchored at each row's video, and, a row for each thread and accumulated, at each column's caption.
+  double* losses;      // [1 + threads, N], sums of the penalties; [1, N], of both, but for kEach
+  int32_t* sums;       // [1 + threads, N], of the slopes
 };
 
 // s, similarities, becomes, with 0 on the diagonal, kSlopes: g1 + g2 in {-2 .. 2}; kWeighted: weight_i g1 + weight_j g2.
@@ -78,7 +83,7 @@ constexpr int64_t kMaskBlock = 32;
 // whom verbs and nouns both share a bit; these are [words, N].
 struct PairPositives {
   const uint8_t* dense;
-  int64_t stride_row, stride_col;
+  std::array<int64_t, 2> strides;
   const int32_t *verbs, *nouns;
   int64_t verb_words, noun_words;
   uint8_t* mask;  // scratch [rows of a panel, N rounded up to kMaskBlock]; null: every pair is its only positive

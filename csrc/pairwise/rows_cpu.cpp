@@ -1,6 +1,7 @@
 // What is done to rows of features before and after the products: normalise, and the Jacobian of normalising. Sums over E are
 // taken in double, in eight strands, so that their order is fixed and the compiler can vectorise them.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "pairwise/pairwise_cpu.h"
@@ -68,9 +69,8 @@ void store_row(const T* row, int64_t E, void* out, int64_t i) {
   for (int64_t e = 0; e < E; ++e) narrow(to[e], row[e]);
 }
 
-// The rows of every pair i, in parallel; each thread has scratch for two rows of T.
-template <class T, class X, class Body>
-int each_pair(const PairFeatures& pairs, int threads, Body body) {
+template <class X, class T, class Body>
+int each_pair_of(const PairFeatures& pairs, int threads, Body body) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<T> a(pairs.E), b(pairs.E);
@@ -82,51 +82,45 @@ int each_pair(const PairFeatures& pairs, int threads, Body body) {
   return kOk;
 }
 
-// run(X(), T()) for the type of the features and that of the computation.
-template <class Run>
-int of_types(const PairFeatures& pairs, Run run) {
-  if (pairs.dtype == kFloat64 && pairs.wide == kFloat64) return run(double(), double());
+// body(i, row of the video, row of the text, a, b) for every pair i, in parallel; a, b: scratch of a row each, of the type of the
+// computation.
+template <class Body>
+int each_pair(const PairFeatures& pairs, int threads, Body body) {
+  if (pairs.dtype == kFloat64 && pairs.wide == kFloat64) return each_pair_of<double, double>(pairs, threads, body);
   if (pairs.wide != kFloat32) return kBadDtype;
-  if (pairs.dtype == kFloat32) return run(float(), float());
-  if (pairs.dtype == kBFloat16) return run(BFloat(), float());
-  return pairs.dtype == kFloat16 ? run(Half(), float()) : kBadDtype;
+  if (pairs.dtype == kFloat32) return each_pair_of<float, float>(pairs, threads, body);
+  if (pairs.dtype == kBFloat16) return each_pair_of<BFloat, float>(pairs, threads, body);
+  return pairs.dtype == kFloat16 ? each_pair_of<Half, float>(pairs, threads, body) : kBadDtype;
 }
 
 }  // namespace
 
-int pair_prepare(const PairFeatures& pairs, void* diagonal, void* unit_video, void* unit_text, bool unit_bf16, int threads) {
-  const int64_t E = pairs.E;
-  return of_types(pairs, [&](auto x, auto t) {
-    using X = decltype(x);
-    using T = decltype(t);
-    return each_pair<T, X>(pairs, threads, [=](int64_t i, const X* v, const X* t, T* a, T* b) {
-      run_best<Prepare>(v, t, E, a, b, (T*)pairs.norm_video + i, (T*)pairs.norm_text + i, (T*)diagonal + i);
-      if (sizeof(T) == 4 && unit_bf16) {
-        store_row<BFloat>(a, E, unit_video, i);
-        store_row<BFloat>(b, E, unit_text, i);
-      } else {
-        store_row<T>(a, E, unit_video, i);
-        store_row<T>(b, E, unit_text, i);
-      }
-    });
+int pair_prepare(const PairFeatures& pairs, void* unit_video, void* unit_text, bool unit_bf16, int threads) {
+  const int64_t N = pairs.N, E = pairs.E;
+  return each_pair(pairs, threads, [=](int64_t i, const auto* v, const auto* t, auto* a, auto* b) {
+    using T = std::remove_pointer_t<decltype(a)>;
+    T* const norms = static_cast<T*>(pairs.norms) + i;
+    run_best<Prepare>(v, t, E, a, b, norms, norms + N, norms + 2 * N);
+    if (sizeof(T) == 4 && unit_bf16) {
+      store_row<BFloat>(a, E, unit_video, i);
+      store_row<BFloat>(b, E, unit_text, i);
+    } else {
+      store_row<T>(a, E, unit_video, i);
+      store_row<T>(b, E, unit_text, i);
+    }
   });
 }
 
 int pair_finish(const PairFeatures& pairs, bool of_text, const void* slope, void* gradient, double factor, int threads) {
-  const int64_t E = pairs.E;
-  return of_types(pairs, [&](auto x, auto t) {
-    using X = decltype(x);
-    using T = decltype(t);
-    const T *norm_video = (const T*)pairs.norm_video, *norm_text = (const T*)pairs.norm_text;
-    return each_pair<T, X>(pairs, threads, [=](int64_t i, const X* v, const X* t, T* a, T* b) {
-      T* row = (T*)gradient + i * E;
-      const X *mine = of_text ? t : v, *other = of_text ? v : t;
-      const T norm = of_text ? norm_text[i] : norm_video[i], norm_other = of_text ? norm_video[i] : norm_text[i];
-      if (norm < T(1e-8))
-        std::fill(row, row + E, T(0));
-      else
-        run_best<Finish>(mine, norm, other, norm_other, ((const T*)slope)[i], factor, E, a, b, row);
-    });
+  const int64_t N = pairs.N, E = pairs.E;
+  return each_pair(pairs, threads, [=](int64_t i, const auto* v, const auto* t, auto* a, auto* b) {
+    using T = std::remove_pointer_t<decltype(a)>;
+    const T *norm = static_cast<const T*>(pairs.norms) + (of_text ? N : 0), *other = norm + (of_text ? -N : N);
+    T* const row = static_cast<T*>(gradient) + i * E;
+    if (norm[i] < T(1e-8))
+      std::fill(row, row + E, T(0));
+    else
+      run_best<Finish>(of_text ? t : v, norm[i], of_text ? v : t, other[i], static_cast<const T*>(slope)[i], factor, E, a, b, row);
   });
 }
 

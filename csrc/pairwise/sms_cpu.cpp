@@ -4,6 +4,7 @@
 // order whoever computes it, and the sums of slopes are integers: the result does not depend on the number of threads.
 // Every level rounds as the specification does: products and sums are not fused.
 #include <algorithm>
+#include <type_traits>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -252,50 +253,37 @@ EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
 
 #endif  // EVAAT_X86
 
-template <class S, int mode, int rule>
-void block(Block<double, S>& b) {
-  block_plain<double, S, mode, rule>(b, b.begin);
-}
-
-template <class S, int mode, int rule>
-void block(Block<float, S>& b) {
+template <class T, class S, int mode, int rule>
+void block(Block<T, S>& b) {
 #ifdef EVAAT_X86
-  const int level = isa();
-  if (level == kAvx512 && b.rows == kRows) return block_avx512<S, mode, rule, kRows>(b);
-  if (level == kAvx2 && b.rows == kRows) return block_avx2<S, mode, rule, kRows>(b);
+  if constexpr (sizeof(T) == 4) {
+    if (isa() == kAvx512 && b.rows == kRows) return block_avx512<S, mode, rule, kRows>(b);
+    if (isa() == kAvx2 && b.rows == kRows) return block_avx2<S, mode, rule, kRows>(b);
+  }
 #endif
-  block_plain<float, S, mode, rule>(b, b.begin);
-}
-
-template <class T>
-T label_of(const uint8_t* from, const T* values) {
-  return values[*from];
-}
-template <class T, class L>
-T label_of(const L* from, const T*) {
-  return T(widen(*from));
+  block_plain<T, S, mode, rule>(b, b.begin);
 }
 
 template <class T, class L>
 void read_labels(const PairLabels& labels, int64_t j, int64_t row, int64_t begin, int64_t end, T* out) {
-  const L* from = static_cast<const L*>(labels.table) + row * labels.stride_row;
-  const T* values = static_cast<const T*>(labels.values);
+  const auto [half, stride_row, stride_col] = labels.strides;
+  const L* from = static_cast<const L*>(labels.table) + row * stride_row;
   const int64_t *index = labels.caption_index, *verb = labels.verb;
-  if (verb)
-    for (int64_t i = begin; i < end; ++i)
-      out[i - begin] = label_of<T>(from + index[i] * labels.stride_col + (verb[i] == verb[j] ? labels.stride_half : 0), values);
-  else if (index)
-    for (int64_t i = begin; i < end; ++i) out[i - begin] = label_of<T>(from + index[i] * labels.stride_col, values);
-  else
-    for (int64_t i = begin; i < end; ++i) out[i - begin] = label_of<T>(from + i * labels.stride_col, values);
+  for (int64_t i = begin; i < end; ++i) {
+    const L* at = from + (index ? index[i] : i) * stride_col + (verb && verb[i] == verb[j] ? half : 0);
+    if constexpr (std::is_same_v<L, uint8_t>)
+      out[i - begin] = static_cast<const T*>(labels.values)[*at];
+    else
+      out[i - begin] = T(widen(*at));
+  }
 }
 
 // The labels of row j in columns begin .. end - 1: where they lie, or gathered into `out`.
 template <class T>
 const T* labels_of(const PairLabels& labels, int wide_dtype, int64_t j, int64_t begin, int64_t end, T* out) {
   const int64_t row = labels.video_index ? labels.video_index[j] : j;
-  if (labels.dtype == wide_dtype && labels.stride_col == 1 && !labels.caption_index)
-    return static_cast<const T*>(labels.table) + row * labels.stride_row + begin;
+  if (labels.dtype == wide_dtype && labels.strides[2] == 1 && !labels.caption_index)
+    return static_cast<const T*>(labels.table) + row * labels.strides[1] + begin;
   switch (labels.dtype) {
     case kFloat32: read_labels<T, float>(labels, j, row, begin, end, out); break;
     case kFloat64: read_labels<T, double>(labels, j, row, begin, end, out); break;
@@ -308,7 +296,8 @@ const T* labels_of(const PairLabels& labels, int wide_dtype, int64_t j, int64_t 
 
 template <class T, class S, int mode, int rule>
 void panel_rows(const SmsStep& p, Panel panel, int threads) {
-  const int64_t groups = (panel.rows + kRows - 1) / kRows;
+  const int64_t N = p.pairs.N, groups = (panel.rows + kRows - 1) / kRows;
+  const T* scales = static_cast<const T*>(p.scales);
 #pragma omp parallel num_threads(threads)
   {
 #ifdef _OPENMP
@@ -319,29 +308,29 @@ void panel_rows(const SmsStep& p, Panel panel, int threads) {
     alignas(64) T gathered[kRows][kColumns];
     Block<T, S> b;
     b.margin = T(p.penalty.margin), b.relaxation = T(p.penalty.relaxation), b.eps = T(p.penalty.eps);
-    b.diagonal = static_cast<const T*>(p.diagonal), b.self = static_cast<const T*>(p.self);
-    b.col_scale = static_cast<const T*>(p.col_scale);
+    b.diagonal = static_cast<const T*>(p.pairs.norms) + 2 * N, b.self = static_cast<const T*>(p.own);
+    b.col_scale = scales ? scales + N : nullptr;
     b.weight = static_cast<const T*>(p.weight);
-    b.col_sum = p.col_sum + thread * p.N;
-    b.col_loss = p.col_loss + (mode == kEach ? thread * p.N : 0);
+    b.col_sum = p.sums + (1 + thread) * N;
+    b.col_loss = p.losses + (mode == kEach ? (1 + thread) * N : 0);
 #pragma omp for schedule(static)
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t top = group * kRows;
       b.rows = int(std::min<int64_t>(kRows, panel.rows - top));
       for (int r = 0; r < b.rows; ++r) {
         const int64_t j = panel.first + top + r;
-        b.s[r] = static_cast<S*>(panel.s) + (top + r) * p.N;
+        b.s[r] = static_cast<S*>(panel.s) + (top + r) * N;
         b.own[r] = j;
         b.row_diagonal[r] = b.diagonal[j], b.row_self[r] = b.self[j];
-        b.row_scale[r] = p.row_scale ? static_cast<const T*>(p.row_scale)[j] : T(1);
+        b.row_scale[r] = scales ? scales[j] : T(1);
         b.loss[r] = 0, b.row_sum[r] = 0;
       }
-      for (b.begin = 0; b.begin < p.N; b.begin = b.end) {
-        b.end = std::min(p.N, b.begin + kColumns);
-        for (int r = 0; r < b.rows; ++r) b.label[r] = labels_of<T>(p.labels, p.wide, b.own[r], b.begin, b.end, gathered[r]);
-        block<S, mode, rule>(b);
+      for (b.begin = 0; b.begin < N; b.begin = b.end) {
+        b.end = std::min(N, b.begin + kColumns);
+        for (int r = 0; r < b.rows; ++r) b.label[r] = labels_of<T>(p.labels, p.pairs.wide, b.own[r], b.begin, b.end, gathered[r]);
+        block<T, S, mode, rule>(b);
       }
-      for (int r = 0; r < b.rows; ++r) p.row_loss[b.own[r]] = b.loss[r], p.row_sum[b.own[r]] = b.row_sum[r];
+      for (int r = 0; r < b.rows; ++r) p.losses[b.own[r]] = b.loss[r], p.sums[b.own[r]] = b.row_sum[r];
     }
   }
 }
@@ -367,10 +356,10 @@ int panel_of(const SmsStep& p, Panel panel, int threads) {
 }  // namespace
 
 int sms_panel(const SmsStep& step, Panel panel, int threads) {
-  if (step.wide == kFloat64 && step.dtype == kFloat64) return panel_of<double, double>(step, panel, threads);
-  if (step.wide == kFloat32 && step.dtype == kFloat32) return panel_of<float, float>(step, panel, threads);
-  if (step.wide == kFloat32 && step.dtype == kBFloat16) return panel_of<float, BFloat>(step, panel, threads);
-  return kBadDtype;
+  const int wide = step.pairs.wide;
+  if (wide == kFloat64 && step.dtype == kFloat64) return panel_of<double, double>(step, panel, threads);
+  if (wide == kFloat32 && step.dtype == kFloat32) return panel_of<float, float>(step, panel, threads);
+  return wide == kFloat32 && step.dtype == kBFloat16 ? panel_of<float, BFloat>(step, panel, threads) : kBadDtype;
 }
 
 }  // namespace evaat

@@ -13,19 +13,28 @@ import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import generation, on
 from evaat_fast.kernels.pairwise import panel
-from evaat_fast.kernels.pairwise.panel import GROUP, features, place, products, strips, tiles
+from evaat_fast.kernels.pairwise.panel import place, products, strips, tiles
 
 # Which pairs are positive beside each pair itself: none, those of a matrix [N, N], or those that share a verb and a noun.
 OWN, DENSE, SHARED = 0, 1, 2
 
 
-# bool [N, N] and its strides, or the verb and the noun bits int32 [N, words]; None where there are none.
-Positives = namedtuple("Positives", "dense row column verbs nouns")
-
+# inverses: of the norms, float32 [2, N], or None for products as they are; scale: float32 of one element; of the positives bool
+# [N, N] and its strides, or the verb and the noun bits int32 [N, words], None where there are none.
+Logits = namedtuple("Logits", "inverses scale dense row column verbs nouns")
 
 # float32, of rows and of columns. [2, 2, N]: log-sum-exps of all pairs and of the positive ones, each as two numbers to add,
-# since one float32 of 100 would round a probability by 4e-6. rest [N]: 1 - positives / all, what is left to learn.
-Totals = namedtuple("Totals", "rows columns rest_rows rest_columns")
+# since one float32 of 100 would round a probability by 4e-6. rest [N]: 1 - positives / all, what is left to learn. weight [N]:
+# what each pair's own loss counts, or None.
+Totals = namedtuple("Totals", "rows columns rest_rows rest_columns weight")
+
+# Of videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each strip's
+# columns of the pairs that are not positive and of those that are, each as two numbers to add; columns: [2, 2, down, N], the
+# same over a tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals.
+Stats = namedtuple("Stats", "rows columns first last")
+
+# panel [last - first, N]: slopes of the logits; scale_slope: float32 [tiles], their sum with the products.
+Slopes = namedtuple("Slopes", "panel scale_slope first last")
 
 
 @triton.jit
@@ -40,19 +49,20 @@ def _shares(words, m, n, N, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _logits(x, inverses, scale, positives, m, n, N, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr):
+def _logits(x, logits, m, n, N, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr):
     """(products or cosines, logits, whether positive) of videos m and captions n, from the raw products."""
-    if inverses is not None:
-        row, column = tl.load(inverses + m, mask=m < N, other=0.0), tl.load(inverses + N + n, mask=n < N, other=0.0)
+    if logits.inverses is not None:
+        row = tl.load(logits.inverses + m, mask=m < N, other=0.0)
+        column = tl.load(logits.inverses + N + n, mask=n < N, other=0.0)
         x = x * row[:, None] * column[None, :]
     positive = m[:, None] == n[None, :]
-    if positives.dense is not None:
-        at = positives.dense + m.to(tl.int64)[:, None] * positives.row + n.to(tl.int64)[None, :] * positives.column
+    if logits.dense is not None:
+        at = logits.dense + m.to(tl.int64)[:, None] * logits.row + n.to(tl.int64)[None, :] * logits.column
         positive = positive | (tl.load(at, mask=(m < N)[:, None] & (n < N)[None, :], other=0) != 0)
-    if positives.verbs is not None:
-        shared = _shares(positives.verbs, m, n, N, VERB_WORDS) & _shares(positives.nouns, m, n, N, NOUN_WORDS)
+    if logits.verbs is not None:
+        shared = _shares(logits.verbs, m, n, N, VERB_WORDS) & _shares(logits.nouns, m, n, N, NOUN_WORDS)
         positive = positive | shared
-    return x, x * tl.load(scale), positive
+    return x, x * tl.load(logits.scale), positive
 
 
 @triton.jit
@@ -79,66 +89,58 @@ def _probability(s, totals, N, i, mask, axis: tl.constexpr):
 
 @triton.jit
 def contrast_stats_kernel(
-    f, inverses, scale, positives, rows, columns, first, last,
-    POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each
-    strip's columns of the pairs that are not positive and of those that are, each as two numbers to add; columns: [2, 2, down,
-    N], the same over a tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals.
-    """
-    N = f.N
-    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK, GROUP)
+    f, logits, out, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):
+    N, first, last = f.N, out.first, out.last
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK)
     m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
-    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, BLOCK, BLOCK_K, PRECISION), BLOCK)
+    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, PRECISION), BLOCK)
     height, down, across = last - first, tl.cdiv(last - first, BLOCK), tl.cdiv(N, BLOCK) * 4
     by_row, by_column = across.to(tl.int64) * height, down.to(tl.int64) * N
     for i in tl.static_range(4):
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        x, s, positive = _logits(quarters[i], inverses, scale, positives, m, n, N, VERB_WORDS, NOUN_WORDS)
+        x, s, positive = _logits(quarters[i], logits, m, n, N, VERB_WORDS, NOUN_WORDS)
         inside = (m < last)[:, None] & (n < N)[None, :]
         others = inside & ~positive
-        row, column = rows + (tile_n * 4 + i).to(tl.int64) * height + (m - first), columns + tile_m.to(tl.int64) * N + n
+        row = out.rows + (tile_n * 4 + i).to(tl.int64) * height + (m - first)
+        column = out.columns + tile_m.to(tl.int64) * N + n
         _store_pair(row, by_row, _log_sum_exp(s, others, 1), m < last)
         _store_pair(column, by_column, _log_sum_exp(s, others, 0), n < N)
-        if POSITIVES != 0:
+        if logits.dense is not None or logits.verbs is not None:
             _store_pair(row + 2 * by_row, by_row, _log_sum_exp(s, inside & positive, 1), m < last)
             _store_pair(column + 2 * by_column, by_column, _log_sum_exp(s, inside & positive, 0), n < N)
 
 
 @triton.jit
 def contrast_slopes_kernel(
-    f, inverses, scale, positives, totals, weight, panel, scale_slope, first, last,
-    POSITIVES: tl.constexpr, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """panel [last - first, N]: slopes of the logits; scale_slope: float32 [tiles], their sum with the products."""
-    N, row_totals, col_totals = f.N, totals.rows, totals.columns
-    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK, GROUP)
+    f, logits, totals, out, VERB_WORDS: tl.constexpr, NOUN_WORDS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
+):
+    N, first, last, row_totals, col_totals = f.N, out.first, out.last, totals.rows, totals.columns
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK)
     m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
-    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, BLOCK, BLOCK_K, PRECISION), BLOCK)
+    quarters = strips(products(f, m, tile_n * BLOCK + tl.arange(0, BLOCK), BLOCK, PRECISION), BLOCK)
     in_m, total = m < last, tl.zeros((BLOCK, BLOCK // 4), tl.float32)
     for i in tl.static_range(4):
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         in_n = n < N
-        x, s, positive = _logits(quarters[i], inverses, scale, positives, m, n, N, VERB_WORDS, NOUN_WORDS)
+        x, s, positive = _logits(quarters[i], logits, m, n, N, VERB_WORDS, NOUN_WORDS)
         of_row, of_col = _probability(s, row_totals, N, m, in_m, 1), _probability(s, col_totals, N, n, in_n, 0)
         # Of a positive e / all - e / positives = -e / positives * rest, of which the right side loses nothing.
         learned_row = tl.load(totals.rest_rows + m, mask=in_m, other=0.0)[:, None]
         learned_col = tl.load(totals.rest_columns + n, mask=in_n, other=0.0)[None, :]
-        if POSITIVES != 0:
+        if logits.dense is not None or logits.verbs is not None:
             learned_row = learned_row * _probability(s, row_totals + 2 * N, N, m, in_m, 1)
             learned_col = learned_col * _probability(s, col_totals + 2 * N, N, n, in_n, 0)
         of_row, of_col = tl.where(positive, -learned_row, of_row), tl.where(positive, -learned_col, of_col)
-        if weight is not None:
-            of_row *= tl.load(weight + m, mask=in_m, other=0.0)[:, None]
-            of_col *= tl.load(weight + n, mask=in_n, other=0.0)[None, :]
+        if totals.weight is not None:
+            of_row *= tl.load(totals.weight + m, mask=in_m, other=0.0)[:, None]
+            of_col *= tl.load(totals.weight + n, mask=in_n, other=0.0)[None, :]
         inside = in_m[:, None] & in_n[None, :]
         slope = of_row + of_col
-        at = panel + (m - first).to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(at, slope.to(panel.dtype.element_ty), mask=inside)
+        at = out.panel + (m - first).to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(at, slope.to(out.panel.dtype.element_ty), mask=inside)
         total += tl.where(inside, slope * x, 0.0)
-    tl.store(scale_slope + tile_m * tl.cdiv(N, BLOCK) + tile_n, tl.sum(tl.sum(total, 1), 0))
+    tl.store(out.scale_slope + tile_m * tl.cdiv(N, BLOCK) + tile_n, tl.sum(tl.sum(total, 1), 0))
 
 
 def config(dtype, kind, generation=9):
@@ -152,33 +154,23 @@ def config(dtype, kind, generation=9):
     return shape if kind == OWN else shape | {"BLOCK": 64, "num_warps": 4}
 
 
-def _constants(video, positives):
+def _constants(f, logits):
     """What both kernels are compiled for."""
-    kind = DENSE if positives.dense is not None else SHARED if positives.verbs is not None else OWN
-    words = lambda x: 1 if x is None else x.shape[1]  # noqa: E731
-    shape = config(video.dtype, kind, generation(video.device))
-    return dict(VERB_WORDS=words(positives.verbs), NOUN_WORDS=words(positives.nouns), POSITIVES=kind, GROUP=GROUP, **shape)
+    kind = DENSE if logits.dense is not None else SHARED if logits.verbs is not None else OWN
+    words = {"VERB_WORDS": logits.verbs.shape[1], "NOUN_WORDS": logits.nouns.shape[1]} if kind == SHARED else {}
+    return {"VERB_WORDS": 1, "NOUN_WORDS": 1} | words | config(f.video.dtype, kind, generation(f.video.device))
 
 
-def tiles_of(rows, video, positives):
+def tiles_of(rows, f, logits):
     """(down, across): how many tiles a panel of `rows` videos has."""
-    return tiles(rows, len(video), _constants(video, positives)["BLOCK"])
+    return tiles(rows, f.N, _constants(f, logits)["BLOCK"])
 
 
-def stats(video, text, inverses, scale, positives, rows, columns, first, last):
-    """inverses: of the norms, float32 [2, N], or None for products as they are. scale: float32 of one element. rows, columns:
-    as the kernel takes them.
-    """
-    with on(video.device):
-        contrast_stats_kernel[(rows.shape[2] // 4 * columns.shape[2],)](
-            features(video, text), inverses, scale, positives, rows, columns, first, last, **_constants(video, positives)
-        )
+def stats(f, logits, out):
+    with on(f.video.device):
+        contrast_stats_kernel[(out.rows.shape[2] // 4 * out.columns.shape[2],)](f, logits, out, **_constants(f, logits))
 
 
-def slopes(video, text, inverses, scale, positives, totals, weight, panel, scale_slope, first, last):
-    """As `stats`; totals, weight (float32 [N] or None), panel, scale_slope: as the kernel takes them."""
-    with on(video.device):
-        contrast_slopes_kernel[(len(scale_slope),)](
-            features(video, text), inverses, scale, positives, totals, weight, panel, scale_slope, first, last,
-            **_constants(video, positives),
-        )  # fmt: skip
+def slopes(f, logits, totals, out):
+    with on(f.video.device):
+        contrast_slopes_kernel[(len(out.scale_slope),)](f, logits, totals, out, **_constants(f, logits))

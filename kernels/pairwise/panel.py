@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import on
 
-GROUP = 8  # tiles of rows that share a column of tiles in L2
-
+GROUP = tl.constexpr(8)  # tiles of rows that share a column of tiles in L2
 
 # Two tensors [N, E] with contiguous rows, their strides and sizes.
 Features = namedtuple("Features", "video text video_n text_n N E")
@@ -31,7 +30,6 @@ def config(dtype):
     wide = dtype == torch.float32
     return {
         "BLOCK": 64 if wide else 128,
-        "BLOCK_K": 32 if wide else 64,
         "PRECISION": "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
         "num_warps": 4 if wide else 8,
         "num_stages": 3,
@@ -40,12 +38,13 @@ def config(dtype):
 
 
 @triton.jit
-def products(f, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 [BLOCK_M, BLOCK_N]: raw videos m times captions n; computed nowhere else, so that ties are exact."""
+def products(f, m, n, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 [BLOCK, BLOCK]: raw videos m times captions n; computed nowhere else, so that ties are exact."""
+    BLOCK_K: tl.constexpr = 32 if f.video.dtype.element_ty == tl.float32 else 64
     k = tl.arange(0, BLOCK_K)
     a = f.video + m.to(tl.int64)[:, None] * f.video_n + k[None, :]
     b = f.text + n.to(tl.int64)[None, :] * f.text_n + k[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for begin in range(0, f.E, BLOCK_K):
         x = tl.load(a, mask=(m < f.N)[:, None] & (begin + k < f.E)[None, :], other=0.0)
         y = tl.load(b, mask=(n < f.N)[None, :] & (begin + k < f.E)[:, None], other=0.0)
@@ -69,7 +68,7 @@ def strips(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def place(pid, rows, N, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+def place(pid, rows, N, BLOCK: tl.constexpr):
     """(row, column) of a tile: GROUP rows at a time, so that the operands of programs that run together stay in L2."""
     down, across = tl.cdiv(rows, BLOCK), tl.cdiv(N, BLOCK)
     first = pid // (GROUP * across) * GROUP
@@ -103,10 +102,10 @@ def _floored(norm):
 
 
 @triton.jit
-def diagonal_kernel(f, inv_video, inv_text, diagonal, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def diagonal_kernel(f, inv_video, inv_text, diagonal, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """float32 [N]: each pair's own cosine, as a tile of the whole matrix gives it."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s = products(f, n, n, BLOCK, BLOCK, BLOCK_K, PRECISION)
+    s = products(f, n, n, BLOCK, PRECISION)
     i = tl.arange(0, BLOCK)
     own = tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
     row, column = tl.load(inv_video + n, mask=n < f.N, other=0.0), tl.load(inv_text + n, mask=n < f.N, other=0.0)
@@ -115,12 +114,13 @@ def diagonal_kernel(f, inv_video, inv_text, diagonal, BLOCK: tl.constexpr, BLOCK
 
 @triton.jit
 def finish_kernel(
-    f, norms, row_sum, col_sum, weight, grad_video, grad_text, factor,
-    NEED_VIDEO: tl.constexpr, NEED_TEXT: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """In place, float32: adds the diagonal's slope to the gradient of each unit row, and goes through the normalisation."""
+    f, norms, row_sum, col_sum, weight, grad_video, grad_text, factor, FIRST: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """In place, float32: adds the diagonal's slope to the gradient of each unit row, and goes through the normalisation.
+    FIRST: the first side that has one, 0 the videos, 1 the captions.
+    """
     i = tl.program_id(0).to(tl.int64)
-    is_text = tl.program_id(1) + (0 if NEED_VIDEO else 1)
+    is_text = tl.program_id(1) + FIRST
     e = tl.arange(0, BLOCK_E)
     slope = -(tl.load(row_sum + i) + tl.load(col_sum + i)).to(tl.float32)
     if weight is not None:
@@ -143,30 +143,23 @@ def tiles(rows, N, block):
     return triton.cdiv(rows, block), triton.cdiv(N, block)
 
 
-def prepare(video, text, units, norms, inverses):
+def prepare(f, units, norms, inverses):
     """Norms of the rows, their inverses (both float32 [2, N]), and unit rows in the dtype of units [2, N, E], or None."""
-    N, E = video.shape
-    targets = (video, text) if units is None else units
-    with on(video.device):
-        prepare_kernel[(N, 2)](
-            features(video, text), *targets, norms, inverses, UNITS=units is not None, BLOCK_E=triton.next_power_of_2(E)
-        )
+    targets = (f.video, f.text) if units is None else units
+    with on(f.video.device):
+        prepare_kernel[(f.N, 2)](f, *targets, norms, inverses, UNITS=units is not None, BLOCK_E=triton.next_power_of_2(f.E))
 
 
-def own_cosines(video, text, inverses, diagonal):
+def own_cosines(f, inverses, diagonal):
     """diagonal: float32 [N]."""
-    shape = config(video.dtype)
-    with on(video.device):
-        diagonal_kernel[(triton.cdiv(len(video), shape["BLOCK"]),)](features(video, text), *inverses, diagonal, **shape)
+    shape = config(f.video.dtype)
+    with on(f.video.device):
+        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, *inverses, diagonal, **shape)
 
 
-def finish(video, text, norms, sums, weight, grad_video, grad_text, factor):
-    """sums: int32 [2, N], of the slopes. grad_video, grad_text: float32 [N, E], either may be None."""
-    N, E = video.shape
-    needs = [x is not None for x in (grad_video, grad_text)]
-    grads = [norms if x is None else x for x in (grad_video, grad_text)]  # a pointer that is not read
-    with on(video.device):
-        finish_kernel[(N, sum(needs))](
-            features(video, text), norms, *sums, weight, *grads, factor,
-            NEED_VIDEO=needs[0], NEED_TEXT=needs[1], BLOCK_E=triton.next_power_of_2(E),
-        )  # fmt: skip
+def finish(f, norms, sums, weight, grads, factor):
+    """sums: int32 [2, N], of the slopes. grads: float32 [N, E] of the videos and of the captions, either may be None."""
+    sides = sum(x is not None for x in grads)
+    first, some = int(grads[0] is None), [norms if x is None else x for x in grads]  # a pointer that is not read
+    with on(f.video.device):
+        finish_kernel[(f.N, sides)](f, norms, *sums, weight, *some, factor, FIRST=first, BLOCK_E=triton.next_power_of_2(f.E))

@@ -12,7 +12,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import on
-from evaat_fast.kernels.pairwise.panel import GROUP, config, features, place, products, strips, tiles
+from evaat_fast.kernels.pairwise.panel import config, place, products, strips, tiles
 
 RULES = {"code": 0, "paper": 1, "charades": 2}
 
@@ -21,23 +21,20 @@ RULES = {"code": 0, "paper": 1, "charades": 2}
 # None.
 Labels = namedtuple("Labels", "table row column half V C video_index caption_index verb code_values")
 
-
 # float32 [N]: of each pair the inverses of its norms, its own cosine, its own relevancy, and what its own loss counts, or None.
 Pairs = namedtuple("Pairs", "inv_video inv_text cosine own weight")
-
 
 # The numbers of a penalty, those of evaat_fast.ops.pairwise.reference.Penalty by name.
 Penalty = namedtuple("Penalty", "margin relaxation eps")
 
+# Of videos first .. last - 1 and all captions. panel: slopes [last - first, N], or None. row_sum, col_sum: int32 [N], sums of
+# the slopes of the video's and of the caption's side. row_loss: float32 [tiles], and col_loss None; or of each pair: row_loss
+# [across, last - first] and col_loss [down, N], sums of the video's and of the caption's side.
+Out = namedtuple("Out", "panel row_sum col_sum row_loss col_loss first last")
+
 
 def numbers(penalty):
     return Penalty(*(getattr(penalty, name) for name in Penalty._fields))
-
-
-# panel: slopes [last - first, N], or None. row_sum, col_sum: int32 [N], sums of the slopes of the video's and of the caption's
-# side. row_loss: float32 [tiles], and col_loss None; or of each pair: row_loss [across, last - first] and col_loss [down, N],
-# sums of the video's and of the caption's side.
-Out = namedtuple("Out", "panel row_sum col_sum row_loss col_loss")
 
 
 @triton.jit
@@ -85,13 +82,13 @@ def side(own, label, cosine, s, penalty, keep, RULE: tl.constexpr, MASKED: tl.co
 
 
 @triton.jit
-def _strip(s, m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N, RULE: tl.constexpr, MASKED: tl.constexpr):
+def _strip(s, m, n, rows, pairs, labels, penalty, out, col_loss, N, RULE: tl.constexpr, MASKED: tl.constexpr):
     """Everything after the product, for the columns n of a tile; returns losses and slopes that count for the rows.
 
     rows: what the rows' pairs have, as `pairs`, loaded. col_loss: the tile's row of it.
     """
     inv_m, cosine_m, own_m, weight_m = rows
-    in_m, in_n = m < last, n < N
+    in_m, in_n = m < out.last, n < N
     cosine_n, own_n = tl.load(pairs.cosine + n, mask=in_n, other=0.0), tl.load(pairs.own + n, mask=in_n, other=0.0)
     s = s * inv_m[:, None] * tl.load(pairs.inv_text + n, mask=in_n, other=0.0)[None, :]
     label = labels_of(labels, m, n, N)
@@ -108,22 +105,18 @@ def _strip(s, m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N,
         if pairs.weight is not None:
             slope_m *= weight_m[:, None]
             slope_n *= tl.load(pairs.weight + n, mask=in_n, other=0.0)[None, :]
-        at = out.panel + (m - first).to(tl.int64)[:, None] * N + n[None, :]
+        at = out.panel + (m - out.first).to(tl.int64)[:, None] * N + n[None, :]
         tl.store(at, (slope_m + slope_n).to(out.panel.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
     return loss_m, row_slope
 
 
 @triton.jit
-def sms_kernel(
-    f, pairs, labels, penalty, out, first, last,
-    RULE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Videos first .. last - 1 and all captions."""
-    N = f.N
-    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK, GROUP)
+def sms_kernel(f, pairs, labels, penalty, out, RULE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    N, first, last = f.N, out.first, out.last
+    tile_m, tile_n = place(tl.program_id(0), last - first, N, BLOCK)
     m = first + tile_m * BLOCK + tl.arange(0, BLOCK)
     n = tile_n * BLOCK + tl.arange(0, BLOCK)
-    s = products(f, m, n, BLOCK, BLOCK, BLOCK_K, PRECISION)
+    s = products(f, m, n, BLOCK, PRECISION)
     in_m = m < last
     inv_m, cosine_m = tl.load(pairs.inv_video + m, mask=in_m, other=0.0), tl.load(pairs.cosine + m, mask=in_m, other=0.0)
     own_m, weight_m = tl.load(pairs.own + m, mask=in_m, other=0.0), inv_m
@@ -140,9 +133,9 @@ def sms_kernel(
     for i in tl.static_range(4):
         n = tile_n * BLOCK + i * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         if masked:
-            loss, slope = _strip(quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N, RULE, True)
+            loss, slope = _strip(quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, N, RULE, True)
         else:
-            loss, slope = _strip(quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, first, last, N, RULE, False)
+            loss, slope = _strip(quarters[i], m, n, rows, pairs, labels, penalty, out, col_loss, N, RULE, False)
         losses += loss
         slopes += slope
     if out.panel is not None:
@@ -153,12 +146,9 @@ def sms_kernel(
         tl.store(out.row_loss + tile_m * tl.cdiv(N, BLOCK) + tile_n, tl.sum(tl.sum(losses, 1), 0))
 
 
-def sms_panel(video, text, pairs, labels, penalty, out, first, last):
+def sms_panel(f, pairs, labels, penalty, out):
     """penalty: has the fields of `Penalty` and a rule of RULES."""
-    shape = config(video.dtype)
-    down, across = tiles(last - first, len(video), shape["BLOCK"])
-    with on(video.device):
-        sms_kernel[(down * across,)](
-            features(video, text), pairs, labels, numbers(penalty), out, first, last,
-            RULE=RULES[penalty.rule], GROUP=GROUP, **shape,
-        )  # fmt: skip
+    shape = config(f.video.dtype)
+    down, across = tiles(out.last - out.first, f.N, shape["BLOCK"])
+    with on(f.video.device):
+        sms_kernel[(down * across,)](f, pairs, labels, numbers(penalty), out, RULE=RULES[penalty.rule], **shape)

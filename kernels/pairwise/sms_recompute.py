@@ -4,13 +4,18 @@ One kernel runs twice, once with the videos as the rows that stay and once with 
 similarities anew, 8 N^2 E operations instead of 6, but needs no memory beside its outputs, neither atomics nor partial sums.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import generation, on
-from evaat_fast.kernels.pairwise.panel import features
-from evaat_fast.kernels.pairwise.sms import RULES, Labels, Pairs, labels_of, numbers, side
+from evaat_fast.kernels.pairwise.sms import RULES, labels_of, numbers, side
 
 MOST_FEATURES = 256  # of which a gradient fits into registers
+
+# Of the rows that stay. entries: float64 [N], sums of the penalties anchored at each; sums: int32 [N], of their slopes; grad:
+# float32 [N, E] or None, sums of the slopes of both sides times the other's unit rows.
+Out = namedtuple("Out", "entries sums grad")
 
 
 def config(E, generation=9):
@@ -64,14 +69,18 @@ def recompute_diagonal_kernel(
 
 @triton.jit
 def sms_recompute_kernel(
-    f, pairs, labels, penalty, entries, sums, grad,
-    CAPTIONS: tl.constexpr, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """All rows that stay and all others. f, pairs, labels: the videos' side, which stay; with CAPTIONS the captions' side.
-
-    entries: float64 [N], sums of the penalties anchored at each row; sums: int32 [N], of their slopes. grad: float32 [N, E] or
-    None, sums of the slopes of both sides times the other's unit rows.
-    """
+    f,
+    pairs,
+    labels,
+    penalty,
+    out,
+    RULE: tl.constexpr,
+    CAPTIONS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """All rows that stay and all others. f, pairs, labels: the videos' side, which stay; with CAPTIONS the captions' side."""
     m, N = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), f.N
     in_m = m < N
     inv_m, cosine_m = tl.load(pairs.inv_video + m, mask=in_m, other=0.0), tl.load(pairs.cosine + m, mask=in_m, other=0.0)
@@ -93,7 +102,7 @@ def sms_recompute_kernel(
         loss_m, slope_m = side(own_m[:, None], label, cosine_m[:, None], s, penalty, keep, RULE, True)
         loss += tl.sum(loss_m, 1).to(tl.float64)
         slopes += tl.sum(slope_m, 1).to(tl.int32)
-        if grad is not None:
+        if out.grad is not None:
             _, slope_n = side(own_n[None, :], label, cosine_n[None, :], s, penalty, keep, RULE, True)
             if pairs.weight is not None:
                 slope_m *= weight_m[:, None]
@@ -101,25 +110,23 @@ def sms_recompute_kernel(
             # The raw rows that are here already, and a rounded 1 / norm in the slope: as exact as a rounded unit row.
             slope = ((slope_m + slope_n) * inv_n[None, :]).to(y.dtype)
             total = tl.dot(slope, y, total, input_precision="tf32x3")
-    tl.store(entries + m, loss, mask=in_m)
-    tl.store(sums + m, slopes, mask=in_m)
-    if grad is not None:
+    tl.store(out.entries + m, loss, mask=in_m)
+    tl.store(out.sums + m, slopes, mask=in_m)
+    if out.grad is not None:
         e = tl.arange(0, BLOCK_E)
-        tl.store(grad + m.to(tl.int64)[:, None] * f.E + e[None, :], total, mask=in_m[:, None] & (e < f.E)[None, :])
+        tl.store(out.grad + m.to(tl.int64)[:, None] * f.E + e[None, :], total, mask=in_m[:, None] & (e < f.E)[None, :])
 
 
-def sms_rows(video, text, pairs, labels, penalty, entries, sums, grad, captions):
-    """One run. pairs, labels, penalty: as `sms.sms_panel`; pairs.cosine is scratch. entries, sums, grad: as the kernel takes
-    them. captions: whether they are the rows that stay.
+def sms_rows(f, pairs, labels, penalty, out, captions):
+    """One run. pairs, labels, penalty: as `sms.sms_panel`; pairs.cosine is scratch. captions: whether they are the rows that
+    stay.
     """
     if captions:  # the two sides change places
-        video, text = text, video
-        pairs = Pairs(pairs.inv_text, pairs.inv_video, *pairs[2:])
-        v, w = labels, labels.verb
-        labels = Labels(v.table, v.column, v.row, v.half, v.C, v.V, v.caption_index, v.video_index, w, v.code_values)
-    shape, f = config(video.shape[1], generation(video.device)), features(video, text)
-    with on(video.device):
-        recompute_diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK_N"]),)](f, pairs, CAPTIONS=captions, **shape)
-        sms_recompute_kernel[(triton.cdiv(f.N, shape["BLOCK_M"]),)](
-            f, pairs, labels, numbers(penalty), entries, sums, grad, CAPTIONS=captions, RULE=RULES[penalty.rule], **shape
-        )
+        f = f._replace(video=f.text, text=f.video, video_n=f.text_n, text_n=f.video_n)
+        pairs, v = pairs._replace(inv_video=pairs.inv_text, inv_text=pairs.inv_video), labels
+        labels = v._replace(row=v.column, column=v.row, V=v.C, C=v.V, video_index=v.caption_index, caption_index=v.video_index)
+    shape, how = config(f.E, generation(f.video.device)), {"CAPTIONS": captions}
+    with on(f.video.device):
+        recompute_diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK_N"]),)](f, pairs, **how, **shape)
+        how["RULE"] = RULES[penalty.rule]
+        sms_recompute_kernel[(triton.cdiv(f.N, shape["BLOCK_M"]),)](f, pairs, labels, numbers(penalty), out, **how, **shape)

@@ -1,4 +1,4 @@
-"""What the pairwise losses check of their features and options, and the contexts they compute in."""
+"""What the pairwise losses take as options, what they check alike, and the context they compute in."""
 
 import contextlib
 from dataclasses import dataclass
@@ -9,31 +9,10 @@ from torch import Tensor
 
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.dispatch import not_built
-from evaat_fast.ops._core.tensor import memory_of
 
 Reduction = Literal["mean", "none"]
 GradMode = Literal["ddp", "sum"]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def check_features(op: str, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    video, text = _features(op, "video", video), _features(op, "text", text)
-    if text.dtype != video.dtype:
-        raise TypeError(f"text: expected video's dtype {video.dtype}, got {text.dtype}")
-    if text.device != video.device:
-        raise ValueError(f"text: expected video's device {video.device}, got {text.device}")
-    if text.shape != video.shape:
-        raise ValueError(f"text: expected video's shape {list(video.shape)}, got {list(text.shape)}")
-    return video, text
-
-
-def _features(op, name, x):
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor [N, E], got {kind(x)}")
-    x = memory_of(op, name, x)  # a nested tensor has no shape to speak of
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{name}: expected the shape [N, E] with E > 0, got {list(x.shape)}")
-    return x
 
 
 @dataclass(frozen=True)
@@ -64,11 +43,6 @@ def no_gradient(name: str, requires_grad: bool) -> None:
 def kind(x: object) -> object:
     """What an error says that came."""
     return x.dtype if isinstance(x, Tensor) else type(x).__name__
-
-
-def no_pair(*tensors: Tensor) -> list[Tensor]:
-    """What the reference is given for N = 1: there is no pair, so a NaN in the features must not reach loss or gradient."""
-    return [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in tensors]
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:

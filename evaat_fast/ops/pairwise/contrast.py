@@ -9,12 +9,11 @@ import functools
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import memory_of, number
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction, check_features, no_autocast, no_pair
+from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction
 from evaat_fast.ops.pairwise.positives import Positives, VerbNounPositives, as_positives
-from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference, wide
+from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference
 
 
 def clip_loss(
@@ -88,22 +87,21 @@ def contrast(
     positives: Tensor | VerbNounPositives | None,
     options: Options,
 ) -> Tensor:
-    """Checks a call, plans it, and runs it. positives: of EgoNCE."""
-    video, text = check_features(op, video, text)
-    options.check(op)
-    N, normalise = video.shape[0], op == "ego_nce_loss"
-    pairs = Positives() if positives is None and not normalise else as_positives(positives, N, video.device)
-    multiplier = _check_scale(scale, video.device, wide(video.dtype))
-    backend = dispatch.pick(op, video.device, video.dtype, options.backend)
-    if backend != "reference":
-        settings_of = functools.partial(step.ContrastSettings, pairs, normalise)
-        return step.loss(step.contrast_step, settings_of, (video, text, multiplier), options, backend)
-    if N == 1:
-        video, text, multiplier = no_pair(video, text, multiplier)
-    with no_autocast(video.device.type):
-        if normalise:
-            return ego_nce_loss_reference(video, text, pairs.rows(0, N), 1 / scale, options.reduction)
-        return clip_loss_reference(video, text, multiplier, options.reduction)
+    """positives: of EgoNCE."""
+
+    def plan(call):
+        normalise = op == "ego_nce_loss"
+        pairs = as_positives(positives, call.N, call.device) if normalise else Positives()
+
+        def reference(video, text, multiplier):
+            if normalise:
+                return ego_nce_loss_reference(video, text, pairs.matrix(), 1 / scale, options.reduction)
+            return clip_loss_reference(video, text, multiplier, options.reduction)
+
+        multiplier = _check_scale(scale, call.device, call.dtype)
+        return functools.partial(step.ContrastSettings, pairs, normalise), reference, multiplier
+
+    return step.loss(op, step.contrast_step, video, text, options, plan)
 
 
 def _check_scale(scale, device, dtype):

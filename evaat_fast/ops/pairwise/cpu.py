@@ -27,11 +27,6 @@ def native_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def panel_rows(N: int, size: int) -> int:
-    """Rows of a panel whose elements have `size` bytes."""
-    return min(N, max(LEAST_ROWS, PANEL_BYTES // (N * size) // 64 * 64))
-
-
 def _done(status):
     if status:
         raise TypeError("the C++ kernels of the pairwise losses: dtype not supported")
@@ -42,21 +37,19 @@ class _Cpu(Step):
 
     def begin(self, dtype: torch.dtype) -> None:
         """Room for a panel of that dtype."""
-        self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, dtype.itemsize))
+        self.rows = self.panel_rows(dtype.itemsize, PANEL_BYTES, LEAST_ROWS, 64)
         self.panel, self.threads = torch.empty((self.rows, self.N), dtype=dtype), torch.get_num_threads()
 
     def normalise(self, video: bool, text: bool) -> None:
         """Norms, each pair's own cosine, and the unit rows that are asked for, in the dtype of the panel."""
-        *self.norms, self.diagonal = torch.empty((3, self.N), dtype=self.wide)
-        dtype, shape = self.panel.dtype, (self.N, self.E)
+        self.norms = torch.empty((3, self.N), dtype=self.wide)
+        dtype, shape, strides = self.panel.dtype, (self.N, self.E), (self.video.stride(0), self.text.stride(0))
         self.unit_video, self.unit_text = (torch.empty(shape, dtype=dtype) if x else None for x in (video, text))
-        self.pairs = _cpu.PairFeatures(
-            dtype=_CODES[self.dtype], wide=_CODES[self.wide], N=self.N, E=self.E,
-            video=self.video.data_ptr(), video_stride=self.video.stride(0), norm_video=self.norms[0].data_ptr(),
-            text=self.text.data_ptr(), text_stride=self.text.stride(0), norm_text=self.norms[1].data_ptr(),
-        )  # fmt: skip
+        features = {"video": self.video, "text": self.text, "video_stride": strides[0], "text_stride": strides[1]}
+        codes = {"dtype": _CODES[self.dtype], "wide": _CODES[self.wide]}
+        self.pairs = _cpu.PairFeatures(N=self.N, E=self.E, norms=self.norms, **codes, **features)
         units = pointer(self.unit_video), pointer(self.unit_text)
-        _done(_cpu.pair_prepare(self.pairs, self.diagonal.data_ptr(), *units, dtype != self.wide, self.threads))
+        _done(_cpu.pair_prepare(self.pairs, *units, dtype != self.wide, self.threads))
 
     def through_norms(self, slope: Tensor, factor: float) -> None:
         """In place: factor * (gradients of the unit rows + slope * the pair's other one), through the normalisation."""
@@ -89,25 +82,20 @@ class Sms(_Cpu):
         # In bfloat16 the raw rows are multiplied and the products scaled: rounding the unit rows costs five times the error.
         self.normalise(video=work.need_text or not low, text=work.need_video or not low)
         self.factors: Any = (self.video, self.text) if low else (self.unit_video, self.unit_text)
-        scales = [x.clamp_min(1e-8).reciprocal() for x in self.norms] if low else (None, None)
+        scales = self.norms[:2].clamp_min(1e-8).reciprocal() if low else None
         if low and self.learns:
             self.part = torch.empty((N if work.need_text else self.rows, self.E), dtype=torch.bfloat16)
         mode = "each" if work.each else "weighted" if weight is not None else "slopes" if self.learns else "loss"
-        own, self.weight = self.settings.own.to(wide).contiguous(), None if weight is None else weight.to(wide)
-        self.row_loss, self.row_sum = torch.empty(N, dtype=torch.float64), torch.empty(N, dtype=torch.int32)
-        self.col_loss = torch.zeros((self.threads, N) if work.each else 0, dtype=torch.float64)
-        self.col_sum = torch.zeros((self.threads, N), dtype=torch.int32)
-        self.kept = own, scales, labels = own, scales, _labels(self.settings.labels, wide)  # as long as their pointers
-        self.step = _cpu.SmsStep(
-            wide=_CODES[wide], dtype=_CODES[self.panel.dtype], N=N, row_scale=pointer(scales[0]), col_scale=pointer(scales[1]),
-            diagonal=self.diagonal.data_ptr(), self=own.data_ptr(), labels=labels[0], mode=_cpu.SMS_MODES[mode],
-            penalty=_penalty(self.settings.penalty), weight=pointer(self.weight),
-            row_loss=self.row_loss.data_ptr(), col_loss=self.col_loss.data_ptr(),
-            row_sum=self.row_sum.data_ptr(), col_sum=self.col_sum.data_ptr(),
-        )  # fmt: skip
+        self.weight = None if weight is None else weight.to(wide)
+        self.losses = torch.zeros((1 + self.threads if work.each else 1, N), dtype=torch.float64)
+        self.sums = torch.zeros((1 + self.threads, N), dtype=torch.int32)
+        how = {"dtype": _CODES[self.panel.dtype], "mode": _cpu.SMS_MODES[mode], "penalty": _penalty(self.settings.penalty)}
+        known = {"own": self.settings.own.to(wide).contiguous(), "labels": _labels(self.settings.labels, wide)}
+        out = {"losses": self.losses, "sums": self.sums}
+        self.step = _cpu.SmsStep(pairs=self.pairs, scales=scales, weight=self.weight, **how, **known, **out)
 
     def sweeps(self):
-        yield self.slopes
+        return (self.slopes,)
 
     def slopes(self, first, last):
         s = self.multiply(self.factors[0], self.factors[1], first, last)
@@ -116,12 +104,12 @@ class Sms(_Cpu):
     def finish(self):
         N, weight = self.N, self.weight
         if self.learns:
-            slope = -(self.row_sum + self.col_sum.sum(0, dtype=torch.int32)).to(self.wide)
+            slope = -self.sums.sum(0, dtype=torch.int32).to(self.wide)
             slope = slope if weight is None else slope * weight
             self.through_norms(slope, 1 / (2 * (N - 1) * (N if weight is None else 1)))
         if self.work.each:
-            return ((self.row_loss + self.col_loss.sum(0)) / (2 * (N - 1))).to(self.wide), *self.gradients
-        return (self.row_loss.sum() / (2 * N * (N - 1))).to(self.wide), *self.gradients
+            return ((self.losses[0] + self.losses[1:].sum(0)) / (2 * (N - 1))).to(self.wide), *self.gradients
+        return (self.losses.sum() / (2 * N * (N - 1))).to(self.wide), *self.gradients
 
 
 @functools.lru_cache(maxsize=64)
@@ -131,17 +119,14 @@ def _penalty(costs):
 
 
 def _labels(labels, wide):
-    """The labels as the kernel takes them, and the tensors that must live as long."""
-    indices = [None if x is None else x.long().contiguous() for x in (labels.video_index, labels.caption_index, labels.verb)]
-    values = None if labels.values is None else labels.values.to(wide).contiguous()
-    table = labels.table
-    row, column = table.stride()[-2:]
-    made = _cpu.PairLabels(
-        table=table.data_ptr(), dtype=_CODES[table.dtype] if values is None else _cpu.LABEL_CODES,
-        stride_half=table.stride(0) if table.ndim == 3 else 0, stride_row=row, stride_col=column,
-        video_index=pointer(indices[0]), caption_index=pointer(indices[1]), verb=pointer(indices[2]), values=pointer(values),
-    )  # fmt: skip
-    return made, indices, values
+    """The labels as the kernel takes them."""
+    table, indices = labels.table, ("video_index", "caption_index", "verb")
+    given = {name: x.long().contiguous() for name in indices if (x := getattr(labels, name)) is not None}
+    if labels.values is None:
+        given["dtype"] = _CODES[table.dtype]
+    else:
+        given |= {"dtype": _cpu.LABEL_CODES, "values": labels.values.to(wide).contiguous()}
+    return _cpu.PairLabels(table=table, strides=(0, *table.stride())[-3:], **given)
 
 
 class Contrast(_Cpu):
@@ -155,14 +140,12 @@ class Contrast(_Cpu):
             self.normalise(video=True, text=True)
         else:
             self.unit_video, self.unit_text = self.video.to(wide), self.text.to(wide)
-        self.positives, self.kept = _positives(self.settings.positives, self.rows, N)
         self.totals, self.row_slope = torch.zeros((4, 2, N), dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
         self.totals[:, 0].fill_(-torch.inf)
         self.weight = None if self.weight is None else self.weight.double()
-        self.step = _cpu.ContrastStep(
-            wide=_CODES[wide], N=N, scale=float(self.scale), positives=self.positives, weight=pointer(self.weight),
-            totals=self.totals.data_ptr(), row_slope=self.row_slope.data_ptr(),
-        )  # fmt: skip
+        known = {"scale": float(self.scale), "positives": _positives(self.settings.positives, self.rows, N)}
+        out = {"totals": self.totals, "row_slope": self.row_slope}
+        self.step = _cpu.ContrastStep(wide=_CODES[wide], N=N, weight=self.weight, **known, **out)
 
     def sweeps(self):
         yield self.stats
@@ -191,14 +174,12 @@ class Contrast(_Cpu):
 
 
 def _positives(positives, rows, N):
-    """The positives as the kernel takes them, with room for a panel's mask, and the tensors that must live as long."""
+    """The positives as the kernel takes them, with room for a panel's mask."""
     dense, verbs, nouns = positives.dense, positives.verbs, positives.nouns
     if dense is None and verbs is None:
-        return _cpu.PairPositives(), None
+        return _cpu.PairPositives()
     mask = torch.empty((rows, -(-N // _cpu.MASK_BLOCK) * _cpu.MASK_BLOCK), dtype=torch.uint8)
     if dense is not None:
-        (row, column), where = dense.stride(), dense.data_ptr()
-        return _cpu.PairPositives(dense=where, stride_row=row, stride_col=column, mask=mask.data_ptr()), (dense, mask)
+        return _cpu.PairPositives(dense=dense, strides=dense.stride(), mask=mask)
     verbs, nouns = verbs.T.contiguous(), nouns.T.contiguous()
-    where = {"verbs": verbs.data_ptr(), "nouns": nouns.data_ptr(), "mask": mask.data_ptr()}
-    return _cpu.PairPositives(verb_words=len(verbs), noun_words=len(nouns), **where), (verbs, nouns, mask)
+    return _cpu.PairPositives(verbs=verbs, nouns=nouns, verb_words=len(verbs), noun_words=len(nouns), mask=mask)

@@ -58,15 +58,13 @@ class Positives:
     verbs: Tensor | None = None
     nouns: Tensor | None = None
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """bool [last - first, N]: the captions that are positive for videos first .. last - 1, beside their own."""
+    def matrix(self) -> Tensor:
+        """bool [N, N]: the captions (columns) that are positive for each video, beside their own."""
         if self.dense is not None:
-            return self.dense[first:last]
+            return self.dense
         assert self.verbs is not None and self.nouns is not None
-        shared = torch.ones((last - first, len(self.verbs)), dtype=torch.bool, device=self.verbs.device)
-        for bits in (self.verbs, self.nouns):
-            shared &= torch.stack([(word[first:last, None] & word) != 0 for word in bits.unbind(1)]).any(0)
-        return shared
+        shares = (torch.stack([(w[:, None] & w) != 0 for w in bits.unbind(1)]).any(0) for bits in (self.verbs, self.nouns))
+        return torch.logical_and(*shares)
 
 
 def as_positives(positives: Tensor | VerbNounPositives | None, N: int, device: torch.device) -> Positives:

@@ -182,17 +182,12 @@ class Labels:
     verb: Tensor | None = None
     values: Tensor | None = None
 
-    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """[last - first, N] in `dtype`: the labels of videos first .. last - 1. An index out of range reads NaN."""
-        if self.video_index is None or self.caption_index is None:
-            return self._decode(self.table[first:last], dtype)
-        verb = None if self.verb is None else self.verb[first:last, None] == self.verb
-        return self._pick(self.video_index[first:last, None], self.caption_index[None, :], verb, dtype)
-
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Contiguous [N, N] in `dtype` (torch's sums depend on the layout), rows = videos."""
-        N = self.table.shape[0] if self.video_index is None else self.video_index.shape[0]
-        return self.rows(0, N, dtype).contiguous()
+        """Contiguous [N, N] in `dtype` (torch's sums depend on the layout), rows = videos. An index out of range reads NaN."""
+        if self.video_index is None or self.caption_index is None:
+            return self._decode(self.table, dtype).contiguous()
+        same = None if self.verb is None else self.verb[:, None] == self.verb
+        return self._pick(self.video_index[:, None], self.caption_index[None, :], same, dtype).contiguous()
 
     def diagonal(self, dtype: torch.dtype) -> Tensor:
         """[N] in `dtype`: each pair's own label."""

@@ -8,12 +8,10 @@ import functools
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import memory_of, number
-from evaat_fast.ops.pairwise import check, step
-from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction, kind
-from evaat_fast.ops.pairwise.reference import Penalty, Rule, sms_loss_reference, wide
+from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction, kind, no_gradient
+from evaat_fast.ops.pairwise.reference import Penalty, Rule, sms_loss_reference
 from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, Labels, VerbNounRelevancy
 
 Relevancy = Tensor | DenseRelevancy | IndexedRelevancy | VerbNounRelevancy
@@ -47,8 +45,7 @@ def sms_loss(
         video, text: [N, E], one dtype of float32, bfloat16, float16 and float64, any strides; normalised inside (eps 1e-8). The
             gradient of a row whose norm is below 1e-8 is zero.
         relevancy: float [N, N], rows = videos and columns = captions, or an IndexedRelevancy, VerbNounRelevancy or
-            DenseRelevancy. Converted to
-            float32 (float64 for float64 features) before anything is computed with it. No gradient.
+            DenseRelevancy. Converted to float32 (float64 for float64 features) before it is used. No gradient.
         self_relevancy: float [N], w; None: the diagonal of relevancy.
         margin, relaxation: floats; relaxation >= 0.
         eps: labels that differ by less count as equal; None: 1.1 / 240 for rule "code", 0.1 for the others.
@@ -144,34 +141,33 @@ def max_margin(
     costs: Penalty,
     options: Options,
 ) -> Tensor:
-    """Checks a call, plans it, and runs it. relevancy None: nothing between pairs, and 1 of each itself."""
-    video, text = check.check_features(op, video, text)
-    options.check(op)
-    N, dtype, device = video.shape[0], wide(video.dtype), video.device
-    backend = dispatch.pick(op, device, video.dtype, options.backend)
-    # C++ would read outside of the table, so its indices are checked whatever `validate` says: here, or where a compiler or a
-    # mode hides the numbers, in the operator.
-    hidden = traced(type(video), type(text))
-    as_asked = options.validate is None or backend != "reference"
-    checked = bool(options.validate) or (device.type == "cpu" and not hidden and as_asked)
-    own: Tensor | None
-    if relevancy is None:
-        labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
-    elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
-        labels, own = relevancy.labels(N, device, checked, dtype if self_relevancy is None else None)
-    else:
-        labels = Labels(_floats("relevancy", relevancy, (N, N), device, _SOURCES.format(N=N)))
-        own = labels.table.diagonal()
-    if self_relevancy is not None:
-        own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
-    assert own is not None
-    if backend != "reference":
-        settings_of = functools.partial(step.SmsSettings, labels, own, costs, checked)
-        return step.loss(step.sms_step, settings_of, (video, text), options, backend)
-    if N == 1:
-        video, text = check.no_pair(video, text)
-    with check.no_autocast(device.type):
-        return sms_loss_reference(video, text, labels.matrix(dtype), own.to(dtype), **vars(costs), reduction=options.reduction)
+    """relevancy None: nothing between pairs, and 1 of each itself."""
+
+    def plan(call):
+        N, dtype, device = call.N, call.dtype, call.device
+        # C++ would read outside of the table, so its indices are checked whatever `validate` says: here, or where a compiler or
+        # a mode hides the numbers, in the operator.
+        as_asked = options.validate is None or call.backend != "reference"
+        checked = bool(options.validate) or (device.type == "cpu" and not call.hidden and as_asked)
+        own: Tensor | None
+        if relevancy is None:
+            labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
+        elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
+            labels, own = relevancy.labels(N, device, checked, dtype if self_relevancy is None else None)
+        else:
+            labels = Labels(_floats("relevancy", relevancy, (N, N), device, _SOURCES.format(N=N)))
+            own = labels.table.diagonal()
+        if self_relevancy is not None:
+            own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
+        assert own is not None
+
+        def reference(video, text):
+            of_all = labels.matrix(dtype), own.to(dtype)
+            return sms_loss_reference(video, text, *of_all, **vars(costs), reduction=options.reduction)
+
+        return functools.partial(step.SmsSettings, labels, own, costs, checked), reference
+
+    return step.loss(op, step.sms_step, video, text, options, plan)
 
 
 def _floats(name, x, shape, device, expected):
@@ -183,5 +179,5 @@ def _floats(name, x, shape, device, expected):
         raise ValueError(f"{name}: expected the shape {expected if x.ndim != len(shape) else list(shape)}, got {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name}: expected the features' device {device}, got {x.device}")
-    check.no_gradient(name, x.requires_grad)
+    no_gradient(name, x.requires_grad)
     return x

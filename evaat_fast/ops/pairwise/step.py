@@ -1,16 +1,16 @@
 """A step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import Operator, register, traced
-from evaat_fast.ops._core.tensor import contiguous_rows
-from evaat_fast.ops.pairwise import panels
-from evaat_fast.ops.pairwise.check import Options, no_autocast
+from evaat_fast.ops._core.tensor import memory_of
+from evaat_fast.ops.pairwise.check import FLOATS, Options, kind, no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
@@ -45,10 +45,6 @@ class SmsSettings:
     checked: bool
     work: Work
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        of = self.labels
-        return of.table, of.video_index, of.caption_index, of.verb, of.values, self.own
-
 
 @dataclass(frozen=True)
 class ContrastSettings:
@@ -59,37 +55,32 @@ class ContrastSettings:
     normalise: bool
     work: Work
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.positives.dense, self.positives.verbs, self.positives.nouns
-
 
 class Step:
     """One step on one backend: what it is given, and room for the gradients.
 
-    A backend's class adds what `panels.run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
+    A backend's class adds what `_run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
     similarities and return their slopes or None; product(a, b, out, add), out (+)= a @ b; finish(), the loss and all gradients.
     """
 
-    rows: int
     panel: Any
     unit_video: Any
     unit_text: Any
 
     def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any):
-        self.video, self.text, self.weight = contiguous_rows(video), contiguous_rows(text), weight
-        self.scale: Any = scale
-        self.settings, self.work = settings, settings.work
         self.N, self.E = video.shape
+        self.video, self.text = (x if x.stride(1) == 1 or self.E == 1 else x.contiguous() for x in (video, text))
+        self.scale: Any = scale
+        self.weight, self.settings, self.work = weight, settings, settings.work
         self.dtype, self.wide, self.device = video.dtype, wide(video.dtype), video.device
-        needs = self.work.needs()[:2]
-        self.gradients = [torch.empty((self.N, self.E) if x else (0,), dtype=self.wide, device=self.device) for x in needs]
-        self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=True))
-        self.learns = any(self.work.needs())
+        needs = self.work.needs()
+        self.gradients = [torch.empty((self.N, self.E) if x else 0, dtype=self.wide, device=self.device) for x in needs[:2]]
+        self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=False))
+        self.learns = any(needs)
 
-    @classmethod
-    def fitting(cls, shape: torch.Size, dtype: torch.dtype, work: Work) -> "type[Step]":
-        """The class for features of that shape and dtype."""
-        return cls
+    def panel_rows(self, size: int, most: int, least: int, multiple: int) -> int:
+        """Rows of a panel of `most` bytes whose elements have `size`, a multiple and at least so many."""
+        return min(self.N, self.work.panel_rows or max(least, most // (self.N * size) // multiple * multiple))
 
 
 def _outputs(inputs, work):
@@ -111,8 +102,20 @@ def _run(name, inputs, weight, settings):
         from evaat_fast.ops.pairwise import cpu as backend
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     with no_autocast(video.device.type):
-        fitting = getattr(backend, name).fitting(video.shape, video.dtype, work)
-        return panels.run(fitting(video, text, scale, weight, settings))
+        step = getattr(backend, name)(video, text, scale, weight, settings)
+        step.prepare()
+        # Memory is linear in N: a sweep reads a panel, some videos times all captions, and may turn it into slopes. The
+        # max-margin losses need one sweep, as their slopes depend on nothing but the diagonal of the similarities; the
+        # contrastive ones two, for the totals come first.
+        for sweep in step.sweeps():
+            for first in range(0, step.N, step.rows):
+                last = min(first + step.rows, step.N)
+                slopes = sweep(first, last)
+                if slopes is not None and step.grad_video is not None:
+                    step.product(slopes, step.unit_text, step.grad_video[first:last])
+                if slopes is not None and step.grad_text is not None:
+                    step.product(slopes.T, step.unit_video[first:last], step.grad_text, add=first > 0)
+        return step.finish()
 
 
 @register(
@@ -120,7 +123,6 @@ def _run(name, inputs, weight, settings):
     lambda video, text, weight, settings: _outputs((video, text), settings.work),
     SmsSettings,
 )
-@torch.no_grad()
 def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSettings) -> tuple:
     """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features.
 
@@ -136,7 +138,6 @@ def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSe
     lambda video, text, scale, weight, settings: _outputs((video, text, scale), settings.work),
     ContrastSettings,
 )
-@torch.no_grad()
 def contrast_step(video: Tensor, text: Tensor, scale: Tensor, weight: Tensor | None, settings: ContrastSettings) -> tuple:
     """As `sms_step`, with the gradient of scale, [] in the dtype of the computation."""
     return _run("Contrast", (video, text, scale), weight, settings)
@@ -181,7 +182,8 @@ class Each(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, step, entries, gradients, *inputs):
-        ctx.save_for_backward(*inputs, *gradients.tensors())
+        parts = [vars(x).values() if is_dataclass(x) else (x,) for x in vars(gradients).values()]
+        ctx.save_for_backward(*inputs, *(x for part in parts for x in part if isinstance(x, Tensor)))
         ctx.step, ctx.settings, ctx.count = step, gradients, len(inputs)
         return _call(step, inputs, None, entries)[0]
 
@@ -193,15 +195,56 @@ class Each(torch.autograd.Function):
         return None, None, None, *_given(gradients, [x.dtype for x in inputs], ctx.settings.work)
 
 
-def loss(step: Operator, settings_of: Callable, inputs: tuple[Tensor, ...], options: Options, backend: str) -> Tensor:
-    """The loss of a checked call. settings_of: the step's settings for some work."""
-    video, text, *scale = inputs
+@dataclass(frozen=True)
+class Call:
+    """What a loss plans by: N pairs, where they are, the dtype of the computation, the backend, and whether a compiler, a mode
+    or a wrapper may hide the numbers."""
+
+    N: int
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    hidden: bool
+
+
+def loss(op: str, step: Operator, video: Tensor, text: Tensor, options: Options, plan: Callable[[Call], tuple]) -> Tensor:
+    """Checks a call, plans it, and runs it.
+
+    plan: returns the step's settings as a function of their work, the reference as one of the inputs, and what the inputs are
+    beside the features.
+    """
+    video, text = _features(op, "video", video), _features(op, "text", text)
+    if text.dtype != video.dtype:
+        raise TypeError(f"text: expected video's dtype {video.dtype}, got {text.dtype}")
+    if text.device != video.device:
+        raise ValueError(f"text: expected video's device {video.device}, got {text.device}")
+    if text.shape != video.shape:
+        raise ValueError(f"text: expected video's shape {list(video.shape)}, got {list(text.shape)}")
+    options.check(op)
+    N, device = video.shape[0], video.device
+    backend, hidden = dispatch.pick(op, device, video.dtype, options.backend), traced(type(video), type(text))
+    settings_of, reference, *scale = plan(Call(N, device, wide(video.dtype), backend, hidden))
+    if backend == "reference":
+        given = [video, text, *scale]
+        if N == 1:  # there is no pair, so a NaN in the features must not reach loss or gradient
+            given = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in given]
+        with no_autocast(device.type):
+            return reference(*given)
     inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
     needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     each, how = options.reduction == "none", (backend, options.panel_rows)
     if not any(needs):
-        return _call(step, inputs, None, settings_of(Work(each, False, False, False, *how)))[0]
+        return step.at(hidden)(*inputs, None, settings_of(Work(each, False, False, False, *how)))[0]
     asked = settings_of(Work(False, needs[0], needs[1], needs[-1] and bool(scale), *how))
     if each:
         return Each.apply(step, settings_of(Work(True, False, False, False, *how)), asked, *inputs)
     return Mean.apply(step, asked, *inputs)
+
+
+def _features(op, name, x):
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor [N, E], got {kind(x)}")
+    x = memory_of(op, name, x)  # a nested tensor has no shape to speak of
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name}: expected the shape [N, E] with E > 0, got {list(x.shape)}")
+    return x

@@ -4,42 +4,37 @@ Scratch is one panel, unit rows in the features' dtype and a few vectors; from N
 that needs neither panel nor unit rows. Nothing waits for the GPU.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaat_fast.kernels.pairwise import contrast, panel, sms
-from evaat_fast.kernels.pairwise.sms_recompute import MOST_FEATURES, sms_rows
-from evaat_fast.ops.pairwise.step import Step
+from evaat_fast.kernels.pairwise import sms_recompute as recompute
+from evaat_fast.ops.pairwise.step import Step, Work
 
 # Bytes of a panel, which should stay in L2 between the kernel that writes it and the two products that read it; from N = 128k
 # its 128 rows, the least a product is efficient with, take more.
 PANEL_BYTES = 32 << 20
 LEAST_ROWS = 128
 NO_PANELS = 1 << 18  # pairs from which a step does without panels
+# Whether torch multiplies 16-bit matrices into a float32 result (2.8 and later, CUDA).
+OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-def panel_rows(N: int, size: int) -> int:
-    """Rows of a panel whose elements have `size` bytes."""
-    return min(N, max(LEAST_ROWS, PANEL_BYTES // (N * size) // LEAST_ROWS * LEAST_ROWS))
-
-
-def without_panels(N: int, E: int, dtype: torch.dtype) -> bool:
-    """Whether a max-margin step with gradients does without panels: where their least rows leave L2, and a text gradient that
-    every panel adds to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never
-    too large; float32 would spill."""
-    return N >= NO_PANELS and E <= MOST_FEATURES and dtype == torch.bfloat16
-
-
-@functools.cache
-def _has_out_dtype():
-    """Whether torch multiplies 16-bit matrices into a float32 result (2.8 and later, CUDA)."""
-    return hasattr(torch.ops.aten.addmm, "dtype_out")
+def without_panels(N: int, E: int, dtype: torch.dtype, work: Work) -> bool:
+    """Whether a max-margin step does without panels: where their least rows leave L2, and a text gradient that every panel adds
+    to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never too large; float32
+    would spill."""
+    large = N >= NO_PANELS and E <= recompute.MOST_FEATURES and dtype == torch.bfloat16
+    return any(work.needs()) and (large if work.panel_rows is None else work.panel_rows == 0)
 
 
 class _Triton(Step):
+    def prepare(self) -> None:
+        self.features = panel.features(self.video, self.text)
+        self.weight = None if self.weight is None else self.weight.float()
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
@@ -48,50 +43,43 @@ class _Triton(Step):
         self.norms, self.inverses = self.empty(2, 2, self.N)
         made = self.empty(2, self.N, self.E, dtype=self.dtype) if units else None
         self.unit_video, self.unit_text = (None, None) if made is None else made
-        panel.prepare(self.video, self.text, made, self.norms, self.inverses)
+        panel.prepare(self.features, made, self.norms, self.inverses)
 
     def begin(self) -> None:
         """Room for a panel, where slopes are asked for."""
-        self.rows = min(self.N, self.work.panel_rows or panel_rows(self.N, self.dtype.itemsize))
+        self.rows = self.panel_rows(self.dtype.itemsize, PANEL_BYTES, LEAST_ROWS, LEAST_ROWS)
         self.panel = self.empty(self.rows, self.N, dtype=self.dtype) if self.learns else None
-        self.weight = None if self.weight is None else self.weight.float()
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         """In float32; 16-bit products are rounded once each where torch cannot keep their sums."""
         if a.dtype == out.dtype:
             out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-        elif a.is_cuda and _has_out_dtype():
+        elif a.is_cuda and OUT_DTYPE:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             part = torch.mm(a, b)
             out.add_(part) if add else out.copy_(part)
 
     def through_norms(self, sums: Tensor, weight: Tensor | None, factor: float) -> None:
-        panel.finish(self.video, self.text, self.norms, sums, weight, self.grad_video, self.grad_text, factor)
+        panel.finish(self.features, self.norms, sums, weight, (self.grad_video, self.grad_text), factor)
 
 
 class Sms(_Triton):
-    @classmethod
-    def fitting(cls, shape, dtype, work):
-        none = work.panel_rows == 0 or (work.panel_rows is None and without_panels(shape[0], shape[1], dtype))
-        return SmsWithoutPanels if none and any(work.needs()) else cls
-
-    def arguments(self) -> None:
-        """What the kernels are given of pairs and labels."""
-        source, weight = self.settings.labels, None if self.weight is None else self.weight.float()
-        table, own = source.table, self.settings.own.to(self.wide).contiguous()
-        self.labels = sms.Labels(
-            table, *table.stride()[-2:], table.stride(0) if table.ndim == 3 else 0, *table.shape[-2:],
-            source.video_index, source.caption_index, source.verb, None if source.values is None else source.values.float(),
-        )  # fmt: skip
-        self.pairs = sms.Pairs(*self.inverses, self.empty(self.N), own, weight)
-
     def prepare(self):
+        super().prepare()
         N, each = self.N, self.work.each
-        self.normalise()
+        self.panels = not without_panels(N, self.E, self.dtype, self.work)
+        self.normalise(units=self.panels)
+        self.share = 1 / (2 * (N - 1) * (N if self.weight is None else 1))  # what a slope counts
+        of, own = self.settings.labels, self.settings.own.to(self.wide).contiguous()
+        half, row, column = (0, *of.table.stride())[-3:]
+        indices, values = (of.video_index, of.caption_index, of.verb), None if of.values is None else of.values.float()
+        self.labels = sms.Labels(of.table, row, column, half, *of.table.shape[-2:], *indices, values)
+        self.pairs = sms.Pairs(*self.inverses, self.empty(N), own, self.weight)
+        if not self.panels:
+            return
         self.begin()
-        self.arguments()
-        panel.own_cosines(self.video, self.text, self.inverses, self.pairs.cosine)
+        panel.own_cosines(self.features, self.inverses, self.pairs.cosine)
         self.block = panel.config(self.dtype)["BLOCK"]
         down, across = panel.tiles(self.rows, N, self.block)
         self.sums = torch.zeros((2, N), dtype=torch.int32, device=self.device)
@@ -100,15 +88,15 @@ class Sms(_Triton):
         self.part_col: Any = self.empty(down, N) if each else None
 
     def sweeps(self):
-        yield self.slopes
+        return (self.slopes,) if self.panels else ()
 
     def slopes(self, first, last):
         rows, each = last - first, self.work.each
         down, across = panel.tiles(rows, self.N, self.block)
         slopes = self.panel[:rows] if self.learns else None
         part = self.part[: across * rows if each else down * across]
-        out = sms.Out(slopes, *self.sums, part, self.part_col)
-        sms.sms_panel(self.video, self.text, self.pairs, self.labels, self.settings.penalty, out, first, last)
+        out = sms.Out(slopes, *self.sums, part, self.part_col, first, last)
+        sms.sms_panel(self.features, self.pairs, self.labels, self.settings.penalty, out)
         if each:
             self.losses[0, first:last] = part.view(across, rows).sum(0, dtype=torch.float64)
             self.losses[1] += self.part_col[:down].sum(0, dtype=torch.float64)
@@ -116,35 +104,19 @@ class Sms(_Triton):
             self.losses += part.sum(dtype=torch.float64)
         return slopes
 
-    def share(self) -> float:
-        """What a slope counts."""
-        return 1 / (2 * (self.N - 1)) if self.weight is not None else 1 / (2 * self.N * (self.N - 1))
-
     def finish(self):
         N = self.N
+        if not self.panels:  # a kernel that runs once for the videos and once for the captions
+            entries, self.sums = self.empty(2, N, dtype=torch.float64), self.empty(2, N, dtype=torch.int32)
+            for i, grad in enumerate((self.grad_video, self.grad_text)):
+                out = recompute.Out(entries[i], self.sums[i], grad)
+                recompute.sms_rows(self.features, self.pairs, self.labels, self.settings.penalty, out, captions=i == 1)
+            loss = entries.sum() * self.share
+        else:
+            loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
         if self.learns:
-            self.through_norms(self.sums, self.pairs.weight, self.share())
-        loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
+            self.through_norms(self.sums, self.weight, self.share)
         return loss.float(), *self.gradients
-
-
-class SmsWithoutPanels(Sms):
-    """A step with gradients, in a kernel that runs once for the videos and once for the captions."""
-
-    def prepare(self):
-        self.normalise(units=False)
-        self.arguments()
-
-    def sweeps(self):
-        return ()
-
-    def finish(self):
-        entries, sums = self.empty(2, self.N, dtype=torch.float64), self.empty(2, self.N, dtype=torch.int32)
-        for i, grad in enumerate((self.grad_video, self.grad_text)):
-            out = entries[i], sums[i], grad
-            sms_rows(self.video, self.text, self.pairs, self.labels, self.settings.penalty, *out, captions=i == 1)
-        self.through_norms(sums, self.pairs.weight, self.share())
-        return (entries.sum() * self.share()).float(), *self.gradients
 
 
 def _two_floats(x):
@@ -156,16 +128,15 @@ def _two_floats(x):
 
 class Contrast(_Triton):
     def prepare(self):
+        super().prepare()
         N, normalise = self.N, self.settings.normalise
         self.unit_video, self.unit_text, self.inverses = self.video, self.text, None
         if normalise:
             self.normalise()
         self.begin()
-        from_pairs = self.settings.positives
-        dense, verbs, nouns = from_pairs.dense, from_pairs.verbs, from_pairs.nouns
-        strides = (None, None) if dense is None else dense.stride()
-        self.positives = contrast.Positives(dense, *strides, verbs, nouns)
-        self.source = self.video, self.text, self.inverses, self.scale.reshape(1), self.positives
+        of = self.settings.positives
+        strides = (None, None) if of.dense is None else of.dense.stride()
+        self.logits = contrast.Logits(self.inverses, self.scale.reshape(1), of.dense, *strides, of.verbs, of.nouns)
         self.row_totals, self.col_totals = torch.full((2, 2, N), -torch.inf, dtype=torch.float64, device=self.device)
         self.grad_scale = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -176,25 +147,26 @@ class Contrast(_Triton):
             yield self.slopes
 
     def stats(self, first, last):
-        down, across = contrast.tiles_of(last - first, self.video, self.positives)
+        down, across = contrast.tiles_of(last - first, self.features, self.logits)
         of_rows, of_columns = self.empty(2, 2, 4 * across, last - first), self.empty(2, 2, down, self.N)
-        contrast.stats(*self.source, of_rows, of_columns, first, last)
+        contrast.stats(self.features, self.logits, contrast.Stats(of_rows, of_columns, first, last))
         self.row_totals[:, first:last] = of_rows.sum(1, dtype=torch.float64).logsumexp(1)
         self.col_totals = torch.logaddexp(self.col_totals, of_columns.sum(1, dtype=torch.float64).logsumexp(1))
 
     def total(self) -> None:
-        if self.positives.dense is None and self.positives.verbs is None:  # the own logits, from the same products
+        if self.logits.dense is None and self.logits.verbs is None:  # the own logits, from the same products
             own, ones = self.empty(self.N), torch.ones((2, self.N), device=self.device)
-            panel.own_cosines(self.video, self.text, ones if self.inverses is None else self.inverses, own)
+            panel.own_cosines(self.features, ones if self.inverses is None else self.inverses, own)
             self.row_totals[1] = self.col_totals[1] = own * self.scale
         every = self.row_totals, self.col_totals
         both = [_two_floats(torch.stack((torch.logaddexp(*x), x[1]))) for x in every]
-        self.totals = contrast.Totals(*both, *((others - positive).sigmoid().float() for others, positive in every))
+        rests = ((others - positive).sigmoid().float() for others, positive in every)
+        self.totals = contrast.Totals(*both, *rests, self.weight)
 
     def slopes(self, first, last):
-        down, across = contrast.tiles_of(last - first, self.video, self.positives)
+        down, across = contrast.tiles_of(last - first, self.features, self.logits)
         slopes, part = self.panel[: last - first], self.empty(down * across)
-        contrast.slopes(*self.source, self.totals, self.weight, slopes, part, first, last)
+        contrast.slopes(self.features, self.logits, self.totals, contrast.Slopes(slopes, part, first, last))
         self.grad_scale += part.sum(dtype=torch.float64)
         return slopes
 
