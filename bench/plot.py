@@ -23,6 +23,22 @@ ROOT = HERE.parent
 # The README's table: (what, DEVICE/OP, words of the case, the provider of ours, the one that it replaces).
 ATTENTION = ("nvidia-h200/attn", "evaat joint_attention", "eager rope + sdpa")
 HEADLINE = [
+    (
+        "training step, EVA02-AT-B, 64 clips of 4 frames, ours in a CUDA graph",
+        "nvidia-h200/train",
+        "eva02_at_base_patch16_224 B64 T4",
+        "ours, CUDA graph",
+        "authors, eager",
+    ),
+    (
+        "the same, both under torch.compile",
+        "nvidia-h200/train",
+        "eva02_at_base_patch16_224 B64 T4",
+        "ours, compiled",
+        "authors, compiled",
+    ),
+    ("residual sum and LayerNorm, 50,240 x 768", "nvidia-h200/norm", "add_norm C768 bf16", "evaat", "eager"),
+    ("SwiGLU and LayerNorm, 50,240 x 2,048", "nvidia-h200/norm", "swiglu_norm C2048 bf16", "evaat", "eager"),
     *((f"rotation and attention, 32 clips of {T} frames", ATTENTION[0], f"B32 T{T} bf16", *ATTENTION[1:]) for T in (4, 16)),
     (
         "the last in one Triton kernel of ours",
@@ -106,10 +122,16 @@ def headline():
         chosen = [r for r in data["records"] if set(words.split()) <= set(" ".join(case(r)).split())]
         cells = []
         for mode in ("fwd", "fwdbwd"):
-            ours, theirs = (next(r for r in chosen if r["mode"] == mode and r["provider"] == p) for p in providers)
+            steps = [mode, "step"] if mode == "fwdbwd" else [mode]  # of training, which is forward, backward and update
+            if not any(r["mode"] in steps for r in chosen):
+                cells.append("–")
+                continue
+            ours, theirs = (next(r for r in chosen if r["mode"] in steps and r["provider"] == p) for p in providers)
             now, before = ours["ms"]["p50"], theirs["ms"]["p50"]
             cells.append(f"{short(before)} → {short(now)} ms, {short(before / now, 2)} x")
-        memory = f"{theirs['peak_mib']:.0f} → {ours['peak_mib']:.0f} MiB" if "peak_mib" in ours else "–"
+        memory = (
+            f"{theirs['peak_mib']:.0f} → {ours['peak_mib']:.0f} MiB" if "peak_mib" in ours and "peak_mib" in theirs else "–"
+        )
         on = data["environment"]["device"].removeprefix("NVIDIA ")
         on += f", {data['environment']['threads']} threads" if "threads" in data["environment"] else ""
         lines.append(f"| {on}, {ours['dtype']} | {what} | {providers[1]} | {' | '.join(cells)} | {memory} |")
@@ -165,16 +187,16 @@ def page_text(data, has_figure):
         of_tests[label(r["shape"]), r["dtype"]].append(r)
     modes = list(dict.fromkeys(r["mode"] for r in data["records"]))
     peak = data["peak"]
-    rates = f"{peak['copy_bytes_per_s'] / 1e9:.1f} GB/s{_engine(data)}, matmul {peak['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s"
+    copy = f"Copy {peak['copy_bytes_per_s'] / 1e9:.1f} GB/s{_engine(data)}, matmul" if "copy_bytes_per_s" in peak else "Matmul"
     lines = [
         f"# {data['op']}: {data['environment']['device']}",
         "",
         f"`python bench/{data['op']}.py` on {conditions(data)}.",
         "",
-        f"Copy {rates} in this run.",
+        f"{copy} {peak['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s in this run.",
         f"x: time relative to *{data['baseline']}*. Error: the largest against float64, in brackets torch's own.",
     ]
-    if "cuda" in data["environment"]:
+    if "cuda" in data["environment"] and any("queued_ms" in r for r in data["records"]):
         lines += ["ms: on the device, in a CUDA graph. Call: the time in which an eager call returns."]
     lines += data.get("notes", [])
     lines += ["", f"![{data['op']}]({data['op']}.svg)"] if has_figure else []
@@ -204,7 +226,9 @@ def numbers(r, peak):
     seconds, (unit, amount) = r["ms"]["p50"] / 1e3, next(iter(r["work"].items()))
     scale, name = (1e12, "TFLOP/s") if unit == "flop" else (1e9, "GB/s")
     top = peak["matmul_flop_per_s" if unit == "flop" else "copy_bytes_per_s"]
-    parts = [f"{short(r['ms']['p50'], 4)} ms", f"{amount / seconds / scale:.3g} {name} ({100 * amount / seconds / top:.0f} %)"]
+    parts = [f"{short(r['ms']['p50'], 4)} ms"]
+    parts += [f"{r['clips_per_s']:.3g} clips/s"] if "clips_per_s" in r else []
+    parts += [f"{amount / seconds / scale:.3g} {name} ({100 * amount / seconds / top:.0f} %)"]
     if r.get("queued_ms", r["ms"]["p50"]) < 0.9 * r["ms"]["p50"]:  # a table made anew under capture, for one
         parts.append(f"{short(r['queued_ms'], 4)} ms as eager calls on a busy device: the capture adds work")
     parts += [f"{r['ratio']:.2f} x"] if r.get("ratio") else []

@@ -178,11 +178,12 @@ class Step(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def flop(config, B):
+def flop(config, B, plain):
     """Of the products of a step, which are 3 times those of the forward pass."""
     T, Hp, Wp = config.grid
     N, width = 1 + T * Hp * Wp, config.vision_width
-    vision = config.vision_layers * (N * (4 * width**2 + 3 * width * config.vision_mlp) + 2 * N * N * width)
+    mlp = 8 * width**2 if plain else 3 * width * config.vision_mlp
+    vision = config.vision_layers * (N * (4 * width**2 + mlp) + 2 * N * N * width)
     vision += (N - 1) * 3 * config.patch_size**2 * width
     L, text = CAPTION, config.text_width
     return 6 * B * (vision + config.text_layers * (12 * L * text**2 + L * L * text))
@@ -260,8 +261,6 @@ def measure(training, device, seconds):
     for _ in range(3):
         training.step()
     sync()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     times, until = [], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < until:
         began = time.perf_counter()
@@ -284,11 +283,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device, stop = args.device, time.monotonic() + args.budget
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    peak = peaks(device)["matmul_flop_per_s"]
-    results = {"op": "train", "environment": harness.environment(device), "matmul_flop_per_s": peak, "records": []}
+    peak = peaks(device)
+    results = {"op": "train", "baseline": "authors, eager", "environment": harness.environment(device)}
+    results |= {"peak": peak, "records": []}
     for shape in (GPU_SHAPES if device == "cuda" else CPU_SHAPES)[: args.first]:
         print(f"\n{store.label(shape)}  {precision}")
-        authors = None
+        authors = base = None
         for name, stack in STACKS.items():
             chosen = name in args.only if args.only else not any(word in name for word in args.skip)
             if name != "authors, eager" and (not chosen or time.monotonic() > stop):
@@ -298,6 +298,8 @@ def main(argv=None):
                 if stack.graph and device != "cuda":
                     raise harness.Unavailable("for a GPU")
                 began = time.perf_counter()
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()  # before the model, as a graph's memory is taken when it is captured
                 training = Training(shape, stack, device, precision)
                 if authors is None:
                     authors = first(training)
@@ -305,10 +307,11 @@ def main(argv=None):
                     check(first(training), authors)
                 times, mib = measure(training, device, args.seconds)
                 ms = quantiles(times)
-                clips, work = shape["B"] / ms["p50"] * 1e3, flop(training.config, shape["B"])
-                record |= {"ms": ms, "clips_per_s": clips, "began_s": time.perf_counter() - began - sum(times)}
-                if not stack.plain:
-                    record["mfu"] = work / ms["p50"] * 1e3 / peak
+                work = flop(training.config, shape["B"], stack.plain)
+                base = base or ms["p50"]
+                record |= {"ms": ms, "ratio": ms["p50"] / base, "clips_per_s": shape["B"] / ms["p50"] * 1e3}
+                record |= {"work": {"flop": work}, "mfu": work / ms["p50"] * 1e3 / peak["matmul_flop_per_s"]}
+                record["began_s"] = time.perf_counter() - began - sum(times)
                 if mib is not None:
                     record["peak_mib"] = mib
             except Exception as error:
@@ -326,9 +329,9 @@ def main(argv=None):
 def show(record):
     if "ms" not in record:
         return f"  {record['provider']:<22} {next(record[k] for k in ('absent', 'fail') if k in record)[:200]}"
-    mfu = f"{record['mfu']:6.1%}" if "mfu" in record else "     –"
     memory = f"{record['peak_mib'] / 1024:7.1f} GiB" if "peak_mib" in record else ""
-    return f"  {record['provider']:<22} {record['ms']['p50']:9.1f} ms {record['clips_per_s']:8.1f} clips/s  MFU {mfu} {memory}"
+    rates = f"{record['ms']['p50']:9.1f} ms {record['clips_per_s']:8.1f} clips/s  MFU {record['mfu']:6.1%}"
+    return f"  {record['provider']:<22} {rates} {memory}"
 
 
 if __name__ == "__main__":

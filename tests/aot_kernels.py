@@ -157,6 +157,37 @@ def of_rows(arch, name):
     return aot.build(getattr(panel, f"{name}_kernel"), types, constants, arch, aligned=aligned)
 
 
+def norm(arch, kind, C, dtype="bf16", residual=True):
+    from evaat_fast.kernels.norm import add, rows, swiglu
+
+    row, wide = f"*{dtype}", "*fp32"
+    if kind == "sums":
+        constants = rows.SUMS | {"C": C}
+        warps = constants.pop("num_warps")
+        types = {"sums": wide, "dweight": wide, "dbias": wide, "P": "i32"}
+        return aot.build(rows.sums_kernel, types, constants, arch, num_warps=warps)
+    stream = wide if residual else None
+    kernel, types = {
+        "add_norm": (
+            add.add_norm_kernel,
+            {"x": row, "residual": stream, "bias": wide, "normed": row, "total": stream, "eps": "fp32"},
+        ),
+        "add_norm backward": (
+            add.add_norm_backward_kernel,
+            {"dY": row, "dR": stream, "total": stream or row, "dx": row, "dr": stream, "sums": wide},
+        ),
+        "swiglu_norm": (swiglu.swiglu_norm_kernel, {"x": row, "bias": wide, "out": row, "eps": "fp32"}),
+        "swiglu_norm backward": (swiglu.swiglu_norm_backward_kernel, {"dY": row, "x": row, "dx": row, "sums": wide}),
+    }[kind]
+    module = add if kind.startswith("add") else swiglu
+    options = module.forward_config(C)
+    if kind.endswith("backward"):
+        options = module.config(C) if module is add else module.config(C, arch // 10)
+    warps = options.pop("num_warps")
+    constants = options | ({} if module is add else {"EXACT": dtype == "fp32"})
+    return aot.build(kernel, types | {"weight": wide, "statistics": wide, "M": "i32"}, constants, arch, num_warps=warps)
+
+
 def _shipped():
     pairs = {"interleaved": True, "half-split": False}
     for dtype, D in [*((d, 64) for d in DTYPES), ("bf16", 80), ("bf16", 128)]:
@@ -197,6 +228,14 @@ def _shipped():
     for kind in ("forward", "keys", "queries", "both"):
         yield f"attn {kind} bf16 D64 interleaved, packed clips", functools.partial(attn, kind=kind, D=64, clips=64)
     yield "attn forward bf16 D80 half-split", functools.partial(attn, kind="forward", D=80, interleaved=False)
+    for kind in ("add_norm", "add_norm backward"):
+        for C, dtype, residual in ((768, "bf16", True), (768, "bf16", False), (4096, "bf16", True), (768, "fp32", True)):
+            of = "a stream" if residual else "no stream"
+            yield f"{kind} {dtype} {C}, {of}", functools.partial(norm, kind=kind, C=C, dtype=dtype, residual=residual)
+    for kind in ("swiglu_norm", "swiglu_norm backward"):
+        for C, dtype in ((2048, "bf16"), (2730, "bf16"), (2048, "fp32")):
+            yield f"{kind} {dtype} {C}", functools.partial(norm, kind=kind, C=C, dtype=dtype)
+    yield "norm sums 768", functools.partial(norm, kind="sums", C=768)
     for name in ("prepare", "finish"):
         yield f"pairwise {name}", functools.partial(of_rows, name=name)
 

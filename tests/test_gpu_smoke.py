@@ -41,6 +41,7 @@ def test_what_serves(device):
     losses = ("sms_loss", "mi_mm_loss", "adaptive_mi_mm_loss", "clip_loss", "ego_nce_loss")
     assert {op: pick(op) for op in ("rope3d", *losses)} == dict.fromkeys(("rope3d", *losses), ours)
     assert pick("joint_attention") == "sdpa"
+    assert pick("add_norm") == pick("swiglu_norm") == ("triton" if device == "cuda" else "reference")
 
 
 # The rotation
@@ -125,6 +126,34 @@ def test_joint_attention_packed(device):
 
     low = lambda *x: rotated(scaled_dot_product_attention, *x, grid(device))  # noqa: E731
     held_to_sdpa(consumed, inputs, grid(device), low)
+
+
+# The norms
+
+
+def block(device, width, *sizes):
+    """Rows of two clips, bfloat16 and float32 as sizes say, and the weights of a norm of that width."""
+    rows = [torch.randn(2, tokens(device), n, device=device).to(t).requires_grad_() for n, t in sizes]
+    return [*rows, *(torch.randn(width, device=device).requires_grad_() for _ in range(2))]
+
+
+@pytest.mark.parametrize("op", ["add_norm", "swiglu_norm"])
+def test_norms(device, op):
+    """Values and gradients, of the weights too, against float64 and what the plain op makes of bfloat16."""
+    width = 768 if device == "cuda" else 48
+    sizes = [(width, BF16), (width, torch.float32)] if op == "add_norm" else [(2 * width, BF16)]
+    leaves = block(device, width, *sizes)
+
+    def results(leaves, **options):
+        outs = getattr(ops, op)(*leaves, **options)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        upstream = [torch.linspace(-1, 1, o.numel(), dtype=torch.float64, device=device).reshape(o.shape) for o in outs]
+        grads = torch.autograd.grad(outs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outs, strict=True)])
+        return [*outs, *grads]
+
+    exact = results([x.detach().double().requires_grad_() for x in leaves], backend="reference")
+    for ours, low, truth in zip(results(leaves), results(leaves, backend="reference"), exact, strict=True):
+        close(ours, low, truth)
 
 
 # The losses

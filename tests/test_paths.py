@@ -122,12 +122,23 @@ def patchify(backend):
     return lambda: ops.patchify(video, 16, (0.0,) * 3, (1.0,) * 3, backend=backend), video
 
 
+def add_norm(backend):
+    x, stream, weight, bias = heads(2, N, 16), heads(2, N, 16), heads(16), heads(16)
+    return lambda: ops.add_norm(x, stream, weight, bias, backend=backend), x
+
+
+def swiglu_norm(backend):
+    x, weight, bias = heads(2, N, 32), heads(16), heads(16)
+    return lambda: ops.swiglu_norm(x, weight, bias, backend=backend), x
+
+
 CASES = [
     *((make, backend) for make in (rope3d, rope3d_, rope3d_qkv_) for backend in ("cpu", "triton")),
     *((make, backend) for make in (joint_attention, joint_attention_qkv_) for backend in ("sdpa", "triton")),
     *((make, backend) for make in (sms_loss, sms_loss_of_table) for backend in ("cpu", "triton")),
     (sms_loss_of_video, "cpu"),
     (clip_loss, "cpu"),
+    *((make, backend) for make in (add_norm, swiglu_norm) for backend in ("reference", "triton")),
     (patchify, "cpu"),
 ]
 

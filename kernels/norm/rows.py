@@ -1,7 +1,4 @@
-"""What the norms share: a row of C numbers is one program's, all of it in registers.
-
-A warp holds 1,024 channels, 32 a thread; in a backward pass, which keeps two sums for each channel beside the row, 512.
-"""
+"""What the norms share: a row of C numbers is one program's, all of it in registers."""
 
 import functools
 
@@ -11,8 +8,6 @@ import triton.language as tl
 from evaat_fast.kernels.launch import on
 
 MOST_CHANNELS = 16384
-FORWARD, BACKWARD = 1024, 512  # channels of a warp: with 1,024 the backward passes take 216 registers and more, and spill
-WARPS = 16  # of a multiprocessor in a backward pass
 
 
 def block(C, channels):
@@ -26,25 +21,27 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def programs(M, C, device):
-    """Programs of a backward pass, which sum the gradients of weight and bias over their rows before memory does: as many as a
-    GPU runs at a time, and the same on each run."""
-    return min(M, multiprocessors(device) * max(1, WARPS // block(C, BACKWARD)["num_warps"]))
+def programs(M, device, warps, num_warps):
+    """Programs of a backward pass, each of which adds up the gradients of weight and bias over its rows before memory does: as
+    many as a GPU runs at a time, `warps` a multiprocessor. More would wait for the others, and then run alone."""
+    return min(M, multiprocessors(device) * max(1, warps // num_warps))
 
 
 @triton.jit
 def moments(x, has, C: tl.constexpr, eps):
-    """Mean and 1 / standard deviation of a row, the second from its deviations, as squares of large numbers cancel."""
-    mean = tl.sum(x, 0) / C
+    """Mean and 1 / standard deviation of a row, the second from its deviations, as squares of large numbers cancel. Divisions
+    are rounded right: one that is quick is off by two bits for the whole row."""
+    count = tl.full((), C, tl.float32)
+    mean = tl.div_rn(tl.sum(x, 0), count)
     deviation = tl.where(has, x - mean, 0.0)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(deviation * deviation, 0) / C + eps))
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(deviation * deviation, 0), count) + eps))
 
 
 @triton.jit
 def slope(dY, normed, weight, rstd, C: tl.constexpr):
     """The gradient of a row before its norm. normed: after it, before weight and bias. dY is 0 beyond the row."""
-    d = dY * weight
-    return (d - tl.sum(d, 0) / C - normed * (tl.sum(d * normed, 0) / C)) * rstd
+    d, count = dY * weight, tl.full((), C, tl.float32)
+    return (d - tl.div_rn(tl.sum(d, 0), count) - normed * tl.div_rn(tl.sum(d * normed, 0), count)) * rstd
 
 
 @triton.jit
@@ -70,8 +67,11 @@ def sums_kernel(sums, dweight, dbias, P, C: tl.constexpr, BLOCK_P: tl.constexpr,
         tl.store(dbias + c, column, mask=has)
 
 
+SUMS = {"BLOCK_P": 128, "BLOCK_C": 32, "num_warps": 8}
+
+
 def add_up(sums, dweight, dbias):
     """sums: float32 [P, 2, C]. dbias may be None."""
     P, _, C = sums.shape
     with on(sums.device):
-        sums_kernel[triton.cdiv(C, 32), 2](sums, dweight, dbias, P, C=C, BLOCK_P=128, BLOCK_C=32, num_warps=8)
+        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), 2](sums, dweight, dbias, P, C=C, **SUMS)

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evaat_fast.kernels.norm import add, swiglu
-from evaat_fast.kernels.norm.rows import programs
 
 
 def _rows(x: Any, C: int) -> Any:
@@ -15,11 +14,11 @@ def _rows(x: Any, C: int) -> Any:
     return None if x is None else x.reshape(-1, C).contiguous()
 
 
-def _of_weights(ctx: Any, M: int, C: int, weight: Tensor | None, bias: Tensor | None, first: int) -> list[Tensor | None]:
-    """Room for the sums of the programs and for the gradients of weight and bias, the arguments from the `first` on."""
-    if weight is None or not any(ctx.needs_input_grad[first : first + 2]):
+def _of_weights(learns: bool, count: int, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
+    """Room for the sums of so many programs, and for the gradients of weight and bias."""
+    if weight is None or not learns:
         return [None, None, None]
-    sums = weight.new_empty((programs(M, C, weight.device), 2, C), dtype=torch.float32)
+    sums = torch.empty((count, 2, len(weight)), dtype=torch.float32, device=weight.device)
     return [sums, torch.empty_like(weight), None if bias is None else torch.empty_like(bias)]
 
 
@@ -52,7 +51,8 @@ class AddNorm(torch.autograd.Function):
         make = lambda dtype: torch.empty(shape, dtype=dtype, device=dY.device)  # noqa: E731
         dr = make(torch.float32) if of_residual is not None and torch.float32 in ctx.dtypes else None
         dx = None if of_x == torch.float32 and dr is not None else make(of_x)
-        sums, dweight, dbias = _of_weights(ctx, dY.numel() // C, C, weight, bias, 2)
+        count = add.count(dY.numel() // C, C, dY.device)
+        sums, dweight, dbias = _of_weights(any(ctx.needs_input_grad[2:4]), count, weight, bias)
         outs = (_rows(dx, C), _rows(dr, C), sums, dweight, dbias)
         add.backward(_rows(dY, C), _rows(dR, C), _rows(total, C), weight, statistics, *outs)
         of: dict[torch.dtype, Any] = {torch.float32: dr, of_x: dx if dx is not None else dr}
@@ -80,6 +80,7 @@ class SwigluNorm(torch.autograd.Function):
         rows, weight, bias, statistics = ctx.saved_tensors
         C = dY.shape[-1]
         dx = torch.empty_like(rows)
-        sums, dweight, dbias = _of_weights(ctx, len(rows), C, weight, bias, 1)
+        count = swiglu.count(len(rows), C, dY.device)
+        sums, dweight, dbias = _of_weights(any(ctx.needs_input_grad[1:3]), count, weight, bias)
         swiglu.backward(_rows(dY, C), rows, weight, statistics, dx, sums, dweight, dbias)
         return dx.view(*dY.shape[:-1], 2 * C), dweight, dbias, None, None
