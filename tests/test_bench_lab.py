@@ -23,15 +23,8 @@ def test_entries_say_what_they_ask(lab, capsys):
         assert f"{name}: {entry.question}" in shown and entry.expected in shown
 
 
-def test_panels(lab):
-    for case in lab.ENTRIES["panels"].cases("cpu", True):
-        assert len(case.variants) > 1 and set(case.work) <= {"flop", "byte"}
-        for make in case.variants.values():
-            case.check(make(case.inputs)())
-
-
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["rope3d", "attention", "backward", "norm"])
+@pytest.mark.parametrize("name", ["norm"])
 def test_launches(lab, name):
     """Another block must not change the result, and a wrong result must not pass."""
     for case in lab.ENTRIES[name].cases("cpu", True):
@@ -46,6 +39,6 @@ def test_without_a_gpu_it_says_so(lab):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="needs a GPU"):
-        lab.main(["panels"])
+        lab.main(["norm"])
     with pytest.raises(SystemExit):
         lab.main(["nothing"])
