@@ -1,6 +1,7 @@
 """rope3d on every backend that runs eagerly: values, gradients, layouts, properties, errors, torch.compile."""
 
 import math
+import weakref
 
 import peers
 import pytest
@@ -11,6 +12,7 @@ from rope3d_cases import LAYOUTS, make
 from evaat_fast import ops
 from evaat_fast.ops.rope3d.freqs import grid_positions
 from evaat_fast.ops.rope3d.reference import rope3d_reference
+from evaat_fast.ops.rope3d.table import hold_constant
 
 GRID, N = (3, 4, 5), 61
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -258,6 +260,50 @@ def test_cuda_graph(backend, learnable):
             q.normal_(), qkv.normal_(), freqs.mul_(1.5)
         graph.replay()
         assert all(map(torch.equal, outs, step()))
+
+
+def kernels_of(call):
+    """The kernels that a call launches, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and "mem" not in e.name.lower()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("of_a_model", [True, False])
+def test_a_graph_has_the_rotation_s_kernels_alone(of_a_model):
+    """Forward and backward, with the default frequencies and with those that a model owns."""
+    freqs = hold_constant(ops.joint_freqs(64, scale=(1.0, 1.5, 1.5)).cuda()) if of_a_model else None
+    q = torch.randn(2, 3, N, 64, device="cuda", requires_grad=True)
+    grad = torch.randn_like(q)
+    step = lambda: torch.autograd.grad(ops.rope3d(q, None, GRID, freqs=freqs), q, grad)[0]  # noqa: E731
+    want, stream, graph = step(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    assert [name.split("<")[0] for name in kernels_of(step)] == ["rope3d_kernel"] * 2
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    with torch.cuda.graph(graph):
+        out = step()
+    assert [name.split("<")[0] for name in kernels_of(graph.replay)] == ["rope3d_kernel"] * 2
+    assert torch.equal(out, want)
+
+
+def test_constant_frequencies():
+    """Their table is made once; a change through torch is noticed; nothing is kept of what is gone."""
+    freqs = hold_constant(ops.joint_freqs(64, scale=(1.0, 1.5, 1.5)))
+    q = torch.randn(1, 2, N, 64)
+    turned = lambda: ops.rope3d(q, None, GRID, freqs=freqs)  # noqa: E731
+    assert torch.equal(turned(), ops.rope3d(q, None, GRID, freqs=freqs.clone())) and torch.equal(turned(), turned())
+    freqs.mul_(2)
+    assert torch.equal(turned(), ops.rope3d(q, None, GRID, freqs=freqs.clone()))
+    freqs.requires_grad_()
+    assert torch.autograd.grad(turned().sum(), freqs)[0].isfinite().all()
+    gone = weakref.ref(freqs)
+    freqs = None
+    assert gone() is None
 
 
 # Frequencies

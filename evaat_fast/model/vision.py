@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from evaat_fast import ops
 from evaat_fast.model.configs import NORMS, ModelConfig
 from evaat_fast.ops._core.autocast import autocast_dtype
+from evaat_fast.ops.rope3d.table import hold_constant
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
 
@@ -204,6 +205,8 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = x + spatial.flatten(1, 2)
         x = torch.cat((cls.to(x.dtype), x), 1)
+        if not torch.compiler.is_compiling():
+            hold_constant(self.freqs)
         stream = None
         for block in self.blocks:
             # Only the class token leaves the tower, so the last block computes only that row, with the same result. By

@@ -2,10 +2,13 @@
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from evaat_fast.ops.rope3d.freqs import grid_positions, joint
 from evaat_fast.ops.rope3d.reference import cos_sin
@@ -16,11 +19,43 @@ from evaat_fast.ops.rope3d.rotation import Rotation
 _TABLES: OrderedDict[tuple, tuple[tuple, Tensor]] = OrderedDict()
 _CAPTURED: dict[tuple, Tensor] = {}
 _MOST_BYTES = 2**26
+# Of frequencies whose owner promised not to change them: their version then, and their tables, which live as long as they do.
+_CONSTANT: Any = WeakIdKeyDictionary()
+
+
+def hold_constant(freqs: Tensor) -> Tensor:
+    """freqs, a model's own, which will not be written to: on a GPU their tables are kept, where otherwise each call makes one.
+    What changes them through torch is noticed, what writes through `.data` is not."""
+    if freqs not in _CONSTANT and not freqs.is_inference():
+        _CONSTANT[freqs] = (freqs._version, {})
+    return freqs
+
+
+def _constant_table(
+    rotation: Rotation, make: Callable, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The kept table of frequencies that are constant, made at need; None if they are not."""
+    freqs = rotation.freqs
+    if freqs is None or freqs.requires_grad or rotation.positions is not None:
+        return None
+    held = _CONSTANT.get(freqs)
+    if held is None or held[0] != freqs._version:
+        return None
+    key = rotation.grid, dtype
+    if key not in held[1]:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # it would lie in the graph's memory
+        held[1][key] = make(rotation, head_dim, dtype, device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # so that every stream may read it afterwards
+    return held[1][key]
 
 
 def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """[2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
     make = triton_table if rotation.backend == "triton" else torch_table
+    if _CONSTANT and (constant := _constant_table(rotation, make, head_dim, dtype, device)) is not None:
+        return constant
     user = tuple(x for x in (rotation.freqs, rotation.positions) if x is not None)
     # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
     # counters do not see writes through .data.
