@@ -7,7 +7,7 @@ import pytest
 import torch
 from corpus import corpus
 
-from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, load, train, trainer
+from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, load, steps, train, trainer
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import Log, read
 from evaat_fast.train.sampler import EpochSampler
@@ -83,21 +83,26 @@ def test_a_run_lowers_its_loss_and_leaves_its_files(configure, loss, tmp_path, c
     assert len(lines) == 5 and "epoch 4/4" in lines[-1] and "mAP" in lines[-1]
 
 
+def power_cut(function, after):
+    """The function, whose call after so many is interrupted."""
+    calls = []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return cut
+
+
 def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch):
     whole = train(configure("train.epochs=3", out="whole"), quiet=True)
-    config, batches = configure("train.epochs=3", out="broken"), []
-    original = trainer.batch_loss
-
-    def power_cut(*args):
-        batches.append(1)
-        if len(batches) == 5:  # in the middle of the second epoch
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(trainer, "batch_loss", power_cut)
+    config = configure("train.epochs=3", out="broken")
+    monkeypatch.setattr(steps, "batch_loss", power_cut(steps.batch_loss, after=4))  # in the middle of the second epoch
     with pytest.raises(KeyboardInterrupt):
         train(config, quiet=True)
-    monkeypatch.setattr(trainer, "batch_loss", original)
+    monkeypatch.undo()
     torch.manual_seed(99)
     resumed = train(config, resume=True, quiet=True)
     assert_same(weights(whole["checkpoint"]), weights(resumed["checkpoint"]))
@@ -106,6 +111,52 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeyp
     assert untimed[0] == untimed[1]
     again = train(config, resume=True, quiet=True)  # nothing is left to do
     assert again["metrics"] == whole["metrics"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(configure):
+    """One compilation for the blocks of a tower; the log, and the names in the checkpoint, are those of an eager run."""
+    layers = "model.overrides={patch_size=32,vision_layers=3,text_layers=3,vision_width=32,vision_heads=1,vision_mlp=32}"
+    runs = {}
+    for name in ("false", "true"):
+        torch._dynamo.reset()
+        runs[name] = train(configure("train.epochs=1", layers, f"train.compile={name}", out=name), quiet=True)
+    losses = [[r["loss"] for r in read(run["log"]) if r["event"] == "step"] for run in runs.values()]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+    assert weights(runs["false"]["checkpoint"]).keys() == weights(runs["true"]["checkpoint"]).keys()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", ["clip", "sms"])
+def test_a_graph_learns_the_same(configure, loss, monkeypatch):
+    """And goes on from an eager run's checkpoint, with the learning rate of the schedule."""
+    options = (
+        "train.device=cuda",
+        "train.epochs=3",
+        f"loss.name={loss}",
+        "optim.clip_norm=1",
+        "loss.learnable_temperature=true",
+    )
+    eager = train(configure(*options, out="eager"), quiet=True)
+    graphed = train(configure(*options, "train.cuda_graph=true", out="graph"), quiet=True)
+    losses = [[r["loss"] for r in read(run["log"]) if r["event"] == "step"] for run in (eager, graphed)]
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=1e-3)
+    power = power_cut(steps.batch_loss, after=4)  # in the middle of the second epoch
+    monkeypatch.setattr(steps, "batch_loss", power)
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(*options, out="mixed"), quiet=True)
+    monkeypatch.undo()
+    mixed = train(configure(*options, "train.cuda_graph=true", out="mixed"), resume=True, quiet=True)
+    rates = [[r["lr"] for r in read(run["log"]) if r["event"] == "step"] for run in (eager, mixed)]
+    assert rates[0] == rates[1]
+    for name, x in weights(mixed["checkpoint"]).items():
+        torch.testing.assert_close(x, weights(eager["checkpoint"])[name], rtol=2e-2, atol=2e-2)
+
+
+def test_a_graph_needs_a_gpu(configure):
+    with pytest.raises(ConfigError, match="train.cuda_graph: needs a CUDA device, got train.device = 'cpu'"):
+        train(configure("train.cuda_graph=true"))
 
 
 def test_workers_change_nothing(configure):
@@ -125,7 +176,7 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(configure):
 def test_an_old_run_stands_until_the_new_one_has_a_checkpoint(configure, monkeypatch):
     old = train(configure(), quiet=True)["checkpoint"]
     before = old.read_bytes()
-    monkeypatch.setattr(trainer, "batch_loss", lambda *a: 1 / 0)
+    monkeypatch.setattr(steps, "batch_loss", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(configure(), overwrite=True, quiet=True)
     assert old.read_bytes() == before
@@ -162,13 +213,13 @@ def test_init_starts_from_a_checkpoint(configure):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(configure, monkeypatch, tmp_path):
-    original, calls = trainer.batch_loss, []
+    original, calls = steps.batch_loss, []
 
     def poisoned(*args):
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(trainer, "batch_loss", poisoned)
+    monkeypatch.setattr(steps, "batch_loss", poisoned)
     with pytest.raises(Diverged, match=r"the loss is nan at step 5 of 6, epoch 2, lr .* Lower optim.lr"):
         train(configure(), quiet=True)
     saved = checkpoint.read(tmp_path / "run/last.pt")
@@ -184,7 +235,7 @@ def test_learnable_temperature_moves_and_a_fixed_one_does_not(configure):
 
 def test_weight_decay_spares_vectors_and_positions(configure):
     model = trainer.build_model(configure())
-    decayed, spared = trainer.build_optimizer(model, configure("optim.weight_decay=0.5")).param_groups
+    decayed, spared = steps.build_optimizer(model, configure("optim.weight_decay=0.5")).param_groups
     assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0
     names = {id(p): n for n, p in model.named_parameters()}
     decayed, spared = ({names[id(p)] for p in group["params"]} for group in (decayed, spared))

@@ -89,6 +89,12 @@ class EVA02AT(nn.Module):
         self.visual.grad_checkpointing = enable
         self.text.transformer.grad_checkpointing = enable
 
+    def compile_blocks(self) -> None:
+        """torch.compile for each block of both towers, in place; names and the state dict stay. One compilation serves all
+        blocks of a tower, so the wait is that of a few blocks, not of the model."""
+        for block in (*self.visual.blocks, *self.text.transformer.resblocks):
+            block.compile()
+
     def no_weight_decay(self) -> set[str]:
         """Names of the embeddings that weight decay should leave alone, besides vectors and scalars."""
         return {"visual.cls_token", "visual.pos_embed", "visual.temporal_embed", "text.positional_embedding"}

@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         stream = None
         for block in self.resblocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, stream = checkpoint(block, x, stream, use_reentrant=False)
+                x, stream = checkpoint(block, x, stream, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, stream = block(x, stream)
         assert stream is not None  # there is a block

@@ -213,7 +213,7 @@ class VisionTransformer(nn.Module):
             # count of multiplications this saves a quarter of the tiny model and 7 % of the base model at 4 frames.
             arguments = (x, stream, self.config.grid, self.freqs, block is self.blocks[-1])
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, stream = checkpoint(block, *arguments, use_reentrant=False)
+                x, stream = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, stream = block(*arguments)
         assert stream is not None  # there is a block

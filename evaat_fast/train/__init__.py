@@ -22,6 +22,7 @@ _SUBMODULES = (
     "report",
     "sampler",
     "schedules",
+    "steps",
     "trainer",
 )
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import report as report
     from evaat_fast.train import sampler as sampler
     from evaat_fast.train import schedules as schedules
+    from evaat_fast.train import steps as steps
     from evaat_fast.train import trainer as trainer
     from evaat_fast.train.config import Config as Config
     from evaat_fast.train.config import ConfigError as ConfigError

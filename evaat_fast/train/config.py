@@ -106,7 +106,9 @@ class Train:
     """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct: at most one clip of a
     kind (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device:
     "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU.
-    save_every: epochs."""
+    save_every: epochs. compile: torch.compile for the blocks of both towers, which costs a minute at the start.
+    cuda_graph: on a GPU, replay a step as a CUDA graph, which spares the launches from Python; memory grows by one
+    step's for each text length, of multiples of 16."""
 
     out: str = key("", path=True)
     init: str = key("", path=True)
@@ -118,6 +120,8 @@ class Train:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     processes: int = key(1, least=1)
     save_every: int = key(1, least=1)
+    compile: bool = False
+    cuda_graph: bool = False
 
 
 @dataclass

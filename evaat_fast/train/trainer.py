@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 import evaat_fast
-from evaat_fast import ops
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.ek100_files import Split
 from evaat_fast.model import EVA02AT, CLIPTokenizer
@@ -29,8 +28,7 @@ from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Log, Progress
 from evaat_fast.train.sampler import EpochSampler
 from evaat_fast.train.schedules import warmup
-
-MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
+from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer
 
 
 class Diverged(RuntimeError):
@@ -78,6 +76,10 @@ def train(
     optimizer = build_optimizer(model, config)
     if stored:
         checkpoint.restore(stored, model, optimizer, last)
+    fit_optimizer(optimizer, config, device)
+    steps = Steps(model, optimizer, data.relevancy_table, config, device)
+    if config.train.compile:
+        model.compile_blocks()
 
     # An old last.pt stands until the new run's first one takes its place.
     out.mkdir(parents=True, exist_ok=True)
@@ -87,27 +89,27 @@ def train(
         reading = Progress(len(data), "decoding", quiet)
         inputs.decode(data, reading)
         reading.close()
-    steps = config.train.epochs * len(sampler)
-    progress = Progress(steps - done * len(sampler), out.name, quiet)
+    count = config.train.epochs * len(sampler)
+    progress = Progress(count - done * len(sampler), out.name, quiet)
     metrics = None
     try:
         if not stored:
-            count = sum(p.numel() for p in model.parameters())
+            parameters = sum(p.numel() for p in model.parameters())
             log.write(
                 "start",
                 0,
-                parameters=count,
+                parameters=parameters,
                 clips=len(data),
-                steps=steps,
+                steps=count,
                 device=str(device),
                 version=evaat_fast.__version__,
             )
             progress.say(
-                f"{out.name}: {count / 1e6:.2f} M parameters, {len(data)} clips, {config.train.epochs} epochs of "
+                f"{out.name}: {parameters / 1e6:.2f} M parameters, {len(data)} clips, {config.train.epochs} epochs of "
                 f"{len(sampler)} steps on {device}"
             )
         for epoch in range(done, config.train.epochs):
-            loss, seconds = run_epoch(model, optimizer, data, sampler, tokenize, epoch, config, device, log, progress)
+            loss, seconds = run_epoch(steps, data, sampler, tokenize, epoch, config, device, log, progress)
             finished = epoch + 1 == config.train.epochs
             log.write(
                 "epoch",
@@ -133,8 +135,7 @@ def train(
 
 
 def run_epoch(
-    model: EVA02AT,
-    optimizer: torch.optim.Optimizer,
+    steps: Steps,
     data: EK100,
     sampler: EpochSampler,
     tokenize: CLIPTokenizer,
@@ -145,7 +146,7 @@ def run_epoch(
     progress: Progress,
 ) -> tuple[float, float]:
     """One epoch. Returns its mean loss and its seconds."""
-    model.train()
+    steps.model.train()
     # Crops, frames, texts and the order of the clips are functions of (seed, epoch).
     data.set_epoch(epoch)
     sampler.epoch = epoch
@@ -158,7 +159,6 @@ def run_epoch(
         end_lr=config.schedule.end_lr,
         name=config.schedule.name,
     )
-    table = data.relevancy_table.to(device)
     started, losses = time.perf_counter(), []
     pending: tuple[int, float, Tensor] | None = None
 
@@ -177,37 +177,14 @@ def run_epoch(
     for i, batch in enumerate(inputs.loader(config, data, sampler, tokenize, device)):
         step = epoch * len(sampler) + i
         lr = warmup(step, **scheduled)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = batch_loss(model, batch, table, config, device)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-        optimizer.step()
-        if config.loss.learnable_temperature:
-            model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        steps.set_lr(lr)
+        loss = steps(batch)
         if pending:
             settle(*pending)
-        pending = (step, lr, loss.detach())
+        pending = (step, lr, loss)
     assert pending is not None  # a sampler has at least one batch
     settle(*pending)
     return sum(losses) / len(losses), time.perf_counter() - started
-
-
-def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, config: Config, device: torch.device) -> Tensor:
-    """The loss of one batch, a scalar. `table` [K, K]: the relevancy between kinds."""
-    video = batch["video"].to(device, non_blocking=True)
-    text = batch["text"].to(device, non_blocking=True)
-    with inputs.autocast(config, device):
-        video, text = model.encode_video(video), model.encode_text(text)
-    if config.loss.name == "clip":
-        video, text = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (video, text))
-        return ops.clip_loss(video, text, model.logit_scale.exp())
-    relevancy = ops.IndexedRelevancy(table, batch["kind"].to(device), batch["text_kind"].to(device))
-    return ops.sms_loss(
-        video, text, relevancy, margin=config.loss.margin, relaxation=config.loss.relaxation, rule=config.loss.rule
-    )
 
 
 def choose_device(config: Config) -> torch.device:
@@ -220,7 +197,7 @@ def choose_device(config: Config) -> torch.device:
         raise ConfigError("training on several GPUs is not built yet: start one process, without torchrun")
     name = config.train.device
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -229,6 +206,8 @@ def choose_device(config: Config) -> torch.device:
         raise ConfigError(f"train.device: expected auto, cpu, cuda or cuda:0, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"train.device: {name!r} was asked for, but torch sees no CUDA device")
+    if device.type != "cuda" and config.train.cuda_graph:
+        raise ConfigError(f"train.cuda_graph: needs a CUDA device, got train.device = {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"train.device: {name!r} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
     return device
@@ -295,22 +274,3 @@ def build_model(config: Config, weights: bool = True) -> EVA02AT:
     model.logit_scale.requires_grad_(config.loss.learnable_temperature)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     return model
-
-
-def build_optimizer(model: EVA02AT, config: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings."""
-    spared = model.no_weight_decay()
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim >= 2 and name not in spared].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": config.optim.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-        fused=True,
-    )

@@ -1,0 +1,127 @@
+"""One training step: the loss of a batch, its gradients, the update. Called eagerly, or replayed as a CUDA graph.
+
+A step of a base model is some 1,700 kernels, which Python launches no faster than in 110 ms on an H200 and which take 77 there.
+A graph is captured once for each shape of a batch, and replaying it launches them all at once.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaat_fast import ops
+from evaat_fast.model import EVA02AT
+from evaat_fast.train import inputs
+from evaat_fast.train.config import Config
+
+MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
+TEXT_STEP = 16  # captions of a graph are padded to a multiple of it, or their lengths would make dozens of graphs
+
+
+class Steps:
+    """steps(batch) trains once on a batch of `inputs.loader`, and returns its loss, a scalar that nobody has waited for.
+
+    Args:
+        model: an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
+        config: a Config. device: where the model is.
+    """
+
+    def __init__(
+        self, model: EVA02AT, optimizer: torch.optim.Optimizer, table: Tensor, config: Config, device: torch.device
+    ) -> None:
+        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.table = table.to(device)
+        self.graphs: dict[tuple, Any] = {}  # by shapes: None after a first step, which is eager; then (graph, batch, loss)
+        if config.train.cuda_graph:
+            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # a graph reads it there
+            else:
+                group["lr"] = lr
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        if not self.config.train.cuda_graph:
+            return self._run({name: x.to(self.device, non_blocking=True) for name, x in batch.items()})
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            loss = self._replay(batch)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return loss
+
+    def _replay(self, batch: Mapping[str, Tensor]) -> Tensor:
+        text = batch["text"]
+        length = min(math.ceil(text.shape[1] / TEXT_STEP) * TEXT_STEP, self.model.config.context_length)
+        batch = {**batch, "text": torch.nn.functional.pad(text, (0, length - text.shape[1]))}
+        shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
+        if shapes not in self.graphs:  # kernels are compiled, tables made and moments allocated outside of graphs
+            self.graphs[shapes] = None
+            return self._run({name: x.to(self.device, non_blocking=True) for name, x in batch.items()})
+        if self.graphs[shapes] is None:
+            held = {name: x.to(self.device) for name, x in batch.items()}
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                loss = self._run(held)
+            self.graphs[shapes] = graph, held, loss
+        graph, held, loss = self.graphs[shapes]
+        for name, x in batch.items():
+            held[name].copy_(x, non_blocking=True)
+        graph.replay()
+        return loss.clone()
+
+    def _run(self, batch: Mapping[str, Tensor]) -> Tensor:
+        loss = batch_loss(self.model, batch, self.table, self.config, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        if self.config.loss.learnable_temperature:
+            self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        return loss.detach()
+
+
+def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, config: Config, device: torch.device) -> Tensor:
+    """The loss of one batch on `device`, a scalar. `table` [K, K]: the relevancy between kinds."""
+    with inputs.autocast(config, device):
+        video, text = model.encode_video(batch["video"]), model.encode_text(batch["text"])
+    if config.loss.name == "clip":
+        video, text = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (video, text))
+        return ops.clip_loss(video, text, model.logit_scale.exp())
+    relevancy = ops.IndexedRelevancy(table, batch["kind"], batch["text_kind"])
+    return ops.sms_loss(
+        video, text, relevancy, margin=config.loss.margin, relaxation=config.loss.relaxation, rule=config.loss.rule
+    )
+
+
+def build_optimizer(model: EVA02AT, config: Config) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings."""
+    spared = model.no_weight_decay()
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim >= 2 and name not in spared].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.optim.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config.optim.lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        fused=True,
+    )
+    return optimizer
+
+
+def fit_optimizer(optimizer: torch.optim.Optimizer, config: Config, device: torch.device) -> None:
+    """Lets a graph read the learning rate from memory, or nobody: a checkpoint's optimizer may be of the other kind."""
+    for group in optimizer.param_groups:
+        group["capturable"] = config.train.cuda_graph
+        rate = float(group["lr"])
+        group["lr"] = torch.tensor(rate, device=device) if config.train.cuda_graph else rate
