@@ -99,10 +99,9 @@ def power_cut(function, after):
 def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch):
     whole = train(configure("train.epochs=3", out="whole"), quiet=True)
     config = configure("train.epochs=3", out="broken")
-    monkeypatch.setattr(steps, "batch_loss", power_cut(steps.batch_loss, after=4))  # in the middle of the second epoch
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(steps, "batch_loss", power_cut(steps.batch_loss, after=4))  # in the middle of the second epoch
         train(config, quiet=True)
-    monkeypatch.undo()
     torch.manual_seed(99)
     resumed = train(config, resume=True, quiet=True)
     assert_same(weights(whole["checkpoint"]), weights(resumed["checkpoint"]))
@@ -142,11 +141,9 @@ def test_a_graph_learns_the_same(configure, loss, monkeypatch):
     graphed = train(configure(*options, "train.cuda_graph=true", out="graph"), quiet=True)
     losses = [[r["loss"] for r in read(run["log"]) if r["event"] == "step"] for run in (eager, graphed)]
     torch.testing.assert_close(*losses, rtol=2e-2, atol=1e-3)
-    power = power_cut(steps.batch_loss, after=4)  # in the middle of the second epoch
-    monkeypatch.setattr(steps, "batch_loss", power)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(steps, "batch_loss", power_cut(steps.batch_loss, after=4))  # in the middle of the second epoch
         train(configure(*options, out="mixed"), quiet=True)
-    monkeypatch.undo()
     mixed = train(configure(*options, "train.cuda_graph=true", out="mixed"), resume=True, quiet=True)
     rates = [[r["lr"] for r in read(run["log"]) if r["event"] == "step"] for run in (eager, mixed)]
     assert rates[0] == rates[1]
