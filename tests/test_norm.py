@@ -225,6 +225,10 @@ def test_by_name_where_it_is_traced():
         torch.func.vmap(lambda y: ops.add_norm(y, None, w, w, backend="triton")[0])(x)
     with pytest.raises(RuntimeError, match="rows of up to 16,384"):
         ops.swiglu_norm(torch.zeros(1, 2 * 16385), None, None, backend="triton")
+    x.requires_grad_()
+    for out in (ops.swiglu_norm(x, None, None, backend="triton"), ops.add_norm(x, x, w, w, backend="triton")[0]):
+        with pytest.raises(RuntimeError, match="a kernel has no double backward"):
+            torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
 
 @devices

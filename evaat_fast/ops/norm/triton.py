@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from evaat_fast.kernels.norm import add, swiglu
+from evaat_fast.ops._core.register import once_differentiable
 
 
 def _rows(x: Any, C: int) -> Any:
