@@ -45,7 +45,7 @@ class FusedEvaBlock(EvaBlock):
         if torch.jit.is_scripting():
             return self._theirs(x, rope, attn_mask, is_causal)
         else:
-            is_ours = _is_ours(x) and x.dtype == torch.float32 and FusedEvaBlock.fits(self)
+            is_ours = _is_ours(x, self.norm2) and x.dtype == torch.float32 and FusedEvaBlock.fits(self)
             return (self.fused if is_ours else self._theirs)(x, rope, attn_mask, is_causal)
 
     def fits(self) -> bool:
@@ -70,8 +70,9 @@ class FusedSwiGLU(SwiGLU):
         if torch.jit.is_scripting():
             return self._theirs(x)
         else:
-            is_ours = _is_ours(x) and x.numel() >= _ROWS_PER_CHANNEL * x.shape[-1] ** 2 and FusedSwiGLU.fits(self)
-            return (self.fused if is_ours and not _drops(self) else self._theirs)(x)
+            is_ours = _is_ours(x, self.fc1_g, self.fc1_x, self.act, self.drop1, self.norm) and not _drops(self)
+            is_ours = is_ours and x.numel() >= _ROWS_PER_CHANNEL * x.shape[-1] ** 2 and FusedSwiGLU.fits(self)
+            return (self.fused if is_ours else self._theirs)(x)
 
     def fits(self) -> bool:
         """Whether `fused` computes what timm does in eval()."""
@@ -95,7 +96,7 @@ class FusedGluMlp(GluMlp):
         if torch.jit.is_scripting():
             return self._theirs(x)
         else:
-            is_ours = _is_ours(x) and FusedGluMlp.fits(self) and not _drops(self)
+            is_ours = _is_ours(x, self.act, self.drop1, self.norm) and not _drops(self) and FusedGluMlp.fits(self)
             return (self.fused if is_ours else self._theirs)(x)
 
     def fits(self) -> bool:
@@ -107,20 +108,23 @@ class FusedGluMlp(GluMlp):
         return _rest(self, self.fc1(x))
 
 
-def _is_ours(x: Any) -> bool:
-    """Whether a call is one that kernels serve, or one that is no slower by plain torch."""
+def _is_ours(x: Any, *passed_over: nn.Module) -> bool:
+    """Whether a call is one that kernels serve, or one that is no slower by plain torch, and no hook is passed over with the
+    modules that are not called."""
     # A trace is to be loaded where evaat_fast is not; torch.fx is to find the nodes of timm's modules; a compiler fuses timm's
-    # passes itself. A hook for all modules is called by each.
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy) or _has_global_hook():
+    # passes itself.
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
+        return False
+    hooks = ((m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks) for m in passed_over)
+    if _has_global_hook() or any(map(any, hooks)):
         return False
     # Elsewhere the ops are the reference: in float32 timm's very passes, below it wider ones.
     return x.dtype != torch.float64 if x.is_cuda else x.dtype == torch.float32 and autocast_dtype(x.device.type) is None
 
 
 def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether a module of one of the classes need not be called, as its class says all that a call does."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return type(module) in classes and not any(hooks) and "forward" not in vars(module)
+    """Whether its class, one of these, says what a module computes."""
+    return type(module) in classes and "forward" not in vars(module)
 
 
 def _are_bare(*weights: Tensor | None) -> bool:

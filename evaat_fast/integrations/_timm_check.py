@@ -10,7 +10,7 @@ from torch import nn
 
 __all__ = ["compare", "kind"]
 
-# By how much one attention's results may differ: root mean square of the difference over that of timm's. Measured on the
+# By how much results may differ: root mean square of the difference over that of timm's. Measured on the
 # models of tests/test_timm.py: at most 2e-7 in float32, 2e-5 in float16, 0 in bfloat16; without the biases 0.14 and more.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

@@ -8,9 +8,9 @@ the rest is joint_attention. What it has not (a mask, causal order, dropout of s
 timm computes otherwise (frequencies that learn, attention that is not fused) to timm.
 
 EvaBlock's first sum becomes one pass with the norm after it (add_norm), and the inside of its SwiGLU or packed GluMlp another
-(swiglu_norm). These calls stay timm's: a norm or an activation of another kind; dropout inside the MLP; a hook on a module that
-would not be called, or on all; few rows, a stream in low precision, or another device than CUDA except in plain float32, where
-nothing would be saved; and what a compiler or a tracer sees.
+(swiglu_norm). timm's stay: another norm or activation, a module that somebody put in, dropout inside the MLP, a hook on a
+module that would not be called, or on all modules; where bytes say that nothing is saved (`_timm_blocks`); and what a compiler
+or a tracer sees. What `train()` or somebody may change is looked at in each call, so a model may change after `accelerate`.
 
 Tested with timm 1.0.26 to 1.0.31; whatever the version, `accelerate` compares results before it changes a model.
 
