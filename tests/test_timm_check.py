@@ -46,6 +46,40 @@ def test_a_timm_that_computes_something_else(eva, monkeypatch, change, dtype):
     assert kinds(model) == {"EvaAttention"}
 
 
+OTHERS = {
+    "EvaBlock": (
+        "eva02_tiny_patch14_224",
+        {
+            "post-norm": lambda self, x, *rest, **options: x + self.norm2(self.mlp(x)),
+            "no first sum": lambda self, x, *rest, **options: x + self.mlp(self.norm2(self.attn(self.norm1(x), **options))),
+            "no rope": lambda self, x, rope=None, **options: THEIRS["EvaBlock"](self, x, **options),
+            "no mask": lambda self, x, rope=None, attn_mask=None, **options: THEIRS["EvaBlock"](self, x, rope, **options),
+        },
+    ),
+    "SwiGLU": (
+        "eva02_base_patch16_clip_224",
+        {
+            "gate and value": lambda self, x: self.fc2(self.norm(self.act(self.fc1_x(x)) * self.fc1_g(x))),
+            "no norm": lambda self, x: self.fc2(self.act(self.fc1_g(x)) * self.fc1_x(x)),
+        },
+    ),
+    "GluMlp": ("eva02_tiny_patch14_224", {"half": lambda self, x: THEIRS["GluMlp"](self, x) / 2}),
+}
+THEIRS = {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, change", [(kind, change) for kind in OTHERS for change in OTHERS[kind][1]])
+def test_a_timm_whose_blocks_compute_something_else(eva, monkeypatch, kind, change, dtype):
+    name, changes = OTHERS[kind]
+    model, theirs = make(name, depth=1).to(dtype), getattr(eva, kind)
+    monkeypatch.setitem(THEIRS, kind, theirs.forward)
+    monkeypatch.setattr(theirs, "forward", changes[change])
+    with pytest.raises(ValueError, match=f"timm's {kind} computes something else than ours: with.* the results differ"):
+        integration.accelerate(model)
+    assert "Joint" not in repr(model) and "Fused" not in repr(model)
+
+
 def test_a_timm_that_cannot_be_run(eva, monkeypatch):
     model = make(depth=1)
     monkeypatch.setattr(eva.EvaAttention, "forward", lambda self, x, rope=None, attn_mask=None: x)
@@ -104,6 +138,24 @@ def test_meta_device():
     empty.init_non_persistent_buffers()
     x = torch.randn(1, 17, 192)
     torch.testing.assert_close(empty(x), attention(x), **CLOSE)
+
+
+def test_meta_device_of_a_block():
+    block = make("eva02_base_patch16_clip_224", depth=1).eval().blocks[0]
+    empty = integration.accelerate(copy.deepcopy(block).to("meta"))
+    assert type(empty).__name__ == "FusedEvaBlock" and type(empty.mlp).__name__ == "FusedSwiGLU"
+    assert empty.norm2.weight.is_meta and empty.mlp.fc2.weight.is_meta
+
+
+def test_somebody_elses_block(eva):
+    """A subclass may compute anything, and a forward of the instance is somebody's."""
+    model = make(depth=3)
+    model.blocks[0].__class__ = type("OwnBlock", (eva.EvaBlock,), {})
+    model.blocks[1].forward = lambda x, **rest: x
+    integration.accelerate(model)
+    assert [type(b).__name__ for b in model.blocks] == ["OwnBlock", "EvaBlock", "FusedEvaBlock"]
+    integration.restore(model)
+    assert [type(b).__name__ for b in model.blocks] == ["OwnBlock", "EvaBlock", "EvaBlock"]
 
 
 def test_somebody_elses_attention(eva):

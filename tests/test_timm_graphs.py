@@ -5,6 +5,7 @@ import pickle
 
 import peers
 import pytest
+import test_timm_norms
 import torch
 from test_timm import CLOSE, counted, image, make, run
 
@@ -91,3 +92,23 @@ def test_compiles():
     assert ours
     for a, b in zip(run(torch.compile(model, backend="aot_eager", fullgraph=True), x), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("name", [test_timm_norms.NORMED, test_timm_norms.PACKED])
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_blocks(name):
+    """With rows enough for ours in eager mode, what takes a graph of a block takes timm's, to the names of its nodes."""
+    model, x = test_timm_norms.make(name).eval(), test_timm_norms.image(name)
+    layers, parts = peers.peer("timm.layers"), [f"blocks.0.{part}" for part in ("norm2", "mlp.act", "mlp.norm")]
+    with torch.no_grad():
+        expected, inside = model(x), layers.create_feature_extractor(model, parts)(x)
+        integration.accelerate(model)
+        ours = layers.create_feature_extractor(model, parts)(x)
+        assert list(ours) == list(inside)
+        for part in inside:
+            torch.testing.assert_close(ours[part], inside[part], **CLOSE)
+        for transform in (*OURS[::2], *THEIRS):
+            torch.testing.assert_close(transform(model, x)(x), expected, rtol=1e-4, atol=1e-4)
+    expected = run(model, x)
+    ours = run(torch.compile(model, backend="eager", fullgraph=True), x)
+    test_timm_norms.assert_near(ours, expected)

@@ -133,7 +133,7 @@ def _timm_rotation(x: torch.Tensor, rope: torch.Tensor, prefix_tokens: int, inte
     return torch.cat((x[:, :, :prefix_tokens], rotated), 2)
 
 
-def _named(name, function):
+def named(name, function):
     """The function under another name, by which TorchScript compiles it beside a method of the first."""
     copy = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__annotations__ = function.__annotations__
@@ -143,14 +143,14 @@ def _named(name, function):
 class JointEvaAttention(EvaAttention):
     """timm's EvaAttention by joint_attention."""
 
-    _theirs = _named("_theirs", EvaAttention.forward)
+    _theirs = named("_theirs", EvaAttention.forward)
     forward = _forward
 
 
 class JointAttentionRope(AttentionRope):
     """timm's AttentionRope by joint_attention."""
 
-    _theirs = _named("_theirs", AttentionRope.forward)
+    _theirs = named("_theirs", AttentionRope.forward)
     forward = _forward
 
 
