@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_timm import replica, run
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from evaat_fast.integrations import timm as integration
 
@@ -151,6 +152,7 @@ SOMEBODY = {
     "another norm": lambda model: model.set_submodule("blocks.0.mlp.norm", peers.peer("timm.layers").RmsNorm(170)),
     "a forward": lambda model: setattr(model.blocks[0].mlp.norm, "forward", lambda x: 2 * x),
     "a parametrization": lambda model: nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc1_g),
+    "no dropout": lambda model: model.set_submodule("blocks.0.mlp.drop1", nn.Identity()),
     "one bias": lambda model: setattr(model.blocks[0].mlp.fc1_g, "bias", None),
 }
 
@@ -246,6 +248,19 @@ def test_calls_that_stay_timms(called, why):
         assert ("norm2" in names) == (why != "few rows")
 
 
+@pytest.mark.parametrize("part", ["fc1_x", "norm"])
+def test_wrapped_weights(called, part):
+    """Quantized or distributed ones may have no other operators than those that timm calls."""
+    mlp, x = integration.accelerate(make()).blocks[0].mlp, torch.randn(16, 17, 64)
+    expected, names = called(mlp, mlp, x)
+    assert part not in names
+    weight = mlp.get_submodule(part).weight.detach()
+    mlp.get_submodule(part).weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    out, names = called(mlp, mlp, x)
+    assert part in names and isinstance(out, TwoTensor)
+    torch.testing.assert_close(out.a, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_other_layouts(called):
     """Post-norm blocks, and gates that come last."""
     post, x = make(use_post_norm=True), image()
@@ -304,6 +319,17 @@ def test_checkpointing(called):
     ours, names = called(model, run, model, x)
     assert "blocks.0.norm2" not in names and "blocks.0.mlp.norm" not in names
     assert_near(ours, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cuda_low_precision(called, dtype):
+    """The stream's sums stay timm's, and its dtype; the MLPs are ours."""
+    model, x = make().cuda().to(dtype), image().cuda().to(dtype)
+    theirs = model(x)
+    ours, names = called(model, integration.accelerate(model), x)
+    assert "blocks.0.norm2" in names and "blocks.0.mlp.norm" not in names and ours.dtype == dtype
+    assert (ours - theirs).norm() <= 0.05 * theirs.norm()
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ SwiGLU, numbers: timm moves 2 M H for silu, 3 M H for the product, 2 M H for the
 values side by side: to lay two outputs so would cost 4 M H, the weights 4 D H (their gradients are two views), and one product
 in place of two reads x once and has no two gradients of x to add. The least that is saved is 2 M H, forward and without a norm,
 and autocast rounds the weights after they were laid out in float32, which is twice as wide. So ours serves from M = 4 D on.
+Until the backward pass it keeps the 2 D H weights, but neither silu nor the product, 2 M H.
 
 GluMlp: its fc1 lays them so already. With the gate last the halves would have to change places: there timm's stays.
 """
@@ -70,9 +71,9 @@ class FusedSwiGLU(SwiGLU):
         if torch.jit.is_scripting():
             return self._theirs(x)
         else:
-            is_ours = _is_ours(x, self.fc1_g, self.fc1_x, self.act, self.drop1, self.norm) and not _drops(self)
-            is_ours = is_ours and x.numel() >= _ROWS_PER_CHANNEL * x.shape[-1] ** 2 and FusedSwiGLU.fits(self)
-            return (self.fused if is_ours else self._theirs)(x)
+            is_ours = _is_ours(x, self.fc1_g, self.fc1_x, self.act, self.drop1, self.norm) and FusedSwiGLU.fits(self)
+            pays = is_ours and x.numel() >= _ROWS_PER_CHANNEL * x.shape[-1] ** 2
+            return (self.fused if pays and not _drops(self) else self._theirs)(x)
 
     def fits(self) -> bool:
         """Whether `fused` computes what timm does in eval()."""
@@ -96,7 +97,7 @@ class FusedGluMlp(GluMlp):
         if torch.jit.is_scripting():
             return self._theirs(x)
         else:
-            is_ours = _is_ours(x, self.act, self.drop1, self.norm) and not _drops(self) and FusedGluMlp.fits(self)
+            is_ours = _is_ours(x, self.act, self.drop1, self.norm) and FusedGluMlp.fits(self) and not _drops(self)
             return (self.fused if is_ours else self._theirs)(x)
 
     def fits(self) -> bool:
