@@ -1,7 +1,9 @@
 """Calls of the C++ and CUDA modules, which know nothing of torch: pointers, strides and codes in, an error code out."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,23 @@ def shared_stride(x: Tensor, dim: int) -> int:
     return x.stride(dim) if x.shape[dim] > 1 else 0
 
 
-def checked(op: str, shape: torch.Size, error: int) -> None:
-    """Raises a RuntimeError unless a kernel returned 0."""
+def module_of(backend: str) -> Any:
+    """The module of the backend "cpu" or "cuda", imported where it is needed."""
+    if backend == "cpu":
+        from evaat_fast import _cpu
+
+        return _cpu
+    from evaat_fast import _cuda
+
+    return _cuda
+
+
+def run(function: Callable[..., int], shape: torch.Size, device: torch.device, *arguments: Any, **named: Any) -> None:
+    """Calls a module's function, where the device's threads or stream are; a RuntimeError unless it returns 0."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            error = function(*arguments, **named, where=torch.cuda.current_stream().cuda_stream)
+    else:
+        error = function(*arguments, **named, where=torch.get_num_threads())
     if error:
-        raise RuntimeError(f"{op}: error {error} of its kernel at shape {list(shape)}")
+        raise RuntimeError(f"{function.__name__}: error {error} of its kernel at shape {list(shape)}")

@@ -1,6 +1,6 @@
 """What every op asks of a tensor before it reads its memory."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
     rule, a NotImplementedError."""
     if not torch.compiler.is_compiling():
         if x.layout is not torch.strided or x.is_nested or x.is_mkldnn:
-            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-            raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
+            layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
         if _wrapped(x):
             raise NotImplementedError(
                 f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd"
@@ -34,6 +34,23 @@ def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
         if x.is_neg() or x._is_zerotensor():
             x = x.resolve_neg().clone()
     return contiguous_rows(x) if rows else x
+
+
+def kind(x: object) -> str:
+    """What an error says that came."""
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def dense(op: str, name: str, x: object, dtypes: Collection[torch.dtype], expected: str) -> Tensor:
+    """x as `memory_of` has it, whose shape may be read then; a TypeError unless it is a tensor of one of these dtypes."""
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {expected}, got {kind(x)}")
+    return memory_of(op, name, x)
+
+
+def check_device(name: str, got: torch.device, device: torch.device, whose: str) -> None:
+    if got != device:
+        raise ValueError(f"{name}: expected {whose} device {device}, got {got}")
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

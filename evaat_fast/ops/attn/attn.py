@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast.ops._core.autocast import autocast_dtype
-from evaat_fast.ops._core.tensor import memory_of, packed_base
+from evaat_fast.ops._core.tensor import kind, memory_of, packed_base
 from evaat_fast.ops.attn.clips import each_clip, sdpa_of_clips
 from evaat_fast.ops.attn.layout import gradient_like
 from evaat_fast.ops.attn.plan import TRITON, AttentionPlan, plan
@@ -19,7 +19,7 @@ from evaat_fast.ops.attn.reference import attention_reference
 from evaat_fast.ops.attn.triton import attend, attend_packed
 from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 from evaat_fast.ops.rope3d.rotate import consume, rotate
-from evaat_fast.ops.rope3d.rotation import Grid, kind
+from evaat_fast.ops.rope3d.rotation import Grid
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

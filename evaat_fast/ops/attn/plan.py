@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.tensor import number
+from evaat_fast.ops._core.tensor import check_device, kind, number
 from evaat_fast.ops.attn.clips import clip_positions
-from evaat_fast.ops.rope3d.rotation import Rope, Rotation, check_grid, check_place, kind
+from evaat_fast.ops.rope3d.rotation import Rope, Rotation, check_grid, check_place
 from evaat_fast.ops.rope3d.rotation import plan as plan_rotation
 
 TRITON = ("triton", "triton_onepass")
@@ -83,20 +83,18 @@ def plan(
     chosen = dispatch.pick("joint_attention", device, dtype, backend, needs)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
     rest = (cu_seqlens, max_seqlen, scale, chosen == TRITON[1], chosen)
-    if grid is None and positions is None:
-        if freqs is not None:
-            raise ValueError("freqs: given, but neither grid nor positions is")
-        if k_positions is not None:
-            raise ValueError("k_positions: expected together with positions, and without grid")
-        return AttentionPlan(_STILL, None, False, *rest)
+    if freqs is not None and grid is None and positions is None:
+        raise ValueError("freqs: given, but neither grid nor positions is")
     if k_positions is not None and (positions is None or grid is not None):
         raise ValueError("k_positions: expected together with positions, and without grid")
+    if grid is None and positions is None:
+        return AttentionPlan(_STILL, None, False, *rest)
     same = "reference" if chosen == "reference" else "triton" if chosen in TRITON else None
     turns = dispatch.pick("rope3d", device, dtype, same)
     if cu_seqlens is not None:
         _check_longest(cu_seqlens, grid, prefix_tokens, positions)
         shape, k_shape = (torch.Size((1, s[1], s[0], s[2])) for s in (shape, k_shape))
-    if cu_seqlens is not None:  # whose prefixes are tokens at the origin
+        # The prefixes of packed clips are tokens at the origin.
         shown = positions if grid is None else clip_positions(cu_seqlens, shape[2], grid, None, prefix_tokens)
         rope = (None, freqs, 0, shown, interleaved)
     rotation = plan_rotation(shape, device, k_shape[1] if k_positions is None else None, turns, rope)
@@ -122,8 +120,7 @@ def _check_clips(cu_seqlens, max_seqlen, total, device):
         raise TypeError(f"cu_seqlens: expected an int32 tensor, got {kind(cu_seqlens)}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens: expected the shape [clips + 1], got {list(cu_seqlens.shape)}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens: expected q's device {device}, got {cu_seqlens.device}")
+    check_device("cu_seqlens", cu_seqlens.device, device, "q's")
     if max_seqlen is not None and (not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool)):
         raise TypeError(f"max_seqlen: expected an int, got {max_seqlen!r}")
     if not _is_readable(cu_seqlens):

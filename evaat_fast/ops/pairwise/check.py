@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.dispatch import not_built
@@ -38,11 +37,6 @@ class Options:
 def no_gradient(name: str, requires_grad: bool) -> None:
     if requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires a gradient, and the losses compute none for labels; pass it detached")
-
-
-def kind(x: object) -> object:
-    """What an error says that came."""
-    return x.dtype if isinstance(x, Tensor) else type(x).__name__
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core.tensor import memory_of, number
+from evaat_fast.ops._core.tensor import check_device, dense, number
 from evaat_fast.ops.pairwise import step
 from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction
 from evaat_fast.ops.pairwise.positives import Positives, VerbNounPositives, as_positives
@@ -108,10 +108,8 @@ def _check_scale(scale, device, dtype):
     """logit_scale as a tensor [] in the dtype of the computation."""
     if not isinstance(scale, Tensor):
         return torch.full((), number("logit_scale", scale), dtype=dtype, device=device)
-    if scale.dtype not in FLOATS:
-        raise TypeError(f"logit_scale: expected a float or a float tensor, got {scale.dtype}")
+    scale = dense("clip_loss", "logit_scale", scale, FLOATS, "a float or a float tensor")
     if scale.numel() != 1:
         raise ValueError(f"logit_scale: expected one element, got the shape {list(scale.shape)}")
-    if scale.device != device:
-        raise ValueError(f"logit_scale: expected the features' device {device}, got {scale.device}")
-    return memory_of("clip_loss", "logit_scale", scale).reshape(()).to(dtype)
+    check_device("logit_scale", scale.device, device, "the features'")
+    return scale.reshape(()).to(dtype)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core.tensor import memory_of
-from evaat_fast.ops.pairwise.check import kind
+from evaat_fast.ops._core.tensor import check_device, kind, memory_of
 
 
 class VerbNounPositives:
@@ -27,8 +26,7 @@ class VerbNounPositives:
         self.verbs, self.nouns = (_bits(name, x) for name, x in (("verbs", verbs), ("nouns", nouns)))
         if self.verbs.shape[0] != self.nouns.shape[0]:
             raise ValueError(f"nouns: expected {self.verbs.shape[0]} entries as verbs, got {self.nouns.shape[0]}")
-        if self.verbs.device != self.nouns.device:
-            raise ValueError(f"nouns: expected the device of verbs {self.verbs.device}, got {self.nouns.device}")
+        check_device("nouns", self.nouns.device, self.verbs.device, "verbs'")
 
 
 def _bits(name, x):
@@ -71,15 +69,15 @@ def as_positives(positives: Tensor | VerbNounPositives | None, N: int, device: t
     """Checks the `positives` argument of a loss."""
     if isinstance(positives, VerbNounPositives):
         result = Positives(None, positives.verbs, positives.nouns)
-        on, size = positives.verbs.device, len(positives.verbs)
-        if size != N:
-            raise ValueError(f"positives.verbs: expected {N} entries, one for each pair, got {size}")
+        of = positives.verbs
+        if len(of) != N:
+            raise ValueError(f"positives.verbs: expected {N} entries, one for each pair, got {len(of)}")
     elif isinstance(positives, Tensor) and positives.dtype == torch.bool:
         if positives.shape != (N, N):
             raise ValueError(f"positives: expected the shape [{N}, {N}], got {list(positives.shape)}")
-        on, result = positives.device, Positives(memory_of("ego_nce_loss", "positives", positives))
+        of = memory_of("ego_nce_loss", "positives", positives)
+        result = Positives(of)
     else:
         raise TypeError(f"positives: expected a bool tensor [{N}, {N}] or a VerbNounPositives, got {kind(positives)}")
-    if on != device:
-        raise ValueError(f"positives: expected the features' device {device}, got {on}")
+    check_device("positives", of.device, device, "the features'")
     return result

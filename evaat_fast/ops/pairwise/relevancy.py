@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from evaat_fast.ops._core.register import traced
-from evaat_fast.ops._core.tensor import memory_of, number
-from evaat_fast.ops.pairwise.check import FLOATS, kind, no_gradient
-
-_INDICES = (torch.int64, torch.int32)
+from evaat_fast.ops._core.tensor import check_device, dense, kind, memory_of, number
+from evaat_fast.ops.pairwise.check import FLOATS, no_gradient
 
 
 class DenseRelevancy:
@@ -33,12 +31,9 @@ class DenseRelevancy:
     """
 
     def __init__(self, codes: Tensor, scale: float | Tensor):
-        if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
-            raise TypeError(f"codes: expected a uint8 tensor, got {kind(codes)}")
-        memory_of("DenseRelevancy", "codes", codes)
+        self.codes = dense("DenseRelevancy", "codes", codes, (torch.uint8,), "a uint8 tensor")
         if codes.ndim != 2:
             raise ValueError(f"codes: expected the shape [N, N], got {list(codes.shape)}")
-        self.codes = codes
         self.values = _values(scale, codes.device)
 
     def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
@@ -238,8 +233,7 @@ def _fitting(labels, N, device, check, own, table, index):
         raise ValueError(f"relevancy.{index}: expected {N} entries, one for each pair, got {labels.video_index.shape[0]}")
     if labels.video_index is None and labels.table.shape != (N, N):
         raise ValueError(f"relevancy.{table}: expected the shape [{N}, {N}], got {list(labels.table.shape)}")
-    if labels.table.device != device:
-        raise ValueError(f"relevancy.{table}: expected the features' device {device}, got {labels.table.device}")
+    check_device(f"relevancy.{table}", labels.table.device, device, "the features'")
     no_gradient(f"relevancy.{table}", labels.table.requires_grad)
     if check:
         labels.check_indices()
@@ -250,22 +244,17 @@ def _check_ids(op, device, **ids):
     """Two tensors of indices or class ids, one for each pair."""
     (first, a), (second, b) = ids.items()
     for name, x in ids.items():
-        if not isinstance(x, Tensor) or x.dtype not in _INDICES:
-            raise TypeError(f"{name}: expected a tensor of int64 or int32, got {kind(x)}")
-        memory_of(op, name, x)
+        dense(op, name, x, (torch.int64, torch.int32), "a tensor of int64 or int32")
         if x.ndim != 1:
             raise ValueError(f"{name}: expected the shape [N], got {list(x.shape)}")
-        if x.device != device:
-            raise ValueError(f"{name}: expected the table's device {device}, got {x.device}")
+        check_device(name, x.device, device, "the table's")
     if a.shape != b.shape:
         raise ValueError(f"{second}: expected {a.shape[0]} entries as {first}, got {b.shape[0]}")
 
 
 def _table(name, x, shape):
     """x, a float tensor of two dimensions."""
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a float tensor {shape}, got {kind(x)}")
-    x = memory_of("the loss", name, x)
+    x = dense("the loss", name, x, FLOATS, f"a float tensor {shape}")
     if x.ndim != 2:
         raise ValueError(f"{name}: expected the shape {shape}, got {list(x.shape)}")
     return x

@@ -8,9 +8,9 @@ import functools
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core.tensor import memory_of, number
+from evaat_fast.ops._core.tensor import check_device, dense, number
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction, kind, no_gradient
+from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction, no_gradient
 from evaat_fast.ops.pairwise.reference import Penalty, Rule, sms_loss_reference
 from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, Labels, VerbNounRelevancy
 
@@ -172,12 +172,9 @@ def max_margin(
 
 def _floats(name, x, shape, device, expected):
     """x, a float tensor of that shape on the features' device, without a gradient."""
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a float tensor {expected}, got {kind(x)}")
-    x = memory_of("the loss", name, x)  # a nested tensor has no shape to speak of
+    x = dense("the loss", name, x, FLOATS, f"a float tensor {expected}")
     if x.shape != shape:
         raise ValueError(f"{name}: expected the shape {expected if x.ndim != len(shape) else list(shape)}, got {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name}: expected the features' device {device}, got {x.device}")
+    check_device(name, x.device, device, "the features'")
     no_gradient(name, x.requires_grad)
     return x

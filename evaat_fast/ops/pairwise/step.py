@@ -9,8 +9,8 @@ from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import Operator, register, traced
-from evaat_fast.ops._core.tensor import memory_of
-from evaat_fast.ops.pairwise.check import FLOATS, Options, kind, no_autocast
+from evaat_fast.ops._core.tensor import check_device, dense
+from evaat_fast.ops.pairwise.check import FLOATS, Options, no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
@@ -216,8 +216,7 @@ def loss(op: str, step: Operator, video: Tensor, text: Tensor, options: Options,
     video, text = _features(op, "video", video), _features(op, "text", text)
     if text.dtype != video.dtype:
         raise TypeError(f"text: expected video's dtype {video.dtype}, got {text.dtype}")
-    if text.device != video.device:
-        raise ValueError(f"text: expected video's device {video.device}, got {text.device}")
+    check_device("text", text.device, video.device, "video's")
     if text.shape != video.shape:
         raise ValueError(f"text: expected video's shape {list(video.shape)}, got {list(text.shape)}")
     options.check(op)
@@ -242,9 +241,7 @@ def loss(op: str, step: Operator, video: Tensor, text: Tensor, options: Options,
 
 
 def _features(op, name, x):
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected a float32, bfloat16, float16 or float64 tensor [N, E], got {kind(x)}")
-    x = memory_of(op, name, x)  # a nested tensor has no shape to speak of
+    x = dense(op, name, x, FLOATS, "a float32, bfloat16, float16 or float64 tensor [N, E]")
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: expected the shape [N, E] with E > 0, got {list(x.shape)}")
     return x

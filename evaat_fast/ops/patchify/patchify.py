@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.native import checked
+from evaat_fast.ops._core.native import module_of, run
 from evaat_fast.ops._core.register import register, traced
-from evaat_fast.ops._core.tensor import memory_of, numbers
+from evaat_fast.ops._core.tensor import dense, numbers
 
 
 def patchify_reference(video: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -53,15 +53,7 @@ def _patchify(video, patch, mean, std, dtype, backend):
     (B, T, H, W, _), (stride_b, stride_t, stride_h, _, _) = video.shape, video.stride()
     call = dict(video=video.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), element_size=out.element_size())
     call |= dict(B=B, T=T, H=H, W=W, stride_b=stride_b, stride_t=stride_t, stride_h=stride_h, patch=patch)
-    if backend == "cpu":
-        from evaat_fast import _cpu
-
-        checked("patchify", video.shape, _cpu.patchify(**call, where=torch.get_num_threads()))
-    else:
-        from evaat_fast import _cuda
-
-        with torch.cuda.device(video.device):
-            checked("patchify", video.shape, _cuda.patchify(**call, where=torch.cuda.current_stream().cuda_stream))
+    run(module_of(backend).patchify, video.shape, video.device, **call)
     return out
 
 
@@ -94,10 +86,7 @@ def patchify(
 
     Source: ViT (arXiv 2010.11929), section 3.1: a convolution whose stride is its kernel's size, as a product over patches.
     """
-    if not isinstance(video, torch.Tensor) or video.dtype != torch.uint8:
-        got = video.dtype if isinstance(video, torch.Tensor) else type(video).__name__
-        raise TypeError(f"video: expected a uint8 tensor, got {got}")
-    video = memory_of("patchify", "video", video)
+    video = dense("patchify", "video", video, (torch.uint8,), "a uint8 tensor")
     if video.ndim != 5 or video.shape[-1] != 3:
         raise ValueError(f"video: expected the shape [B, T, H, W, 3], got {list(video.shape)}")
     if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:

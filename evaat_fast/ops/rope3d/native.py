@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core.native import checked, dtype_codes, shared_stride
+from evaat_fast.ops._core.native import dtype_codes, module_of, run, shared_stride
 from evaat_fast.ops.rope3d.rotation import Rotation
 
 
 def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation) -> None:
     """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
-    module = _module(rotation)
+    module, first = module_of(rotation.backend), xs[0]
     tensors = [_tensor(module, x, out) for x, out in zip(xs, outs, strict=True)]
-    _run(module.rope3d, xs[0], _call(module, xs[0], rotation), tensors, *_table(table))
+    run(module.rope3d, first.shape, first.device, _call(module, first, rotation), tensors, *_table(table))
 
 
 def turn_with_freqs(
@@ -21,36 +21,18 @@ def turn_with_freqs(
 
     xs: what the forward pass turned. table: float64. positions: of the tokens, float32 [1 or B, N - prefix, 3].
     """
-    module = _module(rotation)
-    B, _, N, D = xs[0].shape
+    module, first = module_of(rotation.backend), xs[0]
+    B, _, N, D = first.shape
     # One sum for every so many tokens, whatever the number of threads, in float64 as torch's.
     chunks = -(-(N - rotation.prefix_tokens) // module.ROPE_CHUNK)
-    partial = xs[0].new_empty((B, chunks, table.shape[2], 3, D // 2), dtype=torch.float64)
+    partial = first.new_empty((B, chunks, table.shape[2], 3, D // 2), dtype=torch.float64)
     tensors = [
         module.RopeGradient(_tensor(module, grad, out), x.data_ptr(), x.stride()[:3])
         for grad, out, x in zip(grads, outs, xs, strict=True)
     ]
     at = (positions.data_ptr(), shared_stride(positions, 0), partial.data_ptr())
-    _run(module.rope3d_freqs, xs[0], _call(module, xs[0], rotation), tensors, *_table(table), *at)
+    run(module.rope3d_freqs, first.shape, first.device, _call(module, first, rotation), tensors, *_table(table), *at)
     return partial
-
-
-def _module(rotation):
-    if rotation.backend == "cpu":
-        from evaat_fast import _cpu
-
-        return _cpu
-    from evaat_fast import _cuda
-
-    return _cuda
-
-
-def _run(function, x, *arguments):
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            checked(function.__name__, x.shape, function(*arguments, torch.cuda.current_stream().cuda_stream))
-    else:
-        checked(function.__name__, x.shape, function(*arguments, torch.get_num_threads()))
 
 
 def _call(module, x, rotation):

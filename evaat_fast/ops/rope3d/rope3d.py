@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
-from evaat_fast.ops._core.tensor import contiguous_rows, memory_of, packed_base, writable
+from evaat_fast.ops._core.tensor import check_device, contiguous_rows, memory_of, packed_base, writable
 from evaat_fast.ops.rope3d import rotate as rotating
 from evaat_fast.ops.rope3d.freqs import joint_freqs, spatial_freqs, split_freqs
 from evaat_fast.ops.rope3d.reference import rope3d_reference, turn
 from evaat_fast.ops.rope3d.rotation import Grid, Rotation, plan, wrong
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -79,8 +77,7 @@ def rope3d(
 
     Source: EVA02-AT (arXiv 2506.14356), section 3.2; RoFormer (arXiv 2104.09864).
     """
-    q, k = _heads(q, k)
-    rotation = _plan(q, k, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse)
+    q, k, rotation = _planned(q, k, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse)
     new_q, new_k = rotating.rotate(q, k, rotation)
     return new_q if new_k is None else (new_q, new_k)
 
@@ -103,19 +100,15 @@ def rope3d_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rope3d` in place, for q and k that need no gradient; prefix tokens are not touched.
 
-    Args:
-        as `rope3d`; q and k must have a contiguous last dimension and no two elements at one address.
+    Args: as `rope3d`; q and k must have a contiguous last dimension and no two elements at one address.
 
-    Returns:
-        q, or (q, k): the tensors given.
+    Returns: q, or (q, k): the tensors given.
 
-    Raises:
-        as `rope3d`; ValueError also if q, k or freqs requires a gradient, or if memory overlaps.
+    Raises: as `rope3d`; ValueError also if q, k or freqs requires a gradient, or if memory overlaps.
 
     Source: as `rope3d`.
     """
-    _heads(q, k, in_place=True)
-    rotation = _plan(q, k, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse)
+    _, _, rotation = _planned(q, k, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse, in_place=True)
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k), ("freqs", freqs)):
             if x is not None and x.requires_grad:
@@ -167,32 +160,33 @@ def rope3d_qkv_(
         raise ValueError(
             f"num_heads: expected a positive int such that 3 * num_heads divides {qkv.shape[2]}, got {num_heads!r}"
         )
-    if qkv.dtype not in _FLOATS:
-        raise TypeError(f"q: expected float32, bfloat16, float16 or float64, got {qkv.dtype}")
+    _check_float(qkv)
     base = packed_base("rope3d_qkv_", qkv, isinstance(freqs, Tensor) and freqs.requires_grad)
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
     backend = dispatch.pick("rope3d", qkv.device, qkv.dtype, backend)
-    rope = (grid, freqs, prefix_tokens, positions, interleaved)
-    rotation = plan(shape, qkv.device, None, backend, rope, inverse)
+    rotation = plan(shape, qkv.device, None, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse)
     return rotating.rotate_packed_(qkv, base, num_heads, rotation)
 
 
-def _heads(q, k, in_place=False):
-    """q and k as tensors [B, H, N, D] of one dtype and device, whose memory a kernel can read."""
+def _planned(q, k, backend, rope, inverse, in_place=False):
+    """q and k as tensors [B, H, N, D] of one dtype and device, whose memory a kernel can read, and their rotation."""
     q = _head("q", q, in_place)
-    if q.dtype not in _FLOATS:
+    _check_float(q)
+    if k is not None:
+        k, (B, _, N, D) = _head("k", k, in_place), q.shape
+        if k.dtype != q.dtype:
+            raise TypeError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
+        check_device("k", k.device, q.device, "q's")
+        if k.shape[0] != B or k.shape[2] != N or k.shape[3] != D:
+            raise ValueError(f"k: expected the shape [{B}, Hk, {N}, {D}], got {list(k.shape)}")
+    backend = dispatch.pick("rope3d", q.device, q.dtype, backend)
+    return q, k, plan(q.shape, q.device, None if k is None else k.shape[1], backend, rope, inverse)
+
+
+def _check_float(q):
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"q: expected float32, bfloat16, float16 or float64, got {q.dtype}")
-    if k is None:
-        return q, None
-    k, (B, _, N, D) = _head("k", k, in_place), q.shape
-    if k.dtype != q.dtype:
-        raise TypeError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
-    if k.device != q.device:
-        raise ValueError(f"k: expected q's device {q.device}, got {k.device}")
-    if k.shape[0] != B or k.shape[2] != N or k.shape[3] != D:
-        raise ValueError(f"k: expected the shape [{B}, Hk, {N}, {D}], got {list(k.shape)}")
-    return q, k
 
 
 def _head(name, x, in_place):
@@ -201,11 +195,6 @@ def _head(name, x, in_place):
     if not isinstance(x, Tensor) or x.ndim != 4:
         raise wrong(name, "a tensor [B, H, N, D]", x)
     return x
-
-
-def _plan(q, k, backend, rope, inverse):
-    backend = dispatch.pick("rope3d", q.device, q.dtype, backend)
-    return plan(q.shape, q.device, None if k is None else k.shape[1], backend, rope, inverse)
 
 
 def rotate_by_table(x: Tensor, table: Tensor, prefix_tokens: int, interleaved: bool) -> Tensor:

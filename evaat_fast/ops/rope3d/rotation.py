@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core.tensor import memory_of
+from evaat_fast.ops._core.tensor import check_device, dense
 
 Grid = Sequence[int] | None
 Rope = tuple[Grid, Tensor | None, int, Tensor | None, bool]  # grid, freqs, prefix_tokens, positions, interleaved: not checked
@@ -32,17 +32,17 @@ class Rotation:
 
     def back(self) -> "Rotation":
         """The rotation that undoes this one."""
-        return self._with(self.freqs, self.positions, self.table, not self.inverse)
+        return self.of(self.freqs, self.positions, self.table, turns_back=True)
 
     def bare(self) -> "Rotation":
         """Without its tensors, which autograd saves in its own way."""
-        return self._with(None, None, None, self.inverse)
+        return self.of(None, None)
 
-    def of(self, freqs: Tensor | None, positions: Tensor | None, table: Tensor | None = None) -> "Rotation":
-        """With these tensors."""
-        return self._with(freqs, positions, table, self.inverse)
-
-    def _with(self, freqs, positions, table, inverse):
+    def of(
+        self, freqs: Tensor | None, positions: Tensor | None, table: Tensor | None = None, turns_back: bool = False
+    ) -> "Rotation":
+        """With these tensors, and the other way around if turns_back."""
+        inverse = self.inverse != turns_back
         return Rotation(freqs, positions, self.grid, self.prefix_tokens, self.interleaved, inverse, self.backend, table)
 
     def learns(self) -> bool:
@@ -72,13 +72,10 @@ def plan(
     check_place(grid, prefix_tokens, positions)
     freqs = _checked_freqs(freqs, Hq, D, device, k_heads)
     if positions is not None:
-        if not isinstance(positions, Tensor) or positions.dtype not in _POSITIONS:
-            raise TypeError(f"{of}: expected a tensor of integers or float32, got {kind(positions)}")
-        positions = memory_of("rope3d", of, positions)
+        positions = dense("rope3d", of, positions, _POSITIONS, "a tensor of integers or float32")
         if positions.shape != (N, 3) and positions.shape != (B, N, 3):
             raise ValueError(f"{of}: expected the shape [{N}, 3] or [{B}, {N}, 3], got {list(positions.shape)}")
-        if positions.device != device:
-            raise ValueError(f"{of}: expected q's device {device}, got {positions.device}")
+        check_device(of, positions.device, device, "q's")
         if prefix_tokens > N:
             raise ValueError(f"prefix_tokens: expected at most N = {N}, got {prefix_tokens}")
         if backend != "reference" and positions.requires_grad and torch.is_grad_enabled():
@@ -98,15 +95,12 @@ def _checked_freqs(freqs, Hq, D, device, k_heads):
         if D % 4:
             raise ValueError(f"freqs: the default, joint_freqs, needs a head dim that is a multiple of 4, got {D}")
         return None
-    if not isinstance(freqs, Tensor) or freqs.dtype != torch.float32:
-        raise TypeError(f"freqs: expected a float32 tensor, got {kind(freqs)}")
-    freqs = memory_of("rope3d", "freqs", freqs)
+    freqs = dense("rope3d", "freqs", freqs, (torch.float32,), "a float32 tensor")
     if freqs.shape != (3, D // 2) and freqs.shape != (Hq, 3, D // 2):
         raise ValueError(f"freqs: expected the shape [3, {D // 2}] or [{Hq}, 3, {D // 2}], got {list(freqs.shape)}")
     if freqs.ndim == 3 and k_heads is not None and k_heads != Hq:
         raise ValueError(f"k: expected {Hq} heads, as freqs are per head, got {k_heads}")
-    if freqs.device != device:
-        raise ValueError(f"freqs: expected q's device {device}, got {freqs.device}")
+    check_device("freqs", freqs.device, device, "q's")
     return freqs
 
 
@@ -126,11 +120,6 @@ def check_grid(grid: Any) -> tuple[int, int, int]:
     except (TypeError, ValueError):
         raise ValueError(f"grid: expected three positive ints (T, Hp, Wp), got {grid!r}") from None
     return T, Hp, Wp
-
-
-def kind(x: object) -> str:
-    """What an argument of the wrong type is, for errors."""
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def wrong(name: str, expected: str, got: object) -> Exception:
