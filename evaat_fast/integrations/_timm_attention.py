@@ -133,7 +133,7 @@ def _timm_rotation(x: torch.Tensor, rope: torch.Tensor, prefix_tokens: int, inte
     return torch.cat((x[:, :, :prefix_tokens], rotated), 2)
 
 
-def named(name, function):
+def named(name: str, function: types.FunctionType) -> types.FunctionType:
     """The function under another name, by which TorchScript compiles it beside a method of the first."""
     copy = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__annotations__ = function.__annotations__

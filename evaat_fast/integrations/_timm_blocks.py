@@ -67,7 +67,7 @@ class FusedSwiGLU(SwiGLU):
 
     _theirs = named("_theirs", SwiGLU.forward)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._theirs(x)
         else:
@@ -93,7 +93,7 @@ class FusedGluMlp(GluMlp):
 
     _theirs = named("_theirs", GluMlp.forward)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._theirs(x)
         else:
