@@ -11,12 +11,21 @@ from evaat_fast.integrations import transformers as integration
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8)
 MODELS = {
-    "VJEPA2": dict(crop_size=32, frames_per_clip=4, hidden_size=48, num_hidden_layers=2, pred_hidden_size=48,
-                   num_attention_heads=2, pred_num_attention_heads=2, pred_num_hidden_layers=1, patch_size=8),
+    "VJEPA2": dict(
+        crop_size=32,
+        frames_per_clip=4,
+        hidden_size=48,
+        num_hidden_layers=2,
+        pred_hidden_size=48,
+        num_attention_heads=2,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=1,
+        patch_size=8,
+    ),
     "ViT": SMALL,
     "VideoMAE": SMALL | dict(num_frames=4),
     "DINOv3ViT": SMALL,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

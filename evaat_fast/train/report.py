@@ -145,9 +145,13 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             )
             ends, per_epoch = [r for r in logs[stage] if r["event"] == "epoch"], len(steps) / steps[-1]["epoch"]
             axis.plot(
-                [r["epoch"] * per_epoch for r in ends], [r["loss"] for r in ends],
-                color=_COLOURS["blue"], linewidth=2, marker="o" if len(ends) < 8 else None, markersize=4,
-            )  # fmt: skip
+                [r["epoch"] * per_epoch for r in ends],
+                [r["loss"] for r in ends],
+                color=_COLOURS["blue"],
+                linewidth=2,
+                marker="o" if len(ends) < 8 else None,
+                markersize=4,
+            )
             axis.set(title=title, xlabel="step", ylim=(0, None))
         start, handles = 0, {}
         for stage, _ in stages:
