@@ -376,3 +376,25 @@ def test_bad_config(change, error, message):
 def test_tokenizer_of_unknown_model():
     with pytest.raises(ValueError, match="name: there is no 'eva02'"):
         evaat_fast.get_tokenizer("eva02")
+
+
+def test_frequencies_stay_where_nothing_moves_them():
+    """And what somebody made of them stays, float32, through every conversion."""
+    visual = small().visual
+    before = visual.freqs
+    assert visual.float().freqs is before and visual.to("cpu").freqs is before and visual.bfloat16().freqs is before
+    visual.freqs = changed = before * 2
+    assert visual.half().freqs is changed and visual.freqs.dtype == torch.float32
+    del visual.freqs
+    visual.freqs = torch.nn.Parameter(changed)
+    assert visual.double().freqs.dtype == torch.float32 and torch.equal(visual.freqs, changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_video_of_any_float_dtype_under_autocast(dtype):
+    model = small().to(dtype)
+    pixels = torch.randn(1, 3, 3, 48, 48)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model.encode_video(clip(1)).isfinite().all()
+        for kind in (torch.float32, torch.float64, torch.bfloat16):
+            assert model.encode_video(pixels.to(kind)).isfinite().all()

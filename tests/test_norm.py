@@ -218,11 +218,46 @@ def test_compiles_to_plain_torch(device, dynamic):
     assert all(g.isfinite().all() for g in grads)
 
 
+@places
+def test_memory_that_negates(backend, device, dtype):
+    """A lazily negated view, of an input and of a gradient."""
+    x, residual, weight = (rows(s, dtype, device) for s in ((3, 64), (3, 64), (64,)))
+    negated = torch._neg_view
+    want = ops.add_norm(-x, -residual, -weight, None, backend=backend)
+    ours = ops.add_norm(negated(x), negated(residual), negated(weight), None, backend=backend)
+    assert all(map(torch.equal, ours, want))
+    leaf = x.detach().requires_grad_()
+    out = ops.swiglu_norm(leaf, -weight[:32], None, backend=backend)
+    assert torch.equal(
+        *(torch.autograd.grad(out, leaf, g, retain_graph=True)[0] for g in (negated(out.detach()), -out.detach()))
+    )
+
+
+@places
+def test_gates_of_any_size(backend, device, dtype):
+    largest = torch.finfo(dtype).max
+    gates = torch.tensor([-largest, -1e4, -90, 90, 1e4, largest], dtype=dtype, device=device)
+    x = torch.cat((gates, torch.ones_like(gates)))[None].requires_grad_()
+    out = ops.swiglu_norm(x, None, None, backend=backend)
+    torch.testing.assert_close(out[0], F.silu(gates), rtol=1e-2, atol=1e-2)
+    grad = torch.autograd.grad(out.sum(), x)[0][0, :6].float()
+    torch.testing.assert_close(grad, torch.tensor([0.0, 0, 0, 1, 1, 1], device=device), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_gradient_that_float16_has_not():
+    x, residual = rows((2, 64), F16, "cuda").requires_grad_(), rows((2, 64), BF16, "cuda").requires_grad_()
+    total = ops.add_norm(x, residual, *norm_weights(64, F32, "cuda"))[1]
+    assert torch.autograd.grad((total * 70000.0).sum(), residual)[0].isfinite().all()
+
+
 @pytest.mark.interpret
 def test_by_name_where_it_is_traced():
     x, w = torch.randn(3, 32), torch.ones(32)
     with pytest.raises(RuntimeError, match="add_norm: backend 'triton' was asked for but cannot serve this call: what traces"):
         torch.func.vmap(lambda y: ops.add_norm(y, None, w, w, backend="triton")[0])(x)
+    with pytest.raises(RuntimeError, match="what traces"):  # nor of tensors that a transform does not see
+        torch.func.grad(lambda s: (ops.add_norm(x, None, w, w, backend="triton")[0] * s).sum())(torch.tensor(2.0))
     with pytest.raises(RuntimeError, match="rows of up to 16,384"):
         ops.swiglu_norm(torch.zeros(1, 2 * 16385), None, None, backend="triton")
     x.requires_grad_()
@@ -238,6 +273,8 @@ def test_torch_func(device):
     torch.testing.assert_close(torch.func.vmap(call)(x), call(x))
     want = torch.autograd.functional.vjp(lambda y: call(y).sum(), x)[1]
     torch.testing.assert_close(torch.func.grad(lambda y: call(y).sum())(x), want)
+    scaled = torch.func.grad(lambda s: (call(x) * s).sum())(torch.tensor(2.0, device=device))
+    torch.testing.assert_close(scaled, call(x).sum())
     torch.testing.assert_close(torch.func.jvp(call, (x,), (x,))[0], call(x))
 
 

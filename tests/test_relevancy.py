@@ -206,7 +206,8 @@ def test_indices_are_checked_once(reduction, monkeypatch):
     for backend in ("cpu", "reference"):
         counts.clear()
         ops.sms_loss(video, text, relevancy, reduction=reduction, backend=backend).sum().backward()
-        assert len(counts) == 2, backend  # of the videos and of the captions
+        # Of the videos and of the captions, once a pass of C++ over them: each pair's own loss has a second one.
+        assert len(counts) == (4 if backend == "cpu" and reduction == "none" else 2), backend
     counts.clear()
     ops.sms_loss(video, text, relevancy, validate=False, backend="reference")
     assert not counts
@@ -382,3 +383,48 @@ def test_threads_do_not_change_the_result():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, every[0]) for x in every)
+
+
+def test_parts_that_were_exchanged_are_checked_again():
+    """They are public, and C++ reads what they say."""
+    N = 64
+    video, text = torch.randn(2, N, 9).unbind()
+    rows, columns = torch.randint(0, 5, (N,)), torch.randint(0, 4, (N,))
+
+    def changed(source, **parts):
+        for name, x in parts.items():
+            setattr(source, name, x)
+        return source
+
+    indexed = lambda: ops.IndexedRelevancy(torch.rand(5, 4), rows, columns)  # noqa: E731
+    nouns = ops.VerbNounRelevancy(rows, columns, torch.rand(4, 4))
+    codes = ops.DenseRelevancy(torch.zeros(N, N, dtype=torch.uint8), 1.0)
+    for source, error, message in (
+        (changed(indexed(), caption_index=columns[:1].clone()), ValueError, r"relevancy.caption_index: expected 64 entries"),
+        (changed(indexed(), caption_index=columns.float()), TypeError, "relevancy.caption_index: expected int64 or int32"),
+        (changed(nouns, verb=rows[:1].clone()), ValueError, "relevancy.verb: expected 64 entries"),
+        (changed(codes, codes=torch.rand(N, N)), TypeError, "relevancy.codes: expected uint8 codes beside their values"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.sms_loss(video, text, source)
+
+
+def test_indices_are_checked_in_the_backward_pass_too():
+    """It reads them again, and autograd does not see what was written through .data or by numpy."""
+    video, index = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+    loss = ops.sms_loss(video, video * 2 + 1, ops.IndexedRelevancy(torch.rand(3, 3), index, index.clone()), reduction="none")
+    index.data.fill_(10**9)
+    with pytest.raises(IndexError, match="video_index: expected 0 <= index < 3"):
+        loss.sum().backward()
+
+
+def test_a_table_made_in_inference_mode_serves_training():
+    video, ids, iou = torch.randn(6, 4), torch.arange(6) % 4, torch.rand(4, 4)
+    with torch.inference_mode():
+        made_there = torch.rand(4, 4)
+        want = ops.sms_loss(video, video, ops.VerbNounRelevancy(ids, ids, iou), reduction="none")
+    leaf = video.clone().requires_grad_()
+    loss = ops.sms_loss(leaf, video, ops.VerbNounRelevancy(ids, ids, iou), reduction="none")
+    loss.sum().backward()
+    assert torch.equal(loss, want) and leaf.grad.isfinite().all()
+    ops.sms_loss(leaf, video, ops.VerbNounRelevancy(ids, ids, made_there), reduction="none").sum().backward()

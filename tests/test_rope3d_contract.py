@@ -238,6 +238,13 @@ def test_autocast_keeps_the_dtype():
         assert ops.rope3d(qk()[0], None, GRID).dtype == torch.float32
 
 
+def test_inside_a_transform_of_other_tensors():
+    """What is transformed need not be an argument: the error is that of one which is."""
+    q = qk()[0]
+    with pytest.raises(NotImplementedError, match="q: rope3d has no vmap rule"):
+        torch.func.grad(lambda s: (ops.rope3d(q, None, GRID) * s).sum())(torch.tensor(2.0))
+
+
 # Errors
 
 Q, K = torch.zeros(2, 4, N, 16), torch.zeros(2, 2, N, 16)

@@ -21,7 +21,10 @@ Random = Callable[..., torch.Tensor]
 def kind(module: nn.Module) -> tuple:
     """Equal for modules that compute the same from their weights."""
     settings = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, float, str)) and k != "training")
-    weights = tuple((name, x.shape, x.dtype, x.device) for name, x in module.state_dict(keep_vars=True).items())
+    stored = module.state_dict(keep_vars=True).items()
+    weights = tuple(
+        (name, x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else (name, repr(x)) for name, x in stored
+    )
     return type(module), repr(module), settings, weights
 
 

@@ -90,8 +90,9 @@ class EVA02AT(nn.Module):
         self.text.transformer.grad_checkpointing = enable
 
     def compile_blocks(self) -> None:
-        """torch.compile for each block of both towers, in place; names and the state dict stay. One compilation serves all
-        blocks of a tower, so the wait is that of a few blocks, not of the model."""
+        """torch.compile for each block of both towers, in place; names and the state dict stay. Blocks of a kind share what
+        is compiled (the first, those between, the last of the vision tower), once for training and once for evaluation, so
+        the wait is that of a few blocks, not of the model."""
         for block in (*self.visual.blocks, *self.text.transformer.resblocks):
             block.compile()
 

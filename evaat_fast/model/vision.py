@@ -106,14 +106,16 @@ class PatchEmbed(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C]."""
         weight = self.proj.weight
+        # That of the product, to which autocast would cast but float64: no wider copy of the video than it needs.
+        dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight.device.type) or weight.dtype
         if video.dtype == torch.uint8:
-            dtype = autocast_dtype(weight.device.type) or weight.dtype  # no wider copy of the video than the product needs
             if dtype == torch.float64:
                 rows = ops.patchify(video, self.patch, self.mean, self.std).double()
             else:
                 rows = ops.patchify(video, self.patch, self.mean, self.std, dtype)
         else:
             rows = rearrange(video, "b c t (h p) (w q) -> b (t h w) (c p q)", p=self.patch, q=self.patch)
+            rows = rows.to(dtype)
         return F.linear(rows, weight.flatten(1), self.proj.bias)
 
 
@@ -150,9 +152,15 @@ class VisionTransformer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """`.bfloat16()`, `.to(...)` and `.to_empty()` move the frequencies but never round or lose them: they stay
-        float32."""
+        float32, and where nothing moves the tensor that they were, whose tables are kept."""
+        kept = self.freqs
+        values = self._make_freqs() if kept.is_meta else kept.detach()
         super()._apply(fn, recurse)
-        self.freqs = self._make_freqs().to(self.freqs.device)
+        device = self.freqs.device
+        if isinstance(self.freqs, nn.Parameter):
+            self.freqs.data = values.to(device)
+        else:
+            self.freqs = kept if kept.device == device else values.to(device)
         return self
 
     @torch.no_grad()

@@ -11,8 +11,10 @@ from evaat_fast.kernels.norm.rows import add_up, block, moments, programs, slope
 @triton.jit
 def over_sigmoid(x, y, EXACT: tl.constexpr):
     """y / (1 + exp(-x)). EXACT: to float32's last bits, which the exponent loses where x is large, and a quick division."""
+    y = tl.where(x > -104.0, y, 0.0)  # where float32's exponential is infinite
+    x = tl.minimum(tl.maximum(x, -87.0), 87.0)
     t = x * -1.4426950408889634
-    e = tl.exp2(tl.minimum(t, 126.0))
+    e = tl.exp2(t)
     if EXACT:
         rest = tl.fma(x, -1.4426950408889634, -t) - x * 1.925963033500011e-8  # of the product, of its constant
         return tl.div_rn(y, 1.0 + e * (1.0 + rest * 0.6931471805599453))

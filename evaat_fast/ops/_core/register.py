@@ -90,7 +90,10 @@ def once_differentiable(backward: Callable) -> Callable:
     def checked(ctx, *grads):
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
         if twice and any(x is not None and x.requires_grad for x in (*grads, *ctx.saved_tensors)):
-            raise RuntimeError('a kernel has no double backward (create_graph=True); use backend="reference"')
+            raise RuntimeError(
+                "a kernel has no double backward, which create_graph=True and torch.func's transforms ask for; use "
+                'backend="reference", in a model EVAAT_FAST_BACKEND=reference'
+            )
         return backward(ctx, *grads)
 
     return checked

@@ -9,12 +9,19 @@ from torch.autograd import forward_ad
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DISABLED = Tensor.__torch_dispatch__
 # A private name, hence the getattr: without it such a tensor fails further down, with a less clear error.
+_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 _wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether x is inside torch.func's transforms or has a forward-mode tangent, which only torch's own operators know."""
-    return _wrapped(x) or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
+    """Whether a call with x is inside torch.func's transforms, or x has a forward-mode tangent: only torch's operators know."""
+    inside = _transforms() is not None  # whatever x is: the transforms take no autograd.Function of the old kind
+    return inside or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
+
+
+def resolved(x: Tensor) -> Tensor:
+    """x, or the same numbers in memory of their own, where it is a view that negates or a zero without memory."""
+    return x.resolve_neg().clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
@@ -25,14 +32,13 @@ def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
         if x.layout is not torch.strided or x.is_nested or x.is_mkldnn:
             layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
-        if _wrapped(x):
+        if _wrapped(x) or _transforms() is not None:  # inside, even new tensors of others have no memory to write to
             raise NotImplementedError(
                 f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd"
             )
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name}: {op} has no forward-mode derivative")
-        if x.is_neg() or x._is_zerotensor():
-            x = x.resolve_neg().clone()
+        x = resolved(x)
     return contiguous_rows(x) if rows else x
 
 

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from evaat_fast.kernels.norm import add, swiglu
 from evaat_fast.ops._core.register import once_differentiable
+from evaat_fast.ops._core.tensor import resolved
 
 
 def _rows(x: Any, C: int) -> Any:
     """[M, C], contiguous, of a tensor or of None."""
-    return None if x is None else x.reshape(-1, C).contiguous()
+    return None if x is None else resolved(x).reshape(-1, C).contiguous()
 
 
 def _of_weights(learns: bool, count: int, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
@@ -32,7 +33,7 @@ class AddNorm(torch.autograd.Function):
         normed = torch.empty(x.shape, dtype=dtype, device=x.device)
         total = None if residual is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
         statistics = torch.empty((2, len(rows)), dtype=torch.float32, device=x.device)
-        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        weight, bias = (None if w is None else _rows(w, C)[0] for w in (weight, bias))
         add.forward(rows, added, weight, bias, normed.view(-1, C), _rows(total, C), statistics, eps)
         ctx.save_for_backward(rows if residual is None else total, weight, bias, statistics)
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
@@ -49,14 +50,15 @@ class AddNorm(torch.autograd.Function):
             return dx, dr, None, None, None, None
         shape, C = dY.shape, dY.shape[-1]
         make = lambda dtype: torch.empty(shape, dtype=dtype, device=dY.device)  # noqa: E731
-        dr = make(torch.float32) if of_residual is not None and torch.float32 in ctx.dtypes else None
+        # In float32 where one of the two is, or where they differ: float16's gradient may not fit its range.
+        dr = make(torch.float32) if of_residual is not None and (of_x != of_residual or of_x == torch.float32) else None
         dx = None if of_x == torch.float32 and dr is not None else make(of_x)
         count = add.count(dY.numel() // C, C, dY.device)
         sums, dweight, dbias = _of_weights(any(ctx.needs_input_grad[2:4]), count, weight, bias)
         outs = (_rows(dx, C), _rows(dr, C), sums, dweight, dbias)
         add.backward(_rows(dY, C), _rows(dR, C), _rows(total, C), weight, statistics, *outs)
         of: dict[torch.dtype, Any] = {torch.float32: dr, of_x: dx if dx is not None else dr}
-        dr = None if of_residual is None else of[of_residual] if of_residual in of else of[of_x].to(of_residual)
+        dr = None if of_residual is None else of[of_residual] if of_residual in of else of[torch.float32].to(of_residual)
         return of[of_x], dr, dweight, dbias, None, None
 
 
@@ -69,7 +71,7 @@ class SwigluNorm(torch.autograd.Function):
         rows = _rows(x, 2 * C)
         out = torch.empty((*x.shape[:-1], C), dtype=dtype, device=x.device)
         statistics = None if weight is None else torch.empty((2, len(rows)), dtype=torch.float32, device=x.device)
-        weight, bias = (None if w is None else w.contiguous() for w in (weight, bias))
+        weight, bias = (None if w is None else _rows(w, C)[0] for w in (weight, bias))
         swiglu.forward(rows, weight, bias, out.view(-1, C), statistics, eps)
         ctx.save_for_backward(rows, weight, bias, statistics)
         return out

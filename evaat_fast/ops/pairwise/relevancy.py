@@ -120,16 +120,22 @@ def _verb_noun_table(noun_iou):
     """([2, S, S], values): labels of pairs of another verb and of the same, as codes where 256 values suffice."""
     if torch.compiler.is_compiling() or traced(type(noun_iou)):  # how many values there are is then not known
         return _both_verbs(noun_iou), None
-    version, *made = _VERB_NOUN.get(noun_iou, (None,))
-    if version is None or version != noun_iou._version:
-        table, values = _both_verbs(noun_iou), None
-        distinct = torch.unique(table)
-        if 0 < distinct.numel() <= 256 and bool(distinct.isfinite().all()):  # a NaN has no code, and must reach the loss
-            table = torch.searchsorted(distinct, table).to(torch.uint8)
-            values = torch.nn.functional.pad(distinct, (0, 256 - distinct.numel()))
-        made = table, values
-        _VERB_NOUN[noun_iou] = (noun_iou._version, *made)
+    version = None if noun_iou.is_inference() else noun_iou._version
+    known, *made = _VERB_NOUN.get(noun_iou, (None,))
+    if version is None or known != version:
+        with torch.inference_mode(False):  # what a validation makes, training reads
+            made = _coded(_both_verbs(noun_iou.clone() if version is None else noun_iou))
+        if version is not None:
+            _VERB_NOUN[noun_iou] = (version, *made)
     return made
+
+
+def _coded(table):
+    """(codes, values) of a table of at most 256 values, else (table, None)."""
+    distinct = torch.unique(table)
+    if not 0 < distinct.numel() <= 256 or not bool(distinct.isfinite().all()):  # a NaN has no code, and must reach the loss
+        return table, None
+    return torch.searchsorted(distinct, table).to(torch.uint8), torch.nn.functional.pad(distinct, (0, 256 - distinct.numel()))
 
 
 def _both_verbs(noun_iou):
@@ -229,8 +235,17 @@ def _values(scale, device):
 
 def _fitting(labels, N, device, check, own, table, index):
     """labels, checked against the batch; table, index: what the source calls them."""
-    if labels.video_index is not None and labels.video_index.shape[0] != N:
-        raise ValueError(f"relevancy.{index}: expected {N} entries, one for each pair, got {labels.video_index.shape[0]}")
+    # Once more: the parts of a source are public, and may have been exchanged or resized since it was made.
+    second = "caption_index" if labels.verb is None else index
+    for name, x in ((index, labels.video_index), (second, labels.caption_index), ("verb", labels.verb)):
+        if x is not None and x.shape != (N,):
+            raise ValueError(
+                f"relevancy.{name}: expected {N} entries, one for each pair, got {len(x) if x.ndim == 1 else list(x.shape)}"
+            )
+        if x is not None and (x.dtype not in (torch.int64, torch.int32) or x.device != labels.table.device):
+            raise TypeError(f"relevancy.{name}: expected int64 or int32 on {labels.table.device}, got {x.dtype} on {x.device}")
+    if labels.values is not None and labels.table.dtype != torch.uint8:
+        raise TypeError(f"relevancy.{table}: expected uint8 codes beside their values, got {labels.table.dtype}")
     if labels.video_index is None and labels.table.shape != (N, N):
         raise ValueError(f"relevancy.{table}: expected the shape [{N}, {N}], got {list(labels.table.shape)}")
     check_device(f"relevancy.{table}", labels.table.device, device, "the features'")

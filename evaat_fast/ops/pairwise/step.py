@@ -128,7 +128,7 @@ def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSe
 
     weight [N]: the gradients are those of the sum of weight * entries, else of the mean.
     """
-    if video.is_cpu and not settings.checked:
+    if video.is_cpu and not (settings.checked and weight is None):  # a backward pass: what they lie in may have changed
         settings.labels.check_indices()
     return _run("Sms", (video, text), weight, settings)
 

@@ -48,7 +48,10 @@ def _constant_table(
         held[1][key] = make(rotation, head_dim, dtype, device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # so that every stream may read it afterwards
-    return held[1][key]
+    table = held[1][key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED[("constant", table.data_ptr())] = table  # which the graph reads when the frequencies are gone, too
+    return table
 
 
 def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
