@@ -135,7 +135,7 @@ def test_double_backward_is_an_error_where_a_kernel_has_none():
         "packed freqs": (lambda: ops.rope3d_qkv_(packed * 1, 2, GRID, freqs=freqs).sum(), packed),
     }
     for name, (loss, x) in losses.items():
-        with pytest.raises(RuntimeError, match='no double backward .* use backend="reference"'):
+        with pytest.raises(RuntimeError, match='no double backward.* use backend="reference"'):
             torch.autograd.grad(loss(), x, create_graph=True)
             pytest.fail(name)
     # A rotation is linear, so the gradient of a sum is constant: its derivative is none, and not lost.
@@ -236,13 +236,6 @@ def test_fake_tensors():
 def test_autocast_keeps_the_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.rope3d(qk()[0], None, GRID).dtype == torch.float32
-
-
-def test_inside_a_transform_of_other_tensors():
-    """What is transformed need not be an argument: the error is that of one which is."""
-    q = qk()[0]
-    with pytest.raises(NotImplementedError, match="q: rope3d has no vmap rule"):
-        torch.func.grad(lambda s: (ops.rope3d(q, None, GRID) * s).sum())(torch.tensor(2.0))
 
 
 # Errors

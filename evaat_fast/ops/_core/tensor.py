@@ -32,7 +32,7 @@ def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
         if x.layout is not torch.strided or x.is_nested or x.is_mkldnn:
             layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
             raise TypeError(f"{name}: expected a dense tensor, got a {layout} one")
-        if _wrapped(x) or _transforms() is not None:  # inside, even new tensors of others have no memory to write to
+        if _wrapped(x):
             raise NotImplementedError(
                 f"{name}: {op} has no vmap rule, nor any for torch.func's grad and jvp; use torch.autograd"
             )
