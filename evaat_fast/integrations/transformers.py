@@ -20,7 +20,7 @@ __all__ = ["attention", "register"]
 
 
 def register(name: str = "evaat_fast") -> None:
-    """Makes `name` an attention implementation that transformers' models accept (transformers 4.48 and later).
+    """Makes `name` an attention implementation that transformers' models accept (transformers 4.51 and later).
 
     Args:
         name: what `attn_implementation` is to be. Registering twice is registering once.

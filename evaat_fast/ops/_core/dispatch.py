@@ -37,8 +37,8 @@ class Support:
 
 
 # What one H200 has shown; bench/README.md says it op by op.
-_RIGHT = "right on an H200"
-_RUN_BEFORE = "run on an H200, before the last change of its kernels"
+_RIGHT = "right on an H200, before the last change of its code"
+_RUN_BEFORE = "run on an H200, before the last change of its code"
 _ALL = (*FLOATS, "float64")
 
 # Needs of a call of joint_attention.
@@ -56,7 +56,7 @@ _NORM = {
             TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse",
             WIDE_ROWS: "its kernels take rows of up to 16,384",
         },
-        note="faster than torch's on an H200",
+        note="faster than torch's on an H200; small float32 gradients missed the tests' rule there, mended since",
     ),
     "reference": Support(_ALL),
 }
@@ -65,7 +65,7 @@ _LOSS = {"triton": Support(FLOATS, note=_RUN_BEFORE), "cpu": Support(_ALL), "ref
 SUPPORT = {
     "rope3d": {
         "triton": Support(FLOATS, note=_RIGHT),
-        "cuda": Support(FLOATS, note=f"by name; {_RIGHT}, and faster there than triton"),
+        "cuda": Support(FLOATS, note=f"by name; {_RIGHT}, and faster than triton"),
         "cpu": Support(FLOATS),
         "reference": Support(_ALL),
     },
@@ -81,12 +81,12 @@ SUPPORT = {
         "triton": Support(
             FLOATS,
             lacks={WIDE_HEADS: _NO_WIDE_HEADS},
-            note="by name, and for log-sum-exps and deterministic gradients; right on an H200, its backward slower than sdpa's",
+            note=f"by name, and for log-sum-exps and deterministic gradients; {_RIGHT}; its backward slower than sdpa's",
         ),
         "triton_onepass": Support(
             FLOATS,
             lacks={WIDE_HEADS: _NO_WIDE_HEADS, DETERMINISTIC: "its sums have no fixed order"},
-            note="by name; right on an H200, and no faster than triton",
+            note=f"by name; {_RIGHT}, and no faster than triton",
         ),
         "reference": Support(_ALL),
     },
