@@ -139,8 +139,8 @@ def headline():
         lines.append(f"| {on}, {ours['dtype']} | {what} | {providers[1]} | {' | '.join(cells)} | {memory} |")
     names = list(dict.fromkeys(name for _, name, *_ in HEADLINE))
     notes = [
-        "x: how many times as fast. Memory: the extra at the peak of forward + backward. H200: time on the device in CUDA graphs; "
-        "of training by the clock, ours alone in a graph. What an eager call costs stands in the pages."
+        "x: how many times as fast. Memory: the extra at the peak of forward + backward. H200: time on the device in CUDA "
+        "graphs; of training by the clock, ours alone in a graph. What an eager call costs stands in the pages."
     ]
     for data in map(found.get, names):
         notes += [f"`python bench/{data['op']}.py` on {conditions(data)}.", *data.get("notes", [])]

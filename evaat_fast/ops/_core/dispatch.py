@@ -56,7 +56,7 @@ _NORM = {
             TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse",
             WIDE_ROWS: "its kernels take rows of up to 16,384",
         },
-        note="faster than torch's on an H200; small float32 gradients missed the tests' rule there, mended since",
+        note="faster than torch's on an H200; small float32 gradients missed the rule there, since mended",
     ),
     "reference": Support(_ALL),
 }
