@@ -12,8 +12,8 @@ TARGET EVAAT_INLINE V::F side(V::F self, V::F c, V::F own, V::F s, V::F margin, 
   if (rule != kCode) m = V::select(equal, -gap, m);
   const V::F penalty = V::select(equal, V::abs(m) - relaxation, V::flip_where(less, m));
   const V::Mask active = V::both(keep, V::compare<_CMP_NLE_UQ>(penalty, V::fill(0.0f)));  // NaN too
-  loss = V::add_where(active, loss, penalty);
-  return V::sign_where(active, m);  // 1 or -1
+  loss = loss + V::where(active, penalty);
+  return V::where(active, V::sign(m));
 }
 
 template <class S, int mode, int rule>

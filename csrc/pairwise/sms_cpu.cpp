@@ -103,11 +103,11 @@ struct Avx512 {
   template <int how>
   IN512 Mask compare(F a, F b) { return _mm512_cmp_ps_mask(a, b, how); }
   IN512 F select(Mask k, F a, F b) { return _mm512_mask_blend_ps(k, b, a); }
-  IN512 F add_where(Mask k, F sum, F x) { return _mm512_mask_add_ps(sum, k, sum, x); }
+  IN512 F where(Mask k, F x) { return _mm512_maskz_mov_ps(k, x); }
   IN512 F flip_where(Mask k, F x) { return _mm512_mask_xor_ps(x, k, x, fill(-0.0f)); }
   IN512 F fill(float x) { return _mm512_set1_ps(x); }
   IN512 F abs(F x) { return _mm512_abs_ps(x); }
-  IN512 F sign_where(Mask k, F x) { return _mm512_maskz_or_ps(k, _mm512_and_ps(x, fill(-0.0f)), fill(1.0f)); }
+  IN512 F sign(F x) { return _mm512_or_ps(_mm512_and_ps(x, fill(-0.0f)), fill(1.0f)); }
   IN512 F load(const float* p, Mask k) { return _mm512_maskz_loadu_ps(k, p); }
   IN512 F load(const BFloat* p, Mask k) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
@@ -142,11 +142,11 @@ struct Avx2 {
   template <int how>
   IN256 Mask compare(F a, F b) { return _mm256_cmp_ps(a, b, how); }
   IN256 F select(Mask k, F a, F b) { return _mm256_blendv_ps(b, a, k); }
-  IN256 F add_where(Mask k, F sum, F x) { return _mm256_add_ps(sum, _mm256_and_ps(k, x)); }
+  IN256 F where(Mask k, F x) { return _mm256_and_ps(k, x); }
   IN256 F flip_where(Mask k, F x) { return _mm256_xor_ps(x, _mm256_and_ps(k, fill(-0.0f))); }
   IN256 F fill(float x) { return _mm256_set1_ps(x); }
   IN256 F abs(F x) { return _mm256_andnot_ps(fill(-0.0f), x); }
-  IN256 F sign_where(Mask k, F x) { return _mm256_and_ps(k, _mm256_or_ps(_mm256_and_ps(x, fill(-0.0f)), fill(1.0f))); }
+  IN256 F sign(F x) { return _mm256_or_ps(_mm256_and_ps(x, fill(-0.0f)), fill(1.0f)); }
   IN256 F load(const float* p, Mask) { return _mm256_loadu_ps(p); }
   IN256 F load(const BFloat* p, Mask) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
