@@ -15,9 +15,6 @@
 #define EVAAT_X86 1
 #define EVAAT_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define EVAAT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-// Before a function of a struct of vectors.
-#define IN512 EVAAT_AVX512 static EVAAT_INLINE
-#define IN256 EVAAT_AVX2 static EVAAT_INLINE
 // NAME_avx512, NAME_avx2 or NAME_plain with these template arguments, as isa() says.
 #define EVAAT_BEST(NAME, ...) \
   (isa() == kAvx512 ? NAME##_avx512<__VA_ARGS__> : isa() == kAvx2 ? NAME##_avx2<__VA_ARGS__> : NAME##_plain<__VA_ARGS__>)

@@ -88,102 +88,168 @@ void block_plain(Block<T, S>& b, int64_t begin) {
 
 #ifdef EVAAT_X86
 
-// Vectors of W floats and masks of as many lanes. masked_tail: whether what is loaded and stored under a mask leaves the other
-// lanes' memory alone, so that a last, partial vector can be had. Slopes are stored in bfloat16 as small integers, whose lower half
-// is zero.
-struct Avx512 {
-  static constexpr int W = 16;
-  static constexpr bool masked_tail = true;
-  using F = __m512;
-  using Mask = __mmask16;
-  IN512 Mask first(int64_t n) { return n >= W ? Mask(0xffff) : Mask((1u << n) - 1); }
-  IN512 Mask only(int64_t lane) { return Mask(1u << lane); }
-  IN512 Mask both(Mask a, Mask b) { return a & b; }
-  IN512 Mask but(Mask a, Mask b) { return a & ~b; }
-  template <int how>
-  IN512 Mask compare(F a, F b) { return _mm512_cmp_ps_mask(a, b, how); }
-  IN512 F select(Mask k, F a, F b) { return _mm512_mask_blend_ps(k, b, a); }
-  IN512 F where(Mask k, F x) { return _mm512_maskz_mov_ps(k, x); }
-  IN512 F flip_where(Mask k, F x) { return _mm512_mask_xor_ps(x, k, x, fill(-0.0f)); }
-  IN512 F fill(float x) { return _mm512_set1_ps(x); }
-  IN512 F abs(F x) { return _mm512_abs_ps(x); }
-  IN512 F sign(F x) { return _mm512_or_ps(_mm512_and_ps(x, fill(-0.0f)), fill(1.0f)); }
-  IN512 F load(const float* p, Mask k) { return _mm512_maskz_loadu_ps(k, p); }
-  IN512 F load(const BFloat* p, Mask k) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
-  }
-  IN512 void store(float* p, Mask k, F x) { _mm512_mask_storeu_ps(p, k, x); }
-  IN512 void store(BFloat* p, Mask k, F x) {
-    _mm256_mask_storeu_epi16(p, k, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16)));
-  }
-  IN512 void add(int32_t* p, Mask k, F x) {
-    _mm512_mask_storeu_epi32(p, k, _mm512_add_epi32(_mm512_maskz_loadu_epi32(k, p), _mm512_cvtps_epi32(x)));
-  }
-  IN512 void add(double* p, Mask k, F x) {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-    _mm512_mask_storeu_pd(p, __mmask8(k), _mm512_add_pd(_mm512_maskz_loadu_pd(__mmask8(k), p), low));
-    _mm512_mask_storeu_pd(p + 8, __mmask8(k >> 8), _mm512_add_pd(_mm512_maskz_loadu_pd(__mmask8(k >> 8), p + 8), high));
-  }
-  IN512 float sum(F x) { return _mm512_reduce_add_ps(x); }
-};
+template <int rule>
+EVAAT_AVX512 inline __m512 side512(__m512 self, __m512 c, __m512 own, __m512 s, __m512 margin, __m512 relaxation, __m512 eps,
+                                   __mmask16 keep, __m512& loss) {
+  const __m512 sign = _mm512_set1_ps(-0.0f), one = _mm512_set1_ps(1.0f);
+  const __m512 d = _mm512_sub_ps(self, c), gap = _mm512_sub_ps(own, s);
+  __m512 m = _mm512_sub_ps(_mm512_mul_ps(margin, d), gap);
+  const __mmask16 equal = _mm512_cmp_ps_mask(_mm512_abs_ps(d), eps, _CMP_LT_OQ);
+  const __mmask16 less = _mm512_cmp_ps_mask(d, eps, rule == kCode ? _CMP_NGT_UQ : _CMP_NGE_UQ);
+  if (rule == kCharades) keep &= ~_mm512_cmp_ps_mask(d, _mm512_xor_ps(eps, sign), _CMP_LE_OQ);
+  if (rule != kCode) m = _mm512_mask_xor_ps(m, equal, gap, sign);
+  __m512 penalty = _mm512_mask_xor_ps(m, less, m, sign);
+  penalty = _mm512_mask_sub_ps(penalty, equal, _mm512_abs_ps(m), relaxation);
+  const __mmask16 active = _mm512_mask_cmp_ps_mask(keep, penalty, _mm512_setzero_ps(), _CMP_NLE_UQ);  // NaN too
+  loss = _mm512_mask_add_ps(loss, active, loss, penalty);
+  // (m & sign) | one
+  const __m512i slope = _mm512_maskz_ternarylogic_epi32(active, _mm512_castps_si512(m), _mm512_castps_si512(sign), _mm512_castps_si512(one), 0xea);
+  return _mm512_castsi512_ps(slope);
+}
 
-struct Avx2 {
-  static constexpr int W = 8;
-  static constexpr bool masked_tail = false;
-  using F = __m256;
-  using Mask = __m256;
-  IN256 Mask first(int64_t) { return _mm256_castsi256_ps(_mm256_set1_epi32(-1)); }
-  IN256 Mask only(int64_t lane) {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(int(lane))));
-  }
-  IN256 Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
-  IN256 Mask but(Mask a, Mask b) { return _mm256_andnot_ps(b, a); }
-  template <int how>
-  IN256 Mask compare(F a, F b) { return _mm256_cmp_ps(a, b, how); }
-  IN256 F select(Mask k, F a, F b) { return _mm256_blendv_ps(b, a, k); }
-  IN256 F where(Mask k, F x) { return _mm256_and_ps(k, x); }
-  IN256 F flip_where(Mask k, F x) { return _mm256_xor_ps(x, _mm256_and_ps(k, fill(-0.0f))); }
-  IN256 F fill(float x) { return _mm256_set1_ps(x); }
-  IN256 F abs(F x) { return _mm256_andnot_ps(fill(-0.0f), x); }
-  IN256 F sign(F x) { return _mm256_or_ps(_mm256_and_ps(x, fill(-0.0f)), fill(1.0f)); }
-  IN256 F load(const float* p, Mask) { return _mm256_loadu_ps(p); }
-  IN256 F load(const BFloat* p, Mask) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-  }
-  IN256 void store(float* p, Mask, F x) { _mm256_storeu_ps(p, x); }
-  IN256 void store(BFloat* p, Mask, F x) {
-    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-  }
-  IN256 void add(int32_t* p, Mask, F x) {
-    __m256i* at = reinterpret_cast<__m256i*>(p);
-    _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), _mm256_cvtps_epi32(x)));
-  }
-  IN256 void add(double* p, Mask, F x) {
-    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-    _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), low));
-    _mm256_storeu_pd(p + 4, _mm256_add_pd(_mm256_loadu_pd(p + 4), high));
-  }
-  IN256 float sum(F x) {
-    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-  }
-};
+EVAAT_AVX512 inline __m512 load512(const float* p, __mmask16 k) { return _mm512_maskz_loadu_ps(k, p); }
+EVAAT_AVX512 inline __m512 load512(const BFloat* p, __mmask16 k) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, p)), 16));
+}
+EVAAT_AVX512 inline void store512(float* p, __mmask16 k, __m512 g) { _mm512_mask_storeu_ps(p, k, g); }
+EVAAT_AVX512 inline void store512(BFloat* p, __mmask16 k, __m512 g) {  // small integers: the lower half is zero
+  _mm256_mask_storeu_epi16(p, k, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(g), 16)));
+}
 
-namespace avx512 {
-#define TARGET EVAAT_AVX512
-using V = Avx512;
-#include "pairwise/sms_block.h"
-}  // namespace avx512
-namespace avx2 {
-#define TARGET EVAAT_AVX2
-using V = Avx2;
-#include "pairwise/sms_block.h"
-}  // namespace avx2
+EVAAT_AVX512 inline void add512(double* p, __mmask8 k, __m256 x) {
+  _mm512_mask_storeu_pd(p, k, _mm512_add_pd(_mm512_maskz_loadu_pd(k, p), _mm512_cvtps_pd(x)));
+}
+
+template <class S, int mode, int rule, int rows>
+EVAAT_AVX512 void block_avx512(Block<float, S>& b) {
+  const __m512 margin = _mm512_set1_ps(b.margin), relaxation = _mm512_set1_ps(b.relaxation), eps = _mm512_set1_ps(b.eps);
+  __m512 loss[rows], sum[rows];
+  int64_t first = b.own[0], last = b.own[0];
+  for (int r = 0; r < rows; ++r) {
+    loss[r] = sum[r] = _mm512_setzero_ps();
+    first = std::min(first, b.own[r]);
+    last = std::max(last, b.own[r]);
+  }
+  for (int64_t i = b.begin; i < b.end; i += 16) {
+    const __mmask16 inside = b.end - i >= 16 ? __mmask16(0xffff) : __mmask16((1u << (b.end - i)) - 1);
+    const __m512 self = load512(b.self + i, inside), diagonal = load512(b.diagonal + i, inside);
+    const bool has_own = i <= last && i + 16 > first;
+    __m512 column = _mm512_setzero_ps(), column_loss = column;
+    for (int r = 0; r < rows; ++r) {
+      __mmask16 keep = inside;
+      if (has_own && b.own[r] >= i && b.own[r] < i + 16) keep &= __mmask16(~(1u << (b.own[r] - i)));
+      __m512 s = load512(b.s[r] + i, inside);
+      if (b.col_scale)
+        s = _mm512_mul_ps(_mm512_mul_ps(s, _mm512_set1_ps(b.row_scale[r])), load512(b.col_scale + i, inside));
+      const __m512 c = load512(b.label[r] + (i - b.begin), inside);
+      __m512& caption_loss = mode == kEach ? column_loss : loss[r];
+      const __m512 g1 = side512<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, caption_loss);
+      const __m512 g2 = side512<rule>(_mm512_set1_ps(b.row_self[r]), c, _mm512_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
+                                       eps, keep, loss[r]);
+      column = _mm512_add_ps(column, g1);
+      sum[r] = _mm512_add_ps(sum[r], g2);
+      if (mode == kSlopes) store512(b.s[r] + i, inside, _mm512_add_ps(g1, g2));
+      if constexpr (mode == kWeighted) {
+        const __m512 of_row = _mm512_mul_ps(g2, _mm512_set1_ps(b.weight[b.own[r]]));
+        store512(b.s[r] + i, inside, _mm512_add_ps(_mm512_mul_ps(g1, load512(b.weight + i, inside)), of_row));
+      }
+    }
+    if (mode == kEach) {
+      const __m256 high = _mm512_castps512_ps256(_mm512_shuffle_f32x4(column_loss, column_loss, 0xee));
+      add512(b.col_loss + i, __mmask8(inside), _mm512_castps512_ps256(column_loss));
+      add512(b.col_loss + i + 8, __mmask8(inside >> 8), high);
+    }
+    const __m512i total = _mm512_maskz_loadu_epi32(inside, b.col_sum + i);
+    _mm512_mask_storeu_epi32(b.col_sum + i, inside, _mm512_add_epi32(total, _mm512_cvtps_epi32(column)));
+  }
+  for (int r = 0; r < rows; ++r) {
+    b.loss[r] += double(_mm512_reduce_add_ps(loss[r]));
+    b.row_sum[r] += int32_t(_mm512_reduce_add_ps(sum[r]));
+  }
+}
+
+template <int rule>
+EVAAT_AVX2 inline __m256 side256(__m256 self, __m256 c, __m256 own, __m256 s, __m256 margin, __m256 relaxation, __m256 eps,
+                                 __m256 keep, __m256& loss) {
+  const __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
+  const __m256 d = _mm256_sub_ps(self, c), gap = _mm256_sub_ps(own, s);
+  __m256 m = _mm256_sub_ps(_mm256_mul_ps(margin, d), gap);
+  const __m256 equal = _mm256_cmp_ps(_mm256_andnot_ps(sign, d), eps, _CMP_LT_OQ);
+  const __m256 less = _mm256_cmp_ps(d, eps, rule == kCode ? _CMP_NGT_UQ : _CMP_NGE_UQ);
+  if (rule == kCharades) keep = _mm256_andnot_ps(_mm256_cmp_ps(d, _mm256_xor_ps(eps, sign), _CMP_LE_OQ), keep);
+  if (rule != kCode) m = _mm256_blendv_ps(m, _mm256_xor_ps(gap, sign), equal);
+  __m256 penalty = _mm256_xor_ps(m, _mm256_and_ps(less, sign));
+  penalty = _mm256_blendv_ps(penalty, _mm256_sub_ps(_mm256_andnot_ps(sign, m), relaxation), equal);
+  const __m256 active = _mm256_and_ps(keep, _mm256_cmp_ps(penalty, _mm256_setzero_ps(), _CMP_NLE_UQ));
+  loss = _mm256_add_ps(loss, _mm256_and_ps(active, penalty));
+  return _mm256_and_ps(active, _mm256_or_ps(_mm256_and_ps(m, sign), one));
+}
+
+EVAAT_AVX2 inline __m256 load256(const float* p) { return _mm256_loadu_ps(p); }
+EVAAT_AVX2 inline __m256 load256(const BFloat* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+EVAAT_AVX2 inline void store256(float* p, __m256 g) { _mm256_storeu_ps(p, g); }
+EVAAT_AVX2 inline void store256(BFloat* p, __m256 g) {
+  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(g), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+EVAAT_AVX2 inline float sum256(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
+EVAAT_AVX2 inline void add256(double* p, __m128 x) {
+  _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), _mm256_cvtps_pd(x)));
+}
+
+// As block_avx512; the last columns, fewer than eight, are left to block_plain.
+template <class S, int mode, int rule, int rows>
+EVAAT_AVX2 void block_avx2(Block<float, S>& b) {
+  const __m256 margin = _mm256_set1_ps(b.margin), relaxation = _mm256_set1_ps(b.relaxation), eps = _mm256_set1_ps(b.eps);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), ones = _mm256_set1_epi32(-1);
+  __m256 loss[rows], sum[rows];
+  for (int r = 0; r < rows; ++r) loss[r] = sum[r] = _mm256_setzero_ps();
+  int64_t i = b.begin;
+  for (; i + 8 <= b.end; i += 8) {
+    const __m256 self = load256(b.self + i), diagonal = load256(b.diagonal + i);
+    __m256 column = _mm256_setzero_ps(), column_loss = column;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t own = b.own[r] - i;
+      __m256 keep = _mm256_castsi256_ps(ones);
+      if (own >= 0 && own < 8)
+        keep = _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpeq_epi32(lane, _mm256_set1_epi32(int(own))), ones));
+      __m256 s = load256(b.s[r] + i);
+      if (b.col_scale) s = _mm256_mul_ps(_mm256_mul_ps(s, _mm256_set1_ps(b.row_scale[r])), load256(b.col_scale + i));
+      const __m256 c = load256(b.label[r] + (i - b.begin));
+      __m256& caption_loss = mode == kEach ? column_loss : loss[r];
+      const __m256 g1 = side256<rule>(self, c, diagonal, s, margin, relaxation, eps, keep, caption_loss);
+      const __m256 g2 = side256<rule>(_mm256_set1_ps(b.row_self[r]), c, _mm256_set1_ps(b.row_diagonal[r]), s, margin, relaxation,
+                                       eps, keep, loss[r]);
+      column = _mm256_add_ps(column, g1);
+      sum[r] = _mm256_add_ps(sum[r], g2);
+      if (mode == kSlopes) store256(b.s[r] + i, _mm256_add_ps(g1, g2));
+      if constexpr (mode == kWeighted) {
+        const __m256 of_row = _mm256_mul_ps(g2, _mm256_set1_ps(b.weight[b.own[r]]));
+        store256(b.s[r] + i, _mm256_add_ps(_mm256_mul_ps(g1, load256(b.weight + i)), of_row));
+      }
+    }
+    if (mode == kEach) {
+      add256(b.col_loss + i, _mm256_castps256_ps128(column_loss));
+      add256(b.col_loss + i + 4, _mm256_extractf128_ps(column_loss, 1));
+    }
+    __m256i* total = reinterpret_cast<__m256i*>(b.col_sum + i);
+    _mm256_storeu_si256(total, _mm256_add_epi32(_mm256_loadu_si256(total), _mm256_cvtps_epi32(column)));
+  }
+  for (int r = 0; r < rows; ++r) {
+    b.loss[r] += double(sum256(loss[r]));
+    b.row_sum[r] += int32_t(sum256(sum[r]));
+  }
+  if (i < b.end) block_plain<float, S, mode, rule>(b, i);
+}
 
 #endif  // EVAAT_X86
 
@@ -191,8 +257,8 @@ template <class T, class S, int mode, int rule>
 void block(Block<T, S>& b) {
 #ifdef EVAAT_X86
   if constexpr (sizeof(T) == 4) {
-    if (isa() == kAvx512 && b.rows == kRows) return avx512::block<S, mode, rule>(b);
-    if (isa() == kAvx2 && b.rows == kRows) return avx2::block<S, mode, rule>(b);
+    if (isa() == kAvx512 && b.rows == kRows) return block_avx512<S, mode, rule, kRows>(b);
+    if (isa() == kAvx2 && b.rows == kRows) return block_avx2<S, mode, rule, kRows>(b);
   }
 #endif
   block_plain<T, S, mode, rule>(b, b.begin);

@@ -24,6 +24,8 @@ EVAAT_INLINE void turn_pair(float a, float b, float cos, float sin, float& new_a
 
 #ifdef EVAAT_X86
 // One struct per instruction set: W floats, and how elements become floats and back.
+#define IN512 EVAAT_AVX512 static EVAAT_INLINE
+#define IN256 EVAAT_AVX2 static EVAAT_INLINE
 struct Avx512 {
   static constexpr int W = 16;
   using F = __m512;
