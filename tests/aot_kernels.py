@@ -182,7 +182,7 @@ def norm(arch, kind, C, dtype="bf16", residual=True):
     module = add if kind.startswith("add") else swiglu
     options = module.forward_config(C)
     if kind.endswith("backward"):
-        options = module.config(C) if module is add else module.config(C, arch // 10)
+        options = module.backward_config(C) if module is add else module.backward_config(C, arch // 10)
     warps = options.pop("num_warps")
     constants = options | ({} if module is add else {"EXACT": dtype == "fp32"})
     return aot.build(kernel, types | {"weight": wide, "statistics": wide, "M": "i32"}, constants, arch, num_warps=warps)

@@ -245,10 +245,14 @@ def test_gates_of_any_size(backend, device, dtype):
 
 
 @pytest.mark.gpu
-def test_a_gradient_that_float16_has_not():
+@pytest.mark.parametrize("factor", [1e-5, 1e5])
+def test_a_gradient_that_float16_has_not(factor):
+    """It reaches a stream of another dtype through float32."""
     x, residual = rows((2, 64), F16, "cuda").requires_grad_(), rows((2, 64), BF16, "cuda").requires_grad_()
-    total = ops.add_norm(x, residual, *norm_weights(64, F32, "cuda"))[1]
-    assert torch.autograd.grad((total * 70000.0).sum(), residual)[0].isfinite().all()
+    weights = norm_weights(64, F32, "cuda")
+    totals = [ops.add_norm(x, residual, *weights, backend=backend)[1] for backend in ("triton", "reference")]
+    ours, want = (torch.autograd.grad((total * factor).sum(), residual)[0] for total in totals)
+    assert ours.isfinite().all() and torch.equal(ours, want)
 
 
 @pytest.mark.interpret

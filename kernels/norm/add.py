@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import on
-from evaat_fast.kernels.norm.rows import add_up, block, moments, programs, slope, store_sums
+from evaat_fast.kernels.norm.rows import add_up, block, moments, programs, row_gradient, store_sums
 
 # Neighbouring channels of a thread: 16 bytes of float32, 8 of 16 bits. With 8 a thread what is stored in float32 passes through
 # shared memory first: on an H200, at 768 channels, the backward pass of a bfloat16 branch takes 0.232 ms instead of 0.163.
@@ -41,15 +41,15 @@ def add_norm_backward_kernel(dY, dR, total, weight, statistics, dx, dr, sums, M,
         dy = tl.load(dY + at, mask=has, other=0.0).to(tl.float32)
         t = tl.load(total + at, mask=has, other=0.0).to(tl.float32)
         mean, rstd = tl.load(statistics + row), tl.load(statistics + M + row)
-        normed = (t - mean) * rstd
-        d = slope(dy, normed, w, rstd, C)
+        unit = (t - mean) * rstd
+        d = row_gradient(dy, unit, w, rstd, C)
         if dR is not None:
             d += tl.load(dR + at, mask=has, other=0.0).to(tl.float32)
         if dr is not None:
             tl.store(dr + at, d, mask=has)
         if dx is not None:
             tl.store(dx + at, d, mask=has)
-        dweight += dy * normed
+        dweight += dy * unit
         dbias += dy
         at += step
     if sums is not None:
@@ -68,21 +68,22 @@ def forward(x, residual, weight, bias, normed, total, statistics, eps):
         add_norm_kernel[M,](x, residual, weight, bias, normed, total, statistics, M, eps, **forward_config(C))
 
 
-def config(C):
+def backward_config(C):
     """With 1,024 channels a warp the backward pass takes over 200 registers; 8 or 32 warps a multiprocessor were slower."""
     return block(C, 512)
 
 
 def count(M, C, device):
     """Programs of the backward pass."""
-    return programs(M, device, 16, config(C)["num_warps"])
+    return programs(M, device, 16, backward_config(C)["num_warps"])
 
 
 def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias):
-    """As `forward`. sums: float32 [count(...), 2, C], or None as dweight and dbias are."""
+    """As `forward`. dR: [M, C] of any dtype, or None; dx, of x, and dr, float32: either may be None; sums: float32
+    [count(...), 2, C], or None as dweight and dbias are."""
     M, C = total.shape
     with on(dY.device):
         places = dY, dR, total, weight, statistics, dx, dr, sums, M
-        add_norm_backward_kernel[count(M, C, dY.device),](*places, **config(C))
+        add_norm_backward_kernel[count(M, C, dY.device),](*places, **backward_config(C))
     if dweight is not None:
         add_up(sums, dweight, dbias)

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import on
 
-MOST_CHANNELS = 16384
-
 
 def block(C, channels):
     """The block that covers a row, and its warps of so many channels."""
@@ -31,17 +29,17 @@ def programs(M, device, warps, num_warps):
 def moments(x, has, C: tl.constexpr, eps):
     """Mean and 1 / standard deviation of a row, the second from its deviations, as squares of large numbers cancel. Divisions
     are rounded right: one that is quick is off by two bits for the whole row."""
-    count = tl.full((), C, tl.float32)
-    mean = tl.div_rn(tl.sum(x, 0), count)
+    width = tl.full((), C, tl.float32)
+    mean = tl.div_rn(tl.sum(x, 0), width)
     deviation = tl.where(has, x - mean, 0.0)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(deviation * deviation, 0), count) + eps))
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(deviation * deviation, 0), width) + eps))
 
 
 @triton.jit
-def slope(dY, normed, weight, rstd, C: tl.constexpr):
-    """The gradient of a row before its norm. normed: after it, before weight and bias. dY is 0 beyond the row."""
-    d, count = dY * weight, tl.full((), C, tl.float32)
-    return (d - tl.div_rn(tl.sum(d, 0), count) - normed * tl.div_rn(tl.sum(d * normed, 0), count)) * rstd
+def row_gradient(dY, unit, weight, rstd, C: tl.constexpr):
+    """The gradient of a row before its norm. unit: after it, before weight and bias. dY is 0 beyond the row."""
+    d, width = dY * weight, tl.full((), C, tl.float32)
+    return (d - tl.div_rn(tl.sum(d, 0), width) - unit * tl.div_rn(tl.sum(d * unit, 0), width)) * rstd
 
 
 @triton.jit

@@ -19,11 +19,6 @@ def is_transformed(x: Tensor) -> bool:
     return inside or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
 
 
-def resolved(x: Tensor) -> Tensor:
-    """x, or the same numbers in memory of their own, where it is a view that negates or a zero without memory."""
-    return x.resolve_neg().clone() if x.is_neg() or x._is_zerotensor() else x
-
-
 def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
     """x, or the same numbers in memory that can be read as its strides say; rows: with a contiguous last dimension. A tensor
     without strides is a TypeError; one inside torch.func's transforms or with a forward-mode tangent, for which the ops have no
@@ -38,7 +33,8 @@ def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
             )
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(f"{name}: {op} has no forward-mode derivative")
-        x = resolved(x)
+        if x.is_neg() or x._is_zerotensor():
+            x = x.resolve_neg().clone()
     return contiguous_rows(x) if rows else x
 
 

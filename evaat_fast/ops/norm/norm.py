@@ -37,7 +37,7 @@ def add_norm(
 
     Returns:
         (normed, total): normed [..., C] in x's dtype, under autocast in autocast's, as the product that takes it would cast it;
-        total = x + residual in float32 (float64 if one of them is), x itself without a residual. Statistics are float32. The
+        total = x + residual in float32 (float64 if one of them is), x itself without a residual; statistics likewise. The
         gradient of x has x's dtype and that of residual its own; those of weight and bias have the same bits every time.
 
     Raises:

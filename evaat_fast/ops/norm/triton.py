@@ -7,12 +7,14 @@ from torch import Tensor
 
 from evaat_fast.kernels.norm import add, swiglu
 from evaat_fast.ops._core.register import once_differentiable
-from evaat_fast.ops._core.tensor import resolved
 
 
 def _rows(x: Any, C: int) -> Any:
     """[M, C], contiguous, of a tensor or of None."""
-    return None if x is None else resolved(x).reshape(-1, C).contiguous()
+    if x is None:
+        return None
+    x = x.clone() if x._is_zerotensor() else x.resolve_neg()  # no memory of its own, or none that says what it is
+    return x.reshape(-1, C).contiguous()
 
 
 def _of_weights(learns: bool, count: int, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
@@ -50,16 +52,16 @@ class AddNorm(torch.autograd.Function):
             return dx, dr, None, None, None, None
         shape, C = dY.shape, dY.shape[-1]
         make = lambda dtype: torch.empty(shape, dtype=dtype, device=dY.device)  # noqa: E731
-        # In float32 where one of the two is, or where they differ: float16's gradient may not fit its range.
-        dr = make(torch.float32) if of_residual is not None and (of_x != of_residual or of_x == torch.float32) else None
-        dx = None if of_x == torch.float32 and dr is not None else make(of_x)
+        # One gradient in two dtypes: x's, and float32 where the stream has that, or one whose range x's may not hold.
+        wide = of_residual is not None and (of_x != of_residual or of_x == torch.float32)
+        dr = make(torch.float32) if wide else None
+        dx = None if wide and of_x == torch.float32 else make(of_x)
         count = add.count(dY.numel() // C, C, dY.device)
         sums, dweight, dbias = _of_weights(any(ctx.needs_input_grad[2:4]), count, weight, bias)
         outs = (_rows(dx, C), _rows(dr, C), sums, dweight, dbias)
         add.backward(_rows(dY, C), _rows(dR, C), _rows(total, C), weight, statistics, *outs)
-        of: dict[torch.dtype, Any] = {torch.float32: dr, of_x: dx if dx is not None else dr}
-        dr = None if of_residual is None else of[of_residual] if of_residual in of else of[torch.float32].to(of_residual)
-        return of[of_x], dr, dweight, dbias, None, None
+        given = None if of_residual is None else dx if dr is None else dr.to(of_residual)
+        return dr if dx is None else dx, given, dweight, dbias, None, None
 
 
 class SwigluNorm(torch.autograd.Function):
