@@ -4,7 +4,7 @@
 #   bench/gpu_check.sh [--minutes M] [--only OP] [--lab]
 #
 #   --minutes M   end within M minutes (9 by default), skipping what does not fit
-#   --only OP     rope3d, attn, pairwise or patchify: only its tests and its benchmark
+#   --only OP     rope3d, attn, norm, pairwise or patchify: only its tests and its benchmark
 #   --lab         bench/lab.py right after the smoke test; without it, last
 #
 # In this order: build, what `auto` serves (tests/test_gpu_smoke.py), the first shapes of each benchmark, the gpu tests, the
@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-ops=(rope3d attn pairwise patchify)
+ops=(rope3d attn norm pairwise patchify)
 [ -z "$only" ] || ops=("$only")
 [ "$(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader)" ] || exit 2
 limit=$(python3 -c "import sys; print(int(60 * float(sys.argv[1])) - 15)" "$minutes") || exit 2 # 15 s to stop what runs
@@ -93,13 +93,17 @@ for op in "${ops[@]}"; do
   case $op in
     rope3d) bench rope3d 30 --first 2 ;;
     attn) bench attn 60 --first 2 ;;
+    norm) bench norm 30 --first 3 ;;
     pairwise) bench pairwise 40 --first 6 ;;
   esac
 done
+if [ -z "$only" ]; then # a step of each stack that needs no compiler: 30 s
+  step "bench train" 45 70 python3 bench/train.py --first 1 --skip compiled --seconds 1 --budget 45 --json "$results/train.json"
+fi
 if [ -n "$only" ]; then
-  tests "tests of $only" 300 tests/test_"$only"*.py --junitxml="$logs/tests.xml"
+  tests "tests of $only" 300 tests/test_"$only"*.py
 else # only files that have such tests: each of the processes imports them all
-  tests tests 250 $(grep -l "mark\.gpu" tests/test_*.py | grep -v test_gpu_smoke) --junitxml="$logs/tests.xml"
+  tests tests 250 $(grep -l "mark\.gpu" tests/test_*.py | grep -v test_gpu_smoke)
 fi
 if [ -z "$only" ]; then
   missing=$(python3 -c '
