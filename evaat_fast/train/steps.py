@@ -47,7 +47,7 @@ class Steps:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.config.train.cuda_graph:
-            return self._run({name: x.to(self.device, non_blocking=True) for name, x in batch.items()})
+            return self._run(self._moved(batch))
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             loss = self._replay(batch)
@@ -61,9 +61,9 @@ class Steps:
         shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
         if shapes not in self.graphs:  # kernels are compiled, tables made and moments allocated outside of graphs
             self.graphs[shapes] = None
-            return self._run({name: x.to(self.device, non_blocking=True) for name, x in batch.items()})
+            return self._run(self._moved(batch))
         if self.graphs[shapes] is None:
-            held = {name: x.to(self.device) for name, x in batch.items()}
+            held = self._moved(batch, copy=True)  # which later batches are written to, the caller's own is not
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 loss = self._run(held)
@@ -73,6 +73,9 @@ class Steps:
             held[name].copy_(x, non_blocking=True)
         graph.replay()
         return loss.clone()
+
+    def _moved(self, batch: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
+        return {name: x.to(self.device, non_blocking=True, copy=copy) for name, x in batch.items()}
 
     def _run(self, batch: Mapping[str, Tensor]) -> Tensor:
         loss = batch_loss(self.model, batch, self.table, self.config, self.device)
@@ -106,7 +109,7 @@ def build_optimizer(model: EVA02AT, config: Config) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[parameter.ndim >= 2 and name not in spared].append(parameter)
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": config.optim.weight_decay},
             {"params": groups[False], "weight_decay": 0.0},
@@ -116,7 +119,6 @@ def build_optimizer(model: EVA02AT, config: Config) -> torch.optim.AdamW:
         eps=config.optim.eps,
         fused=True,
     )
-    return optimizer
 
 
 def fit_optimizer(optimizer: torch.optim.Optimizer, config: Config, device: torch.device) -> None:

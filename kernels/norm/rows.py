@@ -36,6 +36,18 @@ def moments(x, has, C: tl.constexpr, eps):
 
 
 @triton.jit
+def normalised(x, weight, bias, statistics, M, row, c, has, C: tl.constexpr, eps):
+    """A row x after its norm, whose statistics it stores. bias may be None."""
+    mean, rstd = moments(x, has, C, eps)
+    tl.store(statistics + row, mean)
+    tl.store(statistics + M + row, rstd)
+    out = (x - mean) * rstd * tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
+    if bias is not None:
+        out += tl.load(bias + c, mask=has, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit
 def row_gradient(dY, unit, weight, rstd, C: tl.constexpr):
     """The gradient of a row before its norm. unit: after it, before weight and bias. dY is 0 beyond the row."""
     d, width = dY * weight, tl.full((), C, tl.float32)

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import generation, on
-from evaat_fast.kernels.norm.rows import add_up, block, moments, programs, row_gradient, store_sums
+from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, store_sums
 
 
 @triton.jit
@@ -30,12 +30,7 @@ def swiglu_norm_kernel(x, weight, bias, out, statistics, M, eps, C: tl.constexpr
     value = tl.load(x + at + C, mask=has, other=0.0).to(tl.float32)
     y = over_sigmoid(gate, gate, EXACT) * value
     if weight is not None:
-        mean, rstd = moments(y, has, C, eps)
-        tl.store(statistics + row, mean)
-        tl.store(statistics + M + row, rstd)
-        y = (y - mean) * rstd * tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
-        if bias is not None:
-            y += tl.load(bias + c, mask=has, other=0.0).to(tl.float32)
+        y = normalised(y, weight, bias, statistics, M, row, c, has, C, eps)
     tl.store(out + row * C + c, y, mask=has)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.register import traced
-from evaat_fast.ops._core.tensor import is_transformed, number
+from evaat_fast.ops._core.tensor import check_device, is_transformed, kind, number
 from evaat_fast.ops.norm.reference import add_norm_reference, swiglu_norm_reference
 
 MOST_CHANNELS = 16384  # of a Triton program, which holds a row
@@ -51,7 +51,7 @@ def add_norm(
         _check_rows("residual", residual)
         if residual.shape != x.shape:
             raise ValueError(f"residual: expected x's shape {list(x.shape)}, got {list(residual.shape)}")
-        _check_device("residual", residual, x)
+        check_device("residual", residual.device, x.device, "x's")
     _check_weights(x, weight, bias, x.shape[-1], "x")
     eps, dtype = _eps(eps), _dtype(x)
     given = [y for y in (x, residual, weight, bias) if y is not None]
@@ -110,8 +110,7 @@ def _pick(op, C, given, backend):
 
 def _check_rows(name, x):
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind(x)}")
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
     if x.ndim == 0:
@@ -125,12 +124,7 @@ def _check_weights(x, weight, bias, C, of):
         _check_rows(name, w)
         if w.shape != (C,):
             raise ValueError(f"{name}: expected the shape [{C}], as {of} is {list(x.shape)}, got {list(w.shape)}")
-        _check_device(name, w, x)
-
-
-def _check_device(name, x, as_of):
-    if x.device != as_of.device:
-        raise ValueError(f"{name}: expected x's device {as_of.device}, got {x.device}")
+        check_device(name, w.device, x.device, "x's")
 
 
 def _eps(eps):

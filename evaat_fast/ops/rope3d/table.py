@@ -34,7 +34,7 @@ def hold_constant(freqs: Tensor) -> Tensor:
 def _constant_table(
     rotation: Rotation, make: Callable, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """The kept table of frequencies that are constant, made at need; None if they are not."""
+    """On CUDA: the kept table of frequencies that are constant, made at need; None if they are not."""
     freqs = rotation.freqs
     if freqs is None or freqs.requires_grad or rotation.positions is not None:
         return None
@@ -43,13 +43,12 @@ def _constant_table(
         return None
     key = rotation.grid, dtype
     if key not in held[1]:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():
             return None  # it would lie in the graph's memory
         held[1][key] = make(rotation, head_dim, dtype, device)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # so that every stream may read it afterwards
+        torch.cuda.current_stream(device).synchronize()  # so that every stream may read it afterwards
     table = held[1][key]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         _CAPTURED[("constant", table.data_ptr())] = table  # which the graph reads when the frequencies are gone, too
     return table
 
@@ -57,7 +56,7 @@ def _constant_table(
 def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """[2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
     make = triton_table if rotation.backend == "triton" else torch_table
-    if _CONSTANT and (constant := _constant_table(rotation, make, head_dim, dtype, device)) is not None:
+    if device.type == "cuda" and (constant := _constant_table(rotation, make, head_dim, dtype, device)) is not None:
         return constant
     user = tuple(x for x in (rotation.freqs, rotation.positions) if x is not None)
     # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
