@@ -91,18 +91,6 @@ def sms(arch, dtype, table="fp32", rule="code", write=True, indexed=False, half=
     return aot.build(kernels.sms_kernel, types, constants, arch, aligned=aligned, **shape)
 
 
-def sms_recompute(arch, table="fp32", indexed=False, half=False, E=256, weighted=False):
-    from evaat_fast.kernels.pairwise import sms as kernels
-    from evaat_fast.kernels.pairwise.sms_recompute import Out, config, sms_recompute_kernel
-
-    shape = config(E, arch // 10)
-    types = {"f": features("bf16"), "labels": labels(table, indexed, half), "out": Out("*fp64", "*i32", "*fp32")}
-    types["pairs"] = kernels.Pairs(*["*fp32"] * 4, "*fp32" if weighted else None)
-    types["penalty"] = kernels.Penalty(*["fp32"] * len(kernels.Penalty._fields))
-    constants = {"RULE": 0, "CAPTIONS": True} | {name: shape.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_E")}
-    return aot.build(sms_recompute_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row"], **shape)
-
-
 def contrast(arch, dtype, sweep, positives="OWN"):
     from evaat_fast.kernels.pairwise import contrast as kernels
     from torch import bfloat16, float32
@@ -148,7 +136,6 @@ def of_rows(arch, name):
     types, constants = {"f": features("bf16"), "norms": "*fp32"}, {"BLOCK_E": 256}
     if name == "prepare":
         types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32"}
-        constants["UNITS"] = True
     else:
         types |= {"row_sum": "*i32", "col_sum": "*i32", "weight": None, "factor": "fp32"}
         types |= dict.fromkeys(["grad_video", "grad_text"], "*fp32")
@@ -210,11 +197,6 @@ def _shipped():
     yield "sms bf16, indexed codes", functools.partial(sms, dtype="bf16", table="u8", indexed=True)
     yield "sms bf16, verbs and nouns", functools.partial(sms, dtype="bf16", table="u8", indexed=True, half=True)
     yield "sms bf16, dense labels, each pair", functools.partial(sms, dtype="bf16", write=False, each=True)
-    yield "sms_recompute bf16 E256, dense labels", sms_recompute
-    yield "sms_recompute bf16 E256, dense labels, weighted", functools.partial(sms_recompute, weighted=True)
-    sources = dict(table="u8", indexed=True, half=True)
-    yield "sms_recompute bf16 E256, verbs and nouns", functools.partial(sms_recompute, **sources)
-    yield "sms_recompute bf16 E64, verbs and nouns", functools.partial(sms_recompute, E=64, **sources)
     for dtype in ("bf16", "fp32"):
         for sweep in ("stats", "slopes"):
             yield f"clip {dtype}, {sweep}", functools.partial(contrast, dtype=dtype, sweep=sweep)

@@ -51,7 +51,7 @@ def penalty(margin=0.6, relaxation=0.1, eps=None, rule="code"):
 
 
 def losses(panel_rows):
-    """The public losses, in panels of so many videos; 0: without panels, where a kernel can; None: as the backend chooses."""
+    """The public losses, in panels of so many videos; None: as the backend chooses."""
 
     def sms_loss(video, text, relevancy, *, self_relevancy=None, reduction="mean", backend=None, **costs):
         how = Options(reduction, backend=backend, panel_rows=panel_rows)
@@ -99,7 +99,7 @@ def labels(kind, N, device):
     return ours, matrix.double()
 
 
-def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES, no_panels=False):
+def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     pick = lambda *choices: rng.choice(choices)  # noqa: E731
@@ -148,8 +148,7 @@ def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES, n
             for side, x in zip(sides, chosen, strict=True):
                 both[side] = x
             viewed = [VIEWS[view](x) if N else x for view, x in zip(views, both, strict=True)]
-            every = losses(0) if no_panels and E <= 256 else ops
-            out = getattr(every, name)(*viewed, *arguments, **given, backend=backend)
+            out = getattr(ops, name)(*viewed, *arguments, **given, backend=backend)
             shape, wide = (N,) if reduction == "none" else (), torch.promote_types(cast, torch.float32)
             assert out.shape == shape and out.dtype == wide, what
             return (out * (factor if weight is None else factor * weight.to(device, out.dtype))).sum()

@@ -21,22 +21,19 @@ def test_fuzz_cpu_long(block):
         cases.random_call(seed, "cpu", "cpu", (F32, F64, BF16, F16))
 
 
-@pytest.mark.sample(1)
 @pytest.mark.interpret
-@pytest.mark.parametrize("panels", ["panels", "no panels"])
-def test_fuzz_triton(panels):
+def test_fuzz_triton():
     for seed in cases.calls(0, 12):
-        cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2], cases.FEATURES[:6], panels == "no panels")
+        cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2], cases.FEATURES[:6])
 
 
 @pytest.mark.slow
 @pytest.mark.interpret
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("block", range(10, 16))
-@pytest.mark.parametrize("panels", ["panels", "no panels"])
-def test_fuzz_triton_long(block, panels):
+def test_fuzz_triton_long(block):
     for seed in cases.calls(block):
-        cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2], no_panels=panels == "no panels")
+        cases.random_call(seed, "triton", "cpu", (F32, F16), cases.SIZES[:-2])
 
 
 @pytest.mark.gpu

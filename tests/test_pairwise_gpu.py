@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from pairwise_cases import losses
 from pairwise_oracle import gradients
 
 from evaat_fast import ops
@@ -121,41 +120,18 @@ def test_memory_at_32k():
     assert loss.isfinite() and torch.cuda.max_memory_allocated() - held <= 256 * 2**20
 
 
-@pytest.mark.parametrize("N,E", [(129, 64), (1000, 200), (2500, 256)])
-def test_without_panels_equals_panels(N, E):
-    video, text, c = batch(N, E, BF16)
-    weight = torch.randn(N, device="cuda")
-    steps = [
-        lambda v, t, s: s(v, t, c),
-        lambda v, t, s: s(v, t, c, rule="charades"),
-        lambda v, t, s: (s(v, t, c, reduction="none") * weight).sum(),
-    ]
-    for step in steps:
-        run = lambda rows, step=step: gradients(lambda v, t: step(v, t, losses(rows).sms_loss), video, text)  # noqa: E731
-        panels, ours, again = run(None), run(0), run(0)
-        assert all(map(torch.equal, ours, again)), "two runs differ"
-        for a, b in zip(ours, panels, strict=True):
-            assert (a.double() - b.double()).norm() <= 4e-3 * b.double().norm()
-
-
-def test_memory_without_panels():
-    N = 1 << 18
-    video, text = (torch.randn(N, 64, device="cuda", dtype=BF16).requires_grad_() for _ in range(2))
-    ids = torch.randint(0, 90, (2, N), device="cuda")
-    labels = ops.VerbNounRelevancy(*ids, torch.rand(90, 90, device="cuda"))
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    ops.sms_loss(video, text, labels)
-    # The two gradients in float32, and 22 words for each pair.
-    assert torch.cuda.max_memory_allocated() - held <= N * (2 * 64 + 22) * 4
-
-
 @pytest.mark.timeout(600)
 def test_a_step_of_a_million_pairs():
     N = 1 << 20
     video, text = (torch.randn(N, 256, device="cuda", dtype=BF16).requires_grad_() for _ in range(2))
     ids = torch.randint(0, 90, (2, N), device="cuda")
     labels = ops.VerbNounRelevancy(*ids, torch.rand(90, 90, device="cuda"))
-    for loss in (ops.sms_loss(video, text, labels), ops.clip_loss(video, text, 0.05)):
-        grads = torch.autograd.grad(loss, (video, text))
-        assert loss.isfinite() and all(g.isfinite().all() for g in grads)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    for loss in (lambda: ops.sms_loss(video, text, labels), lambda: ops.clip_loss(video, text, 0.05)):
+        value = loss()
+        # A panel, unit rows in bfloat16 and gradients in float32: 1, 1 and 2 GiB.
+        assert torch.cuda.max_memory_allocated() - held <= 5 * 2**30
+        assert value.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(value, (video, text)))
+        del value
+        torch.cuda.reset_peak_memory_stats()

@@ -63,7 +63,7 @@ def kernel_pairs(video, text, own, weight=None):
     from evaat_fast.kernels.pairwise import panel, sms
 
     (norms, inverses), features = torch.empty(2, 2, len(video)), panel.features(video, text)
-    panel.prepare(features, None, norms, inverses)
+    panel.prepare(features, torch.empty(2, *video.shape, dtype=video.dtype), norms, inverses)
     pairs = sms.Pairs(*inverses, torch.empty(len(video)), own, weight)
     panel.own_cosines(features, inverses, pairs.cosine)
     return pairs

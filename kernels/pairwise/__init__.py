@@ -1,1 +1,1 @@
-"""The pairwise losses in Triton: max-margin (`sms.py`, `sms_recompute.py`) and log-sum-exp (`contrast.py`) over `panel.py`."""
+"""The pairwise losses in Triton: max-margin (`sms.py`) and log-sum-exp (`contrast.py`) over `panel.py`."""

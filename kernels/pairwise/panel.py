@@ -78,8 +78,8 @@ def place(pid, rows, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prepare_kernel(f, unit_video, unit_text, norms, inverses, UNITS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Row i of video (program i, 0) or text (i, 1): norm and 1 / max(norm, 1e-8) as float32 [2, N], if UNITS the unit row."""
+def prepare_kernel(f, unit_video, unit_text, norms, inverses, BLOCK_E: tl.constexpr):
+    """Row i of video (program i, 0) or text (i, 1): norm and 1 / max(norm, 1e-8) as float32 [2, N], and the unit row."""
     i = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         source, target = f.video + i * f.video_n, unit_video + i * f.E
@@ -92,8 +92,7 @@ def prepare_kernel(f, unit_video, unit_text, norms, inverses, UNITS: tl.constexp
     floored = _floored(norm)
     tl.store(norms + place, norm)
     tl.store(inverses + place, tl.div_rn(1.0, floored))
-    if UNITS:
-        tl.store(target + e, tl.div_rn(x, floored).to(target.dtype.element_ty), mask=e < f.E)
+    tl.store(target + e, tl.div_rn(x, floored).to(target.dtype.element_ty), mask=e < f.E)
 
 
 @triton.jit
@@ -144,10 +143,9 @@ def tiles(rows, N, block):
 
 
 def prepare(f, units, norms, inverses):
-    """Norms of the rows, their inverses (both float32 [2, N]), and unit rows in the dtype of units [2, N, E], or None."""
-    targets = (f.video, f.text) if units is None else units
+    """Norms of the rows, their inverses (both float32 [2, N]), and two times [N, E] unit rows in the dtype of units."""
     with on(f.video.device):
-        prepare_kernel[(f.N, 2)](f, *targets, norms, inverses, UNITS=units is not None, BLOCK_E=triton.next_power_of_2(f.E))
+        prepare_kernel[(f.N, 2)](f, *units, norms, inverses, BLOCK_E=triton.next_power_of_2(f.E))
 
 
 def own_cosines(f, inverses, diagonal):

@@ -20,8 +20,8 @@ from evaat_fast.ops.pairwise.relevancy import Labels
 class Work:
     """What a step computes, and how.
 
-    each: the loss is [N], as `reduction="none"`, and there are no gradients. panel_rows: videos of a panel; 0: no panels, in
-    a kernel that needs none; None: as the backend chooses.
+    each: the loss is [N], as `reduction="none"`, and there are no gradients. panel_rows: videos of a panel; None: as the
+    backend chooses.
     """
 
     each: bool

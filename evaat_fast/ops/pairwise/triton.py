@@ -1,7 +1,6 @@
 """The pairwise losses on a GPU: Triton's kernels make panels of slopes, torch's products turn them into gradients.
 
-Scratch is one panel, unit rows in the features' dtype and a few vectors; from N = 256k on the max-margin losses have a kernel
-that needs neither panel nor unit rows. Nothing waits for the GPU.
+Scratch is one panel, unit rows in the features' dtype and a few vectors. Nothing waits for the GPU.
 """
 
 from typing import Any
@@ -10,25 +9,16 @@ import torch
 from torch import Tensor
 
 from evaat_fast.kernels.pairwise import contrast, panel, sms
-from evaat_fast.kernels.pairwise import sms_recompute as recompute
-from evaat_fast.ops.pairwise.step import Step, Work
+from evaat_fast.ops.pairwise.step import Step
 
 # Bytes of a panel. That it stays in L2 between the kernel that writes it and the products that read it matters less than that
 # these are large: on an H200 SMS of 32k pairs takes 18.8 ms with 32 MiB, 15.6 with 128 and 15.2 with 256, CLIP 19.0, 13.3 and
-# 12.5. From N = 512k the 128 rows that a product is efficient with take more.
+# 12.5. Beyond N = 128k the least rows take more, 1 GiB for a million pairs: 512 rows cost 18 ps a pair at 32k; a kernel that
+# multiplied twice and needed no panel took 29 at a million.
 PANEL_BYTES = 128 << 20
-LEAST_ROWS = 128
-NO_PANELS = 1 << 18  # pairs from which a step does without panels
+LEAST_ROWS, MULTIPLE = 512, 128
 # Whether torch multiplies 16-bit matrices into a float32 result (2.8 and later, CUDA).
 OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
-
-
-def without_panels(N: int, E: int, dtype: torch.dtype, work: Work) -> bool:
-    """Whether a max-margin step does without panels: where their least rows leave L2, and a text gradient that every panel adds
-    to costs more than computing the similarities twice. bfloat16, for whose range a row's 1 / norm is never too large; float32
-    would spill."""
-    large = N >= NO_PANELS and E <= recompute.MOST_FEATURES and dtype == torch.bfloat16
-    return any(work.needs()) and (large if work.panel_rows is None else work.panel_rows == 0)
 
 
 class _Triton(Step):
@@ -39,16 +29,15 @@ class _Triton(Step):
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def normalise(self, units: bool = True) -> None:
+    def normalise(self) -> None:
         """Norms, their inverses, and the unit rows in the features' dtype."""
         self.norms, self.inverses = self.empty(2, 2, self.N)
-        made = self.empty(2, self.N, self.E, dtype=self.dtype) if units else None
-        self.unit_video, self.unit_text = (None, None) if made is None else made
-        panel.prepare(self.features, made, self.norms, self.inverses)
+        self.unit_video, self.unit_text = self.empty(2, self.N, self.E, dtype=self.dtype)
+        panel.prepare(self.features, (self.unit_video, self.unit_text), self.norms, self.inverses)
 
     def begin(self) -> None:
         """Room for a panel, where slopes are asked for."""
-        self.rows = self.panel_rows(self.dtype.itemsize, PANEL_BYTES, LEAST_ROWS, LEAST_ROWS)
+        self.rows = self.panel_rows(self.dtype.itemsize, PANEL_BYTES, LEAST_ROWS, MULTIPLE)
         self.panel = self.empty(self.rows, self.N, dtype=self.dtype) if self.learns else None
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
@@ -69,16 +58,12 @@ class Sms(_Triton):
     def prepare(self):
         super().prepare()
         N, each = self.N, self.work.each
-        self.panels = not without_panels(N, self.E, self.dtype, self.work)
-        self.normalise(units=self.panels)
-        self.share = 1 / (2 * (N - 1) * (N if self.weight is None else 1))  # what a slope counts
+        self.normalise()
         of, own = self.settings.labels, self.settings.own.to(self.wide).contiguous()
         half, row, column = (0, *of.table.stride())[-3:]
         indices, values = (of.video_index, of.caption_index, of.verb), None if of.values is None else of.values.float()
         self.labels = sms.Labels(of.table, row, column, half, *of.table.shape[-2:], *indices, values)
         self.pairs = sms.Pairs(*self.inverses, self.empty(N), own, self.weight)
-        if not self.panels:
-            return
         self.begin()
         panel.own_cosines(self.features, self.inverses, self.pairs.cosine)
         self.block = panel.config(self.dtype)["BLOCK"]
@@ -89,7 +74,7 @@ class Sms(_Triton):
         self.part_col: Any = self.empty(down, N) if each else None
 
     def sweeps(self):
-        return (self.slopes,) if self.panels else ()
+        return (self.slopes,)
 
     def slopes(self, first, last):
         rows, each = last - first, self.work.each
@@ -107,16 +92,9 @@ class Sms(_Triton):
 
     def finish(self):
         N = self.N
-        if not self.panels:  # a kernel that runs once for the videos and once for the captions
-            entries, self.sums = self.empty(2, N, dtype=torch.float64), self.empty(2, N, dtype=torch.int32)
-            for i, grad in enumerate((self.grad_video, self.grad_text)):
-                out = recompute.Out(entries[i], self.sums[i], grad)
-                recompute.sms_rows(self.features, self.pairs, self.labels, self.settings.penalty, out, captions=i == 1)
-            loss = entries.sum() * self.share
-        else:
-            loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
+        loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
         if self.learns:
-            self.through_norms(self.sums, self.weight, self.share)
+            self.through_norms(self.sums, self.weight, 1 / (2 * (N - 1) * (N if self.weight is None else 1)))
         return loss.float(), *self.gradients
 
 
