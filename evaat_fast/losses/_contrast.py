@@ -39,14 +39,14 @@ class Batch:
         one, other = (cross_entropy((logit_scale * a @ b.T).to(dtype), self.labels) for a, b in pairs)
         return (one + other) / 2
 
-    @torch.no_grad()
     def hits(self, logit_scale: Tensor | float) -> Tensor:
         """bool [n]: whether the largest logit of an image is its own text's."""
         n, found = len(self.image_rows), []
         labels = torch.arange(n, device=self.images.device) if self.labels is None else self.labels
         rows = max(1, _ACCURACY_BYTES // max(1, len(self.texts) * self.images.element_size()))
         for begin in range(0, n, rows):
-            guess = (logit_scale * self.image_rows[begin : begin + rows] @ self.texts.T).argmax(1)
+            with torch.no_grad():
+                guess = (logit_scale * self.image_rows[begin : begin + rows] @ self.texts.T).argmax(1)
             found.append(guess == labels[begin : begin + rows])
         return torch.cat(found) if found else labels.bool()
 
