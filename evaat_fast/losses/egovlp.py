@@ -2,10 +2,12 @@
 
     from evaat_fast.losses import egovlp as module_loss      # was: import model.loss as module_loss
 
-The matrix exists, in memory and in the gradient, and its cost is paid: these add two of its size where theirs add ten to thirty
-and lists of N^2 indices made on the host, and do no more. `ops.mi_mm_loss`, `ops.adaptive_mi_mm_loss`, `ops.ego_nce_loss` and
-`ops.clip_loss` take features and never build it. They gather nothing: EgoVLP's trainer does, and as its gathering hands each
-rank the gradient of its own rows, DDP's mean makes it 1/W of the whole batch's. CrossEntropy is torch's, and not here.
+The matrix exists, in memory and in the gradient, and its cost is paid: these are plain torch on it, the same numbers without
+theirs' lists of N^2 indices, which they make on the host, and their concatenated copies. No kernel of ours is faster from here;
+`ops.mi_mm_loss`, `ops.adaptive_mi_mm_loss`, `ops.ego_nce_loss` and `ops.clip_loss` take features and never build the matrix.
+
+Nothing is gathered: EgoVLP's trainer does that, and as it hands each rank the gradient of its own rows alone, it is 1/W of the
+whole batch's after DDP's mean. CrossEntropy is torch's, and not here.
 """
 
 import torch
@@ -14,6 +16,8 @@ from torch.nn.functional import softplus
 
 from evaat_fast.losses import _max_margin
 from evaat_fast.ops.pairwise import reference
+
+__all__ = ["AdaptiveMaxMarginRankingLoss", "EgoNCE", "MaxMarginRankingLoss", "NormSoftmaxLoss"]
 
 
 class NormSoftmaxLoss(nn.Module):
