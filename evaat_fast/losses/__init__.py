@@ -8,7 +8,7 @@ under all: `_contrast.py` and `_max_margin.py`, which call `evaat_fast.ops`, ove
 
 What differs from theirs: no [N, N] matrix is built (but by EgoVLP's, which are given one, and of a local loss, [n, N]); a batch
 of one pair gives 0 where theirs is NaN; the loss has the features' precision, float32 or float64, also under autocast or where
-the weights are float64; a row whose norm is below 1e-8 gets no gradient where theirs is 1e8 times too large; one rank needs no
+the weights are float64; a row whose norm is below 1e-8 gets no gradient where theirs is divided by 1e-8; one rank needs no
 process group; horovod is not supported.
 """
 

@@ -32,10 +32,8 @@ class Batch:
         if self.labels is None:
             return ops.clip_loss(self.images, self.texts, self._on_device(logit_scale))
         # `ops.clip_loss` takes no rows of a larger batch, so these [n, N] logits are there.
-        pairs, dtype = (
-            ((self.image_rows, self.texts), (self.text_rows, self.images)),
-            torch.promote_types(self.images.dtype, torch.float32),
-        )
+        pairs = (self.image_rows, self.texts), (self.text_rows, self.images)
+        dtype = torch.promote_types(self.images.dtype, torch.float32)
         one, other = (cross_entropy((logit_scale * a @ b.T).to(dtype), self.labels) for a, b in pairs)
         return (one + other) / 2
 

@@ -1,9 +1,18 @@
 """The max-margin ranking losses, of features and of a matrix of similarities that exists."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaat_fast import ops
+
+
+class Ranking(nn.Module):
+    """What LaViLa's and EgoVLP's modules hold."""
+
+    def __init__(self, margin: float, fix_norm: bool):
+        super().__init__()
+        self.fix_norm, self.margin = fix_norm, margin
+        self.loss = nn.MarginRankingLoss(margin)  # there in theirs, and not used
 
 
 def mi_mm(images: Tensor, texts: Tensor, margin: float, fix_norm: bool) -> Tensor:

@@ -83,14 +83,7 @@ class EgoNCE(nn.Module):
         return rows + columns
 
 
-class _MaxMargin(nn.Module):
-    def __init__(self, margin: float, fix_norm: bool):
-        super().__init__()
-        self.fix_norm, self.margin = fix_norm, margin
-        self.loss = nn.MarginRankingLoss(margin)  # there in theirs, and not used
-
-
-class MaxMarginRankingLoss(_MaxMargin):
+class MaxMarginRankingLoss(_max_margin.Ranking):
     """The max-margin ranking loss (`ops.mi_mm_loss`) of a matrix of similarities.
 
     forward(x [N, N], weight=None) -> a scalar, float32, or float64 for a float64 matrix; weight is not used, as in theirs.
@@ -111,7 +104,7 @@ class MaxMarginRankingLoss(_MaxMargin):
         return _max_margin.of_matrix(x, self.margin, self.fix_norm)
 
 
-class AdaptiveMaxMarginRankingLoss(_MaxMargin):
+class AdaptiveMaxMarginRankingLoss(_max_margin.Ranking):
     """`MaxMarginRankingLoss` with the margin of pair i times weight[i] (`ops.adaptive_mi_mm_loss`).
 
     forward(x [N, N], weight [N]) -> a scalar, float32, or float64 where x or weight is.

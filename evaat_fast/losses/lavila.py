@@ -121,14 +121,7 @@ class SSLCLIPLoss(Contrastive):
         }
 
 
-class _MaxMargin(nn.Module):
-    def __init__(self, margin: float, fix_norm: bool):
-        super().__init__()
-        self.fix_norm, self.margin = fix_norm, margin
-        self.loss = nn.MarginRankingLoss(margin)  # there in theirs, and not used
-
-
-class MaxMarginRankingLoss(_MaxMargin):
+class MaxMarginRankingLoss(_max_margin.Ranking):
     """`ops.mi_mm_loss` with the arguments of LaViLa's MaxMarginRankingLoss.
 
     forward(outputs, weight=None) -> {"loss", "max_margin_loss"}; weight is not used.
@@ -149,7 +142,7 @@ class MaxMarginRankingLoss(_MaxMargin):
         return _max_margin.results(_max_margin.mi_mm(*_of_all_ranks(outputs), self.margin, self.fix_norm))
 
 
-class AdaptiveMaxMarginRankingLoss(_MaxMargin):
+class AdaptiveMaxMarginRankingLoss(_max_margin.Ranking):
     """`ops.adaptive_mi_mm_loss` with the arguments of LaViLa's AdaptiveMaxMarginRankingLoss.
 
     forward(outputs, weight [N]) -> {"loss", "max_margin_loss"}; weight: the relevancy of each pair itself.
