@@ -6,6 +6,6 @@
 PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.doc() = "CUDA kernels of evaat-fast, free of torch; every function returns a cudaError_t";
   evaat::bind_dtypes(m);
-  evaat::bind_rope3d<evaat::Pointer>(m, evaat::rope3d_cuda, evaat::rope3d_freqs_cuda);
+  evaat::bind_rope3d<evaat::Pointer>(m, evaat::rope3d_cuda);
   evaat::bind_patchify<evaat::Pointer>(m, evaat::patchify_cuda);
 }

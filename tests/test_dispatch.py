@@ -62,6 +62,15 @@ def test_missing_module_is_a_recorded_reason():
     assert "import of evaat_fast._cpu halted" in run.stdout and "rope3d: cpu passed over" in run.stderr
 
 
+def test_frequencies_that_learn_are_a_need_of_rope3d(caplog):
+    """CUDA C++ lacks their gradient, says so by name, and is passed over without a word."""
+    device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="rope3d: backend 'cuda' was asked for but .* no gradient of freqs"):
+        _dispatch.pick("rope3d", device, torch.float32, "cuda", (_dispatch.LEARNED,))
+    assert _dispatch.pick("rope3d", device, torch.float32, None, (_dispatch.LEARNED,)) in ("triton", "reference")
+    assert "rope3d: cuda" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "text,expected",
     [

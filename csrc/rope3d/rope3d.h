@@ -62,7 +62,5 @@ constexpr int64_t kRopeChunk = 64;
 // table has one for each.
 int rope3d_freqs(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
                  const RopePositions& positions, double* partial, int threads);
-int rope3d_freqs_cuda(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
-                      const RopePositions& positions, double* partial, void* stream);
 
 }  // namespace evaat

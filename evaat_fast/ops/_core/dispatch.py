@@ -41,6 +41,9 @@ _RIGHT = "right on an H200, before the last change of its code"
 _RUN_BEFORE = "run on an H200, before the last change of its code"
 _ALL = (*FLOATS, "float64")
 
+# A need of a call of rope3d.
+LEARNED = "a gradient of freqs"
+
 # Needs of a call of joint_attention.
 LSE, DETERMINISTIC, WIDE_HEADS = "log-sum-exps", "deterministic gradients", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
@@ -65,7 +68,11 @@ _LOSS = {"triton": Support(FLOATS, note=_RUN_BEFORE), "cpu": Support(_ALL), "ref
 SUPPORT = {
     "rope3d": {
         "triton": Support(FLOATS, note=_RIGHT),
-        "cuda": Support(FLOATS, note=f"by name; {_RIGHT}, and faster than triton"),
+        "cuda": Support(
+            FLOATS,
+            lacks={LEARNED: "it computes no gradient of freqs, and freqs requires one; triton and the reference do"},
+            note=f"by name; {_RIGHT}, and faster than triton",
+        ),
         "cpu": Support(FLOATS),
         "reference": Support(_ALL),
     },

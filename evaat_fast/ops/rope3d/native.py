@@ -17,7 +17,7 @@ def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation
 def turn_with_freqs(
     grads: list[Tensor], outs: list[Tensor], xs: list[Tensor], table: Tensor, positions: Tensor, rotation: Rotation
 ) -> Tensor:
-    """Writes the turned grads to outs. Returns the sums of the angles' slopes, float64 [B, chunks, 1 or H, 3, D/2].
+    """On a CPU. Writes the turned grads to outs. Returns the sums of the angles' slopes, float64 [B, chunks, 1 or H, 3, D/2].
 
     xs: what the forward pass turned. table: float64. positions: of the tokens, float32 [1 or B, N - prefix, 3].
     """
