@@ -158,6 +158,14 @@ def test_only_prefix_tokens(backend):
     q = make("contiguous", 2, 2, 4, 8, torch.float32, device_of(backend))
     positions = torch.zeros(4, 3, device=q.device)
     assert torch.equal(ops.rope3d(q, positions=positions, prefix_tokens=4, backend=backend), q)
+    cases.check_packed(backend, 2, 4, 2, 8, torch.float32, q.device, positions=positions, prefix_tokens=4)
+
+
+@backends
+def test_more_clips_than_a_grid_s_third_dimension_has(backend):
+    q = make("contiguous", 70000, 1, 2, 4, torch.float32, device_of(backend))
+    positions = torch.randn(70000, 2, 3, device=q.device)
+    cases.check(backend, q, positions=positions, prefix_tokens=0)
 
 
 @backends
@@ -292,6 +300,16 @@ def test_a_graph_has_the_rotation_s_kernels_alone(of_a_model, backend):
         out = step()
     assert kernels_of(graph.replay) == ["rope3d_kernel"] * 2
     assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_packed_gradient_is_one_launch(backend):
+    qkv, grad = (torch.randn(2, N, 3 * 3 * 64, device="cuda") for _ in range(2))
+    out = ops.rope3d_qkv_(qkv.requires_grad_() * 1, 3, GRID, backend=backend)
+    back = lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True)  # noqa: E731
+    assert [name for name in kernels_of(back) if name == "rope3d_kernel"] == ["rope3d_kernel"]
+    assert not any("copy" in name.lower() for name in kernels_of(back))
 
 
 @pytest.mark.gpu

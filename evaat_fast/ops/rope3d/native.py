@@ -8,7 +8,7 @@ from evaat_fast.ops.rope3d.rotation import Rotation
 
 
 def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation) -> None:
-    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
+    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors; CUDA copies a third."""
     module, first = module_of(rotation.backend), xs[0]
     tensors = [_tensor(module, x, out) for x, out in zip(xs, outs, strict=True)]
     run(module.rope3d, first.shape, first.device, _call(module, first, rotation), tensors, *_table(table))
