@@ -46,27 +46,19 @@ def turn_pair(a, b, cos, sin, turned):
 
 
 @triton.jit
-def _at(x, b, head, token, S):
-    """Pointers [HEADS, BLOCK_N, channels] to rows, or where their pairs are not interleaved to the first halves. The sum of
-    token and channel is made once for all heads."""
-    d = tl.arange(0, 2 * S.BLOCK_C if S.INTERLEAVED else S.BLOCK_C)
-    return (x.at + b * x.b + head.to(tl.int64) * x.h)[:, None, None] + (token.to(tl.int64)[:, None] * x.n + d)[None, :, :]
+def _load(at, USED: tl.constexpr, S):
+    """What lies at pointers [BLOCK_N, channels], of whose channels the first USED are there."""
+    if S.D == 2 * S.BLOCK_C:
+        return tl.load(at)
+    return tl.load(at, mask=tl.arange(0, at.shape[1])[None, :] < USED)
 
 
 @triton.jit
-def _inside(S):
-    """Which channels of `_at` are there; None: all."""
-    WIDTH: tl.constexpr = S.D if S.INTERLEAVED else S.D // 2
-    d = tl.arange(0, 2 * S.BLOCK_C if S.INTERLEAVED else S.BLOCK_C)
-    return None if S.D == 2 * S.BLOCK_C else (d < WIDTH)[None, None, :]
-
-
-@triton.jit
-def _store(at, low, high, present, S):
-    """low, and where pairs are not interleaved high, where the tokens of heads, [HEADS, BLOCK_N], are present."""
-    mask = present[:, :, None]
+def _store(at, low, high, present, USED: tl.constexpr, S):
+    """low, and where pairs are not interleaved high, D/2 further on, where tokens are present."""
+    mask = present[:, None]
     if S.D != 2 * S.BLOCK_C:
-        mask = mask & _inside(S)
+        mask = mask & (tl.arange(0, at.shape[1])[None, :] < USED)
     tl.store(at, low, mask=mask)
     if not S.INTERLEAVED:
         tl.store(at + S.D // 2, high, mask=mask)
@@ -75,38 +67,55 @@ def _store(at, low, high, present, S):
 @triton.jit
 def _turn_heads(x, out, table, b, first_head, heads, first, N, prefix, S, TURNS: tl.constexpr):
     """Turns heads first_head .. first_head + HEADS - 1 of the BLOCK_N tokens of clip b from `first` on, or copies them."""
-    h, n = first_head + tl.arange(0, S.HEADS), first + tl.arange(0, S.BLOCK_N)
-    present = n[None, :] < tl.where(h < heads, N, 0)[:, None]
+    # Both channels of a pair lie in one thread: interleaved rows are loaded whole, 16 bytes a thread, and split in registers.
+    USED: tl.constexpr = S.D if S.INTERLEAVED else S.D // 2
+    d = tl.arange(0, 2 * S.BLOCK_C if S.INTERLEAVED else S.BLOCK_C)[None, :]
+    n = first + tl.arange(0, S.BLOCK_N)
     # What lies past the last head or token is loaded as the last one and not stored: a mask would cost each load its zeros.
-    head, token = tl.minimum(h, heads - 1), tl.minimum(n, N - 1)
-    source = _at(x, b, head, token, S)
-    low = tl.load(source, mask=_inside(S))
-    high = low if S.INTERLEAVED else tl.load(source + S.D // 2, mask=_inside(S))
+    token = tl.minimum(n, N - 1)
+    row = token.to(tl.int64)[:, None]
+    rows, to = x.at + b * x.b, row * x.n + d
+    # Each head is a tensor of its own: in one of three dimensions Triton 3.6 spreads lanes over heads, and every one would hold
+    # the cosines of four times as many tokens.
+    lows, highs = (), ()
+    for i in tl.static_range(S.HEADS):
+        at = rows + tl.minimum(first_head + i, heads - 1).to(tl.int64) * x.h + to
+        lows = lows + (_load(at, USED, S),)
+        if not S.INTERLEAVED:
+            highs = highs + (_load(at + S.D // 2, USED, S),)
     if TURNS:
-        # cos, sin float32 [1, BLOCK_N, BLOCK_C]: rows n - prefix of the table, of all heads or of the one here.
+        # cos, sin float32 [BLOCK_N, BLOCK_C]: rows n - prefix of the table, of all heads or of the one here.
         c = tl.arange(0, S.BLOCK_C)[None, :]
-        of_clip = table.at + b * table.b + first_head.to(tl.int64) * table.h
-        angles = of_clip + tl.maximum(token - prefix, 0).to(tl.int64)[:, None] * (S.D // 2) + c
-        in_table = None if S.D == 2 * S.BLOCK_C else c < S.D // 2
-        cos = tl.load(angles, mask=in_table)[None, :, :]
-        sin = tl.load(angles + table.half, mask=in_table)[None, :, :]
+        angles = table.at + b * table.b + first_head.to(tl.int64) * table.h
+        angles += tl.maximum(token - prefix, 0).to(tl.int64)[:, None] * (S.D // 2) + c
+        cos, sin = _load(angles, S.D // 2, S), _load(angles + table.half, S.D // 2, S)
         sin = -sin if S.INVERSE else sin
-    target = source if out is None else _at(out, b, head, token, S)
-    if TURNS:
-        # The prefix goes as it came, even if it is not finite; few programs have any of it, and in place none.
-        if out is not None:
+    stride = x.h if out is None else out.h
+    if out is not None:
+        rows, to = out.at + b * out.b, row * out.n + d
+        if TURNS:
+            # The prefix goes as it came, even if it is not finite; few programs have any of it, and in place none.
             if first < prefix:
-                _store(target, low, high, present & (n < prefix)[None, :], S)
-            present = present & (n >= prefix)[None, :]
-        if S.INTERLEAVED:
-            # Both channels of a pair lie in one thread: rows are loaded whole, 16 bytes a thread, and split in registers.
-            x_a, x_b = tl.split(tl.reshape(low.to(tl.float32), (S.HEADS, S.BLOCK_N, S.BLOCK_C, 2)))
-            x_a, x_b = turn_pair(x_a, x_b, cos, sin, None)
-            low = tl.reshape(tl.join(x_a, x_b), (S.HEADS, S.BLOCK_N, 2 * S.BLOCK_C)).to(x.at.dtype.element_ty)
-        else:
-            x_a, x_b = turn_pair(low.to(tl.float32), high.to(tl.float32), cos, sin, None)
-            low, high = x_a.to(x.at.dtype.element_ty), x_b.to(x.at.dtype.element_ty)
-    _store(target, low, high, present, S)
+                for i in tl.static_range(S.HEADS):
+                    at = rows + (first_head + i).to(tl.int64) * stride + to
+                    present = n < tl.where(first_head + i < heads, tl.minimum(N, prefix), 0)
+                    _store(at, lows[i], lows[i] if S.INTERLEAVED else highs[i], present, USED, S)
+            n = tl.where(n < prefix, N, n)
+    for i in tl.static_range(S.HEADS):
+        low, high = lows[i], lows[i] if S.INTERLEAVED else highs[i]
+        # In place as for the load, whose address then serves again.
+        h = tl.minimum(first_head + i, heads - 1) if out is None else first_head + i
+        at = rows + h.to(tl.int64) * stride + to
+        present = n < tl.where(first_head + i < heads, N, 0)
+        if TURNS:
+            if S.INTERLEAVED:
+                x_a, x_b = tl.split(tl.reshape(low.to(tl.float32), (S.BLOCK_N, S.BLOCK_C, 2)))
+                x_a, x_b = turn_pair(x_a, x_b, cos, sin, None)
+                low = tl.reshape(tl.join(x_a, x_b), (S.BLOCK_N, 2 * S.BLOCK_C)).to(x.at.dtype.element_ty)
+            else:
+                x_a, x_b = turn_pair(low.to(tl.float32), high.to(tl.float32), cos, sin, None)
+                low, high = x_a.to(x.at.dtype.element_ty), x_b.to(x.at.dtype.element_ty)
+        _store(at, low, high, present, USED, S)
 
 
 @triton.jit
