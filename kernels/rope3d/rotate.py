@@ -145,7 +145,9 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
     q_groups, k_groups = triton.cdiv(q_heads, S.HEADS.value), triton.cdiv(k_heads, S.HEADS.value)
     blocks, groups = triton.cdiv(N - first, S.BLOCK_N.value), q_groups + k_groups * max(1, len(xs) - 1)
     if N == prefix_tokens and not in_place:  # the table has no rows, and the kernel reads one
-        return [out.copy_(x) for x, out in zip(xs, outs, strict=True)]
+        for x, out in zip(xs, outs, strict=True):
+            out.copy_(x)
+        return
     if B * blocks * groups == 0:
         return
     places = []
