@@ -10,7 +10,8 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("isa", &evaat::isa);
   m.def("set_isa", &evaat::set_isa, pybind11::arg("level"));
   evaat::bind_dtypes(m);
-  evaat::bind_rope3d<int>(m, evaat::rope3d, evaat::rope3d_freqs);
+  evaat::bind_rope3d<int>(m, evaat::rope3d);
+  evaat::bind_rope3d_freqs(m);
   evaat::bind_patchify<int>(m, evaat::patchify);
   evaat::bind_pairwise(m);
 }

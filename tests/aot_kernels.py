@@ -27,14 +27,15 @@ def table(dtype):
 TABLE = ["table.half", "table.b", "table.h"]
 
 
-def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False):
+def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False, tensors="q k out_q out_k"):
+    """tensors: those that are not None. Without out_q it turns in place, with v it copies values too."""
     from evaat_fast.kernels.rope3d import rotate as kernels
 
-    tensors = ("q", "k", "out_q", "out_k")
-    types = dict.fromkeys(tensors, rows(dtype)) | {"table": table("fp32")}
-    types |= dict.fromkeys(("q_heads", "k_heads", "N", "prefix", "first"), "i32")
-    types["S"] = kernels.shape_of(D, interleaved, inverse, per_head)
-    aligned = [*TABLE, *strides(*tensors)]
+    types = dict.fromkeys("q k v out_q out_k out_v".split()) | dict.fromkeys(tensors.split(), rows(dtype))
+    types |= {"table": table("fp32")} | dict.fromkeys(("q_heads", "k_heads", "N", "prefix", "first", "clip"), "i32")
+    elements = kernels.BLOCK_ELEMENTS // (2 if dtype == "fp32" else 1)
+    types["S"] = kernels.shape_of(D, interleaved, inverse, per_head, elements=elements)
+    aligned = [*TABLE, *strides(*tensors.split()), "clip"]
     return aot.build(kernels.rope3d_kernel, types, {}, arch, aligned=aligned, num_warps=kernels.NUM_WARPS)
 
 
@@ -182,6 +183,9 @@ def _shipped():
             yield f"rope3d {dtype} D{D} {name}", functools.partial(rope3d, dtype=dtype, D=D, interleaved=interleaved)
     inverse = functools.partial(rope3d, dtype="bf16", D=64, inverse=True, per_head=True)
     yield "rope3d bf16 D64 interleaved, inverse, per head", inverse
+    for name, tensors in (("in place", "q k"), ("inverse, packed", "q k v out_q out_k out_v")):
+        build = functools.partial(rope3d, dtype="bf16", D=64, inverse="v" in tensors, tensors=tensors)
+        yield f"rope3d bf16 D64 interleaved, {name}", build
     for dtype, D, per_head in [("bf16", 64, False), ("fp16", 128, False), ("fp32", 64, False), ("bf16", 64, True)]:
         for name, interleaved in pairs.items():
             of_head = ", per head" if per_head else ""

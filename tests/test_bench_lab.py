@@ -24,7 +24,7 @@ def test_entries_say_what_they_ask(lab, capsys):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["norm"])
+@pytest.mark.parametrize("name", ["rope3d", "norm"])
 def test_launches(lab, name):
     """Another block must not change the result, and a wrong result must not pass."""
     for case in lab.ENTRIES[name].cases("cpu", True):

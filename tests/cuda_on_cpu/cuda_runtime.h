@@ -33,11 +33,12 @@ namespace evaat {
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, void*, A... arguments) {
   blockDim = block, gridDim = grid;
-#pragma omp parallel num_threads(int(block.x))
+#pragma omp parallel num_threads(int(block.x * block.y))
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
-        threadIdx = dim3(unsigned(omp_get_thread_num())), blockIdx = dim3(x, y, z);
+        const unsigned thread = unsigned(omp_get_thread_num());
+        threadIdx = dim3(thread % block.x, thread / block.x), blockIdx = dim3(x, y, z);
         kernel(static_cast<P>(arguments)...);
 #pragma omp barrier
       }

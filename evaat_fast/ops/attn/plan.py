@@ -8,7 +8,7 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import check_device, kind, number
 from evaat_fast.ops.attn.clips import clip_positions
-from evaat_fast.ops.rope3d.rotation import Rope, Rotation, check_grid, check_place
+from evaat_fast.ops.rope3d.rotation import Rope, Rotation, check_grid, check_place, needs
 from evaat_fast.ops.rope3d.rotation import plan as plan_rotation
 
 TRITON = ("triton", "triton_onepass")
@@ -79,8 +79,8 @@ def plan(
     alone = deterministic and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC: deterministic, dispatch.DETERMINISTIC_CALL: alone}
     asked[dispatch.WIDE_HEADS] = head_dim > 128
-    needs = tuple(need for need, is_asked in asked.items() if is_asked)
-    chosen = dispatch.pick("joint_attention", device, dtype, backend, needs)
+    wanted = tuple(need for need, is_asked in asked.items() if is_asked)
+    chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
     rest = (cu_seqlens, max_seqlen, scale, chosen == TRITON[1], chosen)
     if freqs is not None and grid is None and positions is None:
@@ -90,7 +90,7 @@ def plan(
     if grid is None and positions is None:
         return AttentionPlan(_STILL, None, False, *rest)
     same = "reference" if chosen == "reference" else "triton" if chosen in TRITON else None
-    turns = dispatch.pick("rope3d", device, dtype, same)
+    turns = dispatch.pick("rope3d", device, dtype, same, needs(freqs))
     if cu_seqlens is not None:
         _check_longest(cu_seqlens, grid, prefix_tokens, positions)
         shape, k_shape = (torch.Size((1, s[1], s[0], s[2])) for s in (shape, k_shape))

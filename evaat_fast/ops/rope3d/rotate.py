@@ -25,9 +25,13 @@ def empty(x: Tensor) -> Tensor:
 
 
 def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation) -> None:
-    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
+    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors; a third x, of as many heads as
+    the second, is copied."""
     if all(x.numel() == 0 for x in xs):
         return
+    if len(xs) == 3 and rotation.backend not in ("triton", "cuda"):  # which copy it in the same launch
+        outs[2].copy_(xs[2])
+        xs, outs = xs[:2], outs[:2]
     table = rotation.table
     if table is None:
         wide = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
@@ -167,9 +171,7 @@ def _packed(q, k, v, rotation):
 def rope3d_qkv_op(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
     """[B, N, 3*H*D] of the turned q and k and of v, [B, H, N, D] each."""
     out = _packed(q, k, v, rotation)
-    new_q, new_k, new_v = split_heads(out, q.shape[1]).chunk(3, 1)
-    turn([contiguous_rows(q), contiguous_rows(k)], [new_q, new_k], rotation)
-    new_v.copy_(v)
+    turn([contiguous_rows(x) for x in (q, k, v)], list(split_heads(out, q.shape[1]).chunk(3, 1)), rotation)
     return out
 
 

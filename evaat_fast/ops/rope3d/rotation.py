@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import check_device, dense
 
 Grid = Sequence[int] | None
@@ -47,7 +48,12 @@ class Rotation:
 
     def learns(self) -> bool:
         """Whether a gradient is wanted of the frequencies."""
-        return self.freqs is not None and self.freqs.requires_grad and torch.is_grad_enabled()
+        return bool(needs(self.freqs))
+
+
+def needs(freqs: object) -> tuple[str, ...]:
+    """What a backend must have for these frequencies, not checked."""
+    return (dispatch.LEARNED,) if isinstance(freqs, Tensor) and freqs.requires_grad and torch.is_grad_enabled() else ()
 
 
 def plan(
