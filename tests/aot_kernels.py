@@ -116,18 +116,15 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     from evaat_fast.kernels.attn import backward, forward
     from torch import bfloat16
 
-    kernel = getattr(forward if kind == "forward" else backward, f"attn_{'keys' if kind == 'both' else kind}_kernel")
+    kernel = getattr(forward if kind == "forward" else backward, f"attn_{kind}_kernel")
     block_m, block_n, launch = forward.blocks_of(kind, bfloat16, D, arch // 10)
     padded = forward.padded(D)
-    add = backward.NOTHING if kind != "both" else backward.ATOMIC if arch < 90 else backward.COPY
     tensors = ("q", "k", "v", "out", "turned_q", "do", "dq", "dk", "dv")
     types = dict.fromkeys(tensors, rows("bf16")) | {"table": table("fp32"), "lse": rows("fp32")._replace(n=1), "delta": "*fp32"}
-    types["sums"] = {0: None, 1: "*fp32", 2: f"tensordesc<fp32[1, {block_m}, {padded}]>"}[add.value]
     types["call"] = forward.Call(*["i32"] * 5, "*i32" if clips else None, "i32", "fp32")
     types["S"] = forward.Shape(*map(tl.constexpr, (D, padded, interleaved, clips, block_m, block_n)))
     types = {name: types[name] for name in kernel.arg_names if name in types}
-    constants = {"ADD": add.value} if "ADD" in kernel.arg_names else {}
-    return aot.build(kernel, types, constants, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
+    return aot.build(kernel, types, {}, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
 def of_rows(arch, name):
@@ -209,9 +206,9 @@ def _shipped():
             build = functools.partial(contrast, dtype="bf16", sweep=sweep, positives=positives)
             yield f"ego_nce bf16, {sweep}, {name}", build
     for D in (64, 128):
-        for kind in ("forward", "keys", "queries", "both"):
+        for kind in ("forward", "keys", "queries"):
             yield f"attn {kind} bf16 D{D} interleaved", functools.partial(attn, kind=kind, D=D)
-    for kind in ("forward", "keys", "queries", "both"):
+    for kind in ("forward", "keys", "queries"):
         yield f"attn {kind} bf16 D64 interleaved, packed clips", functools.partial(attn, kind=kind, D=64, clips=64)
     yield "attn forward bf16 D80 half-split", functools.partial(attn, kind="forward", D=80, interleaved=False)
     for kind in ("add_norm", "add_norm backward"):

@@ -73,12 +73,6 @@ def test_attention_fits_ada(name, arch):
     assert of_it["stack"] == 0 and of_it["shared"] <= aot.SHARED_LIMIT[arch], of_it
 
 
-@compiles([90, 100], "attn both")
-def test_one_pass_adds_with_the_copy_engine(name, arch):
-    code = lines(name, arch)
-    assert any(line.startswith("UTMAREDG") for line in code) and not any(line.startswith("RED.") for line in code)
-
-
 @compiles(aot.ARCHS, "rope3d ")
 def test_rope3d_moves_16_bytes_per_access(name, arch):
     assert aot.global_access(lines(name, arch)) == {"load": {128}, "store": {128}}

@@ -18,7 +18,7 @@ import torch
 
 _log = logging.getLogger("evaat_fast")
 
-BACKENDS = ("triton", "triton_onepass", "cuda", "cpu", "sdpa", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "sdpa", "reference")
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -46,10 +46,9 @@ _ALL = (*FLOATS, "float64")
 LEARNED = "a gradient of freqs"
 
 # Needs of a call of joint_attention.
-LSE, DETERMINISTIC, WIDE_HEADS = "log-sum-exps", "deterministic gradients", "head dims over 128"
+LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
-_NO_WIDE_HEADS = "its kernels take head dims up to 128"
 
 # Needs of a call of the norms.
 TRACED, WIDE_ROWS = "a call that is traced", "rows over 16,384"
@@ -88,13 +87,8 @@ SUPPORT = {
         ),
         "triton": Support(
             FLOATS,
-            lacks={WIDE_HEADS: _NO_WIDE_HEADS},
+            lacks={WIDE_HEADS: "its kernels take head dims up to 128"},
             note=f"by name, and for log-sum-exps and deterministic gradients; {_RIGHT}; its backward slower than sdpa's",
-        ),
-        "triton_onepass": Support(
-            FLOATS,
-            lacks={WIDE_HEADS: _NO_WIDE_HEADS, DETERMINISTIC: "its sums have no fixed order"},
-            note=f"by name; {_RIGHT}, and no faster than triton",
         ),
         "reference": Support(_ALL),
     },
@@ -127,7 +121,7 @@ AUTO = {
 # Ops whose first choice needs no device of its own: torch's attention runs wherever torch does.
 _ANY_DEVICE = {"joint_attention"}
 
-_MODULE = {"triton": "triton", "triton_onepass": "triton", "cuda": "evaat_fast._cuda", "cpu": "evaat_fast._cpu"}
+_MODULE = {"triton": "triton", "cuda": "evaat_fast._cuda", "cpu": "evaat_fast._cpu"}
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
