@@ -175,7 +175,7 @@ def test_limits_that_are_none_show(limits):
     """On a GPU they are not looked at before the kernel does, as here, where the check of a call is passed over."""
     x, limits = torch.randn(1, 2, 40, 32), torch.tensor(limits, dtype=torch.int32)
     still = Rotation(None, None, (), 0, True, False, "triton")
-    call = AttentionPlan(still, None, False, limits, None, 32**-0.5, False, "triton")
+    call = AttentionPlan(still, None, False, limits, None, 32**-0.5, "triton")
     leaves = [x.clone().requires_grad_() for _ in range(3)]
     assert all(part.isnan().any() for part in results(lambda *x: attend(*x, call)[0], leaves))
 

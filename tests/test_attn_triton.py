@@ -215,7 +215,7 @@ def test_nan_and_inf_stay_in_their_head(bad):
 def settings(rope=True, scale=0.2):
     """An AttentionPlan as the operators take it."""
     still = Rotation(None, None, (2, 3, 4) if rope else (), 1 if rope else 0, True, False, "triton")
-    return flat(AttentionPlan(still, None, rope, None, None, scale, False, "triton"))
+    return flat(AttentionPlan(still, None, rope, None, None, scale, "triton"))
 
 
 @pytest.mark.sample(1)
