@@ -63,6 +63,7 @@ def poisoned_empty(monkeypatch):
 
         return filled
 
+    @torch.no_grad()  # some are parameters
     def fill(x):
         """NaN; of signed integers a number that is no index and no count; 165 of bytes; every second bool, as none is wrong."""
         if x.dtype == torch.bool:
