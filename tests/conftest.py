@@ -1,5 +1,6 @@
 """Fixtures of every tier. Unwritten outputs fail: torch.empty and its kin are filled with what shows."""
 
+import functools
 import os
 import random
 
@@ -95,3 +96,11 @@ def isa(request):
         pytest.skip("this machine has no such instructions")
     yield request.param
     _cpu.set_isa(before)
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Configurations of runs in the test's own folder: see `corpus.configuration`."""
+    from corpus import configuration
+
+    return functools.partial(configuration, tmp_path)
