@@ -80,6 +80,8 @@ def test_all_patches_are_none(amp):
         grads = [torch.autograd.grad(r.float().square().sum(), list(model.visual.parameters())) for r in results]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    out = model(video, patches=everything)["image_embed"]
+    torch.testing.assert_close(out, F.normalize(results[1].float(), dim=-1), rtol=1e-2, atol=1e-2)
 
 
 def test_what_is_dropped_has_no_gradient_and_no_say():

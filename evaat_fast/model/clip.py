@@ -74,15 +74,15 @@ class EVA02AT(nn.Module):
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, video: Tensor | None = None, text: Tensor | None = None) -> Embeddings:
-        """Both embeddings, for a contrastive loss.
+    def forward(self, video: Tensor | None = None, text: Tensor | None = None, patches: Tensor | None = None) -> Embeddings:
+        """Both embeddings, for a contrastive loss. patches: as for `encode_video`.
 
         Returns:
             dict(image_embed, text_embed, logit_scale): unit embeddings [B, E], None for an input left out, and the
             multiplier of the logits, already exponentiated.
         """
         return {
-            "image_embed": None if video is None else self.encode_video(video, normalize=True),
+            "image_embed": None if video is None else self.encode_video(video, normalize=True, patches=patches),
             "text_embed": None if text is None else self.encode_text(text, normalize=True),
             "logit_scale": self.logit_scale.exp(),
         }
