@@ -5,46 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from corpus import corpus
 
-from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, load, steps, train, trainer
+from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, steps, train, trainer
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import Log, read
 from evaat_fast.train.sampler import EpochSampler
 
 pytest.importorskip("decord")
 pytest.importorskip("tokenizers")
-
-
-@pytest.fixture
-def configure(tmp_path):
-    """A configuration of the smallest model on a small corpus, with changes."""
-    kitchen = corpus()
-
-    def make(*overrides, out="run"):
-        path = tmp_path / "run.toml"
-        path.write_text(f"""
-            [model]
-            name = "eva02_at_tiny_patch16_64"
-            num_frames = 2
-            overrides = {{ patch_size = 32, vision_layers = 1, text_layers = 1, vision_width = 32, vision_heads = 1, vision_mlp = 32 }}
-            [data]
-            annotations = "{kitchen.annotations}"
-            videos = "{kitchen.videos}"
-            cache = true
-            [optim]
-            lr = 1e-3
-            [schedule]
-            warmup_epochs = 0.5
-            [train]
-            out = "{out}"
-            epochs = 2
-            batch_size = 16
-            device = "cpu"
-            """)  # noqa: E501
-        return load(path, overrides)
-
-    return make
 
 
 def weights(path):
@@ -96,9 +64,11 @@ def power_cut(function, after):
     return cut
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch):
-    whole = train(configure("train.epochs=3", out="whole"), quiet=True)
-    config = configure("train.epochs=3", out="broken")
+@pytest.mark.parametrize("dropped", [0, 0.5])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch, dropped):
+    options = ("train.epochs=3", f"model.patch_dropout={dropped}")
+    whole = train(configure(*options, out="whole"), quiet=True)
+    config = configure(*options, out="broken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(steps, "batch_loss", power_cut(steps.batch_loss, after=4))  # in the middle of the second epoch
         train(config, quiet=True)
@@ -157,9 +127,27 @@ def test_a_graph_needs_a_gpu(configure):
 
 
 def test_workers_change_nothing(configure):
-    alone = train(configure("train.epochs=1", "data.cache=false", out="alone"), quiet=True)
-    helped = train(configure("train.epochs=1", "data.cache=false", "data.workers=2", out="helped"), quiet=True)
+    options = ("train.epochs=1", "data.cache=false", "model.patch_dropout=0.25")
+    alone = train(configure(*options, out="alone"), quiet=True)
+    helped = train(configure(*options, "data.workers=2", out="helped"), quiet=True)
     assert_same(weights(alone["checkpoint"]), weights(helped["checkpoint"]))
+
+
+@pytest.mark.parametrize("mode", ["true", "selective"])
+def test_checkpointing_learns_the_same(configure, mode):
+    plain = train(configure("train.epochs=1", out="plain"), quiet=True)
+    config = configure("train.epochs=1", f"model.grad_checkpointing={mode}", out=mode)
+    assert_same(weights(train(config, quiet=True)["checkpoint"]), weights(plain["checkpoint"]))
+
+
+def test_a_run_from_before_a_key_was_there_is_resumed(configure):
+    path = train(configure("train.epochs=1"), quiet=True)["checkpoint"]
+    stored = torch.load(path, weights_only=True)
+    del stored["config"]["model"]["patch_dropout"]
+    torch.save(stored, path)
+    train(configure("train.epochs=1"), resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="made with model.patch_dropout = 0.0, this run has 0.5"):
+        train(configure("train.epochs=1", "model.patch_dropout=0.5"), resume=True, quiet=True)
 
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(configure):

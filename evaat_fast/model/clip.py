@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.recompute import Mode, check_mode
 from evaat_fast.model.text import TextTransformer
 from evaat_fast.model.vision import VisionTransformer
 
@@ -38,13 +39,15 @@ class EVA02AT(nn.Module):
         self.text = TextTransformer(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
-    def encode_video(self, video: Tensor, normalize: bool = False) -> Tensor:
+    def encode_video(self, video: Tensor, normalize: bool = False, patches: Tensor | None = None) -> Tensor:
         """Embeds clips.
 
         Args:
             video: uint8 [B, T, H, W, 3], normalised inside with the configuration's `norm`; or float [B, 3, T, H, W]
                 in the model's dtype (any under autocast), already normalised.
             normalize: True for unit length.
+            patches: int64 [B, N'] of `evaat_fast.model.draw_patches`: the patches that each clip keeps, for patch dropout in
+                training. None: all.
 
         Returns:
             [B, E].
@@ -52,7 +55,7 @@ class EVA02AT(nn.Module):
         Raises:
             TypeError, ValueError: a dtype, device or shape that does not fit the model, naming what was expected.
         """
-        features = self.visual(video)
+        features = self.visual(video, patches)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
@@ -71,21 +74,27 @@ class EVA02AT(nn.Module):
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, video: Tensor | None = None, text: Tensor | None = None) -> Embeddings:
-        """Both embeddings, for a contrastive loss.
+    def forward(self, video: Tensor | None = None, text: Tensor | None = None, patches: Tensor | None = None) -> Embeddings:
+        """Both embeddings, for a contrastive loss. patches: as for `encode_video`.
 
         Returns:
             dict(image_embed, text_embed, logit_scale): unit embeddings [B, E], None for an input left out, and the
             multiplier of the logits, already exponentiated.
         """
         return {
-            "image_embed": None if video is None else self.encode_video(video, normalize=True),
+            "image_embed": None if video is None else self.encode_video(video, normalize=True, patches=patches),
             "text_embed": None if text is None else self.encode_text(text, normalize=True),
             "logit_scale": self.logit_scale.exp(),
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass and keep only its input."""
+    def set_grad_checkpointing(self, enable: Mode = True) -> None:
+        """What each block keeps for its backward pass: True, only its input; "selective", all but what is cheap to compute
+        again, as `evaat_fast.model.recompute` counts it; False, everything.
+
+        Raises:
+            ValueError: another value.
+        """
+        check_mode(enable)
         self.visual.grad_checkpointing = enable
         self.text.transformer.grad_checkpointing = enable
 

@@ -11,24 +11,23 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import evaat_fast
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.ek100_files import Split
 from evaat_fast.model import EVA02AT, CLIPTokenizer
 from evaat_fast.train import checkpoint, evaluation, inputs, packages
-from evaat_fast.train.config import Config, ConfigError
+from evaat_fast.train.config import KEYS, Config, ConfigError
 from evaat_fast.train.log import Log, Progress
 from evaat_fast.train.sampler import EpochSampler
 from evaat_fast.train.schedules import warmup
-from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer
+from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer, later
 
 
 class Diverged(RuntimeError):
@@ -160,11 +159,11 @@ def run_epoch(
         name=config.schedule.name,
     )
     started, losses = time.perf_counter(), []
-    pending: tuple[int, float, Tensor] | None = None
+    pending: tuple[int, float, Callable[[], float]] | None = None
 
-    def settle(step: int, lr: float, loss: Tensor) -> None:
-        """Reads a step's loss one step late, so that the GPU never waits for the log."""
-        value = loss.item()
+    def settle(step: int, lr: float, loss: Callable[[], float]) -> None:
+        """Reads a step's loss when the next one is launched, so that the GPU never waits for the log."""
+        value = loss()
         if not math.isfinite(value):
             raise Diverged(
                 f"train: the loss is {value} at step {step + 1} of {total}, epoch {epoch + 1}, lr {lr:.2e}. "
@@ -178,7 +177,7 @@ def run_epoch(
         step = epoch * len(sampler) + i
         lr = warmup(step, **scheduled)
         steps.set_lr(lr)
-        loss = steps(batch)
+        loss = later(steps(batch))
         if pending:
             settle(*pending)
         pending = (step, lr, loss)
@@ -239,7 +238,7 @@ def check_same_run(stored: Mapping[str, Any], config: Config, source: str | os.P
     names += [f"train.{name}" for name in ("epochs", "batch_size", "seed", "distinct", "precision")]
     for key in names:
         section, name = key.split(".")
-        theirs = stored.get(section, {}).get(name)
+        theirs = stored.get(section, {}).get(name, KEYS[key].default)  # keys are younger than some runs
         if theirs != ours[section][name]:
             raise ConfigError(
                 f"{source} was made with {key} = {theirs!r}, this run has {ours[section][name]!r}; to start another run from "

@@ -239,20 +239,20 @@ def consume(qkv: Tensor, base: Tensor | None, num_heads: int, rotation: Rotation
     if base is None:
         q, k, v = split_heads(rotate_packed_(qkv, None, num_heads, rotation), num_heads).chunk(3, 1)
         return q, k, v
-    return _Consume.apply(base, rotation.freqs, rotation.positions, qkv.shape, num_heads, rotation.bare())[1:]
+    return _Consume.apply(base, rotation.freqs, rotation.positions, rotation.table, qkv.shape, num_heads, rotation.bare())[1:]
 
 
 class _Consume(torch.autograd.Function):
     """The gradients of the three parts are turned back on their way into one packed tensor."""
 
     @staticmethod
-    def forward(ctx, base, freqs, positions, shape, num_heads, bare):
+    def forward(ctx, base, freqs, positions, table, shape, num_heads, bare):
         ctx.mark_dirty(base)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(freqs, positions)
+        ctx.save_for_backward(freqs, positions, table)
         ctx.bare, ctx.base_shape = bare, base.shape
         qkv = base.detach().view(shape)
-        rope3d_qkv_op_.at(traced(type(qkv)))(qkv, num_heads, bare.of(freqs, positions))
+        rope3d_qkv_op_.at(traced(type(qkv)))(qkv, num_heads, bare.of(freqs, positions, table))
         return base, *split_heads(qkv, num_heads).chunk(3, 1)
 
     @staticmethod
@@ -262,11 +262,10 @@ class _Consume(torch.autograd.Function):
             raise used_again()
         given = next((g for g in grads if g is not None), None)
         if given is None:
-            return (None,) * 6
-        freqs, positions = ctx.saved_tensors
+            return (None,) * 7
         dq, dk, dv = (torch.zeros_like(given) if g is None else g for g in grads)
-        dqkv = rope3d_qkv_op.at(traced(type(dq)))(dq, dk, dv, ctx.bare.of(freqs, positions).back())
-        return dqkv.view(ctx.base_shape), *[None] * 5
+        dqkv = rope3d_qkv_op.at(traced(type(dq)))(dq, dk, dv, ctx.bare.of(*ctx.saved_tensors).back())
+        return dqkv.view(ctx.base_shape), *[None] * 6
 
 
 def used_again() -> RuntimeError:

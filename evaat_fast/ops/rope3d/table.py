@@ -37,10 +37,8 @@ def _constant_table(
 ) -> Tensor | None:
     """On CUDA: the kept table of frequencies that are constant, made at need; None if they are not."""
     freqs = rotation.freqs
-    if freqs is None or freqs.requires_grad or rotation.positions is not None:
-        return None
-    held = _CONSTANT.get(freqs)
-    if held is None or held[0] != freqs._version:
+    held = None if freqs is None or freqs.requires_grad or rotation.positions is not None else _CONSTANT.get(freqs)
+    if freqs is None or held is None or held[0] != freqs._version:
         return None
     key = rotation.grid, dtype
     if key not in held[1]:
