@@ -53,7 +53,8 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, branch: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS)
+        matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
+        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix)
         x, stream = ops.add_norm(self.attn(x), stream, self.ln_2.weight, self.ln_2.bias, EPS)
         return self.mlp(x), stream
 

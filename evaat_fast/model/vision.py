@@ -81,7 +81,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """branch [B, N, C] and stream, whose sum (or branch alone) is the block's input, to those of its output; with
         `class_only` of its first row, [B, 1, C]. The stream is float32 from the first sum on (float64 in float64)."""
-        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS)
+        matrix = self.attn.qkv.weight.dtype  # the first branch of a tower is a stream, float32 whatever its matrices are
+        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix)
         if class_only:
             branch, stream = self.attn.forward_class(x, grid, freqs), stream[:, :1]
         else:
