@@ -96,9 +96,11 @@ def power_cut(function, after):
     return cut
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch):
-    whole = train(configure("train.epochs=3", out="whole"), quiet=True)
-    config = configure("train.epochs=3", out="broken")
+@pytest.mark.parametrize("precision", ["auto", "bfloat16-params"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, precision, tmp_path, monkeypatch):
+    options = "train.epochs=3", f"train.precision={precision}"
+    whole = train(configure(*options, out="whole"), quiet=True)
+    config = configure(*options, out="broken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(steps, "batch_loss", power_cut(steps.batch_loss, after=4))  # in the middle of the second epoch
         train(config, quiet=True)
@@ -110,6 +112,26 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeyp
     assert untimed[0] == untimed[1]
     again = train(config, resume=True, quiet=True)  # nothing is left to do
     assert again["metrics"] == whole["metrics"]
+
+
+def test_a_run_with_bfloat16_parameters_keeps_float32_weights(configure):
+    """Its log and its checkpoint are those of autocast; what the checkpoint gives evaluates as the run did."""
+    runs = {}
+    for precision in ("bfloat16", "bfloat16-params"):
+        runs[precision] = train(configure(f"train.precision={precision}", "optim.clip_norm=1", out=precision), quiet=True)
+    cast, held = runs.values()
+    assert held["model"].matrix_dtype == torch.bfloat16 and cast["model"].matrix_dtype == torch.float32
+    stored = weights(held["checkpoint"])
+    assert_same(weights(cast["checkpoint"]), stored)
+    assert all(x.dtype == torch.float32 for x in stored.values()) and cast["metrics"] == held["metrics"]
+    for name, x in held["model"].state_dict().items():
+        assert torch.equal(x, stored[name].to(x.dtype)), name
+    config = configure("train.precision=bfloat16-params", f"train.init={held['checkpoint']}")
+    exact, test = trainer.build_model(config), inputs.dataset(config, "test")
+    assert_same(exact.state_dict(), stored)
+    assert evaluation.evaluate(exact, test, config, torch.device("cpu")) == held["metrics"]
+    with pytest.raises(ConfigError, match="made with train.precision = 'bfloat16', this run has 'bfloat16-params'"):
+        train(configure("train.precision=bfloat16-params", "optim.clip_norm=1", out="bfloat16"), resume=True, quiet=True)
 
 
 @pytest.mark.slow
@@ -127,13 +149,14 @@ def test_compiled_blocks_learn_the_same(configure):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss", ["clip", "sms"])
-def test_a_graph_learns_the_same(configure, loss, monkeypatch):
+@pytest.mark.parametrize("loss, precision", [("clip", "auto"), ("sms", "auto"), ("clip", "bfloat16-params")])
+def test_a_graph_learns_the_same(configure, loss, precision, monkeypatch):
     """And goes on from an eager run's checkpoint, with the learning rate of the schedule."""
     options = (
         "train.device=cuda",
         "train.epochs=3",
         f"loss.name={loss}",
+        f"train.precision={precision}",
         "optim.clip_norm=1",
         "loss.learnable_temperature=true",
     )

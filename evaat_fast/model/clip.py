@@ -103,9 +103,9 @@ class EVA02AT(nn.Module):
 
     @torch.no_grad()
     def hold_matrices(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Rounds the weights and biases of matrix products to `dtype`, in place, so that the towers need no autocast. What meets
-        the float32 stream stays as it is: norms, embeddings, the temperature. A bfloat16 table of tokens would cost a training
-        step more bytes than it saves: few of its rows are read, and all of it would be rounded anew.
+        """Rounds the weights and biases of matrix products to `dtype`, in place: the towers then need no autocast. What meets
+        the float32 stream stays as it is: norms, embeddings, the temperature. A bfloat16 table of tokens would cost a step of
+        training more bytes than it saves: few of its rows are read, and all of it would be rounded anew.
 
         Args:
             dtype: bfloat16 as a rule.

@@ -1,7 +1,7 @@
 """Checkpoints of a run: all that continuing it needs, written so that a reader sees the old file or the new one.
 
-The weights lie under "state_dict", float32 also where the model computes with rounded ones, and the model's configuration (with its `norm`) under "model_config", as
-`evaat_fast.model` stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
+The weights lie under "state_dict", the masters where a model holds rounded ones, and the model's configuration (with its
+`norm`) under "model_config", as `evaat_fast.model` stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
 """
 
 import dataclasses
@@ -18,9 +18,7 @@ from evaat_fast.train.masters import Masters
 LAST = "last.pt"
 
 
-def save(
-    path: str | os.PathLike[str], masters: Masters, optimizer: torch.optim.Optimizer, epoch: int, config: Config
-) -> None:
+def save(path: str | os.PathLike[str], masters: Masters, optimizer: torch.optim.Optimizer, epoch: int, config: Config) -> None:
     """Writes a checkpoint atomically.
 
     Args:

@@ -41,8 +41,7 @@ def add_norm(
     Returns:
         (normed, total): normed [..., C] in `dtype` (x's by default), under autocast in autocast's, as the product that takes it
         would cast it; total = x + residual in float32 (float64 if one of them is), x itself without a residual; statistics
-        likewise. The gradient of x has x's dtype and that of residual its own; those of weight and bias have the same bits every
-        time.
+        likewise. Gradients have the dtypes of what they are of; those of weight and bias have the same bits every time.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
