@@ -135,13 +135,15 @@ def test_a_run_with_bfloat16_parameters_keeps_float32_weights(configure):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_learn_the_same(configure):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-params"])
+def test_compiled_blocks_learn_the_same(configure, precision):
     """One compilation for the blocks of a tower; the log, and the names in the checkpoint, are those of an eager run."""
     layers = "model.overrides={patch_size=32,vision_layers=3,text_layers=3,vision_width=32,vision_heads=1,vision_mlp=32}"
+    options = "train.epochs=1", layers, f"train.precision={precision}"
     runs = {}
     for name in ("false", "true"):
         torch._dynamo.reset()
-        runs[name] = train(configure("train.epochs=1", layers, f"train.compile={name}", out=name), quiet=True)
+        runs[name] = train(configure(*options, f"train.compile={name}", out=name), quiet=True)
     losses = [[r["loss"] for r in read(run["log"]) if r["event"] == "step"] for run in runs.values()]
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
     assert weights(runs["false"]["checkpoint"]).keys() == weights(runs["true"]["checkpoint"]).keys()

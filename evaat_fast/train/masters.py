@@ -22,7 +22,7 @@ class Masters:
     """What an optimiser updates instead of a model's own parameters.
 
     Args:
-        model: an EVA02AT of float32. dtype: what its matrices are held in from now on; None leaves them as they are, and there
+        model: an EVA02AT of float32, on its device. dtype: what its matrices are held in from now on; None leaves them as they are, and there
             is nothing to cross.
 
     Attributes:
