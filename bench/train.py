@@ -1,9 +1,10 @@
 """A training step, both towers, loss and optimiser, against what others run: python bench/train.py
 
 All stacks train the same weights on the same batch under bf16 autocast (float32 on a CPU) with fused AdamW; AVION's is a plain
-ViT of the same width. "authors" is EVA02-AT as its authors run it, built here of the same parameters: two eager rotations of
-queries and keys, SDPA, torch's layer norms, every row of the last block, CLIP loss in torch. The rows between it and ours
-change one thing each. A stack's loss and gradients are held to the authors' before it is timed.
+ViT of the same width. "bf16 params" has no autocast: the weights of products are bf16, and AdamW updates float32 masters.
+"authors" is EVA02-AT as its authors run it, built here of the same parameters: two eager rotations of queries and keys, SDPA,
+torch's layer norms, every row of the last block, CLIP loss in torch. The rows between it and ours change one thing each. A
+stack's loss and gradients are held to the authors' before it is timed.
 
 A row has clips a second, MFU (the share of the matmul rate of the same run that the model's products need: 6 FLOP a parameter
 and token, 12 N^2 C a layer and clip), and the memory at the peak of the step.
@@ -25,6 +26,7 @@ from torch import nn
 
 import evaat_fast
 from evaat_fast import ops
+from evaat_fast.train.masters import Masters
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Stack:
     norms: bool = True
     loss: bool = True
     plain: bool = False  # a ViT instead of EVA-02
+    held: bool = False  # matrices in bfloat16 with float32 masters, instead of autocast
     compiled: bool = False
     graph: bool = False
 
@@ -46,6 +49,8 @@ STACKS = {
     "+ our norms": dataclasses.replace(AUTHORS, attention=True, norms=True),
     "ours, eager": Stack(),
     "ours, CUDA graph": Stack(graph=True),
+    "ours, bf16 params": Stack(held=True),
+    "ours, bf16 params, graph": Stack(held=True, graph=True),
     "authors, compiled": dataclasses.replace(AUTHORS, compiled=True),
     "ours, compiled": Stack(compiled=True),
     "AVION, eager": dataclasses.replace(AUTHORS, plain=True),
@@ -120,6 +125,8 @@ class TextBlock(nn.Module):
         self.block, self.stack = block, stack
 
     def forward(self, x, stream):
+        if self.stack.norms:
+            return self.block(x, stream)
         x, stream = norm(x, stream, self.block.ln_1, self.stack.norms)
         x, stream = norm(self.block.attn(x), stream, self.block.ln_2, self.stack.norms)
         return self.block.mlp(x), stream
@@ -158,8 +165,8 @@ class Step(nn.Module):
             rope = rope3d.published(grid, 2 * rope.shape[-1], dtype, x.device, scale)
         for block in self.vision:
             x, stream = block(x, stream, grid, rope)
-        x = x[:, 0] if stream is None else stream[:, 0] + x[:, 0]
-        return visual.head(visual.norm(x))
+        x, stream = x[:, 0], None if stream is None else stream[:, 0]
+        return visual.head(norm(x, stream, visual.norm, self.stack.norms)[0])
 
     def encode_text(self, tokens):
         text, stream = self.model.text, None
@@ -167,7 +174,7 @@ class Step(nn.Module):
         for block in self.text:
             x, stream = block(x, stream)
         end = torch.arange(len(x), device=x.device), tokens.argmax(-1)
-        return text.ln_final(stream[end] + x[end]) @ text.text_projection
+        return norm(x[end], stream[end], text.ln_final, self.stack.norms)[0] @ text.text_projection
 
     def forward(self, video, tokens):
         video, text = (F.normalize(x.float(), dim=-1) for x in (self.encode_video(video), self.encode_text(tokens)))
@@ -201,27 +208,35 @@ class Training:
         self.video = torch.randint(0, 256, (B, T, size, size, 3), dtype=torch.uint8, generator=generator).to(device)
         tokens = torch.randint(1, self.config.vocab_size - 1, (B, CAPTION), generator=generator)
         tokens[:, -1] = self.config.vocab_size - 1
-        self.tokens, self.device, self.precision = tokens.to(device), device, precision
-        self.loss = Step(model.to(device), stack)
-        self.parameters = list(self.loss.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True, capturable=stack.graph)
+        self.tokens, self.device = tokens.to(device), device
+        model.to(device)
+        self.masters = Masters(model, torch.bfloat16 if stack.held else None)
+        self.low = precision == "bf16" and not stack.held
+        self.loss = Step(model, stack)
+        parameters = self.masters.parameters.values() if stack.held else self.loss.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True, capturable=stack.graph)
         self.replay = None
         if stack.graph:
             self.capture()
 
     def gradients(self):
         """Sets them, and returns the loss."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.low):
             loss = self.loss(self.video, self.tokens)
         loss.backward()
+        self.masters.take_gradients()
         return loss.detach()
+
+    def update(self):
+        self.optimizer.step()
+        self.masters.give_weights()
 
     def step(self):
         if self.replay is not None:
             return self.replay()
         self.optimizer.zero_grad()
         loss = self.gradients()
-        self.optimizer.step()
+        self.update()
         return loss
 
     def capture(self):
@@ -234,7 +249,7 @@ class Training:
         self.optimizer.zero_grad()
         with torch.cuda.graph(graph):
             loss = self.gradients()
-            self.optimizer.step()
+            self.update()
         self.replay = lambda: (graph.replay(), loss)[1]
 
 
@@ -250,7 +265,7 @@ def check(ours, authors):
 def first(training):
     """(loss, gradients) without a step."""
     loss = training.gradients().item()
-    names = {name: p.grad.clone() for name, p in training.loss.model.named_parameters() if p.grad is not None}
+    names = {name: p.grad.clone() for name, p in training.masters.parameters.items() if p.grad is not None}
     training.optimizer.zero_grad()
     return loss, names
 
@@ -297,6 +312,8 @@ def main(argv=None):
             try:
                 if stack.graph and device != "cuda":
                     raise harness.Unavailable("for a GPU")
+                if stack.held and precision != "bf16":
+                    raise harness.Unavailable("for bf16")
                 began = time.perf_counter()
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()  # before the model, as a graph's memory is taken when it is captured

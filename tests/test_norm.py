@@ -185,6 +185,20 @@ def test_what_comes_back(backend, device, dtype):
         assert ops.add_norm(x.double(), None, weight, bias, backend="reference")[0].dtype == F64
 
 
+@places
+def test_a_product_of_another_dtype(backend, device, dtype):
+    """The norm of a float32 stream, rounded once to the dtype asked for; its gradients are those of the wide norm."""
+    low = dtype if dtype != F32 else F16
+    x, weight, bias, upstream = rows((5, 96), F32, device), *norm_weights(96, F32, device), rows((5, 96), low, device)
+    learn = [y.requires_grad_() for y in (x, weight, bias)]
+    wide, narrow = (ops.add_norm(x, None, weight, bias, dtype=t, backend=backend)[0] for t in (None, low))
+    assert wide.dtype == F32 and narrow.dtype == low and torch.equal(narrow, wide.to(low))
+    pairs = zip(torch.autograd.grad(narrow, learn, upstream), torch.autograd.grad(wide, learn, upstream.float()), strict=True)
+    assert all(a.dtype == F32 and torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16, float16 or float64, got torch.int32"):
+        ops.add_norm(x, None, weight, bias, dtype=torch.int32, backend=backend)
+
+
 def test_float64():
     x, residual, weight, bias = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((3, 8), (3, 8), (8,), (8,)))
     assert torch.autograd.gradcheck(lambda *y: ops.add_norm(*y, eps=1e-3), (x, residual, weight, bias))

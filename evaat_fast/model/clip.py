@@ -105,6 +105,33 @@ class EVA02AT(nn.Module):
         for block in (*self.visual.blocks, *self.text.transformer.resblocks):
             block.compile()
 
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """Of the weights of matrix products."""
+        return self.text.text_projection.dtype
+
+    @torch.no_grad()
+    def hold_matrices(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Rounds the weights and biases of matrix products to `dtype`, in place: the towers then need no autocast. What meets
+        the float32 stream stays as it is: norms, embeddings, the temperature. A bfloat16 table of tokens would cost a step of
+        training more bytes than it saves: few of its rows are read, and all of it would be rounded anew.
+
+        Args:
+            dtype: bfloat16 as a rule.
+
+        Returns:
+            The parameters that were rounded, by name, as they were: masters for an optimiser.
+        """
+        kept = self.no_weight_decay() | {"logit_scale", "text.token_embedding.weight"}
+        for place, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                kept |= {f"{place}.{name}" for name, _ in module.named_parameters()}
+        exact = {}
+        for name, parameter in self.named_parameters():
+            if name not in kept and parameter.dtype != dtype:
+                exact[name], parameter.data = parameter.data, parameter.data.to(dtype)
+        return exact
+
     def no_weight_decay(self) -> set[str]:
         """Names of the embeddings that weight decay should leave alone, besides vectors and scalars."""
         return {"visual.cls_token", "visual.pos_embed", "visual.temporal_embed", "text.positional_embedding"}

@@ -57,7 +57,8 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, branch: Tensor, stream: Tensor | None, selective: bool = False) -> tuple[Tensor, Tensor]:
-        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS)
+        matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
+        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix)
         branch = self.attn(x)
         if selective:
             hidden, stream = again(self.widen, branch, stream)

@@ -105,7 +105,8 @@ class Block(nn.Module):
         `class_only` of its first row, [B, 1, C]. The stream is float32 from the first sum on (float64 in float64).
         positions: of the tokens, where they are not all of the grid. selective: recompute what is cheap, see
         `evaat_fast.model.recompute`."""
-        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS)
+        matrix = self.attn.qkv.weight.dtype  # the first branch of a tower is a stream, float32 whatever its matrices are
+        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix)
         if class_only:
             branch, stream = self.attn.forward_class(x, grid, freqs, positions), stream[:, :1]
         else:

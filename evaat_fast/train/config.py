@@ -108,7 +108,9 @@ class Schedule:
 class Train:
     """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct: at most one clip of a
     kind (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device:
-    "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU.
+    "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU;
+    "bfloat16-params" computes the same without casts, as it holds the weights of matrix products in bfloat16 and updates
+    float32 masters of them.
     save_every: epochs. compile: torch.compile for the blocks of both towers, which costs a minute at the start.
     cuda_graph: on a GPU, replay a step as a CUDA graph, which spares the launches from Python; memory grows by one
     step's for each text length, of multiples of 16."""
@@ -120,7 +122,7 @@ class Train:
     distinct: bool = False
     seed: int = key(0, least=0, most=2**31 - 1)
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "bfloat16-params"] = "auto"
     processes: int = key(1, least=1)
     save_every: int = key(1, least=1)
     compile: bool = False

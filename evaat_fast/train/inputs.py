@@ -15,7 +15,7 @@ import evaat_fast
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.ek100_files import Split
 from evaat_fast.data.transforms import eval_transform, train_transform
-from evaat_fast.model import CLIPTokenizer, ModelConfig, draw_patches, get_config, trim
+from evaat_fast.model import EVA02AT, CLIPTokenizer, ModelConfig, draw_patches, get_config, trim
 from evaat_fast.train.config import Config
 from evaat_fast.train.log import Progress
 from evaat_fast.train.sampler import EpochSampler
@@ -137,7 +137,8 @@ def tokenizer(config: Config) -> CLIPTokenizer:
     return evaat_fast.get_tokenizer(config.model.name)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The context that config.train.precision asks for on `device`."""
-    low = config.train.precision == "bfloat16" or (config.train.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+def autocast(config: Config, device: torch.device, model: EVA02AT) -> torch.autocast:
+    """The context that config.train.precision asks for on `device`: none for a model that holds its matrices in bfloat16."""
+    precision = config.train.precision
+    low = precision.startswith("bfloat16") or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=low and model.matrix_dtype == torch.float32)

@@ -15,6 +15,7 @@ from evaat_fast import ops
 from evaat_fast.model import EVA02AT
 from evaat_fast.train import inputs
 from evaat_fast.train.config import Config
+from evaat_fast.train.masters import Masters
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
 
@@ -23,14 +24,15 @@ class Steps:
     """steps(batch) trains once on a batch of `inputs.loader`, and returns its loss, a scalar that nobody has waited for.
 
     Args:
-        model: an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
+        masters: of an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
         config: a Config. device: where the model is.
     """
 
     def __init__(
-        self, model: EVA02AT, optimizer: torch.optim.Optimizer, table: Tensor, config: Config, device: torch.device
+        self, masters: Masters, optimizer: torch.optim.Optimizer, table: Tensor, config: Config, device: torch.device
     ) -> None:
-        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.masters, self.optimizer, self.config, self.device = masters, optimizer, config, device
+        self.model = masters.model
         self.table = table.to(device)
         # A batch is copied to a GPU on a stream of its own, beside the step before it.
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -63,7 +65,8 @@ class Steps:
         if self.graphs[shapes] is None:
             held = {name: x.clone() for name, x in batch.items()}  # which later batches are written to
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # Of this thread alone: the loader's, which pins memory, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 loss = self._run(held)
             self.graphs[shapes] = graph, held, loss
         graph, held, loss = self.graphs[shapes]
@@ -88,9 +91,11 @@ class Steps:
         loss = batch_loss(self.model, batch, self.table, self.config, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.masters.take_gradients()
         if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.masters.parameters.values(), self.config.optim.clip_norm)
         self.optimizer.step()
+        self.masters.give_weights()
         if self.config.loss.learnable_temperature:
             self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
         return loss.detach()
@@ -113,7 +118,7 @@ def later(x: Tensor) -> Callable[[], float]:
 
 def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, config: Config, device: torch.device) -> Tensor:
     """The loss of one batch on `device`, a scalar. `table` [K, K]: the relevancy between kinds."""
-    with inputs.autocast(config, device):
+    with inputs.autocast(config, device, model):
         video = model.encode_video(batch["video"], patches=batch.get("patches"))
         text = model.encode_text(batch["text"])
     if config.loss.name == "clip":
@@ -125,11 +130,12 @@ def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, confi
     )
 
 
-def build_optimizer(model: EVA02AT, config: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings."""
+def build_optimizer(model: EVA02AT, config: Config, masters: Masters | None = None) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings. It updates the
+    masters of what the model holds in a lower precision."""
     spared = model.no_weight_decay()
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (masters or Masters(model)).parameters.items():
         if parameter.requires_grad:
             groups[parameter.ndim >= 2 and name not in spared].append(parameter)
     return torch.optim.AdamW(

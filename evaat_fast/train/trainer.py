@@ -25,6 +25,7 @@ from evaat_fast.model import EVA02AT, CLIPTokenizer
 from evaat_fast.train import checkpoint, evaluation, inputs, packages
 from evaat_fast.train.config import KEYS, Config, ConfigError
 from evaat_fast.train.log import Log, Progress
+from evaat_fast.train.masters import Masters
 from evaat_fast.train.sampler import EpochSampler
 from evaat_fast.train.schedules import warmup
 from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer, later
@@ -50,7 +51,8 @@ def train(
         `config`, whose caches may be full already; None makes them.
 
     Returns:
-        dict(model, metrics, log, checkpoint): the trained model, the last evaluation, and the paths of both files.
+        dict(model, metrics, log, checkpoint): the trained model, the last evaluation, and the paths of both files. With
+        "bfloat16-params" the model's matrices are bfloat16, the checkpoint's float32.
 
     Raises:
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
@@ -72,11 +74,12 @@ def train(
     sampler, tokenize = inputs.sampler(config, data), inputs.tokenizer(config)
     model = build_model(config, weights=not stored)
     model.to(device)
-    optimizer = build_optimizer(model, config)
+    masters = Masters(model, torch.bfloat16 if config.train.precision == "bfloat16-params" else None)
+    optimizer = build_optimizer(model, config, masters)
     if stored:
-        checkpoint.restore(stored, model, optimizer, last)
+        checkpoint.restore(stored, masters, optimizer, last)
     fit_optimizer(optimizer, config, device)
-    steps = Steps(model, optimizer, data.relevancy_table, config, device)
+    steps = Steps(masters, optimizer, data.relevancy_table, config, device)
     if config.train.compile:
         model.compile_blocks()
 
@@ -123,7 +126,7 @@ def train(
                 log.write("eval", epoch + 1, **metrics)
                 line += f"  {evaluation.summary(metrics)}"
             if finished or (epoch + 1) % config.train.save_every == 0:
-                checkpoint.save(last, model, optimizer, epoch + 1, config)
+                checkpoint.save(last, masters, optimizer, epoch + 1, config)
             progress.say(line)
         if metrics is None:  # resumed after the last epoch
             metrics = evaluation.evaluate(model, test, config, device)

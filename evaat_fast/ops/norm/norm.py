@@ -13,6 +13,7 @@ from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import check_device, is_transformed, kind, number
 from evaat_fast.ops.norm.reference import add_norm_reference, swiglu_norm_reference
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_CHANNELS = 16384  # of a Triton program, which holds a row
 
 
@@ -23,6 +24,7 @@ def add_norm(
     bias: Tensor | None,
     eps: float = 1e-6,
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of x + residual over the last dimension, and the sum.
@@ -32,13 +34,14 @@ def add_norm(
         residual: of x's shape, float32 where precision matters, or None.
         weight: [C]. bias: [C], or None. Of any floating dtype, float32 as a rule.
         eps: added to the variance.
+        dtype: of the product that takes normed, where that is not x's: x may be a float32 stream, its weights bfloat16.
         backend: "auto", "triton" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch, which
             the compiler fuses with its neighbours.
 
     Returns:
-        (normed, total): normed [..., C] in x's dtype, under autocast in autocast's, as the product that takes it would cast it;
-        total = x + residual in float32 (float64 if one of them is), x itself without a residual; statistics likewise. The
-        gradient of x has x's dtype and that of residual its own; those of weight and bias have the same bits every time.
+        (normed, total): normed [..., C] in `dtype` (x's by default), under autocast in autocast's, as the product that takes it
+        would cast it; total = x + residual in float32 (float64 if one of them is), x itself without a residual; statistics
+        likewise. Gradients have the dtypes of what they are of; those of weight and bias have the same bits every time.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
@@ -53,7 +56,7 @@ def add_norm(
             raise ValueError(f"residual: expected x's shape {list(x.shape)}, got {list(residual.shape)}")
         check_device("residual", residual.device, x.device, "x's")
     _check_weights(x, weight, bias, x.shape[-1], "x")
-    eps, dtype = _eps(eps), _dtype(x)
+    eps, dtype = _eps(eps), _dtype(x, dtype)
     given = [y for y in (x, residual, weight, bias) if y is not None]
     if _pick("add_norm", x.shape[-1], given, backend) == "triton":
         from evaat_fast.ops.norm.triton import AddNorm
@@ -134,6 +137,8 @@ def _eps(eps):
     return value
 
 
-def _dtype(x):
+def _dtype(x, asked=None):
+    if asked not in (None, *DTYPES):
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {asked!r}")
     dtype = autocast_dtype(x.device.type)
-    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+    return asked or x.dtype if dtype is None or x.dtype == torch.float64 else dtype
