@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evaat_fast.train import evaluation, inputs, steps, trainer
+from evaat_fast.train.masters import Masters
 
 pytest.importorskip("decord")
 pytest.importorskip("tokenizers")
@@ -81,9 +82,8 @@ def test_a_batch_is_copied_beside_the_step_before(configure, monkeypatch):
     config = configure()
     batch = batches(config)[0]
     model = trainer.build_model(config)
-    run = steps.Steps(
-        model, steps.build_optimizer(model, config), torch.eye(batch["kind"].max() + 1), config, torch.device("cpu")
-    )
+    optimizer, table = steps.build_optimizer(model, config), torch.eye(batch["kind"].max() + 1)
+    run = steps.Steps(Masters(model), optimizer, table, config, torch.device("cpu"))
     streams = Streams(monkeypatch)
     run.copies = streams.copies
     monkeypatch.setattr(steps, "batch_loss", lambda model, *_: streams.said.append("computes") or model.logit_scale * 1)
@@ -106,7 +106,7 @@ def test_a_step_waits_for_nothing(configure, graph, loss):
     model = trainer.build_model(config).to(device).train()
     optimizer = steps.build_optimizer(model, config)
     steps.fit_optimizer(optimizer, config, device)
-    run = steps.Steps(model, optimizer, data.relevancy_table, config, device)
+    run = steps.Steps(Masters(model), optimizer, data.relevancy_table, config, device)
     batch = {name: x.pin_memory() for name, x in batches(config)[0].items()}
     for _ in range(3):
         first = run(batch)
