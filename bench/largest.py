@@ -123,9 +123,10 @@ def search(training, batch, goes_on, memory=None):
         found = Bracket(0, STEP)
     else:
         held = memory.release()
-        if batch > STEP and fits(batch):
-            found = bracket(fits, predicted(peaks, SPARE * memory.limit()), low=batch, goes_on=may)
+        second = max(batch, 2 * STEP)
+        if fits(second):
+            found = bracket(fits, predicted(peaks, SPARE * memory.limit()), low=second, goes_on=may)
         else:
-            found = bracket(fits, batch // 2, low=STEP, high=batch if batch in why else None, goes_on=may)
+            found = bracket(fits, second // 2, low=STEP, high=second, goes_on=may)
     failed = {"fails": found.fails, "why": why[found.fails]} if found.fails else {}
     return {"B": found.fits, "tries": len(why), **failed, **stopped}

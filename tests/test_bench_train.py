@@ -284,7 +284,8 @@ def test_search(largest):
     assert search(Machine(140)) == {"B": 544, "tries": 8, "fails": 552, "why": "out of memory"}
     assert search(Machine(10)) == {"B": 24, "tries": 4, "fails": 32, "why": "out of memory"}
     assert search(Machine(5)) == {"B": 0, "tries": 1, "fails": 8, "why": "out of memory"}
-    assert search(Machine(8), batch=8)["B"] == 16
+    assert search(Machine(8), batch=8) == {"B": 16, "tries": 3, "fails": 24, "why": "out of memory"}
+    assert search(Machine(7), batch=8) == {"B": 8, "tries": 2, "fails": 16, "why": "out of memory"}
     counted = search(Machine(140, breaks=300))
     assert (counted["B"], counted["fails"], counted["why"]) == (296, 304, "ValueError: more rows than a kernel counts")
 
