@@ -7,20 +7,25 @@ torch's layer norms, every row of the last block, CLIP loss in torch. The rows b
 stack's loss and gradients are held to the authors' before it is timed.
 
 A row has clips a second, MFU (the share of the matmul rate of the same run that the model's products need: 6 FLOP a parameter
-and token, 12 N^2 C a layer and clip), and the memory at the peak of the step.
+and token, 12 N^2 C a layer and clip), and the memory at the peak of the step. --where profiles the steps and --largest looks
+for the largest batch, both after everything is timed, as a profiler slows down what follows; with --append they add to the
+rows of an earlier run of the same commit and device.
 """
 
 import argparse
 import dataclasses
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import largest
 import rope3d
 import store
 import torch
 import torch.nn.functional as F
+import where
 from timing import peaks, quantiles
 from torch import nn
 
@@ -208,13 +213,13 @@ class Training:
         self.video = torch.randint(0, 256, (B, T, size, size, 3), dtype=torch.uint8, generator=generator).to(device)
         tokens = torch.randint(1, self.config.vocab_size - 1, (B, CAPTION), generator=generator)
         tokens[:, -1] = self.config.vocab_size - 1
-        self.tokens, self.device = tokens.to(device), device
+        self.tokens, self.device, self.stack = tokens.to(device), device, stack
         model.to(device)
         self.masters = Masters(model, torch.bfloat16 if stack.held else None)
         self.low = precision == "bf16" and not stack.held
         self.loss = Step(model, stack)
-        parameters = self.masters.parameters.values() if stack.held else self.loss.parameters()
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True, capturable=stack.graph)
+        self.parameters = list(self.masters.parameters.values() if stack.held else self.loss.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True, capturable=stack.graph)
         self.replay = None
         if stack.graph:
             self.capture()
@@ -252,6 +257,19 @@ class Training:
             self.update()
         self.replay = lambda: (graph.replay(), loss)[1]
 
+    def drop(self):
+        """Lets go of the graph, the gradients, and all but the first clip."""
+        self.replay = None
+        self.optimizer.zero_grad()
+        self.video, self.tokens = self.video[:1].clone(), self.tokens[:1].clone()
+
+    def resize(self, B):
+        """Another batch: the first clip repeated, as memory does not depend on what is in it."""
+        self.drop()
+        self.video, self.tokens = (x.repeat(B, *(1 for _ in x.shape[1:])) for x in (self.video, self.tokens))
+        if self.stack.graph:
+            self.capture()
+
 
 def check(ours, authors):
     """Loss and gradients of the first step, of the same weights and batch."""
@@ -285,6 +303,37 @@ def measure(training, device, seconds):
     return times, torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
 
 
+def profiled(record, device, goes_on):
+    """Where the time of a record's stack goes; too short to be asked whether it goes on."""
+    training = Training(record["shape"], STACKS[record["provider"]], device, record["dtype"])
+    for _ in range(2):
+        training.step()
+    return where.measure(training.step, device, record["ms"]["p50"])
+
+
+def searched(record, device, goes_on):
+    """The largest batch of a record's stack."""
+    training = Training({**record["shape"], "B": 1}, STACKS[record["provider"]], device, record["dtype"])
+    return largest.search(training, record["shape"]["B"], goes_on)
+
+
+def add(name, found, records, args, results, goes_on):
+    """record[name] = found(...) for the records that were timed and have none, a record written at a time. Graphs come last: a
+    capture that lacks memory is what torch may not recover from."""
+    for record in sorted(records, key=lambda r: STACKS[r["provider"]].graph):
+        if "ms" not in record or name in record or not goes_on():
+            continue
+        try:
+            record[name] = found(record, args.device, goes_on)
+        except Exception as error:
+            record[name] = {"fail": f"{type(error).__name__}: {error}"[:200]}
+        if args.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        store.write(args.json, results)
+        print(f"  {record['provider']:<22} {name}: {record[name]}", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -294,19 +343,26 @@ def main(argv=None):
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast on a GPU, fp32 on a CPU by default")
     parser.add_argument("--seconds", type=float, default=2.0, help="spent per stack, at least five steps")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no stack after so many")
+    parser.add_argument("--where", action="store_true", help="profile each stack: kernels of a GPU, operators of a CPU")
+    parser.add_argument("--largest", action="store_true", help="on a GPU, look for each stack's largest batch")
+    parser.add_argument("--append", action="store_true", help="time nothing, add to the rows of the JSON that is there")
     parser.add_argument("--json", type=Path, default=harness.HERE.parent / "build" / "bench" / "train.json")
     args = parser.parse_args(argv)
     device, stop = args.device, time.monotonic() + args.budget
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    peak = peaks(device)
-    results = {"op": "train", "baseline": "authors, eager", "environment": harness.environment(device)}
-    results |= {"peak": peak, "records": []}
-    for shape in (GPU_SHAPES if device == "cuda" else CPU_SHAPES)[: args.first]:
+    shapes = (GPU_SHAPES if device == "cuda" else CPU_SHAPES)[: args.first]
+    info = harness.environment(device)
+    results = harness.begun(args.json, info) if args.append else {"op": "train", "baseline": "authors, eager"}
+    if results is None:
+        parser.error(f"--append: {args.json} is not of this commit and device")
+    if not args.append:
+        results |= {"environment": info, "peak": peaks(device), "records": []}
+    peak = results["peak"]
+    for shape in [] if args.append else shapes:
         print(f"\n{store.label(shape)}  {precision}")
         authors = base = None
         for name, stack in STACKS.items():
-            chosen = name in args.only if args.only else not any(word in name for word in args.skip)
-            if name != "authors, eager" and (not chosen or time.monotonic() > stop):
+            if name != "authors, eager" and (not chosen(name, args) or time.monotonic() > stop):
                 continue
             record = {"shape": shape, "dtype": precision, "mode": "step", "provider": name}
             try:
@@ -340,7 +396,19 @@ def main(argv=None):
             results["records"].append(record)
             store.write(args.json, results)
             print(show(record), flush=True)
+    authors = None  # whose gradients would be in the way
+    rows = [r for r in results["records"] if r["shape"] in shapes and r["provider"] in STACKS and chosen(r["provider"], args)]
+    if args.where:
+        add("where", profiled, rows, args, results, lambda: time.monotonic() < stop)
+    if args.largest and device == "cuda":
+        add("largest", searched, rows, args, results, lambda: time.monotonic() < stop)
+    elif args.largest:
+        print("largest batch: not searched on a CPU, whose memory is shared")
     print(f"\n{len(results['records'])} records in {args.json}")
+
+
+def chosen(name, args):
+    return name in args.only if args.only else not any(word in name for word in args.skip)
 
 
 def show(record):
