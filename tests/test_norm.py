@@ -14,6 +14,7 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 PLACES = [
     pytest.param("reference", "cpu", F32, id="reference-float32"),
     pytest.param("reference", "cpu", BF16, id="reference-bfloat16"),
+    *(pytest.param("cpu", "cpu", t, id=f"cpu-{t}") for t in (F32, BF16, F16)),
     *(pytest.param("triton", "cpu", t, id=f"triton-{t}", marks=pytest.mark.interpret) for t in (F32, F16)),
     *(pytest.param(None, "cuda", t, id=f"cuda-{t}", marks=pytest.mark.gpu) for t in (F32, BF16, F16)),
 ]

@@ -48,16 +48,15 @@ DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 _NO_WIDE_HEADS = "its kernels take head dims up to 128"
 
 # Needs of a call of the norms.
-TRACED, WIDE_ROWS = "a call that is traced", "rows over 16,384"
+TRACED, WIDE_ROWS, FEW = "a call that is traced", "rows over 16,384", "few numbers"
+_PLAIN = {TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse"}
 _NORM = {
     "triton": Support(
         FLOATS,
-        lacks={
-            TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse",
-            WIDE_ROWS: "its kernels take rows of up to 16,384",
-        },
+        lacks={**_PLAIN, WIDE_ROWS: "its kernels take rows of up to 16,384"},
         note="faster than torch's on an H200; small float32 gradients missed the rule there, since mended",
     ),
+    "cpu": Support(FLOATS, lacks={**_PLAIN, FEW: "of few numbers torch's own operators cost less to call"}),
     "reference": Support(_ALL),
 }
 
@@ -109,7 +108,7 @@ AUTO = {
     ("joint_attention", True): ("sdpa", "triton", "reference"),
     **{(op, False): _LOSS_CPU for op in SUPPORT if op.endswith("_loss")},
     **{(op, True): _LOSS_CUDA for op in SUPPORT if op.endswith("_loss")},
-    **{(op, False): ("reference",) for op in ("add_norm", "swiglu_norm")},
+    **{(op, False): ("cpu", "reference") for op in ("add_norm", "swiglu_norm")},
     **{(op, True): ("triton", "reference") for op in ("add_norm", "swiglu_norm")},
     ("patchify", False): ("cpu", "reference"),
     ("patchify", True): ("cuda", "reference"),
@@ -190,10 +189,15 @@ def read_default(text: str) -> dict[str, str]:
 DEFAULT = read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
 
 
+def asked_for(op: str, backend: str | None) -> str | None:
+    """The backend that a call or EVAAT_FAST_BACKEND names; None leaves the choice to the table."""
+    return DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
+
+
 def pick(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, needs: tuple[str, ...] = ()) -> str:
     """The backend that serves `op` for tensors of that device and dtype. needs: what of the call only some backends have, as
     named in `Support.lacks`. An unknown name is a ValueError, one that cannot serve a BackendError with the reason."""
-    named = DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
+    named = asked_for(op, backend)
     if named is None:
         return (_choose if torch.compiler.is_compiling() else _chosen)(op, device.type, dtype, needs)
     if named not in BACKENDS:
