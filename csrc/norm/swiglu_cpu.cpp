@@ -8,10 +8,10 @@ namespace {
 
 using namespace norm;
 
-// y / (1 + exp(-x)): as torch rounds it, whatever the sign of x.
+// y / (1 + exp(-x)), rounded as torch rounds it. NaN stays NaN, and minus infinity gives NaN for itself.
 EVAAT_INLINE float over_sigmoid(float x, float y) {
-  const float most = -Exp<float>::least, t = -x > most ? most : -x;  // NaN stays NaN
-  return (x < -most ? 0.0f : y) / (1.0f + exp_within(t));
+  const float most = -Exp<float>::least;
+  return y * (x < -most ? 0.0f : 1.0f) / (1.0f + exp_within(-x > most ? most : -x));
 }
 
 struct Forward {

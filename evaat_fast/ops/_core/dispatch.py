@@ -189,15 +189,10 @@ def read_default(text: str) -> dict[str, str]:
 DEFAULT = read_default(os.environ.get("EVAAT_FAST_BACKEND", ""))
 
 
-def asked_for(op: str, backend: str | None) -> str | None:
-    """The backend that a call or EVAAT_FAST_BACKEND names; None leaves the choice to the table."""
-    return DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
-
-
 def pick(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None, needs: tuple[str, ...] = ()) -> str:
     """The backend that serves `op` for tensors of that device and dtype. needs: what of the call only some backends have, as
     named in `Support.lacks`. An unknown name is a ValueError, one that cannot serve a BackendError with the reason."""
-    named = asked_for(op, backend)
+    named = DEFAULT.get(op) if backend is None else backend if backend != "auto" else None
     if named is None:
         return (_choose if torch.compiler.is_compiling() else _chosen)(op, device.type, dtype, needs)
     if named not in BACKENDS:

@@ -1,9 +1,6 @@
 """The norms in C++, called as Triton's launchers are (kernels/norm): what stands between them and pointers."""
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from evaat_fast import _cpu
 from evaat_fast.ops._core.native import dtype_codes, run
@@ -26,12 +23,12 @@ def _rows(x):
     return (0, 0) if x is None else (x.data_ptr(), _CODES[x.dtype])
 
 
-def _wide(x: Tensor | None) -> Tensor | None:
+def _wide(x):
     """In float32, which the kernels take weights in."""
     return None if x is None else x.float()
 
 
-def _forward(function: Callable, x, residual, weight, bias, out, total, statistics, eps):
+def _forward(function, x, residual, weight, bias, out, total, statistics, eps):
     C = out.shape[-1]
     weight, bias = _wide(weight), _wide(bias)
     residual = residual if residual is None or residual.dtype in _CODES else residual.float()
@@ -40,7 +37,7 @@ def _forward(function: Callable, x, residual, weight, bias, out, total, statisti
     run(function, x.shape, x.device, out.numel() // C, C, *rows, *places, eps)
 
 
-def _backward(function: Callable, dY, dR, x, weight, statistics, dx, dr, sums, dweight, dbias):
+def _backward(function, dY, dR, x, weight, statistics, dx, dr, sums, dweight, dbias):
     C = dY.shape[-1]
     weight, wide = _wide(weight), [y if y is None or y.dtype == torch.float32 else y.float() for y in (dweight, dbias)]
     rows = *_rows(dY), *_rows(dR), *_rows(x), *_rows(dx)

@@ -88,9 +88,7 @@ class _AddNorm(torch.autograd.Function):
         return None, dr if dx is None else dx, given, *of_weights[1:], None, None
 
 
-def swiglu_norm(
-    backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> Tensor:
+def swiglu_norm(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """The norm of silu(gate) * value, of a checked call."""
     given = _kernels(backend).swiglu, x, weight, bias, eps, dtype
     return _SwigluNorm.apply(*given) if _learns(x, weight, bias) else _swiglu_norm(*given)[0]

@@ -34,8 +34,8 @@ def add_norm(
         residual: of x's shape, float32 where precision matters, or None.
         weight: [C]. bias: [C], or None. Of any floating dtype, float32 as a rule.
         eps: added to the variance.
-        backend: "auto", "triton", "cpu" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch, which
-            the compiler fuses with its neighbours.
+        backend: "auto", "triton", "cpu" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch,
+            which the compiler fuses with its neighbours.
 
     Returns:
         (normed, total): normed [..., C] in x's dtype, under autocast in autocast's, as the product that takes it would cast it;
@@ -98,15 +98,16 @@ def swiglu_norm(
 
 
 def _pick(op, C, given, backend):
-    """The backend of checked tensors. Of none there is nothing to launch."""
+    """The backend of checked tensors. Of none there is nothing to launch; of few, torch's operators cost less than a kernel's
+    call, unless that is asked for by name."""
     x = given[0]
-    is_traced = traced(*map(type, given)) or any(map(is_transformed, given))
+    count, is_traced = x.numel(), traced(*map(type, given)) or any(map(is_transformed, given))
     needs = ((dispatch.TRACED,) if is_traced else ()) + ((dispatch.WIDE_ROWS,) if C > MOST_CHANNELS else ())
-    if not is_traced and x.numel() < FEW and dispatch.asked_for(op, backend) is None:
+    if not is_traced and count < FEW and (backend == "auto" or (backend is None and op not in dispatch.DEFAULT)):
         needs += (dispatch.FEW,)
     widest = torch.float64 if any(y.dtype == torch.float64 for y in given) else x.dtype
     chosen = dispatch.pick(op, x.device, widest, backend, needs)
-    return chosen if x.numel() else "reference"
+    return chosen if count else "reference"
 
 
 def _check_rows(name, x):
