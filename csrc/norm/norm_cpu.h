@@ -2,7 +2,7 @@
 // dtypes; the compiler vectorises the loops once for each instruction set.
 #pragma once
 #include <cmath>
-#include <vector>
+#include <memory>
 
 #include "common/cpu.h"
 #include "norm/norm.h"
@@ -86,10 +86,9 @@ int each_chunk(const Call& call, int64_t bytes, int threads) {
   const int64_t chunk = norm_chunk(call.M), chunks = norm_chunks(call.M);
 #pragma omp parallel num_threads(useful(threads, bytes))
   {
-    std::vector<float> room(kRoom * call.C);
+    const std::unique_ptr<float[]> room(new float[size_t(kRoom * call.C)]);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks; ++i)
-      run_best<Body>(&call, i, i * chunk, std::min(call.M, (i + 1) * chunk), room.data());
+    for (int64_t i = 0; i < chunks; ++i) run_best<Body>(&call, i, i * chunk, std::min(call.M, (i + 1) * chunk), room.get());
   }
   return kOk;
 }
@@ -107,8 +106,10 @@ inline void add_up(const NormBackward& call, int threads) {
       for (int64_t c = 0; c < count; ++c) total[c] += double(call.sums[i * width + first + c]);
     for (int64_t c = 0; c < count; ++c) {
       const int64_t at = first + c;
-      if (at < call.C) call.dweight[at] = float(total[c]);
-      else if (call.dbias) call.dbias[at - call.C] = float(total[c]);
+      if (at < call.C)
+        call.dweight[at] = float(total[c]);
+      else if (call.dbias)
+        call.dbias[at - call.C] = float(total[c]);
     }
   }
 }
