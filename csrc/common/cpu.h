@@ -16,6 +16,11 @@
 #define EVAAT_X86 1
 #define EVAAT_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define EVAAT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#if defined(__clang__)
+#define EVAAT_FUSED
+#else
+#define EVAAT_FUSED __attribute__((optimize("fp-contract=fast")))
+#endif
 // NAME_avx512, NAME_avx2 or NAME_plain with these template arguments, as isa() says.
 #define EVAAT_BEST(NAME, ...) \
   (isa() == kAvx512 ? NAME##_avx512<__VA_ARGS__> : isa() == kAvx2 ? NAME##_avx2<__VA_ARGS__> : NAME##_plain<__VA_ARGS__>)
@@ -43,14 +48,23 @@ template <class Body, class... Arguments>
 EVAAT_AVX2 void run_avx2(Arguments... arguments) {
   Body::run(arguments...);
 }
+template <class Body, class... Arguments>
+EVAAT_AVX512 EVAAT_FUSED void fused_avx512(Arguments... arguments) {
+  Body::run(arguments...);
+}
+template <class Body, class... Arguments>
+EVAAT_AVX2 EVAAT_FUSED void fused_avx2(Arguments... arguments) {
+  Body::run(arguments...);
+}
 #endif
 
-// Runs Body::run, an always-inlined static function that the compiler vectorises once for each instruction set.
-template <class Body, class... Arguments>
+// Runs Body::run, an always-inlined static function that the compiler vectorises once for each instruction set. fused: the sum of
+// a product may be rounded once.
+template <class Body, bool fused = false, class... Arguments>
 void run_best(Arguments... arguments) {
 #ifdef EVAAT_X86
-  if (isa() == kAvx512) return run_avx512<Body>(arguments...);
-  if (isa() == kAvx2) return run_avx2<Body>(arguments...);
+  if (isa() == kAvx512) return fused ? fused_avx512<Body>(arguments...) : run_avx512<Body>(arguments...);
+  if (isa() == kAvx2) return fused ? fused_avx2<Body>(arguments...) : run_avx2<Body>(arguments...);
 #endif
   Body::run(arguments...);
 }

@@ -7,24 +7,31 @@ namespace {
 using namespace norm;
 
 struct Forward {
-  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, float* room) {
+  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, Room room) {
     const int64_t C = p->C;
     for (int64_t i = from; i < to; ++i) {
-      const float *x = read(p->x, i, C, room), *residual = read(p->residual, i, C, room + C);
+      const float *x = read(p->x, i, C, room[0]), *residual = read(p->residual, i, C, room[1]);
+      float* const total = residual ? p->total + i * C : nullptr;
       double sum = 0;
-      if (residual) {
-        float* const total = p->total + i * C;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < C; ++c) {
-          const float t = x[c] + residual[c];
-          total[c] = t, sum += double(t);
+      for (int64_t first = 0; first < C; first += kBlock) {
+        const int64_t last = std::min(C, first + kBlock);
+        float part = 0;
+        fetch(p->x, i + 1, C, first, last);
+        if (residual) {
+          fetch(p->residual, i + 1, C, first, last);
+#pragma omp simd reduction(+ : part)
+          for (int64_t c = first; c < last; ++c) {
+            const float t = x[c] + residual[c];
+            total[c] = t, part += t;
+          }
+        } else {
+#pragma omp simd reduction(+ : part)
+          for (int64_t c = first; c < last; ++c) part += x[c];
         }
-        x = total;
-      } else {
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < C; ++c) sum += double(x[c]);
+        sum += double(part);
       }
-      float* const out = place_of(p->out, i, C, room + 2 * C);
+      x = residual ? total : x;
+      float* const out = place_of(p->out, i, C, room[2]);
       normalise(*p, i, x, sum, out);
       write(p->out, i, C, out);
     }
@@ -32,20 +39,20 @@ struct Forward {
 };
 
 struct Backward {
-  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, float* room) {
+  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, Room room) {
     const int64_t C = p->C;
     const float* const weight = p->weight;
-    float* const unit = room + 2 * C;
-    float* const sums = p->sums ? p->sums + chunk * 2 * C : room + 3 * C;
+    float *const unit = room[2], *const sums = p->sums ? p->sums + chunk * 2 * C : room[3];
     std::fill(sums, sums + 2 * C, 0.0f);
     for (int64_t i = from; i < to; ++i) {
-      const float *dY = read(p->dY, i, C, room), *x = read(p->x, i, C, room + C);
+      const float *dY = read(p->dY, i, C, room[0]), *x = read(p->x, i, C, room[1]);
       const float mean = p->statistics[i], rstd = p->statistics[p->M + i];
+      fetch(p->dY, i + 1, C, 0, C), fetch(p->x, i + 1, C, 0, C);
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) unit[c] = (x[c] - mean) * rstd;
       const Means means = add_row(dY, unit, weight, C, sums, sums + C);
-      const float* const dR = read(p->dR, i, C, room + 5 * C);
-      float* const dx = p->dr ? p->dr + i * C : place_of(p->dx, i, C, room + 6 * C);
+      const float* const dR = read(p->dR, i, C, room[5]);
+      float* const dx = p->dr ? p->dr + i * C : place_of(p->dx, i, C, room[6]);
       if (dR) {
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) dx[c] = (dY[c] * weight[c] - means.d - unit[c] * means.along) * rstd + dR[c];
@@ -64,7 +71,7 @@ int add_norm(const NormForward& call, int threads) { return each_chunk<Forward>(
 
 int add_norm_backward(const NormBackward& call, int threads) {
   each_chunk<Backward>(call, 12 * call.M * call.C, threads);
-  add_up(call, threads);
+  if (call.sums) add_up(call, threads);
   return kOk;
 }
 

@@ -37,7 +37,7 @@ struct NormBackward {
 
 // Rows of a partial sum, and of what a thread takes at a time. It depends on the shape alone, so that the result is the same for
 // any number of threads.
-constexpr int64_t norm_chunk(int64_t M) { return std::min<int64_t>(128, std::max<int64_t>(8, (M + 63) / 64)); }
+constexpr int64_t norm_chunk(int64_t M) { return std::min<int64_t>(128, std::max<int64_t>(8, (M + 31) / 32)); }
 constexpr int64_t norm_chunks(int64_t M) { return (M + norm_chunk(M) - 1) / norm_chunk(M); }
 
 int add_norm(const NormForward& call, int threads);

@@ -10,6 +10,18 @@
 namespace evaat {
 namespace norm {
 
+// Channels whose sum is taken in float, in as many strands as a vector has, before it is added up in double: all of it in double
+// would take as long as the rest of a norm.
+constexpr int64_t kBlock = 256;
+
+// Has channels [first, last) of row i brought into L1: the next row's, while this one is computed. Past the end of memory that
+// does nothing.
+EVAAT_INLINE void fetch(const NormRows& rows, int64_t i, int64_t n, int64_t first, int64_t last) {
+  const int64_t size = rows.dtype == kFloat32 ? 4 : 2;
+  const char* const row = static_cast<const char*>(rows.data) + i * n * size;
+  for (int64_t at = first * size; at < last * size; at += 64) __builtin_prefetch(row + at);
+}
+
 template <class T>
 EVAAT_INLINE const float* widened(const T* x, int64_t n, float* room) {
 #pragma omp simd
@@ -46,10 +58,12 @@ EVAAT_INLINE void normalise(const NormForward& p, int64_t i, const float* x, dou
   const int64_t C = p.C;
   const float *weight = p.weight, *bias = p.bias, mean = float(sum / double(C));
   double squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t c = 0; c < C; ++c) {
-    const float deviation = x[c] - mean;
-    squares += double(deviation * deviation);
+  for (int64_t first = 0; first < C; first += kBlock) {
+    const int64_t last = std::min(C, first + kBlock);
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t c = first; c < last; ++c) part += (x[c] - mean) * (x[c] - mean);
+    squares += double(part);
   }
   const float rstd = float(1 / std::sqrt(squares / double(C) + double(p.eps)));
   p.statistics[i] = mean, p.statistics[p.M + i] = rstd;
@@ -69,48 +83,62 @@ struct Means {
 
 EVAAT_INLINE Means add_row(const float* dY, const float* unit, const float* weight, int64_t C, float* dweight, float* dbias) {
   double sum = 0, along = 0;
-#pragma omp simd reduction(+ : sum, along)
-  for (int64_t c = 0; c < C; ++c) {
-    const float d = dY[c] * weight[c];
-    sum += double(d), along += double(d * unit[c]);
-    dweight[c] += dY[c] * unit[c], dbias[c] += dY[c];
+  for (int64_t first = 0; first < C; first += kBlock) {
+    const int64_t last = std::min(C, first + kBlock);
+    float part = 0, part_along = 0;
+#pragma omp simd reduction(+ : part, part_along)
+    for (int64_t c = first; c < last; ++c) {
+      const float d = dY[c] * weight[c];
+      part += d, part_along += d * unit[c];
+      dweight[c] += dY[c] * unit[c], dbias[c] += dY[c];
+    }
+    sum += double(part), along += double(part_along);
   }
   return {float(sum / double(C)), float(along / double(C))};
 }
 
-// Scratch rows of C floats that a body has.
-constexpr int64_t kRoom = 10;
+// Scratch rows of a thread; a row and the next are also 2 C floats in a run. Where C is a power of two they would all begin at
+// one place of a page, and stores would seem to be what later loads ask for.
+struct Room {
+  float* data;
+  int64_t C;
+  EVAAT_INLINE float* operator[](int64_t row) const { return data + row * (C + 80); }
+};
+constexpr int64_t kRoom = 9;
 
 template <class Body, class Call>
 int each_chunk(const Call& call, int64_t bytes, int threads) {
   const int64_t chunk = norm_chunk(call.M), chunks = norm_chunks(call.M);
 #pragma omp parallel num_threads(useful(threads, bytes))
   {
-    const std::unique_ptr<float[]> room(new float[size_t(kRoom * call.C)]);
+    const std::unique_ptr<float[]> memory(new float[size_t(kRoom * (call.C + 80))]);
+    const Room room{memory.get(), call.C};
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks; ++i) run_best<Body>(&call, i, i * chunk, std::min(call.M, (i + 1) * chunk), room.get());
+    for (int64_t i = 0; i < chunks; ++i) run_best<Body, true>(&call, i, i * chunk, std::min(call.M, (i + 1) * chunk), room);
   }
   return kOk;
 }
 
-// dweight and dbias of the chunks' sums, in one order.
-inline void add_up(const NormBackward& call, int threads) {
-  constexpr int64_t kColumns = 128;
-  const int64_t chunks = norm_chunks(call.M), width = 2 * call.C;
-  if (!call.sums) return;
-#pragma omp parallel for num_threads(useful(threads, 8 * chunks * call.C)) schedule(static)
-  for (int64_t first = 0; first < width; first += kColumns) {
+// total[c] = the sum of parts[i * stride + c], in one order.
+struct AddUp {
+  static constexpr int64_t kColumns = 128;
+  static EVAAT_INLINE void run(const float* parts, int64_t chunks, int64_t stride, int64_t count, float* to) {
     double total[kColumns] = {};
-    const int64_t count = std::min(kColumns, width - first);
     for (int64_t i = 0; i < chunks; ++i)
-      for (int64_t c = 0; c < count; ++c) total[c] += double(call.sums[i * width + first + c]);
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t at = first + c;
-      if (at < call.C)
-        call.dweight[at] = float(total[c]);
-      else if (call.dbias)
-        call.dbias[at - call.C] = float(total[c]);
-    }
+      for (int64_t c = 0; c < count; ++c) total[c] += double(parts[i * stride + c]);
+    for (int64_t c = 0; c < count; ++c) to[c] = float(total[c]);
+  }
+};
+
+// dweight and dbias of the chunks' sums.
+inline void add_up(const NormBackward& call, int threads) {
+  constexpr int64_t width = AddUp::kColumns;
+  const int64_t C = call.C, blocks = (C + width - 1) / width;
+#pragma omp parallel for num_threads(useful(threads, 8 * norm_chunks(call.M) * C)) schedule(static)
+  for (int64_t i = 0; i < 2 * blocks; ++i) {
+    const int64_t first = i % blocks * width, of = i / blocks;
+    float* const to = of ? call.dbias : call.dweight;
+    if (to) run_best<AddUp>(call.sums + of * C + first, norm_chunks(call.M), 2 * C, std::min(width, C - first), to + first);
   }
 }
 

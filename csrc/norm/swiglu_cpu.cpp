@@ -15,16 +15,22 @@ EVAAT_INLINE float over_sigmoid(float x, float y) {
 }
 
 struct Forward {
-  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, float* room) {
+  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, Room room) {
     const int64_t C = p->C;
     for (int64_t i = from; i < to; ++i) {
-      const float *gate = read(p->x, i, 2 * C, room), *value = gate + C;
-      float* const out = place_of(p->out, i, C, room + 2 * C);
+      const float *gate = read(p->x, i, 2 * C, room[0]), *value = gate + C;
+      float* const out = place_of(p->out, i, C, room[2]);
       double sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < C; ++c) {
-        const float y = over_sigmoid(gate[c], gate[c]) * value[c];
-        out[c] = y, sum += double(y);
+      for (int64_t first = 0; first < C; first += kBlock) {
+        const int64_t last = std::min(C, first + kBlock);
+        float part = 0;
+        fetch(p->x, i + 1, 2 * C, first, last), fetch(p->x, i + 1, 2 * C, C + first, C + last);
+#pragma omp simd reduction(+ : part)
+        for (int64_t c = first; c < last; ++c) {
+          const float y = over_sigmoid(gate[c], gate[c]) * value[c];
+          out[c] = y, part += y;
+        }
+        sum += double(part);
       }
       if (p->weight) normalise(*p, i, out, sum, out);
       write(p->out, i, C, out);
@@ -33,27 +39,36 @@ struct Forward {
 };
 
 struct Backward {
-  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, float* room) {
+  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, Room room) {
     const int64_t C = p->C;
     const float* const weight = p->weight;
-    float *const sigmoid = room + 3 * C, *const silu = room + 4 * C, *const unit = room + 5 * C;
-    float* const sums = p->sums ? p->sums + chunk * 2 * C : room + 6 * C;
+    float *const sigmoid = room[3], *const unit = room[4], *const sums = p->sums ? p->sums + chunk * 2 * C : room[5];
     if (weight) std::fill(sums, sums + 2 * C, 0.0f);
     for (int64_t i = from; i < to; ++i) {
-      const float *gate = read(p->x, i, 2 * C, room), *value = gate + C, *dY = read(p->dY, i, C, room + 2 * C);
-      const float mean = weight ? p->statistics[i] : 0, rstd = weight ? p->statistics[p->M + i] : 1;
+      const float *gate = read(p->x, i, 2 * C, room[0]), *value = gate + C, *dY = read(p->dY, i, C, room[2]);
+      float* const dx = place_of(p->dx, i, 2 * C, room[7]);
+      fetch(p->x, i + 1, 2 * C, 0, 2 * C), fetch(p->dY, i + 1, C, 0, C);
+      if (weight) {
+        const float mean = p->statistics[i], rstd = p->statistics[p->M + i];
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) {
-        sigmoid[c] = over_sigmoid(gate[c], 1.0f), silu[c] = over_sigmoid(gate[c], gate[c]);
-        unit[c] = (silu[c] * value[c] - mean) * rstd;
-      }
-      const Means means = weight ? add_row(dY, unit, weight, C, sums, sums + C) : Means{0, 0};
-      float* const dx = place_of(p->dx, i, 2 * C, room + 8 * C);
+        for (int64_t c = 0; c < C; ++c) {
+          sigmoid[c] = over_sigmoid(gate[c], 1.0f);
+          unit[c] = (gate[c] * sigmoid[c] * value[c] - mean) * rstd;
+        }
+        const Means means = add_row(dY, unit, weight, C, sums, sums + C);
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) {
-        const float d = weight ? (dY[c] * weight[c] - means.d - unit[c] * means.along) * rstd : dY[c];
-        dx[c] = d * value[c] * sigmoid[c] * (1.0f + gate[c] * (1.0f - sigmoid[c]));
-        dx[C + c] = d * silu[c];
+        for (int64_t c = 0; c < C; ++c) {
+          const float d = (dY[c] * weight[c] - means.d - unit[c] * means.along) * rstd;
+          dx[c] = d * value[c] * sigmoid[c] * (1.0f + gate[c] * (1.0f - sigmoid[c]));
+          dx[C + c] = d * gate[c] * sigmoid[c];
+        }
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) {
+          const float s = over_sigmoid(gate[c], 1.0f);
+          dx[c] = dY[c] * value[c] * s * (1.0f + gate[c] * (1.0f - s));
+          dx[C + c] = dY[c] * over_sigmoid(gate[c], gate[c]);
+        }
       }
       write(p->dx, i, 2 * C, dx);
     }
@@ -67,7 +82,7 @@ int swiglu_norm(const NormForward& call, int threads) { return each_chunk<Forwar
 
 int swiglu_norm_backward(const NormBackward& call, int threads) {
   each_chunk<Backward>(call, 32 * call.M * call.C, threads);
-  add_up(call, threads);
+  if (call.sums) add_up(call, threads);
   return kOk;
 }
 
