@@ -7,31 +7,21 @@ namespace {
 using namespace norm;
 
 struct Forward {
-  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, Room room) {
+  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, const Room* room) {
     const int64_t C = p->C;
     for (int64_t i = from; i < to; ++i) {
-      const float *x = read(p->x, i, C, room[0]), *residual = read(p->residual, i, C, room[1]);
+      const float *x = read(p->x, i, C, room->row(0)), *residual = read(p->residual, i, C, room->row(1));
       float* const total = residual ? p->total + i * C : nullptr;
-      double sum = 0;
-      for (int64_t first = 0; first < C; first += kBlock) {
-        const int64_t last = std::min(C, first + kBlock);
-        float part = 0;
-        fetch(p->x, i + 1, C, first, last);
-        if (residual) {
-          fetch(p->residual, i + 1, C, first, last);
-#pragma omp simd reduction(+ : part)
-          for (int64_t c = first; c < last; ++c) {
-            const float t = x[c] + residual[c];
-            total[c] = t, part += t;
-          }
-        } else {
-#pragma omp simd reduction(+ : part)
-          for (int64_t c = first; c < last; ++c) part += x[c];
-        }
-        sum += double(part);
+      fetch(p->x, i + 1, C);
+      float sum;
+      if (residual) {
+        fetch(p->residual, i + 1, C);
+        sum = row_sum(C, EVAAT_TERM(c) { return total[c] = x[c] + residual[c]; });
+      } else {
+        sum = row_sum(C, EVAAT_TERM(c) { return x[c]; });
       }
       x = residual ? total : x;
-      float* const out = place_of(p->out, i, C, room[2]);
+      float* const out = place_of(p->out, i, C, room->row(2));
       normalise(*p, i, x, sum, out);
       write(p->out, i, C, out);
     }
@@ -39,26 +29,25 @@ struct Forward {
 };
 
 struct Backward {
-  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, Room room) {
+  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, const Room* room) {
     const int64_t C = p->C;
     const float* const weight = p->weight;
-    float *const unit = room[2], *const sums = p->sums ? p->sums + chunk * 2 * C : room[3];
+    float* const sums = p->sums ? p->sums + chunk * 2 * C : room->row(2);
     std::fill(sums, sums + 2 * C, 0.0f);
     for (int64_t i = from; i < to; ++i) {
-      const float *dY = read(p->dY, i, C, room[0]), *x = read(p->x, i, C, room[1]);
+      const float *dY = read(p->dY, i, C, room->row(0)), *x = read(p->x, i, C, room->row(1));
       const float mean = p->statistics[i], rstd = p->statistics[p->M + i];
-      fetch(p->dY, i + 1, C, 0, C), fetch(p->x, i + 1, C, 0, C);
-#pragma omp simd
-      for (int64_t c = 0; c < C; ++c) unit[c] = (x[c] - mean) * rstd;
+      fetch(p->dY, i + 1, C), fetch(p->x, i + 1, C);
+      const auto unit = EVAAT_TERM(c) { return (x[c] - mean) * rstd; };
       const Means means = add_row(dY, unit, weight, C, sums, sums + C);
-      const float* const dR = read(p->dR, i, C, room[5]);
-      float* const dx = p->dr ? p->dr + i * C : place_of(p->dx, i, C, room[6]);
+      const float* const dR = read(p->dR, i, C, room->row(4));
+      float* const dx = p->dr ? p->dr + i * C : place_of(p->dx, i, C, room->row(5));
       if (dR) {
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c) dx[c] = (dY[c] * weight[c] - means.d - unit[c] * means.along) * rstd + dR[c];
+        for (int64_t c = 0; c < C; ++c) dx[c] = (dY[c] * weight[c] - means.d - unit(c) * means.along) * rstd + dR[c];
       } else {
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c) dx[c] = (dY[c] * weight[c] - means.d - unit[c] * means.along) * rstd;
+        for (int64_t c = 0; c < C; ++c) dx[c] = (dY[c] * weight[c] - means.d - unit(c) * means.along) * rstd;
       }
       if (p->dx.data) write(p->dx, i, C, dx);
     }

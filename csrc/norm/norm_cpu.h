@@ -10,16 +10,23 @@
 namespace evaat {
 namespace norm {
 
-// Channels whose sum is taken in float, in as many strands as a vector has, before it is added up in double: all of it in double
-// would take as long as the rest of a norm.
-constexpr int64_t kBlock = 256;
+// The sum of term(c) over a row, in a fixed order: of four quarters at a time, as each addition waits for the one before it.
+template <class Term>
+EVAAT_INLINE float row_sum(int64_t C, Term term) {
+  const int64_t Q = C / 4;
+  float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int64_t i = 0; i < Q; ++i) a += term(i), b += term(i + Q), c += term(i + 2 * Q), d += term(i + 3 * Q);
+  double sum = (double(a) + double(b)) + (double(c) + double(d));
+  for (int64_t i = 4 * Q; i < C; ++i) sum += double(term(i));
+  return float(sum);
+}
+#define EVAAT_TERM(c) [&](int64_t c) __attribute__((always_inline))
 
-// Has channels [first, last) of row i brought into L1: the next row's, while this one is computed. Past the end of memory that
-// does nothing.
-EVAAT_INLINE void fetch(const NormRows& rows, int64_t i, int64_t n, int64_t first, int64_t last) {
-  const int64_t size = rows.dtype == kFloat32 ? 4 : 2;
-  const char* const row = static_cast<const char*>(rows.data) + i * n * size;
-  for (int64_t at = first * size; at < last * size; at += 64) __builtin_prefetch(row + at);
+// Has row i brought into L1: the next one, while this one is computed. Past the end of memory that does nothing.
+EVAAT_INLINE void fetch(const NormRows& rows, int64_t i, int64_t n) {
+  const int64_t bytes = n * (rows.dtype == kFloat32 ? 4 : 2);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(rows.data) + i * bytes + at);
 }
 
 template <class T>
@@ -54,18 +61,11 @@ EVAAT_INLINE void write(const NormRows& rows, int64_t i, int64_t n, const float*
 }
 
 // The norm of row i, which is x and adds up to `sum`. out may be x.
-EVAAT_INLINE void normalise(const NormForward& p, int64_t i, const float* x, double sum, float* out) {
+EVAAT_INLINE void normalise(const NormForward& p, int64_t i, const float* x, float sum, float* out) {
   const int64_t C = p.C;
-  const float *weight = p.weight, *bias = p.bias, mean = float(sum / double(C));
-  double squares = 0;
-  for (int64_t first = 0; first < C; first += kBlock) {
-    const int64_t last = std::min(C, first + kBlock);
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t c = first; c < last; ++c) part += (x[c] - mean) * (x[c] - mean);
-    squares += double(part);
-  }
-  const float rstd = float(1 / std::sqrt(squares / double(C) + double(p.eps)));
+  const float *weight = p.weight, *bias = p.bias, mean = sum / float(C);
+  const float squares = row_sum(C, EVAAT_TERM(c) { return (x[c] - mean) * (x[c] - mean); });
+  const float rstd = float(1 / std::sqrt(double(squares) / double(C) + double(p.eps)));
   p.statistics[i] = mean, p.statistics[p.M + i] = rstd;
   if (bias) {
 #pragma omp simd
@@ -76,45 +76,45 @@ EVAAT_INLINE void normalise(const NormForward& p, int64_t i, const float* x, dou
   }
 }
 
-// The means over a row of d = dY * weight and of d * unit, unit the row after its norm, before weight and bias.
+// The means over a row of d = dY * weight and of d * unit(c), a channel after its norm, before weight and bias.
 struct Means {
   float d, along;
 };
 
-EVAAT_INLINE Means add_row(const float* dY, const float* unit, const float* weight, int64_t C, float* dweight, float* dbias) {
-  double sum = 0, along = 0;
-  for (int64_t first = 0; first < C; first += kBlock) {
-    const int64_t last = std::min(C, first + kBlock);
-    float part = 0, part_along = 0;
-#pragma omp simd reduction(+ : part, part_along)
-    for (int64_t c = first; c < last; ++c) {
-      const float d = dY[c] * weight[c];
-      part += d, part_along += d * unit[c];
-      dweight[c] += dY[c] * unit[c], dbias[c] += dY[c];
-    }
-    sum += double(part), along += double(part_along);
-  }
-  return {float(sum / double(C)), float(along / double(C))};
+template <class Unit>
+EVAAT_INLINE Means add_row(const float* dY, Unit unit, const float* weight, int64_t C, float* dweight, float* dbias) {
+  const float sum = row_sum(C, EVAAT_TERM(c) { return dY[c] * weight[c]; });
+  const float along = row_sum(C, EVAAT_TERM(c) {
+    const float u = unit(c);
+    dweight[c] += dY[c] * u, dbias[c] += dY[c];
+    return dY[c] * weight[c] * u;
+  });
+  return {sum / float(C), along / float(C)};
 }
 
-// Scratch rows of a thread; a row and the next are also 2 C floats in a run. Where C is a power of two they would all begin at
-// one place of a page, and stores would seem to be what later loads ask for.
-struct Room {
-  float* data;
-  int64_t C;
-  EVAAT_INLINE float* operator[](int64_t row) const { return data + row * (C + 80); }
+// Scratch rows of a thread, of C floats from the begin of a cache line on; a row and the next are also 2 C floats in a run. Where C
+// is a power of two they would all begin at one place of a page, and stores would seem to be what later loads ask for.
+class Room {
+ public:
+  explicit Room(int64_t C) : stride_((C + 95) / 16 * 16), memory_(new float[size_t(9 * stride_ + 16)]) {
+    first_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+  }
+  EVAAT_INLINE float* row(int64_t i) const { return first_ + i * stride_; }
+
+ private:
+  int64_t stride_;
+  std::unique_ptr<float[]> memory_;
+  float* first_;
 };
-constexpr int64_t kRoom = 9;
 
 template <class Body, class Call>
 int each_chunk(const Call& call, int64_t bytes, int threads) {
   const int64_t chunk = norm_chunk(call.M), chunks = norm_chunks(call.M);
 #pragma omp parallel num_threads(useful(threads, bytes))
   {
-    const std::unique_ptr<float[]> memory(new float[size_t(kRoom * (call.C + 80))]);
-    const Room room{memory.get(), call.C};
+    const Room room(call.C);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < chunks; ++i) run_best<Body, true>(&call, i, i * chunk, std::min(call.M, (i + 1) * chunk), room);
+    for (int64_t i = 0; i < chunks; ++i) run_best<Body, true>(&call, i, i * chunk, std::min(call.M, (i + 1) * chunk), &room);
   }
   return kOk;
 }

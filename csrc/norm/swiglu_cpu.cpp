@@ -15,23 +15,13 @@ EVAAT_INLINE float over_sigmoid(float x, float y) {
 }
 
 struct Forward {
-  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, Room room) {
+  static EVAAT_INLINE void run(const NormForward* p, int64_t, int64_t from, int64_t to, const Room* room) {
     const int64_t C = p->C;
     for (int64_t i = from; i < to; ++i) {
-      const float *gate = read(p->x, i, 2 * C, room[0]), *value = gate + C;
-      float* const out = place_of(p->out, i, C, room[2]);
-      double sum = 0;
-      for (int64_t first = 0; first < C; first += kBlock) {
-        const int64_t last = std::min(C, first + kBlock);
-        float part = 0;
-        fetch(p->x, i + 1, 2 * C, first, last), fetch(p->x, i + 1, 2 * C, C + first, C + last);
-#pragma omp simd reduction(+ : part)
-        for (int64_t c = first; c < last; ++c) {
-          const float y = over_sigmoid(gate[c], gate[c]) * value[c];
-          out[c] = y, part += y;
-        }
-        sum += double(part);
-      }
+      const float *gate = read(p->x, i, 2 * C, room->row(0)), *value = gate + C;
+      float* const out = place_of(p->out, i, C, room->row(2));
+      fetch(p->x, i + 1, 2 * C);
+      const float sum = row_sum(C, EVAAT_TERM(c) { return out[c] = over_sigmoid(gate[c], gate[c]) * value[c]; });
       if (p->weight) normalise(*p, i, out, sum, out);
       write(p->out, i, C, out);
     }
@@ -39,23 +29,22 @@ struct Forward {
 };
 
 struct Backward {
-  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, Room room) {
+  static EVAAT_INLINE void run(const NormBackward* p, int64_t chunk, int64_t from, int64_t to, const Room* room) {
     const int64_t C = p->C;
     const float* const weight = p->weight;
-    float *const sigmoid = room[3], *const unit = room[4], *const sums = p->sums ? p->sums + chunk * 2 * C : room[5];
+    float *const sigmoid = room->row(3), *const unit = room->row(4), *const sums = p->sums ? p->sums + chunk * 2 * C : room->row(5);
     if (weight) std::fill(sums, sums + 2 * C, 0.0f);
     for (int64_t i = from; i < to; ++i) {
-      const float *gate = read(p->x, i, 2 * C, room[0]), *value = gate + C, *dY = read(p->dY, i, C, room[2]);
-      float* const dx = place_of(p->dx, i, 2 * C, room[7]);
-      fetch(p->x, i + 1, 2 * C, 0, 2 * C), fetch(p->dY, i + 1, C, 0, C);
+      const float *gate = read(p->x, i, 2 * C, room->row(0)), *value = gate + C, *dY = read(p->dY, i, C, room->row(2));
+      float* const dx = place_of(p->dx, i, 2 * C, room->row(7));
+      fetch(p->x, i + 1, 2 * C), fetch(p->dY, i + 1, C);
       if (weight) {
         const float mean = p->statistics[i], rstd = p->statistics[p->M + i];
-#pragma omp simd
-        for (int64_t c = 0; c < C; ++c) {
+        const auto make = EVAAT_TERM(c) {
           sigmoid[c] = over_sigmoid(gate[c], 1.0f);
-          unit[c] = (gate[c] * sigmoid[c] * value[c] - mean) * rstd;
-        }
-        const Means means = add_row(dY, unit, weight, C, sums, sums + C);
+          return unit[c] = (gate[c] * sigmoid[c] * value[c] - mean) * rstd;
+        };
+        const Means means = add_row(dY, make, weight, C, sums, sums + C);
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) {
           const float d = (dY[c] * weight[c] - means.d - unit[c] * means.along) * rstd;
