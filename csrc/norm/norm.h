@@ -5,7 +5,7 @@
 //   weight      float32 [C], as bias, which may be null; of swiglu_norm null where there is no norm
 //   statistics  [2, M]: means, and 1 / standard deviations
 //
-// In float32, sums of a row in float64, rounded once. Every function returns a Status.
+// In float32, rounded once. Every function returns a Status.
 #pragma once
 #include <algorithm>
 #include <cstdint>
