@@ -1,6 +1,7 @@
 // The module evaat_fast._cpu: argument unpacking only. Python has checked everything; every function returns a Status.
 #include "common/bind.h"
 #include "common/cpu.h"
+#include "norm/bind.h"
 #include "pairwise/bind.h"
 #include "patchify/bind.h"
 #include "rope3d/bind.h"
@@ -13,5 +14,6 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   evaat::bind_rope3d<int>(m, evaat::rope3d);
   evaat::bind_rope3d_freqs(m);
   evaat::bind_patchify<int>(m, evaat::patchify);
+  evaat::bind_norm(m);
   evaat::bind_pairwise(m);
 }

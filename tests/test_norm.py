@@ -14,6 +14,7 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 PLACES = [
     pytest.param("reference", "cpu", F32, id="reference-float32"),
     pytest.param("reference", "cpu", BF16, id="reference-bfloat16"),
+    *(pytest.param("cpu", "cpu", t, id=f"cpu-{t}") for t in (F32, BF16, F16)),
     *(pytest.param("triton", "cpu", t, id=f"triton-{t}", marks=pytest.mark.interpret) for t in (F32, F16)),
     *(pytest.param(None, "cuda", t, id=f"cuda-{t}", marks=pytest.mark.gpu) for t in (F32, BF16, F16)),
 ]
@@ -267,6 +268,63 @@ def test_a_gradient_that_float16_has_not(factor):
     totals = [ops.add_norm(x, residual, *weights, backend=backend)[1] for backend in ("triton", "reference")]
     ours, want = (torch.autograd.grad((total * factor).sum(), residual)[0] for total in totals)
     assert ours.isfinite().all() and torch.equal(ours, want)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_each_instruction_set(isa, dtype):
+    for seed in range(3000, 3008):
+        draw(seed, "cpu", "cpu", dtype)
+    values = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-torch.inf, torch.inf, torch.nan])]).to(dtype)
+    x = torch.cat((values, torch.ones_like(values)))
+    torch.testing.assert_close(
+        *(ops.swiglu_norm(x, None, None, backend=b) for b in ("cpu", "reference")), equal_nan=True, rtol=4e-7, atol=1e-30
+    )
+
+
+def calls(dtype, M, C):
+    """Of both ops on the CPU, each (function of a backend, inputs that learn)."""
+    learn = lambda *given: [x.requires_grad_() for x in given]  # noqa: E731
+    stream, wide = learn(rows((M, C), dtype, "cpu"), rows((M, C), F32, "cpu")), learn(rows((M, 2 * C), dtype, "cpu"))
+    weights = learn(*norm_weights(C, F32, "cpu"))
+    yield lambda backend: ops.add_norm(*stream, *weights, backend=backend), [*stream, *weights]
+    yield lambda backend: (ops.swiglu_norm(*wide, *weights, backend=backend),), [*wide, *weights]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_the_same_bits_with_any_number_of_threads(dtype):
+    before = torch.get_num_threads()
+    for call, inputs in calls(dtype, 333, 500):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs = call("cpu")
+            results.append([*outs, *torch.autograd.grad(outs, inputs, [o.detach() for o in outs])])
+        torch.set_num_threads(before)
+        assert all(map(torch.equal, results[0], other) for other in results[1:]), "two numbers of threads, two results"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_saves_no_more_than_torch(dtype):
+    def saved(call, backend):
+        kept = {}
+        keep = lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            _ = call(backend)
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+    for call, _ in calls(dtype, 64, 96):
+        assert saved(call, "cpu") <= saved(call, "reference") + 64  # what allocators round up
+
+
+def test_few_numbers_are_torchs():
+    """Of themselves: by name each backend serves them."""
+    few, many = (torch.randn(M, 64, requires_grad=True) for M in (2, 2000))
+    for call in (
+        lambda x, **how: ops.swiglu_norm(x, None, None, **how),
+        lambda x, **how: ops.add_norm(x, x, x[0], None, **how)[0],
+    ):
+        names = [call(x, **how).grad_fn.name() for x, how in ((few, {}), (few, {"backend": "cpu"}), (many, {}))]
+        assert ["AddNorm" in name or "Swiglu" in name for name in names] == [False, True, True]
 
 
 @pytest.mark.interpret

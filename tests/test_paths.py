@@ -138,7 +138,7 @@ CASES = [
     *((make, backend) for make in (sms_loss, sms_loss_of_table) for backend in ("cpu", "triton")),
     (sms_loss_of_video, "cpu"),
     (clip_loss, "cpu"),
-    *((make, backend) for make in (add_norm, swiglu_norm) for backend in ("reference", "triton")),
+    *((make, backend) for make in (add_norm, swiglu_norm) for backend in ("reference", "cpu", "triton")),
     (patchify, "cpu"),
 ]
 

@@ -51,16 +51,15 @@ LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 
 # Needs of a call of the norms.
-TRACED, WIDE_ROWS = "a call that is traced", "rows over 16,384"
+TRACED, WIDE_ROWS, FEW = "a call that is traced", "rows over 16,384", "few numbers"
+_PLAIN = {TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse"}
 _NORM = {
     "triton": Support(
         FLOATS,
-        lacks={
-            TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse",
-            WIDE_ROWS: "its kernels take rows of up to 16,384",
-        },
+        lacks={**_PLAIN, WIDE_ROWS: "its kernels take rows of up to 16,384"},
         note="faster than torch's on an H200; small float32 gradients missed the rule there, since mended",
     ),
+    "cpu": Support(FLOATS, lacks={**_PLAIN, FEW: "of few numbers torch's own operators cost less to call"}),
     "reference": Support(_ALL),
 }
 
@@ -113,7 +112,7 @@ AUTO = {
     ("joint_attention", True): ("sdpa", "triton", "reference"),
     **{(op, False): _LOSS_CPU for op in SUPPORT if op.endswith("_loss")},
     **{(op, True): _LOSS_CUDA for op in SUPPORT if op.endswith("_loss")},
-    **{(op, False): ("reference",) for op in ("add_norm", "swiglu_norm")},
+    **{(op, False): ("cpu", "reference") for op in ("add_norm", "swiglu_norm")},
     **{(op, True): ("triton", "reference") for op in ("add_norm", "swiglu_norm")},
     ("patchify", False): ("cpu", "reference"),
     ("patchify", True): ("cuda", "reference"),

@@ -11,10 +11,12 @@ from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import check_device, is_transformed, kind, number
+from evaat_fast.ops.norm import function
 from evaat_fast.ops.norm.reference import add_norm_reference, swiglu_norm_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_CHANNELS = 16384  # of a Triton program, which holds a row
+FEW = 16384  # numbers of x, below which a call on a CPU is all overhead
 
 
 def add_norm(
@@ -35,8 +37,8 @@ def add_norm(
         weight: [C]. bias: [C], or None. Of any floating dtype, float32 as a rule.
         eps: added to the variance.
         dtype: of the product that takes normed, where that is not x's: x may be a float32 stream, its weights bfloat16.
-        backend: "auto", "triton" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch, which
-            the compiler fuses with its neighbours.
+        backend: "auto", "triton", "cpu" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch,
+            which the compiler fuses with its neighbours.
 
     Returns:
         (normed, total): normed [..., C] in `dtype` (x's by default), under autocast in autocast's, as the product that takes it
@@ -58,12 +60,10 @@ def add_norm(
     _check_weights(x, weight, bias, x.shape[-1], "x")
     eps, dtype = _eps(eps), _dtype(x, dtype)
     given = [y for y in (x, residual, weight, bias) if y is not None]
-    if _pick("add_norm", x.shape[-1], given, backend) == "triton":
-        from evaat_fast.ops.norm.triton import AddNorm
-
-        normed, total = AddNorm.apply(x, residual, weight, bias, eps, dtype)
-        return normed, x if residual is None else total
-    return add_norm_reference(x, residual, weight, bias, eps, dtype)
+    chosen = _pick("add_norm", x.shape[-1], given, backend)
+    if chosen == "reference":
+        return add_norm_reference(x, residual, weight, bias, eps, dtype)
+    return function.add_norm(chosen, x, residual, weight, bias, eps, dtype)
 
 
 def swiglu_norm(
@@ -94,21 +94,23 @@ def swiglu_norm(
     elif bias is not None:
         raise ValueError("bias: given without weight, where there is no norm")
     eps, dtype = _eps(eps), _dtype(x)
-    if _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], backend) == "triton":
-        from evaat_fast.ops.norm.triton import SwigluNorm
-
-        return SwigluNorm.apply(x, weight, bias, eps, dtype)
-    return swiglu_norm_reference(x, weight, bias, eps, dtype)
+    chosen = _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], backend)
+    if chosen == "reference":
+        return swiglu_norm_reference(x, weight, bias, eps, dtype)
+    return function.swiglu_norm(chosen, x, weight, bias, eps, dtype)
 
 
 def _pick(op, C, given, backend):
-    """The backend of checked tensors. Of none there is nothing to launch."""
+    """The backend of checked tensors. Of none there is nothing to launch; of few, torch's operators cost less than a kernel's
+    call, unless that is asked for by name."""
     x = given[0]
-    is_traced = traced(*map(type, given)) or any(map(is_transformed, given))
+    count, is_traced = x.numel(), traced(*map(type, given)) or any(map(is_transformed, given))
     needs = ((dispatch.TRACED,) if is_traced else ()) + ((dispatch.WIDE_ROWS,) if C > MOST_CHANNELS else ())
+    if not is_traced and count < FEW and (backend == "auto" or (backend is None and op not in dispatch.DEFAULT)):
+        needs += (dispatch.FEW,)
     widest = torch.float64 if any(y.dtype == torch.float64 for y in given) else x.dtype
     chosen = dispatch.pick(op, x.device, widest, backend, needs)
-    return chosen if x.numel() else "reference"
+    return chosen if count else "reference"
 
 
 def _check_rows(name, x):
