@@ -105,7 +105,7 @@ def contrast(arch, dtype, sweep, positives="OWN"):
     constants |= {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
     aligned = [*ALIGNED, "logits.row", "out.first", "out.last"]
     if sweep == "stats":
-        types["out"] = kernels.Stats("*fp32", "*fp32", "i32", "i32")
+        types["out"] = kernels.Stats("*fp32", "*fp32", "*fp32", "i32", "i32")
         return aot.build(kernels.contrast_stats_kernel, types, constants, arch, aligned=aligned, **shape)
     types |= {"totals": kernels.Totals(*["*fp32"] * 4, None), "out": kernels.Slopes(f"*{dtype}", "*fp32", "i32", "i32")}
     return aot.build(kernels.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **shape)
@@ -133,13 +133,41 @@ def of_rows(arch, name):
 
     types, constants = {"f": features("bf16"), "norms": "*fp32"}, {"BLOCK_E": 256}
     if name == "prepare":
-        types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32"}
+        types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32", "sums": "*i32"}
     else:
-        types |= {"row_sum": "*i32", "col_sum": "*i32", "weight": None, "factor": "fp32"}
-        types |= dict.fromkeys(["grad_video", "grad_text"], "*fp32")
+        types |= {"sums": "*i32", "weight": None, "grads": ("*fp32", "*fp32"), "scale": None, "factor": "fp32", "rows": "i32"}
+        types["ends"] = panel.Ends("*fp32", "*fp32", "i32", None, None, 0, "i64")
         constants["FIRST"] = 0
     aligned = [x for x in ALIGNED if x != "f.N"]
     return aot.build(getattr(panel, f"{name}_kernel"), types, constants, arch, aligned=aligned)
+
+
+def contrast_totals(arch, every):
+    from evaat_fast.kernels.pairwise import contrast as kernels
+
+    types = {"stats": kernels.Stats("*fp32", "*fp32", "*fp32", "i32", "i32"), "sums": kernels.Sums("*fp64", "*fp64")}
+    types |= {"totals": kernels.Totals(*["*fp32"] * 4, None), "halves": ("i64", "i64")} | dict.fromkeys(
+        ("N", "down", "across"), "i32"
+    )
+    return aot.build(kernels.contrast_totals_kernel, types, {"EVERY": every, "BLOCK": 64}, arch, num_warps=2)
+
+
+def pairwise_scale(arch):
+    from evaat_fast.kernels.pairwise.panel import scale_kernel
+
+    types = {"factor": "*fp32", "xs": ("*fp32", "*fp32"), "outs": ("*bf16", "*bf16"), "of_scale": "*fp32", "to_scale": "*fp32"}
+    return aot.build(scale_kernel, types | {"count": "i32"}, {"BLOCK": 4096}, arch, aligned=["count"], num_warps=8)
+
+
+def sms_diagonal(arch):
+    from evaat_fast.kernels.pairwise import panel
+    from evaat_fast.kernels.pairwise import sms as kernels
+    from torch import bfloat16
+
+    shape = panel.config(bfloat16)
+    types = {"f": features("bf16"), "labels": labels("u8", True, True), "pairs": kernels.Pairs(*["*fp32"] * 4, None)}
+    constants = {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
+    return aot.build(kernels.diagonal_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row"], **shape)
 
 
 def norm(arch, kind, C, dtype="bf16", residual=True):
@@ -221,6 +249,10 @@ def _shipped():
     yield "norm sums 768", functools.partial(norm, kind="sums", C=768)
     for name in ("prepare", "finish"):
         yield f"pairwise {name}", functools.partial(of_rows, name=name)
+    yield "pairwise scale", pairwise_scale
+    yield "sms diagonal, verbs and nouns", sms_diagonal
+    yield "contrast totals", functools.partial(contrast_totals, every=False)
+    yield "contrast totals, of more positives", functools.partial(contrast_totals, every=True)
 
 
 SHIPPED = dict(_shipped())

@@ -147,7 +147,7 @@ def test_every_kernel_of_ours_has_the_group_of_its_op(where):
         assert len(names) == path.read_text().count("__global__")
         ours |= {f"void (anonymous namespace)::{name}<float, 4>(int)": path.parent.name for name in names}
     operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("evaat_fast::")]
-    assert {"attn_forward_kernel", "sums_kernel", "sms_recompute_kernel"} <= set(ours) and len(operators) > 10
+    assert {"attn_forward_kernel", "sums_kernel", "contrast_totals_kernel"} <= set(ours) and len(operators) > 10
     wrong = {name: where.group_of(name) for name, op in ours.items() if where.group_of(name) != groups[op]}
     assert not wrong
     assert where.REST not in {where.group_of(name) for name in operators}
