@@ -1,101 +1,36 @@
-"""The pairwise losses on a GPU: Triton's kernels make panels of slopes, torch's products turn them into gradients.
-
-Scratch is one panel, unit rows in the features' dtype and a few vectors. Nothing waits for the GPU.
-"""
-
-from typing import Any
+"""The pairwise losses in Triton."""
 
 import torch
-from torch import Tensor
 
 from evaat_fast.kernels.pairwise import contrast, panel, sms
-from evaat_fast.ops.pairwise.step import Step
-
-# Bytes of a panel. That it stays in L2 between the kernel that writes it and the products that read it matters less than that
-# these are large: on an H200 SMS of 32k pairs takes 18.8 ms with 32 MiB, 15.6 with 128 and 15.2 with 256, CLIP 19.0, 13.3 and
-# 12.5. Beyond N = 128k the least rows take more, 1 GiB for a million pairs: 512 rows cost 18 ps a pair at 32k; a kernel that
-# multiplied twice and needed no panel took 29 at a million.
-PANEL_BYTES = 128 << 20
-LEAST_ROWS, MULTIPLE = 512, 128
-# Whether torch multiplies 16-bit matrices into a float32 result (2.8 and later, CUDA).
-OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
+from evaat_fast.ops.pairwise import gpu
 
 
-class _Triton(Step):
+class _Triton(gpu.Gpu):
     def prepare(self) -> None:
         self.features = panel.features(self.video, self.text)
-        self.weight = None if self.weight is None else self.weight.float()
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        super().prepare()
 
     def normalise(self) -> None:
-        """Norms, their inverses, and the unit rows in the features' dtype."""
-        self.norms, self.inverses = self.empty(2, 2, self.N)
-        self.unit_video, self.unit_text = self.empty(2, self.N, self.E, dtype=self.dtype)
-        panel.prepare(self.features, (self.unit_video, self.unit_text), self.norms, self.inverses)
+        panel.prepare(self.features, self.unit_rows(), self.norms, self.inverses)
 
-    def begin(self) -> None:
-        """Room for a panel, where slopes are asked for."""
-        self.rows = self.panel_rows(self.dtype.itemsize, PANEL_BYTES, LEAST_ROWS, MULTIPLE)
-        self.panel = self.empty(self.rows, self.N, dtype=self.dtype) if self.learns else None
-
-    def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-        """In float32; 16-bit products are rounded once each where torch cannot keep their sums."""
-        if a.dtype == out.dtype:
-            out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-        elif a.is_cuda and OUT_DTYPE:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            part = torch.mm(a, b)
-            out.add_(part) if add else out.copy_(part)
-
-    def through_norms(self, sums: Tensor, weight: Tensor | None, factor: float) -> None:
+    def through_norms(self, sums, weight, factor) -> None:
         panel.finish(self.features, self.norms, sums, weight, (self.grad_video, self.grad_text), factor)
 
 
-class Sms(_Triton):
-    def prepare(self):
-        super().prepare()
-        N, each = self.N, self.work.each
-        self.normalise()
+class Sms(gpu.Sms, _Triton):
+    def given(self):
         of, own = self.settings.labels, self.settings.own.to(self.wide).contiguous()
         half, row, column = (0, *of.table.stride())[-3:]
         indices, values = (of.video_index, of.caption_index, of.verb), None if of.values is None else of.values.float()
         self.labels = sms.Labels(of.table, row, column, half, *of.table.shape[-2:], *indices, values)
-        self.pairs = sms.Pairs(*self.inverses, self.empty(N), own, self.weight)
-        self.begin()
+        self.pairs = sms.Pairs(*self.inverses, self.empty(self.N), own, self.weight)
         panel.own_cosines(self.features, self.inverses, self.pairs.cosine)
-        self.block = panel.config(self.dtype)["BLOCK"]
-        down, across = panel.tiles(self.rows, N, self.block)
-        self.sums = torch.zeros((2, N), dtype=torch.int32, device=self.device)
-        self.losses: Tensor = torch.zeros((2, N) if each else (), dtype=torch.float64, device=self.device)
-        self.part = self.empty(across * self.rows if each else down * across)
-        self.part_col: Any = self.empty(down, N) if each else None
+        return panel.config(self.dtype)["BLOCK"]
 
-    def sweeps(self):
-        return (self.slopes,)
-
-    def slopes(self, first, last):
-        rows, each = last - first, self.work.each
-        down, across = panel.tiles(rows, self.N, self.block)
-        slopes = self.panel[:rows] if self.learns else None
-        part = self.part[: across * rows if each else down * across]
-        out = sms.Out(slopes, *self.sums, part, self.part_col, first, last)
+    def read(self, slopes, row_loss, col_loss, first, last):
+        out = sms.Out(slopes, *self.sums, row_loss, col_loss, first, last)
         sms.sms_panel(self.features, self.pairs, self.labels, self.settings.penalty, out)
-        if each:
-            self.losses[0, first:last] = part.view(across, rows).sum(0, dtype=torch.float64)
-            self.losses[1] += self.part_col[:down].sum(0, dtype=torch.float64)
-        else:
-            self.losses += part.sum(dtype=torch.float64)
-        return slopes
-
-    def finish(self):
-        N = self.N
-        loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
-        if self.learns:
-            self.through_norms(self.sums, self.weight, 1 / (2 * (N - 1) * (N if self.weight is None else 1)))
-        return loss.float(), *self.gradients
 
 
 def _two_floats(x):
