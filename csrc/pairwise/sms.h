@@ -29,7 +29,7 @@ struct Panel {
 
 // What belongs to the rows of a tile, in shared memory behind the chunks. Two blocks fit into an SM where E <= 256 and nothing but
 // `Extra` is left out.
-struct Constants {
+struct alignas(16) Constants {
   Anchor videos[kTile];
   float inverse[kTile], cosine[kTile], own[kTile];  // of the captions
   uint32_t place[kTile], verb[kTile];
@@ -45,6 +45,7 @@ struct Extra : Constants {
   float weight[kTile], losses[4][kTile];
   int64_t far[kTile], wide_verb[kTile];  // places and verbs of any size
 };
+static_assert(2 * (6 * tile::kChunkBytes + int(sizeof(Constants)) + 1024) <= 228 * 1024);
 template <bool any>
 using Shape = std::conditional_t<any, Extra, Constants>;
 
