@@ -144,8 +144,8 @@ ENTRIES = {
     ),
     "sms": Entry(
         "Is sms_loss in CUDA C++ right on a GPU, and faster than Triton?",
-        "46 instructions a pair for labels by index, where Triton's took 106: 0.08, 1.1, 4.1 and 16.5 ms a step at N 4k, 16k, 32k and "
-        "64k, where Triton took 0.35 and 15.6 ms at 4k and 32k",
+        "46 instructions a pair for labels by index, where Triton's took 106: 0.08, 1.1, 4.1 and 16.5 ms a step at N 4k, 16k, "
+        "32k and 64k, where Triton took 0.35 and 15.6 ms at 4k and 32k",
         "if right and at least as fast at 4k and 32k, `auto` takes it for 16-bit features",
         sms_cases,
     ),

@@ -88,9 +88,9 @@ def inner_loop(code):
 
 
 def executed(code, chunks=4):
-    """What one pass of sms_kernel's loop over tiles executes, from a listing with predicates, for a whole tile off the diagonal whose
-    rows have so many chunks of 64 elements, its captions kept. The first chunk is by itself, the others are a loop. A branch is
-    followed where it skips the tiles at an edge or a copy of captions, or is unconditional; traps are not.
+    """What one pass of sms_kernel's loop over tiles executes, from a listing with predicates, for a whole tile off the diagonal
+    whose rows have so many chunks of 64 elements, its captions kept. The first chunk is by itself, the others are a loop. A
+    branch is followed where it skips the tiles at an edge or a copy of captions, or is unconditional; traps are not.
     """
     lines = [(address, _plain(line)) for address, line in code]
     at = {address: i for i, (address, _) in enumerate(code)}

@@ -98,13 +98,15 @@ def test_slopes_at_once_are_the_oracles():
 @rules
 @dtypes
 @pytest.mark.parametrize("rows", [None, 50])
-@pytest.mark.parametrize("kind", ["dense", "dense, transposed", "indexed", "codes", "verbs and nouns", "one"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "dense, transposed", "indexed", "codes", "verbs and nouns", "one", "one, and one own"]
+)
 def test_slopes_are_exact_on_kinks_and_ties(kind, rows, dtype, rule):
     """Rows of four signs: cosines are halves, and with quarters as labels every m is exact, kinks and ties frequent."""
     N, settings = 260, (0.5, 0.25, 0.25)
     video, text = ((torch.randint(0, 2, (N, 4)) * 2.0 - 1).to(dtype) for _ in range(2))
     labels, c = of_quarters(kind, N)
-    w = torch.randint(0, 5, (N,)) / 4
+    w = torch.full((1,), 0.5).expand(N) if kind.endswith("own") else torch.randint(0, 5, (N,)) / 4
     slopes, sums, losses = panel_of(video, text, labels, w, cases.penalty(*settings, rule), rows)
     x, c, w = (text.double() @ video.double().T / 4, c.double(), w.double())
     of_text, of_video = slopes_of(x, c, w, *settings, rule)
@@ -119,7 +121,7 @@ def of_quarters(kind, N):
     """(labels that are quarters as the kernels are given them, the matrix)."""
     iou, verb, noun = torch.randint(0, 3, (9, 9)) / 2, torch.randint(0, 3, (N,)), torch.randint(0, 9, (N,))
     matrix = 0.5 * (verb[:, None] == verb) + 0.5 * iou[noun[:, None], noun]
-    if kind == "one":
+    if kind.startswith("one"):
         return Labels(torch.tensor([[0.25]]).expand(N, N)), torch.full((N, N), 0.25)
     if kind.startswith("dense"):
         return Labels(matrix if kind == "dense" else matrix.T.contiguous().T), matrix

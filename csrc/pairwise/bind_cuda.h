@@ -11,7 +11,7 @@ inline void bind_pairwise_cuda(py::module_& m) {
   m.attr("ANCHOR_BYTES") = int(sizeof(Anchor));
 #define STRUCT(name, fields) bind_struct<name>(m, #name, [](auto& s) { s.fields; })
 #define F(field) with(#field, &std::decay_t<decltype(s)>::Of::field)
-  STRUCT(SmsGpu, F(pairs).F(labels).F(V).F(C).F(own).F(weight).F(videos).F(captions).F(penalty).F(mode).F(row_sum).F(col_sum));
+  STRUCT(SmsGpu, F(pairs).F(labels).F(V).F(C).F(own).F(own_of_all).F(weight).F(videos).F(captions).F(penalty).F(mode).F(row_sum).F(col_sum));
 #undef F
 #undef STRUCT
   m.def("pair_prepare",

@@ -19,6 +19,7 @@ struct SmsGpu {
   PairLabels labels;   // values: float [256]
   int64_t V, C;        // the table's rows and columns
   const float *own, *weight;       // [N]; weight or null
+  bool own_of_all;                 // own is one number, N times
   Anchor *videos, *captions;       // [N]
   Penalty penalty;
   int mode;

@@ -45,8 +45,10 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const PairFeatures f, 
   float slope = -float(row_sum[i] + col_sum[i]), dot = 0.0f;
   if (weight) slope *= weight[i];
   auto of_unit = [&](int64_t e) { return (grad[e] + slope * __fdiv_rn(widen(other[e]), other_divisor)) * factor; };
+#pragma unroll 1
   for (int64_t e = lane; e < f.E; e += 32) dot += of_unit(e) * __fdiv_rn(widen(own[e]), divisor);
   dot = sms::across_lanes<1, 16>(dot);
+#pragma unroll 1
   for (int64_t e = lane; e < f.E; e += 32) {
     const float through = __fdiv_rn(of_unit(e) - __fdiv_rn(widen(own[e]), divisor) * dot, norm);
     grad[e] = norm < 1e-8f ? 0.0f : through;

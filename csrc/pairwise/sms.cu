@@ -18,7 +18,7 @@ int source_of(const SmsGpu& step) {
   const int64_t size = size_of(of.dtype), far = ((step.C - 1) * of.strides[2] + of.strides[0]) * size;
   const bool near = far < int64_t(std::numeric_limits<uint32_t>::max());
   if (step.mode != kSlopes || step.penalty.rule != kCode) return kAny;
-  if (!of.video_index && of.strides[1] == 0 && of.strides[2] == 0) return kOne;
+  if (!of.video_index && of.strides[1] == 0 && of.strides[2] == 0) return step.own_of_all ? kSame : kOne;
   if (of.dtype == kFloat32 && !of.video_index && of.strides[2] == 1 && of.strides[1] % 4 == 0 && step.pairs.N % 4 == 0 &&
       reinterpret_cast<uintptr_t>(of.table) % 16 == 0)
     return kDense;

@@ -7,8 +7,11 @@
 
 namespace evaat::sms {
 
-// Where labels come from. kAny reads whatever PairLabels can say, the others the one thing that they say faster.
-enum Source { kOne, kDense, kTable, kByCode, kByVerb, kAny };
+// Where labels come from. kAny reads whatever PairLabels can say, the others the one thing that they say faster. kOne: one label for
+// all pairs; kSame: and one own relevancy.
+enum Source { kOne, kDense, kTable, kByCode, kByVerb, kAny, kSame };
+template <int source>
+constexpr bool kIsOne = source == kOne || source == kSame;
 
 struct Panel {
   tile::Matrix video, text;
@@ -84,7 +87,7 @@ __device__ inline float any_label(int dtype, const float* values, const char* at
 template <int source>
 __device__ inline void labels_of(const Panel& p, const Shape<source == kAny>& of, const Anchor* video, int c, int n, int inside,
                                  float (&label)[4]) {
-  if constexpr (source == kOne) {
+  if constexpr (kIsOne<source>) {
     const float one = __uint_as_float(load_shared(shared_address(of.values)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) label[i] = one;
@@ -168,7 +171,7 @@ __device__ inline Slopes quad(const Panel& p, const Shape<any>& of, const float 
       const int k = 2 * pair + x;
       const float s = __fmul_rn(__fmul_rn(product[k], video[0]), to.inverse[k]);
       of_col[x] = penalty<any>(p, relaxation, to.own[k], label[k], to.cosine[k], s, m_col[x]);
-      of_row[x] = penalty<any>(p, relaxation, video[2], label[k], video[1], s, m_row[x]);
+      of_row[x] = penalty<any>(p, relaxation, source == kSame ? to.own[k] : video[2], label[k], video[1], s, m_row[x]);
       if (idle(k)) of_col[x] = of_row[x] = 0.0f;
     }
     uint32_t row = signs_of(m_row[0], m_row[1], ones), col = signs_of(m_col[0], m_col[1], ones);
@@ -353,7 +356,7 @@ __global__ void __launch_bounds__(tile::kThreads, any ? 1 : 2) sms_kernel(const 
   for (int i = 0; i < 4; ++i) store_shared(shared_address(of.columns[i][t]), none);
   if (t == 0) of.relaxation = p.relaxation, of.ones = kOnes<T>;
   if (p.values && t < 256) of.values[t] = p.values[t];
-  if (source == kOne && t == 0) of.values[0] = p.table ? any_label(p.dtype, p.values, p.table) : 0.0f;
+  if (kIsOne<source> && t == 0) of.values[0] = p.table ? any_label(p.dtype, p.values, p.table) : 0.0f;
   Sums<mode> walked;
   const tile::Matrix videos = {p.video.rows, p.video.stride, p.last};
   tile::walk<T>(
@@ -412,6 +415,7 @@ int run(const Panel& p, void* stream) {
 template <class T>
 int panel(const Panel& p, int source, int mode, void* stream) {
   if (source == kOne) return run<T, kOne, false, kSlopes>(p, stream);
+  if (source == kSame) return run<T, kSame, false, kSlopes>(p, stream);
   if (source == kDense) return run<T, kDense, false, kSlopes>(p, stream);
   if (source == kTable) return run<T, kTable, false, kSlopes>(p, stream);
   if (source == kByCode) return run<T, kByCode, false, kSlopes>(p, stream);

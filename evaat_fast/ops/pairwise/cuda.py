@@ -36,7 +36,8 @@ class Sms(gpu.Sms):
     def given(self):
         module, of, penalty, work = self.module, self.settings.labels, self.settings.penalty, self.work
         mode = "each" if work.each else "weighted" if self.weight is not None else "slopes" if self.learns else "loss"
-        indices = {name: x.long().contiguous() for name in ("video_index", "caption_index", "verb") if (x := getattr(of, name)) is not None}
+        names = ("video_index", "caption_index", "verb")
+        indices = {name: x.long().contiguous() for name in names if (x := getattr(of, name)) is not None}
         dtype = dtype_codes(module)[of.table.dtype] if of.values is None else module.LABEL_CODES
         values = None if of.values is None else of.values.float().contiguous()
         strides = (0, *of.table.stride())[-3:]
@@ -48,6 +49,7 @@ class Sms(gpu.Sms):
             V=V,
             C=C,
             own=self.settings.own.to(self.wide).contiguous(),
+            own_of_all=self.settings.own.stride(0) == 0,
             weight=self.weight,
             videos=self.empty(self.N, module.ANCHOR_BYTES, dtype=torch.uint8),
             captions=self.empty(self.N, module.ANCHOR_BYTES, dtype=torch.uint8),

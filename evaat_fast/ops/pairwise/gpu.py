@@ -25,8 +25,10 @@ class Gpu(Step):
     factor), in place from gradients of the unit rows to those of the features."""
 
     COLUMNS = 1  # a panel's rows are multiples of so many entries apart
+    normalise: Any
+    through_norms: Any
     norms: Tensor
-    inverses: Tensor
+    inverses: Any
 
     def prepare(self) -> None:
         self.weight = None if self.weight is None else self.weight.float()
@@ -58,10 +60,12 @@ class Gpu(Step):
 
 
 class Sms(Gpu):
-    """A backend's class adds given(), which makes what its kernels are given of pairs and labels and returns the rows of a tile, and
-    read(slopes, row_loss, col_loss, first, last), which reads a panel; losses are those of the tiles [down * across], or of each
-    pair [across * rows] and [down, N]."""
+    """A backend's class adds given(), which makes what its kernels are given of pairs and labels and returns the rows of a
+    tile, and read(slopes, row_loss, col_loss, first, last), which reads a panel; losses are those of the tiles
+    [down * across], or of each pair [across * rows] and [down, N]."""
 
+    given: Any
+    read: Any
     sums: Tensor
 
     def prepare(self):

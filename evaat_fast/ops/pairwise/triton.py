@@ -14,7 +14,7 @@ class _Triton(gpu.Gpu):
     def normalise(self) -> None:
         panel.prepare(self.features, self.unit_rows(), self.norms, self.inverses)
 
-    def through_norms(self, sums, weight, factor) -> None:
+    def through_norms(self, sums, weight, factor):
         panel.finish(self.features, self.norms, sums, weight, (self.grad_video, self.grad_text), factor)
 
 
