@@ -263,8 +263,25 @@ OURS = step(
     lambda i: ops.clip_loss(i["video"], i["text"], SCALE),
     lambda i: ops.ego_nce_loss(i["video"], i["text"], labels_of(i) > POSITIVE, temperature=1 / SCALE),
 )
+
+
+def sms_by(backend):
+    """The max-margin loss of a backend that is asked for by name."""
+    how = {"margin": MARGIN, "relaxation": RELAXATION, "backend": backend}
+    return step(lambda i: ops.sms_loss(i["video"], i["text"], our_labels(i), **how), None)
+
+
+def cuda(inputs, mode):
+    if inputs["video"].device.type == "cpu":
+        raise Unavailable("its kernels run on a GPU")
+    if inputs["video"].dtype not in (torch.bfloat16, torch.float16):
+        raise Unavailable("takes 16-bit features")
+    return sms_by("cuda")(inputs, mode)
+
+
 PROVIDERS = {
     "evaat": OURS,
+    "evaat, CUDA C++": cuda,
     "dense rewrite": step(dense_sms, dense_clip, dense_ego),
     "chunks + checkpoint": CHUNKED,
     "published formulation": step(naive_sms, None),

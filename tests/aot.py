@@ -60,9 +60,13 @@ def listing(compiled):
     return _listing(_cuobjdump("-sass", compiled.asm["cubin"]))
 
 
-def _listing(text):
+def _listing(text, predicates=False):
     found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", text)
-    return [(int(address, 16), re.sub(r"^@!?U?P\w+\s+", "", code)) for address, code in found]
+    return [(int(address, 16), code if predicates else _plain(code)) for address, code in found]
+
+
+def _plain(code):
+    return re.sub(r"^@!?U?P\w+\s+", "", code)
 
 
 def loops(code):
@@ -81,6 +85,35 @@ def inner_loop(code):
     bodies = [[line for _, line in code[first : last + 1]] for first, last in loops(code)]
     products = [body for body in bodies if any(re.match(r"\w*MMA", line) for line in body)]
     return min(products, key=len) if products else max(bodies, key=len, default=[])
+
+
+def executed(code, chunks=4):
+    """What one pass of sms_kernel's loop over tiles executes, from a listing with predicates, for a whole tile off the diagonal
+    whose rows have so many chunks of 64 elements, its captions kept. The first chunk is by itself, the others are a loop. A
+    branch is followed where it skips the tiles at an edge or a copy of captions, or is unconditional; traps are not.
+    """
+    lines = [(address, _plain(line)) for address, line in code]
+    at = {address: i for i, (address, _) in enumerate(code)}
+    head, tail = max(loops(lines), key=lambda loop: loop[1] - loop[0])
+    inner = [loop for loop in loops(lines) if loop != (head, tail)]
+    of_chunks = next(x for x in inner if sum("HMMA" in line for _, line in lines[x[0] : x[1]]) >= 32)
+    i, passes, copies, path = head, 1, 0, []
+    while True:
+        line = lines[i][1]
+        path.append(line)
+        copies = 0 if line.startswith("BAR") else copies + line.startswith("LDGSTS")
+        target, following = re.match(r"BRA\S* (.*?)(0x[0-9a-f]+)", line), i + 1
+        if i == tail:
+            return path
+        to = at[int(target[2], 16)] if target else following
+        if (to, i) == of_chunks and passes < chunks - 1:
+            passes, following = passes + 1, to
+        elif to > following and not lines[to][1].startswith("BPT"):
+            edge = any(following <= a and b < to for a, b in inner if (a, b) != of_chunks)
+            captions = copies >= 4 and sum(x.startswith("LDGSTS") for _, x in lines[following:to]) == 4
+            always = code[i][1] == line and "P" not in target[1]
+            following = to if edge or captions or always else following
+        i = following
 
 
 def cell(used, code):
@@ -123,13 +156,13 @@ def module_resources(path):
 
 
 @functools.cache
-def module_listings(path):
-    """{(arch, kernel): listing} of a built CUDA module."""
+def module_listings(path, predicates=False):
+    """{(arch, kernel): listing} of a built CUDA module; with the predicates of its instructions, or without."""
     found, arch, parts = {}, None, re.split(r"(?m)^\s*(?:Function : (\S+)|arch = (sm_\w+)).*$", _run("-sass", path))
     for name, named_arch, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         arch = named_arch or arch
         if name:
-            found[arch, name] = _listing(text)
+            found[arch, name] = _listing(text, predicates)
     return found
 
 

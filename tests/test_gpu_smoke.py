@@ -4,12 +4,14 @@ The same bodies run small on the CPU, so that they are sound before a GPU is the
 combination compiles for seconds; the tests of each op have the rest.
 """
 
+import contextlib
 import importlib.util
 
 import pytest
 import rope3d_cases
 import torch
 from check import close
+from cuda_emulated import emulated
 from pairwise_oracle import gradients
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
@@ -174,7 +176,7 @@ def count(device):
     return 1024 if device == "cuda" else 40
 
 
-def held_to_float64(name, features, labels=(), reference_labels=None):
+def held_to_float64(name, features, labels=(), reference_labels=None, backend=None):
     """The loss of that name and both gradients against its specification on the CPU in float64, with the error that this has
     in the features' dtype and one rounding: 16-bit slopes and unit rows are rounded once each before they are added up."""
     reference_labels = labels if reference_labels is None else reference_labels
@@ -183,7 +185,7 @@ def held_to_float64(name, features, labels=(), reference_labels=None):
         loss = lambda v, t: getattr(ops, name)(v, t, *reference_labels, backend="reference")  # noqa: E731
         return gradients(loss, *(x.cpu().to(dtype) for x in features))
 
-    ours = gradients(lambda v, t: getattr(ops, name)(v, t, *labels), *features)
+    ours = gradients(lambda v, t: getattr(ops, name)(v, t, *labels, backend=backend), *features)
     low, truth = reference(features[0].dtype), reference(torch.float64)
     assert (ours[0].cpu().double() - truth[0]).abs() <= 1e-5 * (1 + truth[0].abs())
     for side, a, b, t in zip(("video", "text"), ours[1:], low[1:], truth[1:], strict=True):
@@ -220,6 +222,24 @@ def test_mi_mm_and_adaptive(device):
     own = torch.rand(count(device))
     held_to_float64("mi_mm_loss", pairs(device, count(device)))
     held_to_float64("adaptive_mi_mm_loss", pairs(device, count(device)), (own.to(device),), (own,))
+
+
+@pytest.mark.parametrize("kind", ["dense", "indexed", "verbs and nouns", "one"])
+def test_max_margin_in_cuda(device, kind, monkeypatch):
+    """Not served by `auto` yet."""
+    N, dtype = (1024 if device == "cuda" else 260), F16 if kind == "dense" else BF16
+    if device == "cuda" and dispatch.why_not("cuda"):
+        pytest.skip(dispatch.why_not("cuda"))
+    with emulated(monkeypatch) if device == "cpu" else contextlib.nullcontext():
+        features = pairs(device, N, dtype)
+        if kind == "one":
+            return held_to_float64("mi_mm_loss", features, backend="cuda")
+        source, matrix = labels(kind, N, device)
+        held_to_float64("sms_loss", features, (source,), (matrix,), "cuda")
+        once, again = (gradients(lambda v, t: ops.sms_loss(v, t, source, backend="cuda"), *features) for _ in range(2))
+        assert all(map(torch.equal, once, again)), "two runs differ"
+        own = ops.sms_loss(*features, source, backend="cuda", rule="paper", reduction="none").mean()
+        torch.testing.assert_close(own, ops.sms_loss(*features, source, backend="cuda", rule="paper"), rtol=1e-5, atol=0)
 
 
 def test_clip(device):

@@ -11,5 +11,27 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... argum
   return int(cudaGetLastError());
 }
 
+// With so many bytes of dynamic shared memory, which the kernel finds through dynamic_shared().
+template <class... P, class... A>
+int launch_with(int bytes, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... arguments) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return int(error);
+  kernel<<<grid, block, size_t(bytes), static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
+  return int(cudaGetLastError());
+}
+
+__device__ inline char* dynamic_shared() {
+  extern __shared__ __align__(128) char evaat_pool[];
+  return evaat_pool;
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 }  // namespace evaat
 #endif

@@ -82,22 +82,26 @@ void bind_panel(py::module_& m, const char* name, int (*run)(const Step&, Panel,
         NoGil());
 }
 
-inline void bind_pairwise(py::module_& m) {
+#define STRUCT(name, fields) bind_struct<name>(m, #name, [](auto& s) { s.fields; })
+#define F(field) with(#field, &std::decay_t<decltype(s)>::Of::field)
+
+// What _cpu and _cuda both know of features, labels and penalties.
+inline void bind_labels(py::module_& m) {
   m.attr("LABEL_CODES") = kCodes;
-  m.attr("MASK_BLOCK") = kMaskBlock;
   m.attr("SMS_RULES") = py::dict(py::arg("code") = int(kCode), py::arg("paper") = int(kPaper), py::arg("charades") = int(kCharades));
   m.attr("SMS_MODES") = py::dict(py::arg("loss") = int(kLoss), py::arg("slopes") = int(kSlopes), py::arg("each") = int(kEach),
                                  py::arg("weighted") = int(kWeighted));
-#define STRUCT(name, fields) bind_struct<name>(m, #name, [](auto& s) { s.fields; })
-#define F(field) with(#field, &std::decay_t<decltype(s)>::Of::field)
   STRUCT(PairFeatures, F(dtype).F(wide).F(N).F(E).F(video).F(text).F(video_stride).F(text_stride).F(norms));
   STRUCT(PairLabels, F(table).F(dtype).F(strides).F(video_index).F(caption_index).F(verb).F(values));
   bind_struct<Penalty>(m, "Penalty", [](auto& s) { Penalty::list(s); });
+}
+
+inline void bind_pairwise(py::module_& m) {
+  bind_labels(m);
+  m.attr("MASK_BLOCK") = kMaskBlock;
   STRUCT(SmsStep, F(pairs).F(dtype).F(scales).F(own).F(labels).F(penalty).F(mode).F(weight).F(losses).F(sums));
   STRUCT(PairPositives, F(dense).F(strides).F(verbs).F(nouns).F(verb_words).F(noun_words).F(mask));
   STRUCT(ContrastStep, F(wide).F(N).F(scale).F(positives).F(weight).F(totals).F(row_slope));
-#undef F
-#undef STRUCT
   m.def("pair_prepare",
         [](const Held<PairFeatures>& pairs, Pointer unit_video, Pointer unit_text, bool unit_bf16, int threads) {
           return pair_prepare(pairs, at<void>(unit_video), at<void>(unit_text), unit_bf16, threads);
@@ -112,5 +116,8 @@ inline void bind_pairwise(py::module_& m) {
   bind_panel(m, "contrast_stats", contrast_stats);
   bind_panel(m, "contrast_slopes", contrast_slopes);
 }
+
+#undef F
+#undef STRUCT
 
 }  // namespace evaat

@@ -16,6 +16,8 @@ import aot
 from aot_kernels import SHIPPED, listing, used
 
 TABLE = Path(__file__).with_suffix(".md")
+EXECUTED = "Executed instructions a pair,"
+EXPLAINED = "Of a whole tile, E 256 (`executed` in tests/aot.py): all / products and their operands / other loads and stores."
 
 
 def triton_version():
@@ -45,6 +47,31 @@ def cuda_rows():
     return dict(sorted(rows.items()))
 
 
+# Sources of labels of sms_kernel, by the number of csrc/pairwise/sms.h, and rows of 256 elements.
+SOURCES = {"one": 0, "dense": 1, "indexed": 2, "indexed codes": 3, "verbs and nouns": 4, "one, and one own": 6}
+
+
+def executed_rows():
+    """{"sms_kernel bf16, SOURCE": {"sm_90": cell}}: of a whole tile, instructions a pair, and those of its kinds."""
+    from evaat_fast import _cuda
+
+    rows = {}
+    for (arch, name), code in aot.module_listings(_cuda.__file__, True).items():
+        match = re.search(r"sms_kernel<(__nv_bfloat16|__half), (\d), false", aot.plain_name(name))
+        if match:
+            path, (T, source) = aot.executed(code), match.groups()
+            kinds = {"product": "HMMA|LDSM", "memory": "LDG|LDS$|STG|STS|LDGSTS"}
+            count = lambda pattern, path=path: sum(bool(re.match(f"({pattern})", x.split()[0].split(".")[0])) for x in path)  # noqa: E731
+            numbers = [len(path), *map(count, kinds.values())]
+            label = next(x for x, number in SOURCES.items() if number == int(source))
+            of_it = rows.setdefault(f"sms_kernel<{T}>, {label}", {})
+            of_it[arch.rstrip("a")] = " / ".join(f"{n / PAIRS_OF_A_THREAD:.1f}" for n in numbers)
+    return dict(sorted(rows.items()))
+
+
+PAIRS_OF_A_THREAD = 128 * 128 // 256  # in a tile
+
+
 def read():
     """{compiler: {kernel: {"sm_90": cell}}} of the committed table."""
     tables, rows = {}, {}
@@ -62,8 +89,15 @@ def main():
     triton = {name: {f"sm_{arch}": triton_cell(name, arch) for arch in aot.ARCHS} for name in SHIPPED}
     lines = ["# What the compilers make of the GPU kernels", ""]
     lines += ["Registers per thread / bytes of shared memory per block / machine instructions / those of the inner loop.", ""]
-    for compiler, rows in ((triton_version(), triton), (nvcc_version(), cuda_rows())):
-        lines += [f"## {compiler}", "", f"| kernel | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    counted = (f"{EXECUTED} {nvcc_version()}", executed_rows())
+    for compiler, rows in ((triton_version(), triton), (nvcc_version(), cuda_rows()), counted):
+        lines += [
+            f"## {compiler}",
+            "",
+            *([EXPLAINED, ""] if rows is counted[1] else []),
+            f"| kernel | {' | '.join(heads)} |",
+            "|---|" + "---|" * len(heads),
+        ]
         lines += [f"| {name} | {' | '.join(cells[head] for head in heads)} |" for name, cells in rows.items()] + [""]
     TABLE.write_text("\n".join(lines))
 

@@ -64,6 +64,7 @@ _NORM = {
 }
 
 _LOSS = {"triton": Support(FLOATS, note=_RUN_BEFORE), "cpu": Support(_ALL), "reference": Support(_ALL)}
+_MAX_MARGIN = {"cuda": Support(("bfloat16", "float16"), note="by name, for no GPU has run it yet"), **_LOSS}
 SUPPORT = {
     "rope3d": {
         "triton": Support(FLOATS, note=_RIGHT),
@@ -91,7 +92,8 @@ SUPPORT = {
         ),
         "reference": Support(_ALL),
     },
-    **dict.fromkeys(("sms_loss", "clip_loss", "mi_mm_loss", "adaptive_mi_mm_loss", "ego_nce_loss"), _LOSS),
+    **dict.fromkeys(("sms_loss", "mi_mm_loss", "adaptive_mi_mm_loss"), _MAX_MARGIN),
+    **dict.fromkeys(("clip_loss", "ego_nce_loss"), _LOSS),
     **dict.fromkeys(("add_norm", "swiglu_norm"), _NORM),
     "patchify": {
         "cuda": Support(FLOATS, backward=False, note=f"{_RIGHT}, its speed not measured"),

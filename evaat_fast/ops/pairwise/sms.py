@@ -56,15 +56,15 @@ def sms_loss(
             mean is the loss; its backward pass computes the similarities again.
         group: a torch.distributed group; not built yet. grad_mode: "ddp" or "sum", how gradients add up over it.
         validate: False skips the check of IndexedRelevancy's indices where that would wait for a GPU; None: check on CPU only.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "triton", "cuda" (16-bit features), "cpu" or "reference".
 
     Returns:
         A scalar, float32, or float64 for float64 features. N = 0 and N = 1 give 0.
 
-    Ties: of a clip and caption that stand in the batch twice, x_ij is x_ii. "triton" gets both from one kind of tile and scales
-        them in one order: equal bits on a GPU. Elsewhere they may differ in the last bits, unless all products and sums are
-        exact: "cpu" sums x_ii in double, and the products of "reference" and of Triton's interpreter may depend on a row's
-        place. That noise decides a slope only on a kink: |m| = relaxation between equal labels, m = 0 between others.
+    Ties: of a clip and caption that stand in the batch twice, x_ij is x_ii. "triton" and "cuda" get both from one kind of tile
+        and scale them in one order: equal bits on a GPU. Elsewhere they may differ in the last bits, unless all products and
+        sums are exact: "cpu" sums x_ii in double, and the products of "reference" and of Triton's interpreter may depend on a
+        row's place. That noise decides a slope only on a kink: |m| = relaxation between equal labels, m = 0 between others.
 
     Raises:
         TypeError, ValueError: the argument, what was expected and what came. IndexError: an index outside the table.

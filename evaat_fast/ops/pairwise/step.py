@@ -99,6 +99,8 @@ def _run(name, inputs, weight, settings):
     backend: Any
     if work.backend == "triton":
         from evaat_fast.ops.pairwise import triton as backend
+    elif work.backend == "cuda":
+        from evaat_fast.ops.pairwise import cuda as backend
     else:
         from evaat_fast.ops.pairwise import cpu as backend
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
