@@ -26,7 +26,7 @@ GROUPS = {
         *("silu", "gelu"),
     ),
     "loss": (
-        *(r"\b(contrast|sms)_", r"\b(prepare|diagonal|finish|scale)_kernel", "softmax", "nll_loss"),
+        *(r"\b(contrast|sms)_", r"\b(prepare|diagonal|finish|scale|anchors)_kernel", "softmax", "nll_loss"),
         *("NormTwoOps", "vector_norm"),  # of the features
     ),
     "matrix products": (
