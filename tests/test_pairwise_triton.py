@@ -379,7 +379,7 @@ def test_a_small_batch_is_few_launches(op, most, monkeypatch):
 
 # The last three launch a fill_ or a copy_, where they launch anything.
 NO_LAUNCH = """empty empty_strided empty_like promote_types unbind select slice as_strided detach view reshape diagonal permute
-    resolve_conj numpy_T full to _to_copy"""
+    resolve_conj numpy_T alias full to _to_copy"""
 
 
 def parents(event):
