@@ -109,6 +109,7 @@ def test_compiled_blocks_learn_the_same(configure, precision):
     layers = "model.overrides={patch_size=32,vision_layers=3,text_layers=3,vision_width=32,vision_heads=1,vision_mlp=32}"
     options = "train.epochs=1", layers, f"train.precision={precision}"
     runs = {}
+    torch._dynamo.utils.counters.clear()
     for name in ("false", "true"):
         torch._dynamo.reset()
         runs[name] = train(configure(*options, f"train.compile={name}", out=name), quiet=True)
