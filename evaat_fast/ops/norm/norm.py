@@ -17,8 +17,8 @@ from evaat_fast.ops.norm import function
 from evaat_fast.ops.norm.reference import add_norm_reference, swiglu_norm_reference
 
 MOST_CHANNELS = 16384  # of a Triton program, which holds a row
-# Numbers of x, of float32 and of 16 bits, from which C++ overtakes torch's operators in a call with gradients; without, it always
-# does. Of add_norm in float32 torch's two passes are as fast, and autograd calls them without Python.
+# Numbers of x, of float32 and of 16 bits, from which C++ overtakes torch's operators in a call with gradients; one without is
+# always its own. Of add_norm in float32 torch's two passes are as fast, and autograd calls them without Python.
 OVERTAKES = {"add_norm": (math.inf, 1 << 16), "swiglu_norm": (1 << 15, 0)}
 
 
