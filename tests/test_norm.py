@@ -316,15 +316,21 @@ def test_saves_no_more_than_torch(dtype):
         assert saved(call, "cpu") <= saved(call, "reference") + 64  # what allocators round up
 
 
-def test_few_numbers_are_torchs():
-    """Of themselves: by name each backend serves them."""
-    few, many = (torch.randn(M, 64, requires_grad=True) for M in (2, 2000))
-    for call in (
-        lambda x, **how: ops.swiglu_norm(x, None, None, **how),
-        lambda x, **how: ops.add_norm(x, x, x[0], None, **how)[0],
+def test_gradients_that_torch_is_faster_with():
+    """Of themselves: by name C++ serves them, and without gradients it always does."""
+    for call, dtype, M, ours in (
+        (lambda x, **how: ops.swiglu_norm(x, None, None, **how), F32, 2, False),
+        (lambda x, **how: ops.swiglu_norm(x, None, None, **how), F32, 2000, True),
+        (lambda x, **how: ops.swiglu_norm(x, None, None, **how), BF16, 2, True),
+        (lambda x, **how: ops.add_norm(x, x, x[0], None, **how)[0], BF16, 2, False),
+        (lambda x, **how: ops.add_norm(x, x, x[0], None, **how)[0], BF16, 2000, True),
+        (lambda x, **how: ops.add_norm(x, x, x[0], None, **how)[0], F32, 2000, False),
     ):
-        names = [call(x, **how).grad_fn.name() for x, how in ((few, {}), (few, {"backend": "cpu"}), (many, {}))]
-        assert ["AddNorm" in name or "Swiglu" in name for name in names] == [False, True, True]
+        x = torch.randn(M, 64).to(dtype).requires_grad_()
+        names = [call(x, **how).grad_fn.name() for how in ({}, {"backend": "auto"}, {"backend": "cpu"})]
+        assert ["AddNorm" in name or "Swiglu" in name for name in names] == [ours, ours, True]
+        with torch.no_grad():
+            assert torch.equal(call(x), call(x, backend="cpu"))
 
 
 @pytest.mark.interpret

@@ -37,7 +37,8 @@ struct Backward {
     for (int64_t i = from; i < to; ++i) {
       const float *dY = read(p->dY, i, C, room->row(0)), *x = read(p->x, i, C, room->row(1));
       const float mean = p->statistics[i], rstd = p->statistics[p->M + i];
-      fetch(p->dY, i + 1, C), fetch(p->x, i + 1, C);
+      fetch(p->dY, i + 1, C), fetch(p->x, i + 1, C), fetch<1>(p->dr ? NormRows{p->dr, kFloat32} : p->dx, i + 1, C);
+      if (p->dR.data) fetch(p->dR, i + 1, C);
       const auto unit = EVAAT_TERM(c) { return (x[c] - mean) * rstd; };
       const Means means = add_row(dY, unit, weight, C, sums, sums + C);
       const float* const dR = read(p->dR, i, C, room->row(4));

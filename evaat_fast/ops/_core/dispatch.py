@@ -51,7 +51,8 @@ LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 
 # Needs of a call of the norms.
-TRACED, WIDE_ROWS, FEW = "a call that is traced", "rows over 16,384", "few numbers"
+TRACED, WIDE_ROWS, TORCHS_GRADIENTS = "a call that is traced", "rows over 16,384", "gradients that torch is faster with"
+_BY_GRADIENT = "but with gradients of few numbers, and of add_norm in float32, where torch is faster"
 _PLAIN = {TRACED: "what traces or transforms a call (torch.compile, torch.func, a mode) is given plain torch to fuse"}
 _NORM = {
     "triton": Support(
@@ -59,7 +60,11 @@ _NORM = {
         lacks={**_PLAIN, WIDE_ROWS: "its kernels take rows of up to 16,384"},
         note="faster than torch's on an H200; small float32 gradients missed the rule there, since mended",
     ),
-    "cpu": Support(FLOATS, lacks={**_PLAIN, FEW: "of few numbers torch's own operators cost less to call"}),
+    "cpu": Support(
+        FLOATS,
+        lacks={**_PLAIN, TORCHS_GRADIENTS: "with gradients torch is faster (few numbers; add_norm in float32)"},
+        note=_BY_GRADIENT,
+    ),
     "reference": Support(_ALL),
 }
 

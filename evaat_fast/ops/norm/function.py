@@ -25,13 +25,14 @@ def _memory(x: Any) -> Any:
     return (x.clone() if x._is_zerotensor() else x.resolve_neg()).contiguous()
 
 
-def _learns(*given: Tensor | None) -> bool:
+def learns(*given: Tensor | None) -> bool:
+    """Whether a call with these has gradients."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
-def _of_weights(learns: bool, count: int, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
+def _of_weights(learn: bool, count: int, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
     """Room for so many sums, and for the gradients of weight and bias."""
-    if weight is None or not learns:
+    if weight is None or not learn:
         return [None, None, None]
     sums = torch.empty((count, 2, len(weight)), dtype=torch.float32, device=weight.device)
     return [sums, torch.empty_like(weight), None if bias is None else torch.empty_like(bias)]
@@ -46,7 +47,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(normed, total) of a checked call."""
     given = _kernels(backend).add, x, residual, weight, bias, eps, dtype
-    normed, total = _AddNorm.apply(*given) if _learns(x, residual, weight, bias) else _add_norm(*given)[:2]
+    normed, total = _AddNorm.apply(*given) if learns(x, residual, weight, bias) else _add_norm(*given)[:2]
     return normed, x if residual is None else total
 
 
@@ -91,7 +92,7 @@ class _AddNorm(torch.autograd.Function):
 def swiglu_norm(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """The norm of silu(gate) * value, of a checked call."""
     given = _kernels(backend).swiglu, x, weight, bias, eps, dtype
-    return _SwigluNorm.apply(*given) if _learns(x, weight, bias) else _swiglu_norm(*given)[0]
+    return _SwigluNorm.apply(*given) if learns(x, weight, bias) else _swiglu_norm(*given)[0]
 
 
 def _swiglu_norm(kernels, x, weight, bias, eps, dtype):

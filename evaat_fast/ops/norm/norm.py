@@ -4,6 +4,8 @@ normed, stream = add_norm(branch, stream, norm.weight, norm.bias)      # stream 
 hidden = swiglu_norm(fc1(normed), inner.weight, inner.bias)            # LayerNorm(silu(gate) * value), EVA-02's MLP
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,9 @@ from evaat_fast.ops.norm.reference import add_norm_reference, swiglu_norm_refere
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_CHANNELS = 16384  # of a Triton program, which holds a row
-FEW = 16384  # numbers of x, below which a call on a CPU is all overhead
+# Numbers of x, of float32 and of 16 bits, from which C++ overtakes torch's operators in a call with gradients; one without is
+# always its own. Of add_norm in float32 torch's two passes are as fast, and autograd calls them without Python.
+OVERTAKES = {"add_norm": (math.inf, 1 << 16), "swiglu_norm": (1 << 15, 0)}
 
 
 def add_norm(
@@ -101,13 +105,13 @@ def swiglu_norm(
 
 
 def _pick(op, C, given, backend):
-    """The backend of checked tensors. Of none there is nothing to launch; of few, torch's operators cost less than a kernel's
-    call, unless that is asked for by name."""
+    """The backend of checked tensors. Of none there is nothing to launch."""
     x = given[0]
     count, is_traced = x.numel(), traced(*map(type, given)) or any(map(is_transformed, given))
     needs = ((dispatch.TRACED,) if is_traced else ()) + ((dispatch.WIDE_ROWS,) if C > MOST_CHANNELS else ())
-    if not is_traced and count < FEW and (backend == "auto" or (backend is None and op not in dispatch.DEFAULT)):
-        needs += (dispatch.FEW,)
+    if x.is_cpu and not is_traced and (backend == "auto" or (backend is None and op not in dispatch.DEFAULT)):
+        if count < OVERTAKES[op][x.itemsize == 2] and function.learns(*given):
+            needs += (dispatch.TORCHS_GRADIENTS,)
     widest = torch.float64 if any(y.dtype == torch.float64 for y in given) else x.dtype
     chosen = dispatch.pick(op, x.device, widest, backend, needs)
     return chosen if count else "reference"
