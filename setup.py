@@ -100,6 +100,8 @@ class NinjaBuild(build_ext):
         # -fno-trapping-math changes no result; with it a loop with a comparison vectorises.
         cxxflags = "-O3 -std=c++17 -fPIC -fvisibility=hidden -g0 -Wall -ffp-contract=off -fno-trapping-math".split()
         cxxflags += [*openmp, *includes]
+        codes = " ".join(flag.rpartition("=")[2] for flag in gencode_flags)
+        cxxflags += [f"'-DEVAAT_CODES=\"{codes}\"'"] if codes else []
         link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
         link += [*openmp, *os.environ.get("LDFLAGS", "").split()]
         rules = [
@@ -124,7 +126,7 @@ class NinjaBuild(build_ext):
         rules.append(f"rule link\n command = {' '.join(cxx)} $in -o $out {' '.join(link)}\n description = link $out")
         objects = []
         for source in ext.sources:
-            out = "_".join(Path(source).parts[1:]) + ".o"  # csrc/rope3d/freqs.cu -> rope3d_freqs.cu.o
+            out = "_".join(Path(source).parts[1:]) + ".o"  # csrc/rope3d/rope3d.cu -> rope3d_rope3d.cu.o
             rules.append(f"build {out}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT.resolve() / source}")
             objects.append(out)
         rules.append(f"build {target}: link {' '.join(objects)}")

@@ -206,7 +206,6 @@ BENCH = Benchmark(
         "evaat joint_attention": step(unpacked()),
         "evaat joint_attention_qkv_, Triton": on_gpu(packed("triton")),
         "evaat joint_attention, Triton": on_gpu(unpacked("triton")),
-        "evaat joint_attention_qkv_, one pass": on_gpu(packed("triton_onepass")),
         **{name.format(core): rotated(CORES[core], how) for core in CORES for how, name in HOW.items()},
     },
     truth=truth,

@@ -8,8 +8,9 @@
 #   --lab         bench/lab.py right after the smoke test; without it, last
 #
 # In this order: build, what `auto` serves (tests/test_gpu_smoke.py), the first shapes of each benchmark, the gpu tests, the
-# demo, more shapes, the lab. A failing test is named when it fails. JSON goes to $OUT if set, else to bench/results/DEVICE/;
-# the log, the tests' outcomes and the lab to $OUT or build/gpu_check/. A tree without git: EVAAT_FAST_COMMIT=abc1234 names it.
+# demo, the lab, more shapes, the largest batches. A failing test is named when it fails. JSON goes to $OUT if set, else to
+# bench/results/DEVICE/; the log, the tests' outcomes and the lab to $OUT or build/gpu_check/. A tree without git:
+# EVAAT_FAST_COMMIT=abc1234 names it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 minutes=9 only="" lab=""
@@ -18,7 +19,7 @@ while [ $# -gt 0 ]; do
     --minutes) minutes="${2:?--minutes needs a number}"; shift ;;
     --only) only="${2:?--only needs the name of an op}"; shift ;;
     --lab) lab=1 ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
@@ -97,8 +98,9 @@ for op in "${ops[@]}"; do
     pairwise) bench pairwise 40 --first 6 ;;
   esac
 done
-if [ -z "$only" ]; then # a step of each stack that needs no compiler: 30 s
-  step "bench train" 45 70 python3 bench/train.py --first 1 --skip compiled --seconds 1 --budget 45 --json "$results/train.json"
+train=(python3 bench/train.py --first 1 --skip compiled --json "$results/train.json")
+if [ -z "$only" ]; then # a step of each stack that needs no compiler: 30 s; then they are profiled
+  step "bench train" 45 90 "${train[@]}" --seconds 1 --budget 60 --where
 fi
 if [ -n "$only" ]; then
   tests "tests of $only" 300 tests/test_"$only"*.py
@@ -118,6 +120,9 @@ print(*(m for m in wanted.split() if importlib.util.find_spec(m) is None))')
 fi
 [ -n "$lab" ] || [ -n "$only" ] || step lab 40 90 python3 bench/lab.py --budget 60 --json "$logs/lab.json"
 for op in "${ops[@]}"; do bench "$op" $((limit - SECONDS > 90 ? 60 : limit - SECONDS - 30)) --append; done
+if [ -z "$only" ]; then # adds to the rows that are there, and begins no batch after the budget
+  step "largest batches" 40 100 "${train[@]}" --append --largest --budget $((limit - SECONDS > 100 ? 80 : limit - SECONDS - 20))
+fi
 [ -n "${OUT:-}" ] || step plots 5 30 python3 bench/plot.py
 
 echo "== $SECONDS s: gpu_check ends"

@@ -284,7 +284,7 @@ def main(bench, argv=None):
     info = environment(args.device)
     folder = HERE / "results" if args.record else HERE.parent / "build" / "bench"
     path = args.json or folder / slug(info) / f"{bench.op}.json"
-    results = _begun(path, info) if args.append else None
+    results = begun(path, info) if args.append else None
     if results is None:
         results = {"op": bench.op, "baseline": bench.base(args.device), "environment": info, "peak": peaks(args.device)}
         results["records"] = []
@@ -314,7 +314,7 @@ def main(bench, argv=None):
     return 1 if any("fail" in r and r["provider"].startswith("evaat") for r in records) else 0
 
 
-def _begun(path, info):
+def begun(path, info):
     """The results that are there, if the same code made them on the same device."""
     try:
         results = json.loads(path.read_text())

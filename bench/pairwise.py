@@ -173,14 +173,31 @@ def inf_cl(inputs):
     return sum(loss(a, b, scale=SCALE, head_dim=E).mean() for a, b in ((video, text), (text, video))) / 2
 
 
-def liger(inputs):
-    """Its fused linear cross-entropy: captions are the classes of the videos, and the reverse."""
-    loss = need("liger_kernel.transformers.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyLoss()
+def both_ways(inputs, loss, gpu=True):
+    """A fused linear cross-entropy (features, weights of the classes, targets): captions are the classes of the videos, and the
+    reverse."""
     video, text = inputs["video"], inputs["text"]
-    if video.device.type == "cpu":
+    if gpu and video.device.type == "cpu":
         raise Unavailable("its kernels run on a GPU")
     target = torch.arange(len(video), device=video.device)
     return (loss(text, SCALE * video, target) + loss(video, SCALE * text, target)) / 2
+
+
+def liger(inputs):
+    return both_ways(inputs, need("liger_kernel.transformers.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyLoss())
+
+
+def quack(inputs):
+    loss = need("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return both_ways(inputs, lambda x, weight, target: loss(x, weight, target, reduction="mean"))
+
+
+def torch_chunked(inputs):
+    """torch's own, of 2.13 and later, which sums in the dtype of the features as it chooses."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return both_ways(inputs, lambda *given: F.linear_cross_entropy(*given, options=options), gpu=False)
 
 
 def compiled(inputs, mode):
@@ -272,6 +289,8 @@ PROVIDERS = {
     "open_clip": step(None, open_clip),
     "Inf-CL": step(None, inf_cl),
     "Liger": step(None, liger),
+    "quack": step(None, quack),
+    "torch linear_cross_entropy": step(None, torch_chunked),
 }
 
 

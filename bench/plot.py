@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+import where
 from store import case, label, short, without
 
 HERE = Path(__file__).resolve().parent
@@ -76,11 +77,11 @@ def cell(r):
 def conditions(data):
     e = data["environment"]
     if "threads" in e:
-        where = f"{e['threads']} threads, {e['isa']}"
+        machine = f"{e['threads']} threads, {e['isa']}"
     else:
         _, clock, driver = e["clocks"].split(", ")  # the first is that of a GPU that rests
-        where = f"CUDA {e['cuda']}, driver {driver}, clock up to {clock}"
-    return f"{e['device']}, {where}; torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}"
+        machine = f"CUDA {e['cuda']}, driver {driver}, clock up to {clock}"
+    return f"{e['device']}, {machine}; torch {e['torch']}, Triton {e['triton']}, commit {e['commit']}"
 
 
 def table(data, choice=None):
@@ -203,6 +204,8 @@ def page_text(data, has_figure):
     ]
     if "cuda" in data["environment"] and any("queued_ms" in r for r in data["records"]):
         lines += ["ms: on the device, in a CUDA graph. Call: the time in which an eager call returns."]
+    if data["op"] == "train" and "threads" in data["environment"]:
+        lines += ["The largest batch is not looked for on a CPU, whose memory is shared."]
     lines += data.get("notes", [])
     lines += ["", f"![{data['op']}]({data['op']}.svg)"] if has_figure else []
     for (shape, dtype), records in of_tests.items():
@@ -210,8 +213,19 @@ def page_text(data, has_figure):
         for r in records:
             if "ms" in r or "fail" in r:
                 rows.setdefault(r["provider"], {})[r["mode"]] = numbers(r, peak)
-        lines += ["", f"## {shape} {dtype}", "", "| provider | " + " | ".join(modes) + " |", "|---" * (1 + len(modes)) + "|"]
-        lines += [f"| {p} | " + " | ".join(row.get(m, "–") for m in modes) + " |" for p, row in rows.items()]
+            if "largest" in r:
+                rows[r["provider"]]["largest batch"] = batch_of(r["largest"])
+        columns = modes + ["largest batch"] * any("largest" in r for r in records)
+        lines += [
+            "",
+            f"## {shape} {dtype}",
+            "",
+            "| provider | " + " | ".join(columns) + " |",
+            "|---" * (1 + len(columns)) + "|",
+        ]
+        lines += [f"| {p} | " + " | ".join(row.get(m, "–") for m in columns) + " |" for p, row in rows.items()]
+        table = where.table(records, "cuda" in data["environment"])
+        lines += ["", *table] if table else []
     notes = [("Absent:", "absent"), ("Timed as eager calls with their launches, as they cannot be captured:", "not_captured")]
     for title, key in notes:
         found = without(data["records"], key)
@@ -241,6 +255,14 @@ def numbers(r, peak):
     parts += [f"call {short(r['eager_us'])} us"] if "queued_ms" in r else []  # before it, of a few cold calls
     parts += [f"error {r['error']:.1e} ({r['torch_error']:.1e})"] if "error" in r else []
     return ", ".join(parts)
+
+
+def batch_of(found):
+    """One cell: the largest batch, and how exactly it is known."""
+    if "fail" in found:
+        return f"FAIL: {found['fail']}".replace("|", "/")
+    why = "" if found.get("why", "out of memory") == "out of memory" else f": {found['why']}".replace("|", "/")
+    return f"{found['B']}" + (f" ({found['fails']} fails{why})" if "fails" in found else " or more")
 
 
 def page(path, data):

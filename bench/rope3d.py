@@ -93,11 +93,15 @@ def copy_by_kernel(inputs, mode):
     return lambda: [copy_kernel(x, b) for b, x in zip(buffers, sources, strict=True)]
 
 
-def in_place(inputs, mode):
-    if mode != "fwd":
-        raise Unavailable("rope3d_ has no gradient")
-    q, k = (x.detach().clone() for x in tensors(inputs)[:2])
-    return lambda: ops.rope3d_(q, k, inputs["grid"])
+def in_place(backend=None):
+    def provider(inputs, mode):
+        if mode != "fwd":
+            raise Unavailable("rope3d_ has no gradient")
+        serves(backend, inputs["q"])
+        q, k = (x.detach().clone() for x in tensors(inputs)[:2])
+        return lambda: ops.rope3d_(q, k, inputs["grid"], backend=backend)
+
+    return provider
 
 
 def packed(backend=None):
@@ -232,10 +236,11 @@ BENCH = Benchmark(
         "copy_ of q and k": copy,
         "copy kernel over q and k": copy_by_kernel,
         "evaat rope3d": ours(),
-        "evaat rope3d_": in_place,
+        "evaat rope3d_": in_place(),
         "evaat rope3d_qkv_": packed(),
-        "evaat rope3d, CUDA C++": ours("cuda"),
-        "evaat rope3d_qkv_, CUDA C++": packed("cuda"),
+        "evaat rope3d, Triton": ours("triton"),
+        "evaat rope3d_, Triton": in_place("triton"),
+        "evaat rope3d_qkv_, Triton": packed("triton"),
         "eager, one rotation": reference,
         "eager, as published": eager,
         "torch.compile(as published)": compiled,

@@ -1,30 +1,37 @@
 """A training step, both towers, loss and optimiser, against what others run: python bench/train.py
 
 All stacks train the same weights on the same batch under bf16 autocast (float32 on a CPU) with fused AdamW; AVION's is a plain
-ViT of the same width. "authors" is EVA02-AT as its authors run it, built here of the same parameters: two eager rotations of
-queries and keys, SDPA, torch's layer norms, every row of the last block, CLIP loss in torch. The rows between it and ours
-change one thing each. A stack's loss and gradients are held to the authors' before it is timed.
+ViT of the same width. "bf16 params" has no autocast: the weights of products are bf16, and AdamW updates float32 masters.
+"authors" is EVA02-AT as its authors run it, built here of the same parameters: two eager rotations of queries and keys, SDPA,
+torch's layer norms, every row of the last block, CLIP loss in torch. The rows between it and ours change one thing each. A
+stack's loss and gradients are held to the authors' before it is timed.
 
 A row has clips a second, MFU (the share of the matmul rate of the same run that the model's products need: 6 FLOP a parameter
-and token, 12 N^2 C a layer and clip), and the memory at the peak of the step.
+and token, 12 N^2 C a layer and clip), and the memory at the peak of the step. --where profiles the steps and --largest looks
+for the largest batch, both after everything is timed, as a profiler slows down what follows; with --append they add to the
+rows of an earlier run of the same commit and device.
 """
 
 import argparse
 import dataclasses
+import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import largest
 import rope3d
 import store
 import torch
 import torch.nn.functional as F
+import where
 from timing import peaks, quantiles
 from torch import nn
 
 import evaat_fast
 from evaat_fast import ops
+from evaat_fast.train.masters import Masters
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Stack:
     norms: bool = True
     loss: bool = True
     plain: bool = False  # a ViT instead of EVA-02
+    held: bool = False  # matrices in bfloat16 with float32 masters, instead of autocast
     compiled: bool = False
     graph: bool = False
 
@@ -46,6 +54,8 @@ STACKS = {
     "+ our norms": dataclasses.replace(AUTHORS, attention=True, norms=True),
     "ours, eager": Stack(),
     "ours, CUDA graph": Stack(graph=True),
+    "ours, bf16 params": Stack(held=True),
+    "ours, bf16 params, graph": Stack(held=True, graph=True),
     "authors, compiled": dataclasses.replace(AUTHORS, compiled=True),
     "ours, compiled": Stack(compiled=True),
     "AVION, eager": dataclasses.replace(AUTHORS, plain=True),
@@ -120,6 +130,8 @@ class TextBlock(nn.Module):
         self.block, self.stack = block, stack
 
     def forward(self, x, stream):
+        if self.stack.norms:
+            return self.block(x, stream)
         x, stream = norm(x, stream, self.block.ln_1, self.stack.norms)
         x, stream = norm(self.block.attn(x), stream, self.block.ln_2, self.stack.norms)
         return self.block.mlp(x), stream
@@ -158,8 +170,8 @@ class Step(nn.Module):
             rope = rope3d.published(grid, 2 * rope.shape[-1], dtype, x.device, scale)
         for block in self.vision:
             x, stream = block(x, stream, grid, rope)
-        x = x[:, 0] if stream is None else stream[:, 0] + x[:, 0]
-        return visual.head(visual.norm(x))
+        x, stream = x[:, 0], None if stream is None else stream[:, 0]
+        return visual.head(norm(x, stream, visual.norm, self.stack.norms)[0])
 
     def encode_text(self, tokens):
         text, stream = self.model.text, None
@@ -167,7 +179,7 @@ class Step(nn.Module):
         for block in self.text:
             x, stream = block(x, stream)
         end = torch.arange(len(x), device=x.device), tokens.argmax(-1)
-        return text.ln_final(stream[end] + x[end]) @ text.text_projection
+        return norm(x[end], stream[end], text.ln_final, self.stack.norms)[0] @ text.text_projection
 
     def forward(self, video, tokens):
         video, text = (F.normalize(x.float(), dim=-1) for x in (self.encode_video(video), self.encode_text(tokens)))
@@ -201,9 +213,12 @@ class Training:
         self.video = torch.randint(0, 256, (B, T, size, size, 3), dtype=torch.uint8, generator=generator).to(device)
         tokens = torch.randint(1, self.config.vocab_size - 1, (B, CAPTION), generator=generator)
         tokens[:, -1] = self.config.vocab_size - 1
-        self.tokens, self.device, self.precision = tokens.to(device), device, precision
-        self.loss = Step(model.to(device), stack)
-        self.parameters = list(self.loss.parameters())
+        self.tokens, self.device, self.stack = tokens.to(device), device, stack
+        model.to(device)
+        self.masters = Masters(model, torch.bfloat16 if stack.held else None)
+        self.low = precision == "bf16" and not stack.held
+        self.loss = Step(model, stack)
+        self.parameters = list(self.masters.parameters.values() if stack.held else self.loss.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True, capturable=stack.graph)
         self.replay = None
         if stack.graph:
@@ -211,17 +226,22 @@ class Training:
 
     def gradients(self):
         """Sets them, and returns the loss."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.low):
             loss = self.loss(self.video, self.tokens)
         loss.backward()
+        self.masters.take_gradients()
         return loss.detach()
+
+    def update(self):
+        self.optimizer.step()
+        self.masters.give_weights()
 
     def step(self):
         if self.replay is not None:
             return self.replay()
         self.optimizer.zero_grad()
         loss = self.gradients()
-        self.optimizer.step()
+        self.update()
         return loss
 
     def capture(self):
@@ -234,8 +254,21 @@ class Training:
         self.optimizer.zero_grad()
         with torch.cuda.graph(graph):
             loss = self.gradients()
-            self.optimizer.step()
+            self.update()
         self.replay = lambda: (graph.replay(), loss)[1]
+
+    def drop(self):
+        """Lets go of the graph, the gradients, and all but the first clip."""
+        self.replay = None
+        self.optimizer.zero_grad()
+        self.video, self.tokens = self.video[:1].clone(), self.tokens[:1].clone()
+
+    def resize(self, B):
+        """Another batch: the first clip repeated, as memory does not depend on what is in it."""
+        self.drop()
+        self.video, self.tokens = (x.repeat(B, *(1 for _ in x.shape[1:])) for x in (self.video, self.tokens))
+        if self.stack.graph:
+            self.capture()
 
 
 def check(ours, authors):
@@ -250,7 +283,7 @@ def check(ours, authors):
 def first(training):
     """(loss, gradients) without a step."""
     loss = training.gradients().item()
-    names = {name: p.grad.clone() for name, p in training.loss.model.named_parameters() if p.grad is not None}
+    names = {name: p.grad.clone() for name, p in training.masters.parameters.items() if p.grad is not None}
     training.optimizer.zero_grad()
     return loss, names
 
@@ -270,6 +303,37 @@ def measure(training, device, seconds):
     return times, torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
 
 
+def profiled(record, device, goes_on):
+    """Where the time of a record's stack goes; too short to be asked whether it goes on."""
+    training = Training(record["shape"], STACKS[record["provider"]], device, record["dtype"])
+    for _ in range(2):
+        training.step()
+    return where.measure(training.step, device, record["ms"]["p50"])
+
+
+def searched(record, device, goes_on):
+    """The largest batch of a record's stack."""
+    training = Training({**record["shape"], "B": 1}, STACKS[record["provider"]], device, record["dtype"])
+    return largest.search(training, record["shape"]["B"], goes_on)
+
+
+def add(name, found, records, args, results, goes_on):
+    """record[name] = found(...) for the records that were timed and have none, a record written at a time. Graphs come last: a
+    capture that lacks memory is what torch may not recover from."""
+    for record in sorted(records, key=lambda r: STACKS[r["provider"]].graph):
+        if "ms" not in record or name in record or not goes_on():
+            continue
+        try:
+            record[name] = found(record, args.device, goes_on)
+        except Exception as error:
+            record[name] = {"fail": f"{type(error).__name__}: {error}"[:200]}
+        if args.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        store.write(args.json, results)
+        print(f"  {record['provider']:<22} {name}: {record[name]}", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -279,24 +343,33 @@ def main(argv=None):
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 autocast on a GPU, fp32 on a CPU by default")
     parser.add_argument("--seconds", type=float, default=2.0, help="spent per stack, at least five steps")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no stack after so many")
+    parser.add_argument("--where", action="store_true", help="profile each stack: kernels of a GPU, operators of a CPU")
+    parser.add_argument("--largest", action="store_true", help="on a GPU, look for each stack's largest batch")
+    parser.add_argument("--append", action="store_true", help="time nothing, add to the rows of the JSON that is there")
     parser.add_argument("--json", type=Path, default=harness.HERE.parent / "build" / "bench" / "train.json")
     args = parser.parse_args(argv)
     device, stop = args.device, time.monotonic() + args.budget
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    peak = peaks(device)
-    results = {"op": "train", "baseline": "authors, eager", "environment": harness.environment(device)}
-    results |= {"peak": peak, "records": []}
-    for shape in (GPU_SHAPES if device == "cuda" else CPU_SHAPES)[: args.first]:
+    shapes = (GPU_SHAPES if device == "cuda" else CPU_SHAPES)[: args.first]
+    info = harness.environment(device)
+    results = harness.begun(args.json, info) if args.append else {"op": "train", "baseline": "authors, eager"}
+    if results is None:
+        parser.error(f"--append: {args.json} is not of this commit and device")
+    if not args.append:
+        results |= {"environment": info, "peak": peaks(device), "records": []}
+    peak = results["peak"]
+    for shape in [] if args.append else shapes:
         print(f"\n{store.label(shape)}  {precision}")
         authors = base = None
         for name, stack in STACKS.items():
-            chosen = name in args.only if args.only else not any(word in name for word in args.skip)
-            if name != "authors, eager" and (not chosen or time.monotonic() > stop):
+            if name != "authors, eager" and (not chosen(name, args) or time.monotonic() > stop):
                 continue
             record = {"shape": shape, "dtype": precision, "mode": "step", "provider": name}
             try:
                 if stack.graph and device != "cuda":
                     raise harness.Unavailable("for a GPU")
+                if stack.held and precision != "bf16":
+                    raise harness.Unavailable("for bf16")
                 began = time.perf_counter()
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()  # before the model, as a graph's memory is taken when it is captured
@@ -323,7 +396,19 @@ def main(argv=None):
             results["records"].append(record)
             store.write(args.json, results)
             print(show(record), flush=True)
+    authors = None  # whose gradients would be in the way
+    rows = [r for r in results["records"] if r["shape"] in shapes and r["provider"] in STACKS and chosen(r["provider"], args)]
+    if args.where:
+        add("where", profiled, rows, args, results, lambda: time.monotonic() < stop)
+    if args.largest and device == "cuda":
+        add("largest", searched, rows, args, results, lambda: time.monotonic() < stop)
+    elif args.largest:
+        print("largest batch: not searched on a CPU, whose memory is shared")
     print(f"\n{len(results['records'])} records in {args.json}")
+
+
+def chosen(name, args):
+    return name in args.only if args.only else not any(word in name for word in args.skip)
 
 
 def show(record):

@@ -1,6 +1,7 @@
 // The module evaat_fast._cpu: argument unpacking only. Python has checked everything; every function returns a Status.
 #include "common/bind.h"
 #include "common/cpu.h"
+#include "norm/bind.h"
 #include "pairwise/bind.h"
 #include "patchify/bind.h"
 #include "rope3d/bind.h"
@@ -10,7 +11,9 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("isa", &evaat::isa);
   m.def("set_isa", &evaat::set_isa, pybind11::arg("level"));
   evaat::bind_dtypes(m);
-  evaat::bind_rope3d<int>(m, evaat::rope3d, evaat::rope3d_freqs);
+  evaat::bind_rope3d<int>(m, evaat::rope3d);
+  evaat::bind_rope3d_freqs(m);
   evaat::bind_patchify<int>(m, evaat::patchify);
+  evaat::bind_norm(m);
   evaat::bind_pairwise(m);
 }

@@ -27,14 +27,15 @@ def table(dtype):
 TABLE = ["table.half", "table.b", "table.h"]
 
 
-def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False):
+def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False, tensors="q k out_q out_k"):
+    """tensors: those that are not None. Without out_q it turns in place, with v it copies values too."""
     from evaat_fast.kernels.rope3d import rotate as kernels
 
-    tensors = ("q", "k", "out_q", "out_k")
-    types = dict.fromkeys(tensors, rows(dtype)) | {"table": table("fp32")}
-    types |= dict.fromkeys(("q_heads", "k_heads", "N", "prefix", "first"), "i32")
-    types["S"] = kernels.shape_of(D, interleaved, inverse, per_head)
-    aligned = [*TABLE, *strides(*tensors)]
+    types = dict.fromkeys("q k v out_q out_k out_v".split()) | dict.fromkeys(tensors.split(), rows(dtype))
+    types |= {"table": table("fp32")} | dict.fromkeys(("q_heads", "k_heads", "N", "prefix", "first", "clip"), "i32")
+    elements = kernels.BLOCK_ELEMENTS // (2 if dtype == "fp32" else 1)
+    types["S"] = kernels.shape_of(D, interleaved, inverse, per_head, elements=elements)
+    aligned = [*TABLE, *strides(*tensors.split()), "clip"]
     return aot.build(kernels.rope3d_kernel, types, {}, arch, aligned=aligned, num_warps=kernels.NUM_WARPS)
 
 
@@ -104,7 +105,7 @@ def contrast(arch, dtype, sweep, positives="OWN"):
     constants |= {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
     aligned = [*ALIGNED, "logits.row", "out.first", "out.last"]
     if sweep == "stats":
-        types["out"] = kernels.Stats("*fp32", "*fp32", "i32", "i32")
+        types["out"] = kernels.Stats("*fp32", "*fp32", "*fp32", "i32", "i32")
         return aot.build(kernels.contrast_stats_kernel, types, constants, arch, aligned=aligned, **shape)
     types |= {"totals": kernels.Totals(*["*fp32"] * 4, None), "out": kernels.Slopes(f"*{dtype}", "*fp32", "i32", "i32")}
     return aot.build(kernels.contrast_slopes_kernel, types, constants, arch, aligned=aligned, **shape)
@@ -115,18 +116,15 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     from evaat_fast.kernels.attn import backward, forward
     from torch import bfloat16
 
-    kernel = getattr(forward if kind == "forward" else backward, f"attn_{'keys' if kind == 'both' else kind}_kernel")
+    kernel = getattr(forward if kind == "forward" else backward, f"attn_{kind}_kernel")
     block_m, block_n, launch = forward.blocks_of(kind, bfloat16, D, arch // 10)
     padded = forward.padded(D)
-    add = backward.NOTHING if kind != "both" else backward.ATOMIC if arch < 90 else backward.COPY
     tensors = ("q", "k", "v", "out", "turned_q", "do", "dq", "dk", "dv")
     types = dict.fromkeys(tensors, rows("bf16")) | {"table": table("fp32"), "lse": rows("fp32")._replace(n=1), "delta": "*fp32"}
-    types["sums"] = {0: None, 1: "*fp32", 2: f"tensordesc<fp32[1, {block_m}, {padded}]>"}[add.value]
     types["call"] = forward.Call(*["i32"] * 5, "*i32" if clips else None, "i32", "fp32")
     types["S"] = forward.Shape(*map(tl.constexpr, (D, padded, interleaved, clips, block_m, block_n)))
     types = {name: types[name] for name in kernel.arg_names if name in types}
-    constants = {"ADD": add.value} if "ADD" in kernel.arg_names else {}
-    return aot.build(kernel, types, constants, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
+    return aot.build(kernel, types, {}, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
 def of_rows(arch, name):
@@ -135,13 +133,41 @@ def of_rows(arch, name):
 
     types, constants = {"f": features("bf16"), "norms": "*fp32"}, {"BLOCK_E": 256}
     if name == "prepare":
-        types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32"}
+        types |= {"unit_video": "*bf16", "unit_text": "*bf16", "inverses": "*fp32", "sums": "*i32"}
     else:
-        types |= {"row_sum": "*i32", "col_sum": "*i32", "weight": None, "factor": "fp32"}
-        types |= dict.fromkeys(["grad_video", "grad_text"], "*fp32")
+        types |= {"sums": "*i32", "weight": None, "grads": ("*fp32", "*fp32"), "scale": None, "factor": "fp32", "rows": "i32"}
+        types["ends"] = panel.Ends("*fp32", "*fp32", "i32", None, None, 0, "i64")
         constants["FIRST"] = 0
     aligned = [x for x in ALIGNED if x != "f.N"]
     return aot.build(getattr(panel, f"{name}_kernel"), types, constants, arch, aligned=aligned)
+
+
+def contrast_totals(arch, every):
+    from evaat_fast.kernels.pairwise import contrast as kernels
+
+    types = {"stats": kernels.Stats("*fp32", "*fp32", "*fp32", "i32", "i32"), "sums": kernels.Sums("*fp64", "*fp64")}
+    types |= {"totals": kernels.Totals(*["*fp32"] * 4, None), "halves": ("i64", "i64")} | dict.fromkeys(
+        ("N", "down", "across"), "i32"
+    )
+    return aot.build(kernels.contrast_totals_kernel, types, {"EVERY": every, "BLOCK": 64}, arch, num_warps=2)
+
+
+def pairwise_scale(arch):
+    from evaat_fast.kernels.pairwise.panel import scale_kernel
+
+    types = {"factor": "*fp32", "xs": ("*fp32", "*fp32"), "outs": ("*bf16", "*bf16"), "of_scale": "*fp32", "to_scale": "*fp32"}
+    return aot.build(scale_kernel, types | {"count": "i32"}, {"BLOCK": 4096}, arch, aligned=["count"], num_warps=8)
+
+
+def sms_diagonal(arch):
+    from evaat_fast.kernels.pairwise import panel
+    from evaat_fast.kernels.pairwise import sms as kernels
+    from torch import bfloat16
+
+    shape = panel.config(bfloat16)
+    types = {"f": features("bf16"), "labels": labels("u8", True, True), "pairs": kernels.Pairs(*["*fp32"] * 4, None)}
+    constants = {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
+    return aot.build(kernels.diagonal_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row"], **shape)
 
 
 def norm(arch, kind, C, dtype="bf16", residual=True):
@@ -182,6 +208,9 @@ def _shipped():
             yield f"rope3d {dtype} D{D} {name}", functools.partial(rope3d, dtype=dtype, D=D, interleaved=interleaved)
     inverse = functools.partial(rope3d, dtype="bf16", D=64, inverse=True, per_head=True)
     yield "rope3d bf16 D64 interleaved, inverse, per head", inverse
+    for name, tensors in (("in place", "q k"), ("inverse, packed", "q k v out_q out_k out_v")):
+        build = functools.partial(rope3d, dtype="bf16", D=64, inverse="v" in tensors, tensors=tensors)
+        yield f"rope3d bf16 D64 interleaved, {name}", build
     for dtype, D, per_head in [("bf16", 64, False), ("fp16", 128, False), ("fp32", 64, False), ("bf16", 64, True)]:
         for name, interleaved in pairs.items():
             of_head = ", per head" if per_head else ""
@@ -205,9 +234,9 @@ def _shipped():
             build = functools.partial(contrast, dtype="bf16", sweep=sweep, positives=positives)
             yield f"ego_nce bf16, {sweep}, {name}", build
     for D in (64, 128):
-        for kind in ("forward", "keys", "queries", "both"):
+        for kind in ("forward", "keys", "queries"):
             yield f"attn {kind} bf16 D{D} interleaved", functools.partial(attn, kind=kind, D=D)
-    for kind in ("forward", "keys", "queries", "both"):
+    for kind in ("forward", "keys", "queries"):
         yield f"attn {kind} bf16 D64 interleaved, packed clips", functools.partial(attn, kind=kind, D=64, clips=64)
     yield "attn forward bf16 D80 half-split", functools.partial(attn, kind="forward", D=80, interleaved=False)
     for kind in ("add_norm", "add_norm backward"):
@@ -220,6 +249,10 @@ def _shipped():
     yield "norm sums 768", functools.partial(norm, kind="sums", C=768)
     for name in ("prepare", "finish"):
         yield f"pairwise {name}", functools.partial(of_rows, name=name)
+    yield "pairwise scale", pairwise_scale
+    yield "sms diagonal, verbs and nouns", sms_diagonal
+    yield "contrast totals", functools.partial(contrast_totals, every=False)
+    yield "contrast totals, of more positives", functools.partial(contrast_totals, every=True)
 
 
 SHIPPED = dict(_shipped())

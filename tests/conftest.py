@@ -1,5 +1,6 @@
 """Fixtures of every tier. Unwritten outputs fail: torch.empty and its kin are filled with what shows."""
 
+import functools
 import os
 import random
 
@@ -63,6 +64,7 @@ def poisoned_empty(monkeypatch):
 
         return filled
 
+    @torch.no_grad()  # some are parameters
     def fill(x):
         """NaN; of signed integers a number that is no index and no count; 165 of bytes; every second bool, as none is wrong."""
         if x.dtype == torch.bool:
@@ -94,3 +96,11 @@ def isa(request):
         pytest.skip("this machine has no such instructions")
     yield request.param
     _cpu.set_isa(before)
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Configurations of runs in the test's own folder: see `corpus.configuration`."""
+    from corpus import configuration
+
+    return functools.partial(configuration, tmp_path)

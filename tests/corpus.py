@@ -19,3 +19,30 @@ def corpus(**settings):
 
 
 _folders = []
+
+
+def configuration(folder, *overrides, out="run"):
+    """A configuration of the smallest model on the small corpus, written to a folder, with changes."""
+    from evaat_fast.train import load
+
+    kitchen, path = corpus(), folder / "run.toml"
+    path.write_text(f"""
+        [model]
+        name = "eva02_at_tiny_patch16_64"
+        num_frames = 2
+        overrides = {{ patch_size = 32, vision_layers = 1, text_layers = 1, vision_width = 32, vision_heads = 1, vision_mlp = 32 }}
+        [data]
+        annotations = "{kitchen.annotations}"
+        videos = "{kitchen.videos}"
+        cache = true
+        [optim]
+        lr = 1e-3
+        [schedule]
+        warmup_epochs = 0.5
+        [train]
+        out = "{out}"
+        epochs = 2
+        batch_size = 16
+        device = "cpu"
+        """)  # noqa: E501
+    return load(path, overrides)

@@ -48,10 +48,11 @@ def emulated(monkeypatch):
     """Within, backend="cuda" serves CPU tensors."""
     import evaat_fast
 
-    compiled, unusable = module(), _dispatch.unusable
+    compiled, unusable, why_not = module(), _dispatch.unusable, _dispatch.why_not
     with monkeypatch.context() as patch:
         patch.setattr(evaat_fast, "_cuda", compiled, raising=False)
-        patch.setattr(_dispatch, "unusable", lambda op, b, *rest: None if b == "cuda" else unusable(op, b, *rest))
+        patch.setattr(_dispatch, "why_not", lambda b: None if b == "cuda" else why_not(b))
+        patch.setattr(_dispatch, "unusable", lambda op, b, device, *rest: unusable(op, b, b if b == "cuda" else device, *rest))
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
         yield

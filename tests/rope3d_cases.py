@@ -180,6 +180,7 @@ def _random_call(r, seed, backend, device, dtypes, largest):
     if k is not None:
         check_gradients(backend, q, k, grid, **options)
     check_packed(backend, B, N, Hq, D, dtype, device, grid, **options)
-    if "freqs" in options and D >= 64:  # with a handful of frequencies, torch's own error is a matter of luck
+    # CUDA C++ learns none; with a handful of frequencies, torch's own error is a matter of luck.
+    if "freqs" in options and D >= 64 and backend != "cuda":
         check_learnable(backend, q, k, grid, **options)
         check_learnable_packed(backend, B, N, Hq, D, dtype, device, grid, **options)

@@ -74,15 +74,18 @@ def test_attention_fits_ada(name, arch):
     assert of_it["stack"] == 0 and of_it["shared"] <= aot.SHARED_LIMIT[arch], of_it
 
 
-@compiles([90, 100], "attn both")
-def test_one_pass_adds_with_the_copy_engine(name, arch):
-    code = lines(name, arch)
-    assert any(line.startswith("UTMAREDG") for line in code) and not any(line.startswith("RED.") for line in code)
-
-
 @compiles(aot.ARCHS, "rope3d ")
 def test_rope3d_moves_16_bytes_per_access(name, arch):
     assert aot.global_access(lines(name, arch)) == {"load": {128}, "store": {128}}
+
+
+@compiles(aot.ARCHS, "rope3d ")
+def test_rope3d_loads_before_it_stores(name, arch):
+    """In place a load may not pass a store, so one head would wait for another."""
+    stored = False
+    for line in lines(name, arch):
+        stored = (stored or line.startswith("STG")) and not line.startswith(("EXIT", "BRA"))
+        assert not (stored and line.startswith("LDG")), line
 
 
 def of_this(compiler):
@@ -131,7 +134,7 @@ def test_cuda_kernels_fit_and_move_16_bytes_per_access():
 
     kernels = aot.module_resources(_cuda.__file__)
     rope = {name: used for name, used in kernels.items() if "rope3d" in name[1]}
-    assert len(rope) >= 2 * 12 and all(used["stack"] == 0 for used in kernels.values())
+    assert len(rope) >= 12 and all(used["stack"] == 0 for used in kernels.values())
     # 256 threads a block: two blocks an SM at least.
     assert all(used["registers"] <= 128 for used in rope.values()), rope
     packed = [k for k in kernels if "rope3d_kernelI13__nv_bfloat16Lb1ELi4E" in k[1]]

@@ -102,7 +102,6 @@ def test_lengths(backend, lengths):
 def test_clips_longer_than_a_block():
     check("triton", [129, 64, 200, 2], "positions", torch.float32, H=1, Hk=1, D=16)
     check("triton", [257, 3, 128], {}, torch.float16, H=1, Hk=1, D=16)
-    check("triton_onepass", [129, 64, 200, 2], "positions", torch.float32, H=1, Hk=1, D=16)
 
 
 def random_call(seed):
@@ -110,8 +109,7 @@ def random_call(seed):
     torch.manual_seed(seed)
     lengths = [rng.choice((0, 1, 2, rng.randint(3, 61), 61)) for _ in range(rng.randint(1, 9))]
     shape = dict(D=rng.choice((8, 16, 48)), H=(Hk := rng.choice((1, 2))) * rng.choice((1, 2)), Hk=Hk)
-    dtype, backend = rng.choice((torch.float32, torch.float16)), rng.choice(("triton", "triton_onepass"))
-    check(backend, lengths, rng.choice(ROPES), dtype, **shape)
+    check("triton", lengths, rng.choice(ROPES), rng.choice((torch.float32, torch.float16)), **shape)
 
 
 @pytest.mark.interpret
@@ -177,7 +175,7 @@ def test_limits_that_are_none_show(limits):
     """On a GPU they are not looked at before the kernel does, as here, where the check of a call is passed over."""
     x, limits = torch.randn(1, 2, 40, 32), torch.tensor(limits, dtype=torch.int32)
     still = Rotation(None, None, (), 0, True, False, "triton")
-    call = AttentionPlan(still, None, False, limits, None, 32**-0.5, False, "triton")
+    call = AttentionPlan(still, None, False, limits, None, 32**-0.5, "triton")
     leaves = [x.clone().requires_grad_() for _ in range(3)]
     assert all(part.isnan().any() for part in results(lambda *x: attend(*x, call)[0], leaves))
 

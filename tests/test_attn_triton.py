@@ -100,36 +100,6 @@ def test_learned_frequencies_have_a_gradient():
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.sample(6)
-@pytest.mark.parametrize(
-    "shape,rope",
-    [
-        (dict(n=1), {}),
-        (dict(n=25), dict(grid=(2, 3, 4))),
-        (dict(n=70, H=4, Hk=2), dict(positions=torch.rand(70, 3) * 9)),
-        (dict(n=129, B=1, H=1, D=80), dict(grid=(2, 8, 8), interleaved=False)),
-        (dict(n=197, B=1, H=1, D=64), dict(grid=(1, 14, 14))),
-    ],
-    ids=["one token", "grid", "positions, grouped", "half-split", "image"],
-)
-@dtypes
-def test_one_pass(shape, rope, dtype):
-    check(tensors(**{"D": 32, **shape, "dtype": dtype}), backend="triton_onepass", **rope)
-
-
-def test_one_pass_of_what_is_wanted():
-    """Where a gradient is not, there are two passes."""
-    q, k, v = (x.detach() for x in tensors(n=25, dtype=F32))
-    run = lambda q, k, backend: ops.joint_attention(q, k, v, grid=(2, 3, 4), backend=backend)  # noqa: E731
-    for needed in ((True, False), (False, True)):
-        leaves = [x.clone().requires_grad_(need) for x, need in zip((q, k), needed, strict=True)]
-        wanted = [x for x in leaves if x.requires_grad]
-        ours, two = (torch.autograd.grad(run(*leaves, b).square().sum(), wanted) for b in ("triton_onepass", "triton"))
-        assert all(map(torch.equal, ours, two))
-    with pytest.raises(RuntimeError, match="joint_attention: backend 'triton_onepass' .* its sums have no fixed order"):
-        ops.joint_attention(q, k, v, deterministic=True, backend="triton_onepass")
-
-
 @pytest.mark.parametrize("view", ["packed", "tokens first", "sliced", "last dim strided", "one head for all"])
 def test_views(view):
     q, k, v = (x.detach() for x in tensors(n=25, dtype=F32))
@@ -201,14 +171,13 @@ def test_one_sided_gradients_and_inference():
 
 
 @pytest.mark.sample(8)
-@pytest.mark.parametrize("backend", ["triton", "triton_onepass"])
 @pytest.mark.parametrize("bias", [True, False])  # with one, torch returns the projection as a view
 @pytest.mark.parametrize(
     "options",
     [dict(grid=(2, 3, 4)), dict(positions=torch.randn(2, 25, 3)), {}, dict(scale=-0.2)],
     ids=["grid", "positions", "no rotation", "scale"],
 )
-def test_packed_projection(backend, bias, options):
+def test_packed_projection(bias, options):
     linear, x = torch.nn.Linear(16, 3 * 3 * 32, bias=bias), torch.randn(2, 25, 16)
     options = dict(grid=(2, 3, 4)) | options if "scale" in options else options
 
@@ -218,7 +187,7 @@ def test_packed_projection(backend, bias, options):
         loss = (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + lse.square().sum()
         return out, lse, *torch.autograd.grad(loss, linear.parameters())
 
-    for a, b in zip(run(backend), run("reference"), strict=True):
+    for a, b in zip(run("triton"), run("reference"), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
@@ -246,7 +215,7 @@ def test_nan_and_inf_stay_in_their_head(bad):
 def settings(rope=True, scale=0.2):
     """An AttentionPlan as the operators take it."""
     still = Rotation(None, None, (2, 3, 4) if rope else (), 1 if rope else 0, True, False, "triton")
-    return flat(AttentionPlan(still, None, rope, None, None, scale, False, "triton"))
+    return flat(AttentionPlan(still, None, rope, None, None, scale, "triton"))
 
 
 @pytest.mark.sample(1)
@@ -360,7 +329,7 @@ def random_call(seed):
         options = dict(positions=torch.rand(N, 3) * 20, prefix_tokens=min(prefix, N), interleaved=rng.random() < 0.5)
     if rng.random() < 0.3:
         options["scale"] = rng.choice((0.05, 0.5))
-    check(inputs, backend=rng.choice(("triton", "triton_onepass")), **options)
+    check(inputs, backend="triton", **options)
 
 
 def test_fuzz():

@@ -25,7 +25,7 @@ def test_entries_say_what_they_ask(lab, capsys):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["norm", "sms"])
+@pytest.mark.parametrize("name", ["rope3d", "norm", "sms"])
 def test_launches(lab, name, monkeypatch):
     """Another block must not change the result, and a wrong result must not pass."""
     with emulated(monkeypatch):

@@ -129,6 +129,24 @@ def test_mistakes_in_the_file_name_the_file(file, tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize(
+    "text,value", [("false", False), ("true", True), ('"selective"', "selective"), ("selective", "selective")]
+)
+def test_a_key_that_is_true_false_or_a_word(file, text, value):
+    assert load(file(), [f"model.grad_checkpointing={text}"]).model.grad_checkpointing is value or value == "selective"
+    if text != "selective":  # in a file a word has quotes
+        config = load(file(GOOD.replace("[data]", f"grad_checkpointing = {text}\n[data]")))
+        assert config.model.grad_checkpointing == value
+    assert "grad_checkpointing = false   # false | true | selective" in configs.template()
+
+
+@pytest.mark.parametrize("text", ["whole", '"true"', "1", "[]"])
+def test_what_is_none_of_these(file, text):
+    wanted = "model.grad_checkpointing: expected true or false or selective, got"
+    with pytest.raises(ConfigError, match=wanted):
+        load(file(), [f"model.grad_checkpointing={text}"])
+
+
 def test_init_and_pretrained_exclude_each_other(file):
     with pytest.raises(ConfigError, match="train.init: give either this or model.pretrained"):
         load(file(), ["train.init=a.pt", "model.pretrained=b.pt"])

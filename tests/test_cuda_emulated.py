@@ -46,22 +46,19 @@ def test_rope3d_packed_and_gradients(dtype, prefix):
     cases.check_gradients("cuda", q, k, GRID, prefix_tokens=prefix, interleaved=False)
 
 
-@pytest.mark.sample(3)
-@dtypes
-@interleaving
-@pytest.mark.parametrize("per_head", [False, True])
-def test_rope3d_learnable_frequencies(dtype, interleaved, per_head):
-    freqs = torch.randn((5, 3, 32) if per_head else (3, 32)) / 4
-    q, k = make("contiguous", 2, 5, 121, 64, dtype, "cpu"), make("packed", 2, 5, 121, 64, dtype, "cpu")
-    cases.check_learnable("cuda", q, k, (2, 6, 10), freqs=freqs, interleaved=interleaved)
-    cases.check_learnable("cuda", k, None, positions=torch.randn(2, 121, 3), freqs=freqs, interleaved=interleaved, inverse=True)
-    cases.check_learnable_packed("cuda", 2, 121, 5, 64, dtype, "cpu", (2, 6, 10), freqs=freqs, interleaved=interleaved)
-
-
-@pytest.mark.parametrize("D", [2, 30, 80, 256])
-def test_rope3d_learnable_frequencies_of_any_head_dim(D):
-    q, k = make("tokens first", 2, 6, N, D, torch.float32, "cpu"), make("sliced", 2, 3, N, D, torch.float32, "cpu")
-    cases.check_learnable("cuda", q, k, GRID, freqs=torch.randn(3, D // 2))
+def test_rope3d_refuses_frequencies_that_learn():
+    q, freqs = torch.randn(1, 2, N, 16), ops.joint_freqs(16).requires_grad_()
+    calls = [
+        lambda: ops.rope3d(q, None, GRID, freqs=freqs, backend="cuda"),
+        lambda: ops.rope3d_qkv_(torch.randn(1, N, 48), 1, GRID, freqs=freqs, backend="cuda"),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="rope3d: backend 'cuda' was asked for but .* no gradient of freqs"):
+            call()
+    with torch.no_grad():
+        expected = ops.rope3d(q, None, GRID, freqs=freqs, backend="reference")
+        torch.testing.assert_close(ops.rope3d(q, None, GRID, freqs=freqs, backend="cuda"), expected)
+        assert ops.rope3d_(q, None, GRID, freqs=freqs, backend="cuda") is q
 
 
 def test_rope3d_fuzz():

@@ -33,7 +33,7 @@ def test_other_devices_get_what_plain_torch_gives():
         (
             "nonsense",
             ValueError,
-            "backend: expected one of auto, triton, triton_onepass, cuda, cpu, sdpa, reference, got 'nonsense'",
+            "backend: expected one of auto, triton, cuda, cpu, sdpa, reference, got 'nonsense'",
         ),
         ("sdpa", RuntimeError, "rope3d: backend 'sdpa' was asked for but cannot serve this call: no sdpa version of rope3d"),
         ("triton", RuntimeError, "triton takes CUDA tensors"),
@@ -60,6 +60,32 @@ def test_missing_module_is_a_recorded_reason():
     run = in_a_process(code)
     assert run.stdout.startswith("True\nrope3d: backend 'cpu' was asked for but cannot serve this call: "), run.stderr
     assert "import of evaat_fast._cpu halted" in run.stdout and "rope3d: cpu passed over" in run.stderr
+
+
+def test_kernels_of_another_gpu_are_passed_over():
+    code = (
+        "import sys, types; sys.modules['evaat_fast._cuda'] = types.SimpleNamespace(CODES='sm_80 sm_90a compute_120')\n"
+        "import torch; from evaat_fast.ops._core import dispatch\n"
+        "torch.cuda.device_count = lambda: 1\n"
+        "sys.modules['triton'] = None  # its import fails\n"
+        "for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 1)):\n"
+        "    torch.cuda.get_device_capability = lambda i: capability\n"
+        "    dispatch.why_not.cache_clear(); dispatch._chosen.cache_clear()\n"
+        "    print(dispatch.pick('rope3d', torch.device('cuda'), torch.float32), dispatch.why_not('cuda'))\n"
+    )
+    run = in_a_process(code)
+    built = "evaat_fast._cuda is built for sm_80 sm_90a compute_120, but there is an"
+    expected = [f"reference {built} sm_75", "cuda None", "cuda None", "cuda None", f"reference {built} sm_100", "cuda None"]
+    assert run.stdout.splitlines() == expected, run.stderr
+
+
+def test_frequencies_that_learn_are_a_need_of_rope3d(caplog):
+    """CUDA C++ lacks their gradient, says so by name, and is passed over without a word."""
+    device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="rope3d: backend 'cuda' was asked for but .* no gradient of freqs"):
+        _dispatch.pick("rope3d", device, torch.float32, "cuda", (_dispatch.LEARNED,))
+    assert _dispatch.pick("rope3d", device, torch.float32, None, (_dispatch.LEARNED,)) in ("triton", "reference")
+    assert "rope3d: cuda" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 
 from evaat_fast import losses, ops
 
+MODULES = (ops, losses, losses.avion, losses.lavila, losses.egovlp, losses.open_clip)
 # Of those that take something.
-PUBLIC = [(m, name) for m in (ops, losses) for name in m.__all__ if inspect.signature(getattr(m, name)).parameters]
+PUBLIC = [(m, name) for m in MODULES for name in m.__all__ if inspect.signature(getattr(m, name)).parameters]
 
 
 @pytest.mark.parametrize("module,name", PUBLIC, ids=lambda x: x if isinstance(x, str) else x.__name__.split(".")[-1])

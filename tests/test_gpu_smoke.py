@@ -5,6 +5,7 @@ combination compiles for seconds; the tests of each op have the rest.
 """
 
 import contextlib
+import importlib.util
 
 import pytest
 import rope3d_cases
@@ -38,11 +39,15 @@ def heads(device, dtype=BF16, H=4, D=64):
 
 
 def test_what_serves(device):
-    """Triton, where it should be: a fallback would pass every other test here."""
+    """Our kernels, where they should be: a fallback would pass every other test here."""
     pick = lambda op: dispatch.pick(op, torch.device(device), BF16)  # noqa: E731
     ours = "triton" if device == "cuda" else "cpu"
     losses = ("sms_loss", "mi_mm_loss", "adaptive_mi_mm_loss", "clip_loss", "ego_nce_loss")
-    assert {op: pick(op) for op in ("rope3d", *losses)} == dict.fromkeys(("rope3d", *losses), ours)
+    assert {op: pick(op) for op in losses} == dict.fromkeys(losses, ours)
+    built = importlib.util.find_spec("evaat_fast._cuda") is not None
+    assert pick("rope3d") == ("cuda" if device == "cuda" and built else ours)
+    learned = dispatch.pick("rope3d", torch.device(device), BF16, None, (dispatch.LEARNED,))
+    assert learned == ours
     assert pick("joint_attention") == "sdpa"
     assert pick("add_norm") == pick("swiglu_norm") == ("triton" if device == "cuda" else "reference")
 

@@ -89,7 +89,7 @@ def test_every_submodule_is_an_attribute():
     """After `import evaat_fast` alone: each in a process in which nothing else was imported."""
     packages = [
         ROOT / "evaat_fast",
-        *(ROOT / "evaat_fast" / name for name in ("data", "eval", "integrations", "model", "train")),
+        *(ROOT / "evaat_fast" / name for name in ("data", "eval", "integrations", "losses", "model", "train")),
     ]
     names = []
     for package in packages:

@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 
+import losses_ranks
 import pairwise_oracle as oracle
 import pytest
 import torch
@@ -142,53 +143,8 @@ def test_a_training_step_as_avion_writes_it():
     assert seen[-1] < 0.9 * seen[0]
 
 
-RANKS = r"""
-import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
-from evaat_fast import losses
-
-def step(world, rank, video, text, weight, labels, matrix, **options):
-    part = slice(rank * 6, rank * 6 + 6) if world > 1 else slice(None)
-    columns, rows = labels
-    results = []
-    for make, arguments in (
-        (losses.ClipLoss, lambda: (torch.tensor(4.0, dtype=torch.float64),)),
-        (losses.MaxMarginRankingLoss, lambda: ()),
-        (losses.SymmetricMultiSimilarityLoss, lambda: (weight[part], torch.cat((columns[part], rows[part])))),
-    ):
-        extra = {"matrix": matrix} if make is losses.SymmetricMultiSimilarityLoss else {}
-        leaves = [x[part].clone().requires_grad_() for x in (video, text)]
-        loss = make(rank=rank, world_size=world, **extra, **options)(*leaves, *arguments())["loss"]
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    return results
-
-def main(rank, path):
-    dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
-    torch.manual_seed(0)
-    video, text, weight = torch.randn(2, 12, 8, dtype=torch.float64).unbind() + (torch.rand(12, dtype=torch.float64),)
-    labels, matrix = torch.randint(0, 20, (2, 12)).unbind(), torch.rand(20, 20, dtype=torch.float64)
-    alone = step(1, 0, video, text, weight, labels, matrix)
-    # Gathered with gradients, every rank has the whole loss, and gradients are summed over the ranks: world times one's own.
-    for options, factor in (({"gather_with_grad": True}, 2), ({}, 1)):
-        for (a, *grads), (b, *whole) in zip(step(2, rank, video, text, weight, labels, matrix, **options), alone):
-            torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
-            for x, y in zip(grads, whole):
-                torch.testing.assert_close(x, factor * y[rank * 6 : rank * 6 + 6], rtol=1e-11, atol=1e-14)
-    # Local losses average to the whole one.
-    mine, clip = slice(rank * 6, rank * 6 + 6), losses.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=2)
-    local = clip(video[mine], text[mine], torch.tensor(4.0, dtype=torch.float64))["loss"]
-    dist.all_reduce(local)
-    torch.testing.assert_close(local / 2, alone[0][0], rtol=1e-12, atol=0)
-    print("rank", rank, "agrees", flush=True)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    mp.spawn(main, (sys.argv[1],), 2)
-"""
-
-
 def test_two_ranks_have_the_loss_and_the_gradients_of_one_process(tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path / "store")]
+    command = [sys.executable, losses_ranks.__file__, str(tmp_path / "store")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert run.stdout.count("agrees") == 2, run.stdout + run.stderr
 
@@ -199,7 +155,6 @@ def labels_without_a_matrix():
 
 BAD = [
     (lambda: losses.ClipLoss(use_horovod=True), ValueError, "use_horovod: expected False"),
-    (lambda: losses.ClipLoss(local_loss=True, world_size=2), ValueError, "local_loss: expected gather_with_grad=True"),
     (lambda: losses.SymmetricMultiSimilarityLoss(fix_norm=False), ValueError, "fix_norm: expected True"),
     (lambda: losses.SymmetricMultiSimilarityLoss()(*batch()), TypeError, r"weight: expected a tensor \[N\]"),
     (lambda: losses.AdaptiveMaxMarginRankingLoss()(*batch()), TypeError, r"weight: expected a tensor \[N\]"),

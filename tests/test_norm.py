@@ -14,6 +14,7 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 PLACES = [
     pytest.param("reference", "cpu", F32, id="reference-float32"),
     pytest.param("reference", "cpu", BF16, id="reference-bfloat16"),
+    *(pytest.param("cpu", "cpu", t, id=f"cpu-{t}") for t in (F32, BF16, F16)),
     *(pytest.param("triton", "cpu", t, id=f"triton-{t}", marks=pytest.mark.interpret) for t in (F32, F16)),
     *(pytest.param(None, "cuda", t, id=f"cuda-{t}", marks=pytest.mark.gpu) for t in (F32, BF16, F16)),
 ]
@@ -185,6 +186,20 @@ def test_what_comes_back(backend, device, dtype):
         assert ops.add_norm(x.double(), None, weight, bias, backend="reference")[0].dtype == F64
 
 
+@places
+def test_a_product_of_another_dtype(backend, device, dtype):
+    """The norm of a float32 stream, rounded once to the dtype asked for; its gradients are those of the wide norm."""
+    low = dtype if dtype != F32 else F16
+    x, weight, bias, upstream = rows((5, 96), F32, device), *norm_weights(96, F32, device), rows((5, 96), low, device)
+    learn = [y.requires_grad_() for y in (x, weight, bias)]
+    wide, narrow = (ops.add_norm(x, None, weight, bias, dtype=t, backend=backend)[0] for t in (None, low))
+    assert wide.dtype == F32 and narrow.dtype == low and torch.equal(narrow, wide.to(low))
+    pairs = zip(torch.autograd.grad(narrow, learn, upstream), torch.autograd.grad(wide, learn, upstream.float()), strict=True)
+    assert all(a.dtype == F32 and torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16, float16 or float64, got torch.int32"):
+        ops.add_norm(x, None, weight, bias, dtype=torch.int32, backend=backend)
+
+
 def test_float64():
     x, residual, weight, bias = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((3, 8), (3, 8), (8,), (8,)))
     assert torch.autograd.gradcheck(lambda *y: ops.add_norm(*y, eps=1e-3), (x, residual, weight, bias))
@@ -253,6 +268,63 @@ def test_a_gradient_that_float16_has_not(factor):
     totals = [ops.add_norm(x, residual, *weights, backend=backend)[1] for backend in ("triton", "reference")]
     ours, want = (torch.autograd.grad((total * factor).sum(), residual)[0] for total in totals)
     assert ours.isfinite().all() and torch.equal(ours, want)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_each_instruction_set(isa, dtype):
+    for seed in range(3000, 3008):
+        draw(seed, "cpu", "cpu", dtype)
+    values = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-torch.inf, torch.inf, torch.nan])]).to(dtype)
+    x = torch.cat((values, torch.ones_like(values)))
+    torch.testing.assert_close(
+        *(ops.swiglu_norm(x, None, None, backend=b) for b in ("cpu", "reference")), equal_nan=True, rtol=4e-7, atol=1e-30
+    )
+
+
+def calls(dtype, M, C):
+    """Of both ops on the CPU, each (function of a backend, inputs that learn)."""
+    learn = lambda *given: [x.requires_grad_() for x in given]  # noqa: E731
+    stream, wide = learn(rows((M, C), dtype, "cpu"), rows((M, C), F32, "cpu")), learn(rows((M, 2 * C), dtype, "cpu"))
+    weights = learn(*norm_weights(C, F32, "cpu"))
+    yield lambda backend: ops.add_norm(*stream, *weights, backend=backend), [*stream, *weights]
+    yield lambda backend: (ops.swiglu_norm(*wide, *weights, backend=backend),), [*wide, *weights]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_the_same_bits_with_any_number_of_threads(dtype):
+    before = torch.get_num_threads()
+    for call, inputs in calls(dtype, 333, 500):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs = call("cpu")
+            results.append([*outs, *torch.autograd.grad(outs, inputs, [o.detach() for o in outs])])
+        torch.set_num_threads(before)
+        assert all(map(torch.equal, results[0], other) for other in results[1:]), "two numbers of threads, two results"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_saves_no_more_than_torch(dtype):
+    def saved(call, backend):
+        kept = {}
+        keep = lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            _ = call(backend)
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+    for call, _ in calls(dtype, 64, 96):
+        assert saved(call, "cpu") <= saved(call, "reference") + 64  # what allocators round up
+
+
+def test_few_numbers_are_torchs():
+    """Of themselves: by name each backend serves them."""
+    few, many = (torch.randn(M, 64, requires_grad=True) for M in (2, 2000))
+    for call in (
+        lambda x, **how: ops.swiglu_norm(x, None, None, **how),
+        lambda x, **how: ops.add_norm(x, x, x[0], None, **how)[0],
+    ):
+        names = [call(x, **how).grad_fn.name() for x, how in ((few, {}), (few, {"backend": "cpu"}), (many, {}))]
+        assert ["AddNorm" in name or "Swiglu" in name for name in names] == [False, True, True]
 
 
 @pytest.mark.interpret

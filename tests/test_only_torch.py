@@ -1,4 +1,5 @@
-"""evaat_fast.ops inside a program that has nothing but torch: other packages are made unimportable, a block is trained."""
+"""evaat_fast.ops and losses inside a program that has nothing but torch: other packages are made unimportable, a block is
+trained."""
 
 import subprocess
 import sys
@@ -48,6 +49,7 @@ for absent in ("numpy", "triton", "einops", "pytest"):
 
 import torch
 from evaat_fast import ops
+from evaat_fast.losses import avion, egovlp, lavila, open_clip
 
 torch.manual_seed(0)
 H, D, grid = 2, 16, (2, 3, 3)
@@ -67,12 +69,14 @@ class Tower(torch.nn.Module):
         return self.out(q.transpose(1, 2).flatten(2)[:, 0])
 
 tower, labels = Tower(), torch.eye(6)
+sms = avion.SymmetricMultiSimiliarityLoss(matrix=labels)
 frames = torch.randint(0, 256, (6, 2, 48, 48, 3), dtype=torch.uint8)
 text = torch.randn(6, 8, requires_grad=True)
 optimizer = torch.optim.Adam([*tower.parameters(), text], 1e-2)
 losses = []
 for step in range(15):
-    loss = ops.sms_loss(tower(frames), text, labels) + ops.clip_loss(tower(frames), text, logit_scale=torch.tensor(10.0))
+    loss = sms(tower(frames), text, torch.ones(6), torch.arange(6).repeat(2))["loss"]
+    loss = loss + ops.clip_loss(tower(frames), text, logit_scale=torch.tensor(10.0))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -18,6 +18,7 @@ from evaat_fast.ops._core import dispatch as _dispatch
 VIDEO = torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8)
 Q, K = torch.randn(2, 1, 1, 9, 8)
 QKV = torch.randn(1, 9, 24)
+ROWS, STREAM, WEIGHT = torch.randn(4, 16), torch.randn(4, 16), torch.ones(16)
 FEATURES, LABELS = torch.randn(2, 4, 8), torch.rand(4, 4)
 
 
@@ -41,6 +42,10 @@ CASES = {
     "joint_attention_qkv_": (lambda: ops.joint_attention_qkv_(QKV, 1, (2, 2, 2)), Cost(75, 76, 64, 1)),
     "sms_loss": (lambda: ops.sms_loss(*FEATURES, LABELS), Cost(155, 188, 70, 13)),
     "clip_loss": (lambda: ops.clip_loss(*FEATURES, 5.0), Cost(113, 155, 112, 22)),
+    "add_norm": (lambda: ops.add_norm(ROWS, STREAM, WEIGHT, WEIGHT), Cost(57, 40, 16, 2)),
+    "add_norm, C++": (lambda: ops.add_norm(ROWS, STREAM, WEIGHT, WEIGHT, backend="cpu"), Cost(69, 68, 8, 3)),
+    "swiglu_norm": (lambda: ops.swiglu_norm(ROWS, WEIGHT[:8], WEIGHT[:8]), Cost(45, 38, 30, 3)),
+    "swiglu_norm, C++": (lambda: ops.swiglu_norm(ROWS, WEIGHT[:8], WEIGHT[:8], backend="cpu"), Cost(62, 57, 9, 2)),
     "patchify": (lambda: ops.patchify(VIDEO, 16, (0.0,) * 3, (1.0,) * 3), Cost(32, 53, 3, 1)),
 }
 

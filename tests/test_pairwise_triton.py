@@ -1,6 +1,7 @@
 """The Triton kernels of the pairwise losses in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
 
 import dataclasses
+import sys
 
 import pairwise_cases as cases
 import pairwise_oracle as oracle
@@ -65,7 +66,7 @@ def kernel_pairs(video, text, own, weight=None):
     (norms, inverses), features = torch.empty(2, 2, len(video)), panel.features(video, text)
     panel.prepare(features, torch.empty(2, *video.shape, dtype=video.dtype), norms, inverses)
     pairs = sms.Pairs(*inverses, torch.empty(len(video)), own, weight)
-    panel.own_cosines(features, inverses, pairs.cosine)
+    sms.own_pairs(features, pairs, None)
     return pairs
 
 
@@ -336,6 +337,54 @@ def test_contrast_lets_nan_and_inf_reach_the_loss(bad):
 @pytest.mark.parametrize("N,noise", [(8, 0.1), (256, 0.1)])
 def test_what_a_trained_batch_still_costs_is_kept(N, noise, op, panels):
     cases.check_trained_batch(N, noise, op, "triton", panels)
+
+
+@pytest.mark.parametrize("op,most", [("clip_loss", 7), ("ego_nce_loss", 9), ("sms_loss", 7), ("sms_loss, codes", 8)])
+def test_a_small_batch_is_few_launches(op, most, monkeypatch):
+    """Of Triton's kernels and of torch's: all that a step of one panel asks of a GPU, the backward pass included."""
+    from triton.runtime.interpreter import GridExecutor
+
+    monkeypatch.undo()  # memory that is not poisoned
+    video, text, c = batch(40, 16)
+    video.requires_grad_(), text.requires_grad_()
+    argument = {
+        "clip_loss": torch.tensor(14.0, requires_grad=True),
+        "ego_nce_loss": c > 0.9,
+        "sms_loss": c,
+        "sms_loss, codes": ops.DenseRelevancy((c * 10).to(torch.uint8), 0.1),
+    }[op]
+    leaves = [x for x in (video, text, argument) if getattr(x, "requires_grad", False)]
+    ones, regions = torch.ones(()), []
+
+    def see(frame, event, _):  # what the interpreter asks of torch is not the step's
+        if frame.f_code is GridExecutor.__call__.__code__ and event == "call":
+            regions.append(torch.profiler.record_function("launch"))
+            regions[-1].__enter__()
+        elif frame.f_code is GridExecutor.__call__.__code__ and event == "return":
+            regions[-1].__exit__(None, None, None)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sys.setprofile(see)
+        try:
+            loss = getattr(ops, op.split(",")[0])(video, text, argument, backend="triton")
+            torch.autograd.grad(loss, leaves, ones)
+        finally:
+            sys.setprofile(None)
+    own = [e for e in profile.events() if e.name.startswith("aten::") and not any(p.name == "launch" for p in parents(e))]
+    work = [e.name for e in own if e.name in {f"aten::{x}" for x in ("mm", "addmm_", "copy_", "fill_", "mul", "sum")}]
+    rest = {e.name for e in own} - set(work) - {f"aten::{x}" for x in NO_LAUNCH.split()}
+    assert not rest, rest
+    assert len(regions) + len(work) <= most, (len(regions), work)
+
+
+# The last three launch a fill_ or a copy_, where they launch anything.
+NO_LAUNCH = """empty empty_strided empty_like promote_types unbind select slice as_strided detach view reshape diagonal permute
+    resolve_conj numpy_T full to _to_copy"""
+
+
+def parents(event):
+    while (event := event.cpu_parent) is not None:
+        yield event
 
 
 def test_the_kernels_know_the_rules_of_cpp():

@@ -1,6 +1,7 @@
 """rope3d on every backend that runs eagerly: values, gradients, layouts, properties, errors, torch.compile."""
 
 import math
+import re
 import weakref
 
 import peers
@@ -19,6 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["cpu", "reference", *(pytest.param(b, marks=pytest.mark.gpu) for b in ("triton", "cuda"))]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))
 backends = pytest.mark.parametrize("backend", BACKENDS)
+learning = pytest.mark.parametrize("backend", BACKENDS[:-1])
 
 
 def device_of(backend):
@@ -85,7 +87,7 @@ def test_frequencies_per_head(backend):
     cases.check_packed(backend, 2, N, 4, 32, torch.float32, device, GRID, freqs=freqs)
 
 
-@backends
+@learning
 @dtypes
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])
 @pytest.mark.parametrize("per_head", [False, True])
@@ -109,7 +111,7 @@ def test_learnable_frequencies_of_every_instruction_set(isa, dtype, D):
         cases.check_learnable("cpu", q, k, (3, 4, 11), freqs=torch.randn(3, D // 2), interleaved=interleaved)
 
 
-@backends
+@learning
 def test_learnable_frequencies_of_no_tokens(backend):
     q, freqs = make("contiguous", 2, 2, 4, 8, torch.float32, device_of(backend)), torch.randn(3, 4)
     q, freqs = q.requires_grad_(), freqs.to(q.device).requires_grad_()
@@ -156,6 +158,14 @@ def test_only_prefix_tokens(backend):
     q = make("contiguous", 2, 2, 4, 8, torch.float32, device_of(backend))
     positions = torch.zeros(4, 3, device=q.device)
     assert torch.equal(ops.rope3d(q, positions=positions, prefix_tokens=4, backend=backend), q)
+    cases.check_packed(backend, 2, 4, 2, 8, torch.float32, q.device, positions=positions, prefix_tokens=4)
+
+
+@backends
+def test_more_clips_than_a_grid_s_third_dimension_has(backend):
+    q = make("contiguous", 70000, 1, 2, 4, torch.float32, device_of(backend))
+    positions = torch.randn(70000, 2, 3, device=q.device)
+    cases.check(backend, q, positions=positions, prefix_tokens=0)
 
 
 @backends
@@ -233,8 +243,7 @@ def test_fuzz_gpu_long(backend, block):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("learnable", [True, False])
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend,learnable", [("triton", True), ("triton", False), ("cuda", False)])
 def test_cuda_graph(backend, learnable):
     """Forward and backward captured once, replayed on other numbers and frequencies."""
     freqs = ops.joint_freqs(64).cuda().requires_grad_(learnable)
@@ -263,32 +272,55 @@ def test_cuda_graph(backend, learnable):
 
 
 def kernels_of(call):
-    """The kernels that a call launches, by the profiler."""
+    """The names of the kernels that a call launches, by the profiler, without what C++ adds to them."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
-    return [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and "mem" not in e.name.lower()]
+    names = (e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [re.search(r"\w+(?=<|\(evaat|$)", name)[0] for name in names if "mem" not in name.lower()]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("of_a_model", [True, False])
-def test_a_graph_has_the_rotation_s_kernels_alone(of_a_model):
+def test_a_graph_has_the_rotation_s_kernels_alone(of_a_model, backend):
     """Forward and backward, with the default frequencies and with those that a model owns."""
     freqs = hold_constant(ops.joint_freqs(64, scale=(1.0, 1.5, 1.5)).cuda()) if of_a_model else None
     q = torch.randn(2, 3, N, 64, device="cuda", requires_grad=True)
     grad = torch.randn_like(q)
-    step = lambda: torch.autograd.grad(ops.rope3d(q, None, GRID, freqs=freqs), q, grad)[0]  # noqa: E731
+    step = lambda: torch.autograd.grad(ops.rope3d(q, None, GRID, freqs=freqs, backend=backend), q, grad)[0]  # noqa: E731
     want, stream, graph = step(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    assert [name.split("<")[0] for name in kernels_of(step)] == ["rope3d_kernel"] * 2
+    assert kernels_of(step) == ["rope3d_kernel"] * 2
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     with torch.cuda.graph(graph):
         out = step()
-    assert [name.split("<")[0] for name in kernels_of(graph.replay)] == ["rope3d_kernel"] * 2
+    assert kernels_of(graph.replay) == ["rope3d_kernel"] * 2
     assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_packed_gradient_is_one_launch(backend):
+    qkv, grad = (torch.randn(2, N, 3 * 3 * 64, device="cuda") for _ in range(2))
+    out = ops.rope3d_qkv_(qkv.requires_grad_() * 1, 3, GRID, backend=backend)
+    back = lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True)  # noqa: E731
+    assert [name for name in kernels_of(back) if name == "rope3d_kernel"] == ["rope3d_kernel"]
+    assert not any("copy" in name.lower() for name in kernels_of(back))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_table_is_one_launch(backend):
+    """Of positions, which no call may keep: where Triton is there it makes CUDA C++'s, too."""
+    pytest.importorskip("triton")
+    q, positions = torch.randn(2, 3, N, 64, device="cuda"), torch.randn(N, 3, device="cuda")
+    turned = lambda: ops.rope3d(q, positions=positions, backend=backend)  # noqa: E731
+    turned()
+    assert kernels_of(turned) == ["rope3d_table_kernel", "rope3d_kernel"]
 
 
 def test_constant_frequencies():

@@ -56,6 +56,21 @@ def test_prefix_rows_that_are_not_finite_pass_unchanged():
     assert torch.equal(ops.rope3d(q, None, GRID, backend="triton")[:, :, 0], q[:, :, 0])
 
 
+@pytest.mark.parametrize("prefix", [33, 43])
+def test_programs_of_prefix_tokens_alone(prefix):
+    """A program has 32 tokens here; of 43 none is turned, and the table has no row."""
+    positions = torch.randn(N, 3)
+    cases.check_packed("triton", 1, N, 2, 64, torch.float32, "cpu", positions=positions, prefix_tokens=prefix)
+    q, k = make("contiguous", 1, 5, N, 64, torch.float32, "cpu"), make("packed", 1, 2, N, 64, torch.float32, "cpu")
+    q[:, :, 0] = torch.nan
+    ours = ops.rope3d(q, k, positions=positions, prefix_tokens=prefix, backend="triton")
+    for x, out in zip((q, k), ours, strict=True):
+        assert torch.equal(out[:, :, :prefix].view(torch.int32), x[:, :, :prefix].view(torch.int32))
+    options = dict(positions=positions, prefix_tokens=prefix)
+    expected = ops.joint_attention(k, k, k, **options, backend="reference")
+    torch.testing.assert_close(ops.joint_attention(k, k, k, **options, backend="triton"), expected)
+
+
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("seed", range(16))
 def test_fuzz(seed):
@@ -120,6 +135,5 @@ def test_bfloat16_is_refused():
     for call in (ops.rope3d, lambda q, **options: ops.joint_attention(q, q, q, **options)):
         with pytest.raises(RuntimeError, match="triton has no bfloat16 in its interpreter"):
             call(q, grid=GRID, backend="triton")
-    reasons = [dispatch.unusable("rope3d", name, "cuda", torch.bfloat16) for name in dispatch.AUTO["rope3d", True]]
-    assert "no bfloat16 in its interpreter" in reasons[0]
-    assert dispatch.pick("rope3d", torch.device("cuda"), torch.bfloat16) == "reference"
+    assert "no bfloat16 in its interpreter" in dispatch.unusable("rope3d", "triton", "cuda", torch.bfloat16)
+    assert dispatch.pick("rope3d", torch.device("cuda"), torch.bfloat16, None, (dispatch.LEARNED,)) == "reference"

@@ -5,46 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from corpus import corpus
 
-from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, load, steps, train, trainer
+from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, steps, train, trainer
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import Log, read
 from evaat_fast.train.sampler import EpochSampler
 
 pytest.importorskip("decord")
 pytest.importorskip("tokenizers")
-
-
-@pytest.fixture
-def configure(tmp_path):
-    """A configuration of the smallest model on a small corpus, with changes."""
-    kitchen = corpus()
-
-    def make(*overrides, out="run"):
-        path = tmp_path / "run.toml"
-        path.write_text(f"""
-            [model]
-            name = "eva02_at_tiny_patch16_64"
-            num_frames = 2
-            overrides = {{ patch_size = 32, vision_layers = 1, text_layers = 1, vision_width = 32, vision_heads = 1, vision_mlp = 32 }}
-            [data]
-            annotations = "{kitchen.annotations}"
-            videos = "{kitchen.videos}"
-            cache = true
-            [optim]
-            lr = 1e-3
-            [schedule]
-            warmup_epochs = 0.5
-            [train]
-            out = "{out}"
-            epochs = 2
-            batch_size = 16
-            device = "cpu"
-            """)  # noqa: E501
-        return load(path, overrides)
-
-    return make
 
 
 def weights(path):
@@ -96,9 +64,11 @@ def power_cut(function, after):
     return cut
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch):
-    whole = train(configure("train.epochs=3", out="whole"), quiet=True)
-    config = configure("train.epochs=3", out="broken")
+@pytest.mark.parametrize("dropped,precision", [(0, "auto"), (0.5, "auto"), (0, "bfloat16-params")])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeypatch, dropped, precision):
+    options = ("train.epochs=3", f"model.patch_dropout={dropped}", f"train.precision={precision}")
+    whole = train(configure(*options, out="whole"), quiet=True)
+    config = configure(*options, out="broken")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(steps, "batch_loss", power_cut(steps.batch_loss, after=4))  # in the middle of the second epoch
         train(config, quiet=True)
@@ -112,14 +82,36 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(configure, tmp_path, monkeyp
     assert again["metrics"] == whole["metrics"]
 
 
+def test_a_run_with_bfloat16_parameters_keeps_float32_weights(configure):
+    """Its log and its checkpoint are those of autocast; what the checkpoint gives evaluates as the run did."""
+    runs = {}
+    for precision in ("bfloat16", "bfloat16-params"):
+        runs[precision] = train(configure(f"train.precision={precision}", "optim.clip_norm=1", out=precision), quiet=True)
+    cast, held = runs.values()
+    assert held["model"].matrix_dtype == torch.bfloat16 and cast["model"].matrix_dtype == torch.float32
+    stored = weights(held["checkpoint"])
+    assert_same(weights(cast["checkpoint"]), stored)
+    assert all(x.dtype == torch.float32 for x in stored.values()) and cast["metrics"] == held["metrics"]
+    for name, x in held["model"].state_dict().items():
+        assert torch.equal(x, stored[name].to(x.dtype)), name
+    config = configure("train.precision=bfloat16-params", f"train.init={held['checkpoint']}")
+    exact, test = trainer.build_model(config), inputs.dataset(config, "test")
+    assert_same(exact.state_dict(), stored)
+    assert evaluation.evaluate(exact, test, config, torch.device("cpu")) == held["metrics"]
+    with pytest.raises(ConfigError, match="made with train.precision = 'bfloat16', this run has 'bfloat16-params'"):
+        train(configure("train.precision=bfloat16-params", "optim.clip_norm=1", out="bfloat16"), resume=True, quiet=True)
+
+
 @pytest.mark.slow
-def test_compiled_blocks_learn_the_same(configure):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-params"])
+def test_compiled_blocks_learn_the_same(configure, precision):
     """One compilation for the blocks of a tower; the log, and the names in the checkpoint, are those of an eager run."""
     layers = "model.overrides={patch_size=32,vision_layers=3,text_layers=3,vision_width=32,vision_heads=1,vision_mlp=32}"
+    options = "train.epochs=1", layers, f"train.precision={precision}"
     runs = {}
     for name in ("false", "true"):
         torch._dynamo.reset()
-        runs[name] = train(configure("train.epochs=1", layers, f"train.compile={name}", out=name), quiet=True)
+        runs[name] = train(configure(*options, f"train.compile={name}", out=name), quiet=True)
     losses = [[r["loss"] for r in read(run["log"]) if r["event"] == "step"] for run in runs.values()]
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
     assert weights(runs["false"]["checkpoint"]).keys() == weights(runs["true"]["checkpoint"]).keys()
@@ -127,13 +119,14 @@ def test_compiled_blocks_learn_the_same(configure):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("loss", ["clip", "sms"])
-def test_a_graph_learns_the_same(configure, loss, monkeypatch):
+@pytest.mark.parametrize("loss, precision", [("clip", "auto"), ("sms", "auto"), ("clip", "bfloat16-params")])
+def test_a_graph_learns_the_same(configure, loss, precision, monkeypatch):
     """And goes on from an eager run's checkpoint, with the learning rate of the schedule."""
     options = (
         "train.device=cuda",
         "train.epochs=3",
         f"loss.name={loss}",
+        f"train.precision={precision}",
         "optim.clip_norm=1",
         "loss.learnable_temperature=true",
     )
@@ -157,9 +150,27 @@ def test_a_graph_needs_a_gpu(configure):
 
 
 def test_workers_change_nothing(configure):
-    alone = train(configure("train.epochs=1", "data.cache=false", out="alone"), quiet=True)
-    helped = train(configure("train.epochs=1", "data.cache=false", "data.workers=2", out="helped"), quiet=True)
+    options = ("train.epochs=1", "data.cache=false", "model.patch_dropout=0.25")
+    alone = train(configure(*options, out="alone"), quiet=True)
+    helped = train(configure(*options, "data.workers=2", out="helped"), quiet=True)
     assert_same(weights(alone["checkpoint"]), weights(helped["checkpoint"]))
+
+
+@pytest.mark.parametrize("mode", ["true", "selective"])
+def test_checkpointing_learns_the_same(configure, mode):
+    plain = train(configure("train.epochs=1", out="plain"), quiet=True)
+    config = configure("train.epochs=1", f"model.grad_checkpointing={mode}", out=mode)
+    assert_same(weights(train(config, quiet=True)["checkpoint"]), weights(plain["checkpoint"]))
+
+
+def test_a_run_from_before_a_key_was_there_is_resumed(configure):
+    path = train(configure("train.epochs=1"), quiet=True)["checkpoint"]
+    stored = torch.load(path, weights_only=True)
+    del stored["config"]["model"]["patch_dropout"]
+    torch.save(stored, path)
+    train(configure("train.epochs=1"), resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="made with model.patch_dropout = 0.0, this run has 0.5"):
+        train(configure("train.epochs=1", "model.patch_dropout=0.5"), resume=True, quiet=True)
 
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(configure):

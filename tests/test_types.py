@@ -13,6 +13,7 @@ import pytest
 
 from evaat_fast import losses, ops
 
+MODULES = (ops, losses, losses.avion, losses.lavila, losses.egovlp, losses.open_clip)
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ROOT / "evaat_fast" / "ops"  # of which the public names are few, and looked up below
 FILES = [path for path in sorted((ROOT / "evaat_fast").rglob("*.py")) if OPS not in path.parents]
@@ -25,6 +26,7 @@ import evaat_fast
 from evaat_fast import losses, ops
 from evaat_fast.data import EK100, read_clip
 from evaat_fast.eval import mir
+from evaat_fast.losses import egovlp, lavila, open_clip
 
 q, video = torch.rand(2, 4, 9, 64), torch.zeros(2, 4, 64, 64, 3, dtype=torch.uint8)
 assert_type(ops.rope3d(q, grid=(1, 2, 4)), Tensor)
@@ -35,6 +37,10 @@ assert_type(ops.joint_attention(q, q, q, scale=1.0, return_lse=True), tuple[Tens
 assert_type(ops.joint_attention_qkv_(q, 4, (1, 2, 4), deterministic=True), Tensor)
 assert_type(ops.patchify(video, 16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), Tensor)
 assert_type(losses.ClipLoss().forward(q, q, 20.0), dict[str, Tensor])
+assert_type(losses.open_clip.ClipLoss().forward(q, q, 20.0), Tensor)
+assert_type(open_clip.ClipLoss().forward(q, q, 20.0, output_dict=True), dict[str, Tensor])
+assert_type(lavila.CLIPLoss().forward({"image_embed": q, "text_embed": q, "logit_scale": q}), dict[str, Tensor])
+assert_type(egovlp.NormSoftmaxLoss().forward(q), Tensor)
 model = evaat_fast.create_model("eva02_at_tiny_patch16_64", num_frames=4)
 assert_type(model.encode_video(video), Tensor)
 assert_type(model.forward(video)["text_embed"], Tensor | None)
@@ -113,11 +119,11 @@ def test_public_functions_are_typed():
 def test_public_names_of_ops_and_losses_are_typed():
     """As a user's help() shows them: for a class its constructor and public methods, those of our base classes too."""
     functions, gaps = {}, {}
-    for public in (getattr(module, name) for module in (ops, losses) for name in module.__all__):
+    for public in (getattr(module, name) for module in MODULES for name in module.__all__):
         if inspect.isclass(public):
             own = [vars(base).items() for base in public.__mro__ if base.__module__.startswith("evaat_fast")]
             own = {k: f for items in reversed(own) for k, f in items if k == "__init__" or k[0] != "_"}
-            functions |= {f"{public.__name__}.{k}": f for k, f in own.items() if inspect.isfunction(f)}
+            functions |= {f"{public.__module__}.{public.__name__}.{k}": f for k, f in own.items() if inspect.isfunction(f)}
         else:
             functions[public.__name__] = public
     for name, function in functions.items():

@@ -1,59 +1,18 @@
 // The two sweeps of InfoNCE and EgoNCE. Row statistics belong to one thread each; column statistics are carried from panel to
-// panel by threads that own ranges of columns, so every sum has one order, whatever the number of threads. exp is a polynomial
-// that the compiler vectorises: libm's would take longer than the products. Positive pairs are few, so their exponentials are
-// taken only in blocks of 32 columns that have one.
+// panel by threads that own ranges of columns, so every sum has one order, whatever the number of threads. Positive pairs are
+// few, so their exponentials are taken only in blocks of 32 columns that have one.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
-#include "pairwise/pairwise_cpu.h"
+#include "common/exp_cpu.h"
+#include "pairwise/pairwise.h"
 
 namespace evaat {
 namespace {
 
 constexpr int64_t kColumns = 256, kBlock = kMaskBlock;
-
-// What exp_negative takes of a type. least: below it the result stays at the smallest normal number; rounder: 1.5 * 2^mantissa,
-// which rounds to an integer; high + low = log(2). tail(r): the series of exp from its third term on.
-template <class T>
-struct Exp;
-
-template <>
-struct Exp<float> {
-  using Bits = uint32_t;
-  static constexpr Bits rounder_bits = 0x4b400000, bias = 127, mantissa = 23;
-  static constexpr float least = -87.0f, rounder = 12582912.0f, log2_e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f;
-  static EVAAT_INLINE float tail(float r) {
-    return ((((1.0f / 5040 * r + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f;
-  }
-};
-
-template <>
-struct Exp<double> {
-  using Bits = uint64_t;
-  static constexpr Bits rounder_bits = 0x4338000000000000, bias = 1023, mantissa = 52;
-  static constexpr double least = -708.0, rounder = 6755399441055744.0, log2_e = 1.4426950408889634;
-  static constexpr double high = 6.93147180369123816490e-01, low = 1.90821492927058770002e-10;
-  static EVAAT_INLINE double tail(double r) {
-    const double far = (((1.0 / 6227020800 * r + 1.0 / 479001600) * r + 1.0 / 39916800) * r + 1.0 / 3628800) * r + 1.0 / 362880;
-    return ((((((far * r + 1.0 / 40320) * r + 1.0 / 5040) * r + 1.0 / 720) * r + 1.0 / 120) * r + 1.0 / 24) * r + 1.0 / 6) * r + 0.5;
-  }
-};
-
-// exp(x) for x <= 0, to 2 units in the last place.
-template <class T>
-EVAAT_INLINE T exp_negative(T x) {
-  using E = Exp<T>;
-  x = x < E::least ? E::least : x;  // NaN stays NaN
-  const T shifted = x * E::log2_e + E::rounder, n = shifted - E::rounder, r = (x - n * E::high) - n * E::low;
-  const T p = E::tail(r) * r * r + r + T(1);
-  typename E::Bits bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - E::rounder_bits + E::bias) << E::mantissa;
-  T power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
 
 EVAAT_INLINE bool any_positive(const uint8_t* mask) {
   uint64_t word[kBlock / 8];
@@ -113,7 +72,7 @@ struct RowStats {
       const int64_t end = std::min(N, begin + block);
 #pragma omp simd reduction(+ : whole)
       for (int64_t i = begin; i < end; ++i) {
-        const double part = double(exp_negative(scale * s[i] - most));
+        const double part = double(exp_within(scale * s[i] - most));
         whole += !masked || mask[i] ? part : 0;
       }
     }
@@ -125,7 +84,7 @@ struct RowStats {
 // Carries a column's sum from relative to `largest` to relative to `top`, and adds this panel's part.
 template <class T>
 EVAAT_INLINE void carry(T top, double part, double* largest, double* sum) {
-  *sum *= double(exp_negative(T(*largest) - top));  // 0 times exp(-inf), as this computes it, in the first panel
+  *sum *= double(exp_within(T(*largest) - top));  // 0 times exp(-inf), as this computes it, in the first panel
   *sum += part;
   *largest = double(top);
 }
@@ -152,7 +111,7 @@ struct ColumnStats {
       for (int64_t begin = 0; begin < count; begin += block) {
         if (masked && !any_positive(mask + j * stride + begin)) continue;
         for (int64_t i = begin; i < std::min(count, begin + block); ++i) {
-          const double here = double(exp_negative(scale * s[j * N + i] - top[i]));
+          const double here = double(exp_within(scale * s[j * N + i] - top[i]));
           part[i] += !masked || mask[j * stride + i] ? here : 0;
         }
       }
@@ -188,7 +147,7 @@ struct Columns {
 // What the probabilities of a row and of column i, times what each counts, add up to.
 template <class T>
 EVAAT_INLINE T both(T logit, Total<T> row, const T* largest, const T* inverse, int64_t i) {
-  return exp_negative(logit - row.largest) * row.inverse + exp_negative(logit - largest[i]) * inverse[i];
+  return exp_within(logit - row.largest) * row.inverse + exp_within(logit - largest[i]) * inverse[i];
 }
 
 // s becomes the slopes, where each pair is its only positive, whose own slope is `own_slope`.

@@ -1,10 +1,12 @@
 // What is done to rows of features before and after the products: normalise, and the Jacobian of normalising. Sums over E are
 // taken in double, in eight strands, so that their order is fixed and the compiler can vectorise them.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
-#include "pairwise/pairwise_cpu.h"
+#include "common/cpu.h"
+#include "pairwise/pairwise.h"
 
 namespace evaat {
 namespace {

@@ -4,13 +4,15 @@
 // order whoever computes it, and the sums of slopes are integers: the result does not depend on the number of threads.
 // Every level rounds as the specification does: products and sums are not fused.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include "pairwise/pairwise_cpu.h"
+#include "common/cpu.h"
+#include "pairwise/pairwise.h"
 
 #ifdef EVAAT_X86
 #if !defined(__clang__)  // GCC 12 warns of its own header: _mm512_undefined_ps is written as `x = x`

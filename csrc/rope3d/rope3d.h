@@ -33,6 +33,7 @@ struct RopeTable {
 
 // A Status, or of a GPU a cudaError_t; stream is a cudaStream_t.
 int rope3d(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, int threads);
+// Here a third tensor, with as many heads as the second, is copied.
 int rope3d_cuda(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<float>& table, void* stream);
 
 // The backward pass where frequencies are learnable. grad: `in` is the gradient of the rotated tensor, `out` becomes that of the
@@ -62,7 +63,5 @@ constexpr int64_t kRopeChunk = 64;
 // table has one for each.
 int rope3d_freqs(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
                  const RopePositions& positions, double* partial, int threads);
-int rope3d_freqs_cuda(const RopeCall& call, const RopeGradient* x, int tensors, const RopeTable<double>& table,
-                      const RopePositions& positions, double* partial, void* stream);
 
 }  // namespace evaat

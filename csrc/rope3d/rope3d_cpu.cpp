@@ -120,8 +120,7 @@ int run(const RopeCall& call, const RopeTensor* x, int tensors, const RopeTable<
     heads += x[i].heads;
     together = together && x[i].in_h < x[i].in_n;
   }
-  // Below some 32 KB a thread, waking it costs more than it saves.
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, B * heads * N * D * int64_t(sizeof(T)) >> 15)));
+  threads = useful(threads, B * heads * N * D * int64_t(sizeof(T)));
   const int64_t group = table.stride_h ? 1 : kRopeGroup;  // heads that share a row of the table
   const int64_t groups[2] = {(x[0].heads + group - 1) / group, tensors > 1 ? (x[1].heads + group - 1) / group : 0};
   const int64_t streams = together ? B : B * (groups[0] + groups[1]);

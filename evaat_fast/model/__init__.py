@@ -19,6 +19,7 @@ from evaat_fast.model.checkpoints import (
 )
 from evaat_fast.model.clip import EVA02AT
 from evaat_fast.model.configs import CONFIGS, NORMS, PRETRAINED, ModelConfig, get_config, unknown
+from evaat_fast.model.patches import draw_patches
 from evaat_fast.model.text import trim
 from evaat_fast.model.tokenizer import CLIPTokenizer
 
@@ -28,6 +29,7 @@ __all__ = [
     "CLIPTokenizer",
     "ModelConfig",
     "create_model",
+    "draw_patches",
     "get_config",
     "get_tokenizer",
     "list_models",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.recompute import Mode, check_mode
 from evaat_fast.model.text import TextTransformer
 from evaat_fast.model.vision import VisionTransformer
 
@@ -38,13 +39,15 @@ class EVA02AT(nn.Module):
         self.text = TextTransformer(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
-    def encode_video(self, video: Tensor, normalize: bool = False) -> Tensor:
+    def encode_video(self, video: Tensor, normalize: bool = False, patches: Tensor | None = None) -> Tensor:
         """Embeds clips.
 
         Args:
             video: uint8 [B, T, H, W, 3], normalised inside with the configuration's `norm`; or float [B, 3, T, H, W]
                 in the model's dtype (any under autocast), already normalised.
             normalize: True for unit length.
+            patches: int64 [B, N'] of `evaat_fast.model.draw_patches`: the patches that each clip keeps, for patch dropout in
+                training. None: all.
 
         Returns:
             [B, E].
@@ -52,7 +55,7 @@ class EVA02AT(nn.Module):
         Raises:
             TypeError, ValueError: a dtype, device or shape that does not fit the model, naming what was expected.
         """
-        features = self.visual(video)
+        features = self.visual(video, patches)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
@@ -71,21 +74,27 @@ class EVA02AT(nn.Module):
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, video: Tensor | None = None, text: Tensor | None = None) -> Embeddings:
-        """Both embeddings, for a contrastive loss.
+    def forward(self, video: Tensor | None = None, text: Tensor | None = None, patches: Tensor | None = None) -> Embeddings:
+        """Both embeddings, for a contrastive loss. patches: as for `encode_video`.
 
         Returns:
             dict(image_embed, text_embed, logit_scale): unit embeddings [B, E], None for an input left out, and the
             multiplier of the logits, already exponentiated.
         """
         return {
-            "image_embed": None if video is None else self.encode_video(video, normalize=True),
+            "image_embed": None if video is None else self.encode_video(video, normalize=True, patches=patches),
             "text_embed": None if text is None else self.encode_text(text, normalize=True),
             "logit_scale": self.logit_scale.exp(),
         }
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass and keep only its input."""
+    def set_grad_checkpointing(self, enable: Mode = True) -> None:
+        """What each block keeps for its backward pass: True, only its input; "selective", all but what is cheap to compute
+        again, as `evaat_fast.model.recompute` counts it; False, everything.
+
+        Raises:
+            ValueError: another value.
+        """
+        check_mode(enable)
         self.visual.grad_checkpointing = enable
         self.text.transformer.grad_checkpointing = enable
 
@@ -95,6 +104,33 @@ class EVA02AT(nn.Module):
         the wait is that of a few blocks, not of the model."""
         for block in (*self.visual.blocks, *self.text.transformer.resblocks):
             block.compile()
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """Of the weights of matrix products."""
+        return self.text.text_projection.dtype
+
+    @torch.no_grad()
+    def hold_matrices(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Rounds the weights and biases of matrix products to `dtype`, in place: the towers then need no autocast. What meets
+        the float32 stream stays as it is: norms, embeddings, the temperature. A bfloat16 table of tokens would cost a step of
+        training more bytes than it saves: few of its rows are read, and all of it would be rounded anew.
+
+        Args:
+            dtype: bfloat16 as a rule.
+
+        Returns:
+            The parameters that were rounded, by name, as they were: masters for an optimiser.
+        """
+        kept = self.no_weight_decay() | {"logit_scale", "text.token_embedding.weight"}
+        for place, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                kept |= {f"{place}.{name}" for name, _ in module.named_parameters()}
+        exact = {}
+        for name, parameter in self.named_parameters():
+            if name not in kept and parameter.dtype != dtype:
+                exact[name], parameter.data = parameter.data, parameter.data.to(dtype)
+        return exact
 
     def no_weight_decay(self) -> set[str]:
         """Names of the embeddings that weight decay should leave alone, besides vectors and scalars."""

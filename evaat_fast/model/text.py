@@ -6,10 +6,10 @@ Parameter names are CLIP's. Source: CLIP (arXiv 2103.00020); EVA-CLIP (arXiv 230
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.attn.layout import gradient_like
 
 EPS = 1e-5  # CLIP's layer norms
@@ -39,7 +39,11 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.narrow(self.c_fc(x))
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """What follows on c_fc."""
+        return self.c_proj(F.gelu(x))
 
 
 class Block(nn.Module):
@@ -52,26 +56,36 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width)
 
-    def forward(self, branch: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS)
-        x, stream = ops.add_norm(self.attn(x), stream, self.ln_2.weight, self.ln_2.bias, EPS)
+    def forward(self, branch: Tensor, stream: Tensor | None, selective: bool = False) -> tuple[Tensor, Tensor]:
+        matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
+        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix)
+        branch = self.attn(x)
+        if selective:
+            hidden, stream = again(self.widen, branch, stream)
+            return again(self.mlp.narrow, hidden), stream
+        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS)
         return self.mlp(x), stream
+
+    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """c_fc's output and the new stream."""
+        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS)
+        return self.mlp.c_fc(x), stream
 
 
 class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Mode = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, C] to (branch, stream), whose sum is the last block's output."""
-        stream = None
+        stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
         for block in self.resblocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, stream = checkpoint(block, x, stream, use_reentrant=False, preserve_rng_state=False)
+            if mode and mode != "selective":
+                x, stream = again(block, x, stream)
             else:
-                x, stream = block(x, stream)
+                x, stream = block(x, stream, mode == "selective")
         assert stream is not None  # there is a block
         return x, stream
 

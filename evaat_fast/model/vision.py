@@ -5,19 +5,22 @@ frame it is the vision tower of EVA02-CLIP. Source: EVA02-AT (arXiv 2506.14356),
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from evaat_fast import ops
+from evaat_fast.model import patches as dropout
 from evaat_fast.model.configs import NORMS, ModelConfig
+from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops.rope3d.table import hold_constant
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
+Grid = tuple[int, int, int]
 
 
 class Attention(nn.Module):
@@ -33,22 +36,30 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, EPS)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, grid: tuple[int, int, int], freqs: Tensor) -> Tensor:
-        """[B, 1 + T*Hp*Wp, C] -> the same."""
+    def forward(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None, selective: bool = False) -> Tensor:
+        """[B, 1 + T*Hp*Wp, C] -> the same. positions: of tokens [B, 1 + N', C], where they are not all of a grid."""
+        # Joined in each call: two small launches. A single parameter would take one, to keep the key's part of its gradient
+        # at zero (a key's bias does not cancel under rotation), and change the names that checkpoints and optimizers know.
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
-        out = ops.joint_attention_qkv_(qkv, self.heads, grid, freqs=freqs)
-        return self.proj(_norm(out.transpose(1, 2).flatten(2), self.norm))
+        out = ops.joint_attention_qkv_(
+            qkv, self.heads, None if positions is not None else grid, freqs=freqs, positions=positions
+        )
+        return again(self.project, out) if selective else self.project(out)
 
-    def forward_class(self, x: Tensor, grid: tuple[int, int, int], freqs: Tensor) -> Tensor:
+    def forward_class(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None) -> Tensor:
         """[B, 1 + T*Hp*Wp, C] -> [B, 1, C]: the class token's row of `forward`, without computing the others."""
         width = x.shape[2]
         q_weight, kv_weight = self.qkv.weight.split((width, 2 * width))
         kv = F.linear(x, kv_weight, torch.cat((torch.zeros_like(self.v_bias), self.v_bias)))
         k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = F.linear(x[:, :1], q_weight, self.q_bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k = ops.rope3d(k, grid=grid, freqs=freqs)  # the class token itself is not rotated
-        out = ops.joint_attention(q, k, v)
+        # The class token itself is not rotated.
+        k = ops.rope3d(k, grid=None if positions is not None else grid, freqs=freqs, positions=positions)
+        return self.project(ops.joint_attention(q, k, v))
+
+    def project(self, out: Tensor) -> Tensor:
+        """What attention returned, [B, H, N, D], to [B, N, C]."""
         return self.proj(_norm(out.transpose(1, 2).flatten(2), self.norm))
 
 
@@ -62,7 +73,11 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ops.swiglu_norm(self.fc1(x), self.norm.weight, self.norm.bias, EPS))
+        return self.narrow(self.fc1(x))
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """What follows on fc1."""
+        return self.fc2(ops.swiglu_norm(x, self.norm.weight, self.norm.bias, EPS))
 
 
 class Block(nn.Module):
@@ -77,17 +92,35 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width, hidden)
 
     def forward(
-        self, branch: Tensor, stream: Tensor | None, grid: tuple[int, int, int], freqs: Tensor, class_only: bool = False
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        grid: Grid,
+        freqs: Tensor,
+        class_only: bool = False,
+        positions: Any = None,
+        selective: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """branch [B, N, C] and stream, whose sum (or branch alone) is the block's input, to those of its output; with
-        `class_only` of its first row, [B, 1, C]. The stream is float32 from the first sum on (float64 in float64)."""
-        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS)
+        `class_only` of its first row, [B, 1, C]. The stream is float32 from the first sum on (float64 in float64).
+        positions: of the tokens, where they are not all of the grid. selective: recompute what is cheap, see
+        `evaat_fast.model.recompute`."""
+        matrix = self.attn.qkv.weight.dtype  # the first branch of a tower is a stream, float32 whatever its matrices are
+        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix)
         if class_only:
-            branch, stream = self.attn.forward_class(x, grid, freqs), stream[:, :1]
+            branch, stream = self.attn.forward_class(x, grid, freqs, positions), stream[:, :1]
         else:
-            branch = self.attn(x, grid, freqs)
+            branch = self.attn(x, grid, freqs, positions, selective)
+        if selective and not class_only:
+            hidden, stream = again(self.widen, branch, stream)
+            return again(self.mlp.narrow, hidden), stream
         x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS)
         return self.mlp(x), stream
+
+    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """fc1's output and the new stream."""
+        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS)
+        return self.mlp.fc1(x), stream
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -103,8 +136,8 @@ class PatchEmbed(nn.Module):
         self.mean, self.std = NORMS[norm]
         self.proj = nn.Conv2d(3, width, patch, patch)  # for EVA's weight shape and initialisation; its forward is not used
 
-    def forward(self, video: Tensor) -> Tensor:
-        """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C]."""
+    def forward(self, video: Tensor, patches: Tensor | None = None) -> Tensor:
+        """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C], or of `patches` alone."""
         weight = self.proj.weight
         # That of the product, to which autocast would cast but float64: no wider copy of the video than it needs.
         dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight.device.type) or weight.dtype
@@ -116,6 +149,7 @@ class PatchEmbed(nn.Module):
         else:
             rows = rearrange(video, "b c t (h p) (w q) -> b (t h w) (c p q)", p=self.patch, q=self.patch)
             rows = rows.to(dtype)
+        rows = rows if patches is None else dropout.pick(rows, patches)
         return F.linear(rows, weight.flatten(1), self.proj.bias)
 
 
@@ -141,7 +175,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, EPS)
         self.head = nn.Linear(width, config.embed_dim)
         self.register_buffer("freqs", self._make_freqs(), persistent=False)
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Mode = False
         self.init_parameters()
 
     def _make_freqs(self) -> Tensor:
@@ -201,28 +235,31 @@ class VisionTransformer(nn.Module):
         if video.dtype not in (torch.uint8, weight.dtype) and autocast_dtype(weight.device.type) is None:
             raise TypeError(f"video: expected uint8 or {weight.dtype} as the model, got {video.dtype}")
 
-    def forward(self, video: Tensor) -> Tensor:
+    def forward(self, video: Tensor, patches: Tensor | None = None) -> Tensor:
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, E].
+
+        patches: int64 [B, N'], which patches of each clip are shown (`evaat_fast.model.draw_patches`); None: all.
 
         Raises:
             TypeError, ValueError: a dtype, device or shape that does not fit the model.
         """
         self.check(video)
-        x = self.patch_embed(video)
+        if patches is not None:
+            dropout.check_patches(patches, len(video), self.config.grid, video.device)
+        x = self.patch_embed(video, patches)
         spatial = self.pos_embed[:, 1:].unsqueeze(1) + self.temporal_embed.unsqueeze(2)  # [1, T, Hp*Wp, C]
+        spatial = spatial.flatten(1, 2)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = x + spatial.flatten(1, 2)
-        x = torch.cat((cls.to(x.dtype), x), 1)
+        x = x + (spatial if patches is None else F.embedding(patches, spatial[0]))
         if not torch.compiler.is_compiling():
             hold_constant(self.freqs)
-        stream = None
+        positions = None if patches is None else dropout.place(patches, self.config.grid, self.freqs, x.dtype)
+        x = torch.cat((cls.to(x.dtype), x), 1)
+        stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
         for block in self.blocks:
             # Only the class token leaves the tower, so the last block computes only that row, with the same result. By
             # count of multiplications this saves a quarter of the tiny model and 7 % of the base model at 4 frames.
-            arguments = (x, stream, self.config.grid, self.freqs, block is self.blocks[-1])
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, stream = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, stream = block(*arguments)
+            arguments = (x, stream, self.config.grid, self.freqs, block is self.blocks[-1], positions, mode == "selective")
+            x, stream = again(block, *arguments) if mode and mode != "selective" else block(*arguments)
         assert stream is not None  # there is a block
         return self.head(ops.add_norm(x[:, 0], stream[:, 0], self.norm.weight, self.norm.bias, EPS)[0])

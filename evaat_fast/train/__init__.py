@@ -18,6 +18,7 @@ _SUBMODULES = (
     "evaluation",
     "inputs",
     "log",
+    "masters",
     "packages",
     "report",
     "sampler",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import evaluation as evaluation
     from evaat_fast.train import inputs as inputs
     from evaat_fast.train import log as log
+    from evaat_fast.train import masters as masters
     from evaat_fast.train import packages as packages
     from evaat_fast.train import report as report
     from evaat_fast.train import sampler as sampler

@@ -1,7 +1,7 @@
 """Checkpoints of a run: all that continuing it needs, written so that a reader sees the old file or the new one.
 
-The weights lie under "state_dict" and the model's configuration (with its `norm`) under "model_config", as
-`evaat_fast.model` stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
+The weights lie under "state_dict", the masters where a model holds rounded ones, and the model's configuration (with its
+`norm`) under "model_config", as `evaat_fast.model` stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
 """
 
 import dataclasses
@@ -12,25 +12,25 @@ from typing import IO, Any
 
 import torch
 
-from evaat_fast.model import EVA02AT
 from evaat_fast.train.config import Config
+from evaat_fast.train.masters import Masters
 
 LAST = "last.pt"
 
 
-def save(path: str | os.PathLike[str], model: EVA02AT, optimizer: torch.optim.Optimizer, epoch: int, config: Config) -> None:
+def save(path: str | os.PathLike[str], masters: Masters, optimizer: torch.optim.Optimizer, epoch: int, config: Config) -> None:
     """Writes a checkpoint atomically.
 
     Args:
-        path: the file. model: an EVA02AT. optimizer: its optimizer. epoch: how many epochs are done.
+        path: the file. masters: a model's. optimizer: theirs. epoch: how many epochs are done.
         config: the run's Config.
     """
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
     content = {
-        "state_dict": model.state_dict(),
-        "model_config": dataclasses.asdict(model.config),
+        "state_dict": masters.state_dict(),
+        "model_config": dataclasses.asdict(masters.model.config),
         "optimizer": optimizer.state_dict(),
         "epoch": epoch,
         "config": config.to_dict(),
@@ -80,14 +80,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def restore(stored: Mapping[str, Any], model: EVA02AT, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
+def restore(
+    stored: Mapping[str, Any], masters: Masters, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]
+) -> None:
     """Puts a checkpoint's weights, moments and random state in their places.
 
     Raises:
         ValueError: they do not fit, so the file is damaged or another version wrote it.
     """
     try:
-        model.load_state_dict(stored["state_dict"])
+        masters.load_state_dict(stored["state_dict"])
         optimizer.load_state_dict(stored["optimizer"])
         restore_rng(stored["rng"])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:

@@ -39,13 +39,16 @@ def key(
 @dataclass
 class Model:
     """name: of `evaat_fast.list_models()`. num_frames: T, 0 for the model's own. pretrained: as for `create_model`,
-    "" for none. overrides: fields of ModelConfig."""
+    "" for none. overrides: fields of ModelConfig. grad_checkpointing: true keeps only each block's input for the backward
+    pass, "selective" all but what is cheap to compute again. patch_dropout: which share of its patches a training clip is shown
+    without."""
 
     name: str = "eva02_at_base_patch16_224"
     num_frames: int = key(0, least=0, most=4096)
     pretrained: str = ""
     overrides: dict[str, Any] = field(default_factory=dict)
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool | Literal["selective"] = False
+    patch_dropout: float = key(0.0, least=0, most=0.99)
 
 
 @dataclass
@@ -105,7 +108,9 @@ class Schedule:
 class Train:
     """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct: at most one clip of a
     kind (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device:
-    "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU.
+    "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU;
+    "bfloat16-params" computes the same without casts, as it holds the weights of matrix products in bfloat16 and updates
+    float32 masters of them.
     save_every: epochs. compile: torch.compile for the blocks of both towers, which costs a minute at the start.
     cuda_graph: on a GPU, replay a step as a CUDA graph, which spares the launches from Python; memory grows by one
     step's for each text length, of multiples of 16."""
@@ -117,7 +122,7 @@ class Train:
     distinct: bool = False
     seed: int = key(0, least=0, most=2**31 - 1)
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "bfloat16-params"] = "auto"
     processes: int = key(1, least=1)
     save_every: int = key(1, least=1)
     compile: bool = False
@@ -158,14 +163,21 @@ def kind(spec: dataclasses.Field) -> type:
     """The plain type of a key's values."""
     if get_origin(spec.type) is Literal:
         return str
+    if choices(spec):
+        return bool
     found = get_origin(spec.type) or spec.type
     assert isinstance(found, type)
     return found
 
 
 def choices(spec: dataclasses.Field) -> tuple[str, ...]:
-    """What a key can be, where it is one of a few words; else nothing."""
-    return get_args(spec.type) if get_origin(spec.type) is Literal else ()
+    """What a key can be, where it is one of a few words, or true, false or one of a few words; else nothing."""
+    literals = [t for t in (spec.type, *get_args(spec.type)) if get_origin(t) is Literal]
+    return get_args(literals[0]) if literals else ()
+
+
+def _expected(spec):
+    return " or ".join((_NAMES[kind(spec)], *(choices(spec) if kind(spec) is bool else ())))
 
 
 def load(
@@ -223,7 +235,7 @@ def template() -> str:
         ]
         for f in dataclasses.fields(section):
             value = getattr(section(), f.name)
-            note = " | ".join(choices(f))
+            note = " | ".join((*["false", "true"] * (kind(f) is bool), *choices(f)) if choices(f) else ())
             lines.append(f"{f.name} = {toml_value(value)}" + (f"   # {note}" if note else ""))
     return "\n".join(lines)
 
@@ -265,9 +277,10 @@ def parse_override(text: str) -> tuple[str, Any]:
             raise ValueError
         return name, parsed["value"]
     except ValueError:
-        if value and (name not in KEYS or kind(KEYS[name]) is str) and not set(value) & set("\"'\n"):
+        word = name not in KEYS or kind(KEYS[name]) is str or value in choices(KEYS[name])
+        if value and word and not set(value) & set("\"'\n"):
             return name, value
-        wanted = f"{_NAMES[kind(KEYS[name])]}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
+        wanted = f"{_expected(KEYS[name])}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
         raise ConfigError(f"--set {name}: expected {wanted}") from None
 
 
@@ -305,8 +318,9 @@ def _set(config: Config, name: str, value: Any, source: str, base: Path) -> None
     wanted: Any = kind(KEYS[name])
     if wanted is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{source}: {name}: expected {_NAMES[wanted]}, got {reprlib.repr(value)}")
+    named = wanted is bool and isinstance(value, str) and value in choices(KEYS[name])
+    if not (named or isinstance(value, wanted)) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"{source}: {name}: expected {_expected(KEYS[name])}, got {reprlib.repr(value)}")
     if KEYS[name].metadata.get("path") and value:
         if "\0" in value:
             raise ConfigError(f"{source}: {name}: expected a path, got {value!r}")
@@ -331,7 +345,7 @@ def check(config: Config, source: str = "config", *, training: bool = True) -> N
             if bound is not None and not holds(value, bound):
                 raise ConfigError(f"{source}: {name}: expected a value {text} {bound}, got {value!r}")
         known = choices(spec)
-        if known and value not in known:
+        if known and value not in known and not isinstance(value, bool):
             near = difflib.get_close_matches(value, known, n=1)
             guess = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{source}: {name}: expected one of {', '.join(known)}, got {value!r}{guess}")

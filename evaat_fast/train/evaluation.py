@@ -77,7 +77,7 @@ def embed(model: EVA02AT, data: EK100, config: Config, device: torch.device, fra
     """float32 cosine similarities [clips, captions], on the CPU."""
     was_training = model.training
     model.eval()
-    with inputs.autocast(config, device):
+    with inputs.autocast(config, device, model):
         tokens = inputs.tokenizer(config)(data.captions)
         texts = [model.encode_text(trim(t).to(device), normalize=True).float() for t in tokens.split(config.eval.batch_size)]
         data.frames = frames

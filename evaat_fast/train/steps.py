@@ -5,7 +5,7 @@ A graph is captured once for each shape of a batch, and replaying it launches th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,24 +15,27 @@ from evaat_fast import ops
 from evaat_fast.model import EVA02AT
 from evaat_fast.train import inputs
 from evaat_fast.train.config import Config
+from evaat_fast.train.masters import Masters
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
-TEXT_STEP = 16  # captions of a graph are padded to a multiple of it, or their lengths would make dozens of graphs
 
 
 class Steps:
     """steps(batch) trains once on a batch of `inputs.loader`, and returns its loss, a scalar that nobody has waited for.
 
     Args:
-        model: an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
+        masters: of an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
         config: a Config. device: where the model is.
     """
 
     def __init__(
-        self, model: EVA02AT, optimizer: torch.optim.Optimizer, table: Tensor, config: Config, device: torch.device
+        self, masters: Masters, optimizer: torch.optim.Optimizer, table: Tensor, config: Config, device: torch.device
     ) -> None:
-        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.masters, self.optimizer, self.config, self.device = masters, optimizer, config, device
+        self.model = masters.model
         self.table = table.to(device)
+        # A batch is copied to a GPU on a stream of its own, beside the step before it.
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graphs: dict[tuple, Any] = {}  # by shapes: None after a first step, which is eager; then (graph, batch, loss)
         if config.train.cuda_graph:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -50,49 +53,74 @@ class Steps:
             return self._run(self._moved(batch))
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            loss = self._replay(batch)
+            loss = self._replay(self._moved(batch))
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return loss
 
-    def _replay(self, batch: Mapping[str, Tensor]) -> Tensor:
-        text = batch["text"]
-        length = min(math.ceil(text.shape[1] / TEXT_STEP) * TEXT_STEP, self.model.config.context_length)
-        batch = {**batch, "text": torch.nn.functional.pad(text, (0, length - text.shape[1]))}
+    def _replay(self, batch: dict[str, Tensor]) -> Tensor:
         shapes = tuple((name, x.shape) for name, x in sorted(batch.items()))
         if shapes not in self.graphs:  # kernels are compiled, tables made and moments allocated outside of graphs
             self.graphs[shapes] = None
-            return self._run(self._moved(batch))
+            return self._run(batch)
         if self.graphs[shapes] is None:
-            held = self._moved(batch, copy=True)  # which later batches are written to, the caller's own is not
+            held = {name: x.clone() for name, x in batch.items()}  # which later batches are written to
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # Of this thread alone: the loader's, which pins memory, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 loss = self._run(held)
             self.graphs[shapes] = graph, held, loss
         graph, held, loss = self.graphs[shapes]
         for name, x in batch.items():
-            held[name].copy_(x, non_blocking=True)
+            held[name].copy_(x)
         graph.replay()
         return loss.clone()
 
-    def _moved(self, batch: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
-        return {name: x.to(self.device, non_blocking=True, copy=copy) for name, x in batch.items()}
+    def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the device, for the current stream. The copy waits for nothing that runs there."""
+        if self.copies is None:
+            return {name: x.to(self.device) for name, x in batch.items()}
+        with torch.cuda.stream(self.copies):
+            moved = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
+        reader = torch.cuda.current_stream(self.device)
+        reader.wait_stream(self.copies)
+        for x in moved.values():
+            x.record_stream(reader)  # or the next batch could be given its memory while it is read
+        return moved
 
     def _run(self, batch: Mapping[str, Tensor]) -> Tensor:
         loss = batch_loss(self.model, batch, self.table, self.config, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.masters.take_gradients()
         if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.masters.parameters.values(), self.config.optim.clip_norm)
         self.optimizer.step()
+        self.masters.give_weights()
         if self.config.loss.learnable_temperature:
             self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
         return loss.detach()
 
 
+def later(x: Tensor) -> Callable[[], float]:
+    """A function that returns the number of a scalar, and waits for what was launched before this call alone. `x.item()` waits
+    for all that was launched before it is called itself, so for the step after, and the GPU then waits for Python."""
+    if not x.is_cuda:
+        return x.item
+    copy, done = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record(torch.cuda.current_stream(x.device))
+
+    def value() -> float:
+        done.synchronize()
+        return copy.item()
+
+    return value
+
+
 def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, config: Config, device: torch.device) -> Tensor:
     """The loss of one batch on `device`, a scalar. `table` [K, K]: the relevancy between kinds."""
-    with inputs.autocast(config, device):
-        video, text = model.encode_video(batch["video"]), model.encode_text(batch["text"])
+    with inputs.autocast(config, device, model):
+        video = model.encode_video(batch["video"], patches=batch.get("patches"))
+        text = model.encode_text(batch["text"])
     if config.loss.name == "clip":
         video, text = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (video, text))
         return ops.clip_loss(video, text, model.logit_scale.exp())
@@ -102,11 +130,12 @@ def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, confi
     )
 
 
-def build_optimizer(model: EVA02AT, config: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings."""
+def build_optimizer(model: EVA02AT, config: Config, masters: Masters | None = None) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings. It updates the
+    masters of what the model holds in a lower precision."""
     spared = model.no_weight_decay()
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (masters or Masters(model)).parameters.items():
         if parameter.requires_grad:
             groups[parameter.ndim >= 2 and name not in spared].append(parameter)
     return torch.optim.AdamW(

@@ -11,24 +11,24 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import evaat_fast
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.ek100_files import Split
 from evaat_fast.model import EVA02AT, CLIPTokenizer
 from evaat_fast.train import checkpoint, evaluation, inputs, packages
-from evaat_fast.train.config import Config, ConfigError
+from evaat_fast.train.config import KEYS, Config, ConfigError
 from evaat_fast.train.log import Log, Progress
+from evaat_fast.train.masters import Masters
 from evaat_fast.train.sampler import EpochSampler
 from evaat_fast.train.schedules import warmup
-from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer
+from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer, later
 
 
 class Diverged(RuntimeError):
@@ -51,7 +51,8 @@ def train(
         `config`, whose caches may be full already; None makes them.
 
     Returns:
-        dict(model, metrics, log, checkpoint): the trained model, the last evaluation, and the paths of both files.
+        dict(model, metrics, log, checkpoint): the trained model, the last evaluation, and the paths of both files. With
+        "bfloat16-params" the model's matrices are bfloat16, the checkpoint's float32.
 
     Raises:
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
@@ -73,11 +74,12 @@ def train(
     sampler, tokenize = inputs.sampler(config, data), inputs.tokenizer(config)
     model = build_model(config, weights=not stored)
     model.to(device)
-    optimizer = build_optimizer(model, config)
+    masters = Masters(model, torch.bfloat16 if config.train.precision == "bfloat16-params" else None)
+    optimizer = build_optimizer(model, config, masters)
     if stored:
-        checkpoint.restore(stored, model, optimizer, last)
+        checkpoint.restore(stored, masters, optimizer, last)
     fit_optimizer(optimizer, config, device)
-    steps = Steps(model, optimizer, data.relevancy_table, config, device)
+    steps = Steps(masters, optimizer, data.relevancy_table, config, device)
     if config.train.compile:
         model.compile_blocks()
 
@@ -124,7 +126,7 @@ def train(
                 log.write("eval", epoch + 1, **metrics)
                 line += f"  {evaluation.summary(metrics)}"
             if finished or (epoch + 1) % config.train.save_every == 0:
-                checkpoint.save(last, model, optimizer, epoch + 1, config)
+                checkpoint.save(last, masters, optimizer, epoch + 1, config)
             progress.say(line)
         if metrics is None:  # resumed after the last epoch
             metrics = evaluation.evaluate(model, test, config, device)
@@ -160,11 +162,11 @@ def run_epoch(
         name=config.schedule.name,
     )
     started, losses = time.perf_counter(), []
-    pending: tuple[int, float, Tensor] | None = None
+    pending: tuple[int, float, Callable[[], float]] | None = None
 
-    def settle(step: int, lr: float, loss: Tensor) -> None:
-        """Reads a step's loss one step late, so that the GPU never waits for the log."""
-        value = loss.item()
+    def settle(step: int, lr: float, loss: Callable[[], float]) -> None:
+        """Reads a step's loss when the next one is launched, so that the GPU never waits for the log."""
+        value = loss()
         if not math.isfinite(value):
             raise Diverged(
                 f"train: the loss is {value} at step {step + 1} of {total}, epoch {epoch + 1}, lr {lr:.2e}. "
@@ -178,7 +180,7 @@ def run_epoch(
         step = epoch * len(sampler) + i
         lr = warmup(step, **scheduled)
         steps.set_lr(lr)
-        loss = steps(batch)
+        loss = later(steps(batch))
         if pending:
             settle(*pending)
         pending = (step, lr, loss)
@@ -239,7 +241,7 @@ def check_same_run(stored: Mapping[str, Any], config: Config, source: str | os.P
     names += [f"train.{name}" for name in ("epochs", "batch_size", "seed", "distinct", "precision")]
     for key in names:
         section, name = key.split(".")
-        theirs = stored.get(section, {}).get(name)
+        theirs = stored.get(section, {}).get(name, KEYS[key].default)  # keys are younger than some runs
         if theirs != ours[section][name]:
             raise ConfigError(
                 f"{source} was made with {key} = {theirs!r}, this run has {ours[section][name]!r}; to start another run from "

@@ -1,17 +1,14 @@
-"""The backward pass of `forward.py` in Triton: in two passes that add nothing up in memory, or in one that adds up dQ.
+"""The backward pass of `forward.py` in Triton, in two passes that add nothing up in memory: a block of keys against all
+queries, a block of queries against all keys.
 
-In two passes (a block of keys against all queries, a block of queries against all keys) the scores are computed twice, and two
-runs agree to the last bit. In one pass the program of a block of keys adds its share of dQ to float32 sums in memory, in no
-fixed order: on Hopper with the copy engine's reduction, elsewhere with atomics. Gradients are turned back while still float32.
+The scores are computed twice, and two runs agree to the last bit. One pass, in which blocks of keys added their shares of dQ up
+in memory, took as long on an H200. Gradients are turned back while still float32.
 """
 
 import triton
 import triton.language as tl
 from evaat_fast.kernels.attn.forward import LOG2E, TF32X3, Call, blocks_of, channel, load_rows, place, programs, shape_of, turn
 from evaat_fast.kernels.launch import Rows, generation, on, table_of
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-NOTHING, ATOMIC, COPY = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
@@ -36,12 +33,10 @@ def attn_delta_kernel(out, do, lse, dlse, delta, heads, N, S):
 
 
 @triton.jit
-def attn_keys_kernel(q, k, v, do, lse, delta, dk, dv, sums, ADD: tl.constexpr, table, call, S):
+def attn_keys_kernel(q, k, v, do, lse, delta, dk, dv, table, call, S):
     """Program: the gradients of a block of keys and values; call.heads: of the keys. q: turned. With a table the keys' gradient
     is turned back. Queries beyond the end have lse = inf, a probability of 0; keys beyond need no mask, as each key's gradients
-    are its own. ADD: what the block contributes to the queries' gradient is added to sums, float32 [B * H, N, BLOCK_D], ATOMIC
-    to memory or by COPY through a descriptor of blocks [1, BLOCK_M, BLOCK_D].
-    """
+    are its own."""
     block, h, b, start, M, scale = place(call, call.M, S.BLOCK_N, S.CLIPS)
     N = M if S.CLIPS else call.N
     head, c = h.to(tl.int64), tl.arange(0, S.BLOCK_D)
@@ -70,16 +65,6 @@ def attn_keys_kernel(q, k, v, do, lse, delta, dk, dv, sums, ADD: tl.constexpr, t
             dV = tl.dot(p.to(dO.dtype), dO, dV, input_precision=TF32X3)
             ds = p * (tl.dot(values, tl.trans(dO), input_precision=TF32X3) - minus[None, :])
             dK = tl.dot(ds.to(queries.dtype), queries, dK, input_precision=TF32X3)
-            if ADD != NOTHING:
-                row = (b * call.heads * call.groups + mine).to(tl.int32)
-                if ADD == COPY and S.CLIPS:  # what is not finite in a clip must not reach the next one's rows
-                    ds = tl.where((m < N)[None, :], ds, 0.0)
-                share = tl.dot(tl.trans(ds.to(keys.dtype)), keys, input_precision=TF32X3)
-                if ADD == COPY:
-                    sums.atomic_add([row, (start + begin).to(tl.int32), 0], tl.reshape(share, (1, S.BLOCK_M, S.BLOCK_D)))
-                else:
-                    to = (row.to(tl.int64) * call.N + start + m)[:, None] * S.BLOCK_D + c[None, :]
-                    tl.atomic_add(sums + to, share, mask=there & (c < S.BLOCK_D)[None, :], sem="relaxed")
     dK *= scale
     if table is not None:
         dK = turn(dK, table, b, head, start, n, M, call.prefix, True, S)
@@ -127,25 +112,9 @@ def attn_queries_kernel(q, k, v, do, lse, delta, dq, table, call, S):
     tl.store(at, dQ.to(dq.at.dtype.element_ty), mask=(m < N)[:, None] & has_d[None, :])
 
 
-@triton.jit
-def attn_sums_kernel(sums, dq, table, heads, N, prefix, scale, S):
-    """A block of the queries' gradient from its sums [B * H, N, BLOCK_D]: scaled, turned back, rounded."""
-    blocks = tl.cdiv(N, S.BLOCK_M)
-    block, of = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    b, head = of // heads, of % heads
-    m, c = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M), tl.arange(0, S.BLOCK_D)
-    d, has_d = channel(c, S, table is not None and not S.INTERLEAVED)
-    x = load_rows(sums + of * N * S.BLOCK_D, S.BLOCK_D, m, N, c, c < S.BLOCK_D, True, S.BLOCK_D) * scale
-    if table is not None:
-        x = turn(x, table, b, head, 0, m, N, prefix, True, S)
-    at = dq.at + b * dq.b + head * dq.h + m.to(tl.int64)[:, None] * dq.n + d[None, :]
-    tl.store(at, x.to(dq.at.dtype.element_ty), mask=(m < N)[:, None] & has_d[None, :])
-
-
-def backward(q, k, v, out, do, lse, dlse, delta, sums, grads, tables, prefix, interleaved, scale, cu):
-    """q, k: turned. delta: as lse, scratch. dlse: as lse, or None. sums: float32 zeros [B * H, N, padded(D)] for one pass,
-    which needs all of grads, or None for two. grads: of q, or None; of k and v, or None twice. tables: of the queries and of
-    the keys, or None twice. Others: as `forward.forward`.
+def backward(q, k, v, out, do, lse, dlse, delta, grads, tables, prefix, interleaved, scale, cu):
+    """q, k: turned. delta: as lse, scratch. dlse: as lse, or None. grads: of q, or None; of k and v, or None twice. tables: of
+    the queries and of the keys, or None twice. Others: as `forward.forward`.
     """
     (B, H, N, D), (_, Hk, M, _) = q.shape, k.shape
     call = Call(H // Hk, H, N, M, prefix, cu, 0 if cu is None else len(cu) - 1, scale)
@@ -155,27 +124,14 @@ def backward(q, k, v, out, do, lse, dlse, delta, sums, grads, tables, prefix, in
     table, k_table = map(table_of, tables)
     with on(q.device):
         S = shape_of(q, interleaved, None, 64, 64)
-        few = (triton.cdiv(N, 64) * B * H,)
-        attn_delta_kernel[few](of_out, *places[3:], dlse, delta, H, N, S)
+        attn_delta_kernel[(triton.cdiv(N, 64) * B * H,)](of_out, *places[3:], dlse, delta, H, N, S)
         if dk is not None:
-            rows, columns, launch = blocks("keys" if sums is None else "both")
-            of_keys, into = call._replace(heads=Hk), _adding(sums, rows, q)
+            (rows, columns, launch), of_keys = blocks("keys"), call._replace(heads=Hk)
             attn_keys_kernel[programs(of_keys, M, columns, B)](
-                *places, delta, dk, dv, *into, k_table, of_keys, shape_of(q, interleaved, cu, rows, columns), **launch
+                *places, delta, dk, dv, k_table, of_keys, shape_of(q, interleaved, cu, rows, columns), **launch
             )
-        if sums is not None:
-            attn_sums_kernel[few](sums, dq, table, H, N, prefix, scale, S)
-        elif dq is not None:
+        if dq is not None:
             rows, columns, launch = blocks("queries")
             attn_queries_kernel[programs(call, N, rows, B)](
                 *places, delta, dq, table, call, shape_of(q, interleaved, cu, rows, columns), **launch
             )
-
-
-def _adding(sums, rows, q):
-    """To what a block of keys adds, and how. The interpreter has no reduction by descriptor."""
-    if sums is None:
-        return None, NOTHING.value
-    if not q.is_cuda or generation(q.device) < 9:
-        return sums, ATOMIC.value
-    return TensorDescriptor.from_tensor(sums, [1, rows, sums.shape[2]]), COPY.value

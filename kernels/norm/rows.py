@@ -14,6 +14,11 @@ def block(C, channels):
     return {"C": C, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_C // channels)}
 
 
+def size(x):
+    """(rows, channels) of x [..., C]."""
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
 @functools.lru_cache(maxsize=64)
 def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

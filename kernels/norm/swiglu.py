@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import generation, on
-from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, store_sums
+from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, store_sums
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def forward_config(C):
 
 
 def forward(x, weight, bias, out, statistics, eps):
-    """x: [M, 2 C], contiguous, the gates first; out: [M, C]; statistics: float32 [2, M], None as weight and bias are."""
-    M, C = out.shape
+    """x: [..., 2 C], contiguous, the gates first; out: [..., C]; statistics: float32 [2, M], None as weight and bias are."""
+    M, C = size(out)
     with on(x.device):
         swiglu_norm_kernel[M,](x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **forward_config(C))
 
@@ -89,7 +89,7 @@ def count(M, C, device):
 
 def backward(dY, x, weight, statistics, dx, sums, dweight, dbias):
     """As `forward`. sums: float32 [count(...), 2, C], or None as dweight and dbias are."""
-    M, C = dY.shape
+    M, C = size(dY)
     with on(x.device):
         places = dY, x, weight, statistics, dx, sums, M
         swiglu_norm_backward_kernel[count(M, C, x.device),](

@@ -30,8 +30,12 @@ Totals = namedtuple("Totals", "rows columns rest_rows rest_columns weight")
 
 # Of videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each strip's
 # columns of the pairs that are not positive and of those that are, each as two numbers to add; columns: [2, 2, down, N], the
-# same over a tile's rows. Of pairs that are positive alone nothing is written: their own logits are the totals.
-Stats = namedtuple("Stats", "rows columns first last")
+# same over a tile's rows. own: float32 [N], each pair's own logit, all that is positive where no others are.
+Stats = namedtuple("Stats", "rows columns own first last")
+
+# Of all pairs, panel after panel, float64 [2, N]. running: log-sum-exps of the columns so far; entries: what each pair costs by
+# its row and by its column.
+Sums = namedtuple("Sums", "running entries")
 
 # panel [last - first, N]: slopes of the logits; scale_slope: float32 [tiles], their sum with the products.
 Slopes = namedtuple("Slopes", "panel scale_slope first last")
@@ -109,6 +113,83 @@ def contrast_stats_kernel(
         if logits.dense is not None or logits.verbs is not None:
             _store_pair(row + 2 * by_row, by_row, _log_sum_exp(s, inside & positive, 1), m < last)
             _store_pair(column + 2 * by_column, by_column, _log_sum_exp(s, inside & positive, 0), n < N)
+        elif (tile_n + 1) * BLOCK > first + tile_m * BLOCK and tile_n * BLOCK < first + (tile_m + 1) * BLOCK:
+            own = tl.sum(tl.where(positive, s, 0.0), 0)
+            tl.store(
+                out.own + n, own, mask=(n >= first + tile_m * BLOCK) & (n < tl.minimum(last, first + (tile_m + 1) * BLOCK))
+            )
+
+
+@triton.jit
+def _merge(parts, half, strips, size, mask):
+    """float64: log-sum-exps over all strips, [size] each, of sums of two floats, `half` apart."""
+    most = tl.full(mask.shape, float("-inf"), tl.float32)
+    at = parts
+    for _ in range(0, strips):
+        most = tl.maximum(most, tl.load(at, mask=mask, other=float("-inf")))
+        at += size
+    most = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.zeros(mask.shape, tl.float64)
+    at = parts
+    for _ in range(0, strips):
+        high, low = tl.load(at, mask=mask, other=float("-inf")), tl.load(at + half, mask=mask, other=0.0)
+        total += tl.exp((high - most) + low).to(tl.float64)
+        at += size
+    return most.to(tl.float64) + tl.log(total)
+
+
+@triton.jit
+def _log_add_exp(a, b):
+    most = tl.maximum(a, b)
+    shift = tl.where(most == float("-inf"), 0.0, most)
+    return shift + tl.log(tl.exp(a - shift) + tl.exp(b - shift))
+
+
+@triton.jit
+def _store_two_floats(target, half, x, mask):
+    high = x.to(tl.float32)
+    rest = tl.where(tl.abs(high) == float("inf"), 0.0, x - high.to(tl.float64))
+    _store_pair(target, half, (high, rest.to(tl.float32)), mask)
+
+
+@triton.jit
+def contrast_totals_kernel(stats, sums, totals, halves, N, down, across, EVERY: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds a panel's statistics up, of its rows (programs (., 0)) and, with the panels before it, of the columns (., 1); where
+    a sum is complete, makes its totals, and what it costs: log(1 + others / positives). EVERY: pairs have other positives than
+    themselves. halves: the way to the second of two floats, of rows and of columns."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    side = tl.program_id(1)
+    if side == 0:
+        parts, half, strips, size, first = stats.rows, halves[0], across * 4, stats.last - stats.first, stats.first
+        target, learned = totals.rows, totals.rest_rows
+    else:
+        parts, half, strips, size, first = stats.columns, halves[1], down * 1, N * 1, stats.first * 0
+        target, learned = totals.columns, totals.rest_columns
+    mask, at, parts = i < size, first + i, parts + i
+    others = _merge(parts, half, strips, size, mask)
+    if EVERY:
+        positives = _merge(parts + 2 * half, half, strips, size, mask)
+    else:
+        positives = tl.load(stats.own + at, mask=mask, other=0.0).to(tl.float64)
+    if side == 1:
+        if stats.first > 0:
+            others = _log_add_exp(others, tl.load(sums.running + at, mask=mask, other=0.0))
+            if EVERY:
+                positives = _log_add_exp(positives, tl.load(sums.running + N + at, mask=mask, other=0.0))
+        tl.store(sums.running + at, others, mask=mask)
+        if EVERY:
+            tl.store(sums.running + N + at, positives, mask=mask)
+    if (side == 0) | (stats.last == N):
+        gap = others - positives
+        odds = tl.exp(-tl.abs(gap))
+        less = odds / (1.0 + odds)
+        tl.store(learned + at, tl.where(gap > 0.0, 1.0 - less, less).to(tl.float32), mask=mask)
+        _store_two_floats(target + at, N, _log_add_exp(others, positives), mask)
+        _store_two_floats(target + 2 * N + at, N, positives, mask)
+        # log(1 + odds) without what the sum rounds off: a trained batch costs little.
+        rounded = 1.0 + odds
+        cost = tl.where(rounded == 1.0, odds, tl.log(rounded) * odds / (rounded - 1.0))
+        tl.store(sums.entries + side * N + at, tl.where(gap > 0.0, gap + cost, cost), mask=mask)
 
 
 @triton.jit
@@ -154,9 +235,13 @@ def config(dtype, kind, generation=9):
     return shape if kind == OWN else shape | {"BLOCK": 64, "num_warps": 4}
 
 
+def kind_of(logits):
+    return DENSE if logits.dense is not None else SHARED if logits.verbs is not None else OWN
+
+
 def _constants(f, logits):
     """What both kernels are compiled for."""
-    kind = DENSE if logits.dense is not None else SHARED if logits.verbs is not None else OWN
+    kind = kind_of(logits)
     words = {"VERB_WORDS": logits.verbs.shape[1], "NOUN_WORDS": logits.nouns.shape[1]} if kind == SHARED else {}
     return {"VERB_WORDS": 1, "NOUN_WORDS": 1} | words | config(f.video.dtype, kind, generation(f.video.device))
 
@@ -166,9 +251,14 @@ def tiles_of(rows, f, logits):
     return tiles(rows, f.N, _constants(f, logits)["BLOCK"])
 
 
-def stats(f, logits, out):
+def stats(f, logits, out, sums, totals):
+    """The statistics of a panel, and what they add to the totals."""
+    (down, across), every, block = tiles_of(out.last - out.first, f, logits), kind_of(logits) != OWN, 64
     with on(f.video.device):
-        contrast_stats_kernel[(out.rows.shape[2] // 4 * out.columns.shape[2],)](f, logits, out, **_constants(f, logits))
+        contrast_stats_kernel[(down * across,)](f, logits, out, **_constants(f, logits))
+        grid = triton.cdiv(f.N, block), 2
+        halves = 4 * across * (out.last - out.first), down * f.N
+        contrast_totals_kernel[grid](out, sums, totals, halves, f.N, down, across, EVERY=every, BLOCK=block, num_warps=2)
 
 
 def slopes(f, logits, totals, out):

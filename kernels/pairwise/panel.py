@@ -16,6 +16,10 @@ GROUP = tl.constexpr(8)  # tiles of rows that share a column of tiles in L2
 # Two tensors [N, E] with contiguous rows, their strides and sizes.
 Features = namedtuple("Features", "video text video_n text_n N E")
 
+# float32 [] or None: the loss, the sum of parts [count] divided by the integer `over`, and the gradient of the scale, that of
+# slopes [tiles].
+Ends = namedtuple("Ends", "loss parts count of_scale slopes tiles over")
+
 
 def features(video, text):
     return Features(video, text, video.stride(0), text.stride(0), *video.shape)
@@ -78,8 +82,9 @@ def place(pid, rows, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prepare_kernel(f, unit_video, unit_text, norms, inverses, BLOCK_E: tl.constexpr):
-    """Row i of video (program i, 0) or text (i, 1): norm and 1 / max(norm, 1e-8) as float32 [2, N], and the unit row."""
+def prepare_kernel(f, unit_video, unit_text, norms, inverses, sums, BLOCK_E: tl.constexpr):
+    """Row i of video (program i, 0) or text (i, 1): norm and 1 / max(norm, 1e-8) as float32 [2, N], the unit row, and where
+    there are sums, int32 [2, N], a zero."""
     i = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         source, target = f.video + i * f.video_n, unit_video + i * f.E
@@ -92,6 +97,8 @@ def prepare_kernel(f, unit_video, unit_text, norms, inverses, BLOCK_E: tl.conste
     floored = _floored(norm)
     tl.store(norms + place, norm)
     tl.store(inverses + place, tl.div_rn(1.0, floored))
+    if sums is not None:
+        tl.store(sums + place, 0)
     tl.store(target + e, tl.div_rn(x, floored).to(target.dtype.element_ty), mask=e < f.E)
 
 
@@ -101,40 +108,69 @@ def _floored(norm):
 
 
 @triton.jit
-def diagonal_kernel(f, inv_video, inv_text, diagonal, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 [N]: each pair's own cosine, as a tile of the whole matrix gives it."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s = products(f, n, n, BLOCK, PRECISION)
-    i = tl.arange(0, BLOCK)
-    own = tl.sum(tl.where(i[:, None] == i[None, :], s, 0.0), 1)
-    row, column = tl.load(inv_video + n, mask=n < f.N, other=0.0), tl.load(inv_text + n, mask=n < f.N, other=0.0)
-    tl.store(diagonal + n, own * row * column, mask=n < f.N)
+def _total(parts, count):
+    """The sum of a vector, in float64 and in one order."""
+    total = tl.zeros((1024,), tl.float64)
+    for begin in range(0, count, 1024):
+        at = begin + tl.arange(0, 1024)
+        total += tl.load(parts + at, mask=at < count, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
 
 
 @triton.jit
-def finish_kernel(
-    f, norms, row_sum, col_sum, weight, grad_video, grad_text, factor, FIRST: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """In place, float32: adds the diagonal's slope to the gradient of each unit row, and goes through the normalisation.
-    FIRST: the first side that has one, 0 the videos, 1 the captions.
-    """
+def finish_kernel(f, norms, sums, weight, grads, scale, ends, factor, rows, FIRST: tl.constexpr, BLOCK_E: tl.constexpr):
+    """In place, float32: adds the diagonal's slope to the gradient of each unit row, where there are sums, times the factors;
+    then goes through the normalisation, where there are norms. FIRST: the first side that has a gradient, 0 the videos, 1 the
+    captions. The program beyond the rows adds up the loss, and the gradient of the scale."""
     i = tl.program_id(0).to(tl.int64)
     is_text = tl.program_id(1) + FIRST
     e = tl.arange(0, BLOCK_E)
-    slope = -(tl.load(row_sum + i) + tl.load(col_sum + i)).to(tl.float32)
-    if weight is not None:
-        slope *= tl.load(weight + i)
-    norm_v, norm_t = tl.load(norms + i), tl.load(norms + f.N + i)
-    v = tl.load(f.video + i * f.video_n + e, mask=e < f.E, other=0.0).to(tl.float32)
-    t = tl.load(f.text + i * f.text_n + e, mask=e < f.E, other=0.0).to(tl.float32)
-    v, t = tl.div_rn(v, _floored(norm_v)), tl.div_rn(t, _floored(norm_t))
-    if is_text == 0:
-        x, other, norm, at = v, t, norm_v, grad_video + i * f.E + e
-    else:
-        x, other, norm, at = t, v, norm_t, grad_text + i * f.E + e
-    g = (tl.load(at, mask=e < f.E, other=0.0) + slope * other) * factor
-    g = tl.div_rn(g - x * tl.sum(g * x, 0), norm)
-    tl.store(at, tl.where(norm < 1e-8, 0.0, g), mask=e < f.E)
+    if scale is not None:
+        factor *= tl.load(scale)
+    if i < rows:
+        if is_text == 0:
+            at = grads[0] + i * f.E + e
+        else:
+            at = grads[1] + i * f.E + e
+        g = tl.load(at, mask=e < f.E, other=0.0)
+        if norms is None:
+            tl.store(at, g * factor, mask=e < f.E)
+        else:
+            norm_v, norm_t = tl.load(norms + i), tl.load(norms + f.N + i)
+            v = tl.load(f.video + i * f.video_n + e, mask=e < f.E, other=0.0).to(tl.float32)
+            t = tl.load(f.text + i * f.text_n + e, mask=e < f.E, other=0.0).to(tl.float32)
+            v, t = tl.div_rn(v, _floored(norm_v)), tl.div_rn(t, _floored(norm_t))
+            if is_text == 0:
+                x, other, norm = v, t, norm_v
+            else:
+                x, other, norm = t, v, norm_t
+            if sums is not None:
+                slope = -(tl.load(sums + i) + tl.load(sums + f.N + i)).to(tl.float32)
+                if weight is not None:
+                    slope *= tl.load(weight + i)
+                g += slope * other
+            g *= factor
+            g = tl.div_rn(g - x * tl.sum(g * x, 0), norm)
+            tl.store(at, tl.where(norm < 1e-8, 0.0, g), mask=e < f.E)
+    elif is_text == FIRST:
+        if ends.loss is not None:
+            tl.store(ends.loss, (_total(ends.parts, ends.count) / ends.over).to(tl.float32))
+        if ends.of_scale is not None:
+            tl.store(ends.of_scale, (_total(ends.slopes, ends.tiles) / ends.over).to(tl.float32))
+
+
+@triton.jit
+def scale_kernel(factor, xs, outs, of_scale, to_scale, count, BLOCK: tl.constexpr):
+    """outs = factor * xs, of [count] each, one pair a row of programs; and of one number."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    by = tl.load(factor)
+    for i in tl.static_range(len(xs)):
+        if tl.program_id(1) == i:
+            x = tl.load(xs[i] + at, mask=at < count, other=0.0) * by
+            tl.store(outs[i] + at, x.to(outs[i].dtype.element_ty), mask=at < count)
+    if of_scale is not None:
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            tl.store(to_scale, (tl.load(of_scale) * by).to(to_scale.dtype.element_ty))
 
 
 def tiles(rows, N, block):
@@ -142,22 +178,29 @@ def tiles(rows, N, block):
     return triton.cdiv(rows, block), triton.cdiv(N, block)
 
 
-def prepare(f, units, norms, inverses):
-    """Norms of the rows, their inverses (both float32 [2, N]), and two times [N, E] unit rows in the dtype of units."""
+def prepare(f, units, norms, inverses, sums=None):
+    """Norms of the rows, their inverses (both float32 [2, N]), and two times [N, E] unit rows in the dtype of units; zeros."""
     with on(f.video.device):
-        prepare_kernel[(f.N, 2)](f, *units, norms, inverses, BLOCK_E=triton.next_power_of_2(f.E))
+        prepare_kernel[(f.N, 2)](f, *units, norms, inverses, sums, BLOCK_E=triton.next_power_of_2(f.E))
 
 
-def own_cosines(f, inverses, diagonal):
-    """diagonal: float32 [N]."""
-    shape = config(f.video.dtype)
-    with on(f.video.device):
-        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, *inverses, diagonal, **shape)
-
-
-def finish(f, norms, sums, weight, grads, factor):
-    """sums: int32 [2, N], of the slopes. grads: float32 [N, E] of the videos and of the captions, either may be None."""
+def finish(f, norms, sums, weight, grads, scale, ends, factor):
+    """norms: float32 [2, N] or None; sums: int32 [2, N] of the slopes or None. grads: float32 [N, E] of the videos and of the
+    captions, either may be None. scale: float32 of one element or None."""
     sides = sum(x is not None for x in grads)
-    first, some = int(grads[0] is None), [norms if x is None else x for x in grads]  # a pointer that is not read
+    first, some = int(sides and grads[0] is None), [f.video if x is None else x for x in grads]  # a pointer that is not read
+    rows = f.N if sides else 0
     with on(f.video.device):
-        finish_kernel[(f.N, sides)](f, norms, *sums, weight, *some, factor, FIRST=first, BLOCK_E=triton.next_power_of_2(f.E))
+        grid, shape = (rows + 1, max(sides, 1)), {"FIRST": first, "BLOCK_E": triton.next_power_of_2(f.E)}
+        finish_kernel[grid](f, norms, sums, weight, tuple(some), scale, ends, factor, rows, **shape)
+
+
+def scale(factor, gradients, outs):
+    """outs [i] = factor * gradients[i], in their dtypes: of features, and last, a number's, if there is one."""
+    number = (gradients[-1], outs[-1]) if gradients[-1].ndim == 0 else (None, None)
+    rows = [pair for pair in zip(gradients, outs, strict=True) if pair[0].ndim]
+    count, block = (rows[0][0].numel() if rows else 0), 4096
+    xs, ys = zip(*rows, strict=True) if rows else ((), ())
+    with on(factor.device):
+        grid = max(triton.cdiv(count, block), 1), max(len(rows), 1)
+        scale_kernel[grid](factor, xs, ys, *number, count, BLOCK=block, num_warps=8)

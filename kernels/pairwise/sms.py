@@ -38,25 +38,62 @@ def numbers(penalty):
 
 
 @triton.jit
-def labels_of(labels, m, n, N):
-    """float32 [BLOCK_M, BLOCK_N]: relevancy of videos m and captions n; NaN where an index lies outside of the table."""
-    row, column, inside = m.to(tl.int64), n.to(tl.int64), (m < N)[:, None] & (n < N)[None, :]
-    known = inside
-    if labels.video_index is not None:
-        row = tl.load(labels.video_index + m, mask=m < N, other=0).to(tl.int64)
-        column = tl.load(labels.caption_index + n, mask=n < N, other=0).to(tl.int64)
-        known = inside & ((row >= 0) & (row < labels.V))[:, None] & ((column >= 0) & (column < labels.C))[None, :]
-    at = labels.table + row[:, None] * labels.row + column[None, :] * labels.column
-    if labels.verb is not None:
-        if labels.half != 0:  # always; the branch keeps Triton 3.6 from holding verbs in registers, of which 22 would spill
-            verb = labels.verb
-            same = tl.load(verb + m, mask=m < N, other=0)[:, None] == tl.load(verb + n, mask=n < N, other=0)[None, :]
-            at += same.to(tl.int64) * labels.half
+def _place(index, i, N, size):
+    """Rows or columns i of the table as int64, and whether they lie in it."""
+    at, known = i.to(tl.int64), i < N
+    if index is not None:
+        at = tl.load(index + i, mask=known, other=0).to(tl.int64)
+        known = known & (at >= 0) & (at < size)
+    return at, known
+
+
+@triton.jit
+def _label(labels, at, known):
+    """float32: relevancy at places of the table; NaN where they are not known."""
+    at = labels.table + at
     if labels.code_values is not None:
         label = tl.load(labels.code_values + tl.load(at, mask=known, other=0).to(tl.int32))
     else:
         label = tl.load(at, mask=known, other=0.0).to(tl.float32)
     return tl.where(known, label, float("nan"))
+
+
+@triton.jit
+def labels_of(labels, m, n, N):
+    """float32 [BLOCK_M, BLOCK_N]: relevancy of videos m and captions n; NaN where an index lies outside of the table."""
+    row, in_rows = _place(labels.video_index, m, N, labels.V)
+    column, in_columns = _place(labels.caption_index, n, N, labels.C)
+    at = row[:, None] * labels.row + column[None, :] * labels.column
+    if labels.verb is not None:
+        if labels.half != 0:  # always; the branch keeps Triton 3.6 from holding verbs in registers, of which 22 would spill
+            verb = labels.verb
+            same = tl.load(verb + m, mask=m < N, other=0)[:, None] == tl.load(verb + n, mask=n < N, other=0)[None, :]
+            at += same.to(tl.int64) * labels.half
+    return _label(labels, at, in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def own_labels(labels, n, N):
+    """float32: relevancy of each pair itself."""
+    row, in_rows = _place(labels.video_index, n, N, labels.V)
+    column, in_columns = _place(labels.caption_index, n, N, labels.C)
+    at = row * labels.row + column * labels.column
+    if labels.verb is not None:
+        at += labels.half
+    return _label(labels, at, in_rows & in_columns)
+
+
+@triton.jit
+def diagonal_kernel(f, pairs, labels, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """Each pair's own cosine, as a tile of the whole matrix gives it, and where there are labels its own relevancy."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK)
+    own, inside = i[:, None] == i[None, :], n < f.N
+    s = tl.sum(tl.where(own, products(f, n, n, BLOCK, PRECISION), 0.0), 1)
+    row, column = tl.load(pairs.inv_video + n, mask=inside, other=0.0), tl.load(pairs.inv_text + n, mask=inside, other=0.0)
+    tl.store(pairs.cosine + n, s * row * column, mask=inside)
+    if labels is not None:
+        tl.store(pairs.own + n, own_labels(labels, n, f.N), mask=inside)
 
 
 @triton.jit
@@ -144,6 +181,13 @@ def sms_kernel(f, pairs, labels, penalty, out, RULE: tl.constexpr, BLOCK: tl.con
         tl.store(out.row_loss + tile_n.to(tl.int64) * (last - first) + (m - first), tl.sum(losses, 1), mask=in_m)
     else:
         tl.store(out.row_loss + tile_m * tl.cdiv(N, BLOCK) + tile_n, tl.sum(tl.sum(losses, 1), 0))
+
+
+def own_pairs(f, pairs, labels):
+    """Fills the cosines of pairs, and where there are labels their own relevancies."""
+    shape = config(f.video.dtype)
+    with on(f.video.device):
+        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, pairs, labels, **shape)
 
 
 def sms_panel(f, pairs, labels, penalty, out):

@@ -8,12 +8,39 @@ angles, times the tokens' positions, over its tokens in float64: one sum a progr
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import Rows, on, table_of
-from evaat_fast.kernels.rope3d.rotate import BLOCK_ELEMENTS, HEADS, NUM_WARPS, load_pair, shape_of, store_pair, turn_pair
+from evaat_fast.kernels.rope3d.rotate import BLOCK_ELEMENTS, HEADS, NUM_WARPS, shape_of, turn_pair
 
 
 def shape_with_freqs(D, interleaved, inverse, per_head):
     """Half as many tokens a program as the rotation alone takes, at which registers would spill or halve occupancy."""
     return shape_of(D, interleaved, inverse, per_head, 1 if per_head else HEADS, BLOCK_ELEMENTS // 2)
+
+
+@triton.jit
+def load_pair(row, c, present, S):
+    """float32 [BLOCK_N, BLOCK_C] twice: channels c of rows, pointers [BLOCK_N, 1] to D channels each, and 0 where they are not
+    present. Both channels of a pair lie in one thread: interleaved rows are loaded whole, 16 bytes a thread, and split in
+    registers."""
+    if S.INTERLEAVED:
+        d = tl.arange(0, 2 * S.BLOCK_C)[None, :]
+        x = tl.load(row + d, mask=present & (d < S.D), other=0.0)
+        return tl.split(tl.reshape(x.to(tl.float32), (S.BLOCK_N, S.BLOCK_C, 2)))
+    at, mask = row + c[None, :], present & (c < S.D // 2)[None, :]
+    a, b = tl.load(at, mask=mask, other=0.0), tl.load(at + S.D // 2, mask=mask, other=0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def store_pair(row, a, b, c, present, S):
+    """What `load_pair` loads, back to memory."""
+    kind = row.dtype.element_ty
+    if S.INTERLEAVED:
+        d = tl.arange(0, 2 * S.BLOCK_C)[None, :]
+        tl.store(row + d, tl.reshape(tl.join(a, b), (S.BLOCK_N, 2 * S.BLOCK_C)).to(kind), mask=present & (d < S.D))
+    else:
+        at, mask = row + c[None, :], present & (c < S.D // 2)[None, :]
+        tl.store(at, a.to(kind), mask=mask)
+        tl.store(at + S.D // 2, b.to(kind), mask=mask)
 
 
 @triton.jit
@@ -26,8 +53,8 @@ def _slopes(grad, out, x, cos, sin, turned, b, first_head, heads, n, N, S):
     for i in tl.static_range(S.HEADS):
         h = (first_head + i).to(tl.int64)
         present = (n < tl.where(h < heads, N, 0))[:, None]
-        ga, gb = load_pair(grad.at + b * grad.b + h * grad.h + row * grad.n, c, present, S, 0.0)
-        x_a, x_b = load_pair(x.at + b * x.b + h * x.h + row * x.n, c, present, S, 0.0)
+        ga, gb = load_pair(grad.at + b * grad.b + h * grad.h + row * grad.n, c, present, S)
+        x_a, x_b = load_pair(x.at + b * x.b + h * x.h + row * x.n, c, present, S)
         new_a, new_b = turn_pair(ga, gb, cos.to(tl.float32), sin.to(tl.float32), turned)
         store_pair(out.at + b * out.b + h * out.h + row * out.n, new_a, new_b, c, present, S)
         # Fused by hand, as in `turn_pair`: the packed gradient agrees with the other to the last bit.

@@ -58,10 +58,11 @@ inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline Meeting block;
+inline unsigned index;  // of the thread that runs
 inline bool moved;  // whether anything happened in this round
 alignas(1024) inline char pool[kMostShared];
 
-inline Thread& current() { return threads[threadIdx.x]; }
+inline Thread& current() { return threads[index]; }
 inline void pause() { swapcontext(&current().context, &scheduler); }
 
 // Waits until `all` have come; the last one calls `last` before any goes on.
@@ -97,7 +98,7 @@ inline void run_block(unsigned count) {
     moved = false;
     for (unsigned i = 0; i < count; ++i) {
       if (threads[i].done) continue;
-      threadIdx = dim3(i);
+      index = i, threadIdx = dim3(i % blockDim.x, i / blockDim.x);
       swapcontext(&scheduler, &threads[i].context);
       left -= threads[i].done;
     }
@@ -108,7 +109,7 @@ inline void run_block(unsigned count) {
 }  // namespace evaat::emulator
 
 inline void __syncthreads() {
-  evaat::emulator::meet(evaat::emulator::block, blockDim.x, [] {});
+  evaat::emulator::meet(evaat::emulator::block, blockDim.x * blockDim.y, [] {});
 }
 
 namespace evaat {
@@ -122,7 +123,7 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, void*, A... arguments) {
       for (unsigned x = 0; x < grid.x; ++x) {
         std::memset(emulator::pool, 0xff, sizeof emulator::pool);  // NaN, as what nobody wrote
         blockIdx = dim3(x, y, z);
-        emulator::run_block(block.x);
+        emulator::run_block(block.x * block.y);
       }
   return cudaSuccess;
 }

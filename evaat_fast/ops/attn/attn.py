@@ -14,7 +14,7 @@ from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.tensor import kind, memory_of, packed_base
 from evaat_fast.ops.attn.clips import each_clip, sdpa_of_clips
 from evaat_fast.ops.attn.layout import gradient_like
-from evaat_fast.ops.attn.plan import TRITON, AttentionPlan, plan
+from evaat_fast.ops.attn.plan import AttentionPlan, plan
 from evaat_fast.ops.attn.reference import attention_reference
 from evaat_fast.ops.attn.triton import attend, attend_packed
 from evaat_fast.ops.rope3d.rope3d import rotate_by_table
@@ -79,8 +79,7 @@ def joint_attention(
             serves, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
-        backend: "auto", "sdpa", "triton" (head dims up to 128; slower than sdpa on an H200), "triton_onepass" (the same with a
-            backward pass that adds up dQ in no fixed order) or "reference".
+        backend: "auto", "sdpa", "triton" (head dims up to 128; slower than sdpa on an H200) or "reference".
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). With
@@ -103,7 +102,7 @@ def joint_attention(
     rope = (grid, freqs, prefix_tokens, positions, interleaved)
     shapes = (q.shape, k.shape, q.dtype, q.device)
     call = plan(*shapes, rope, k_positions, scale, cu_seqlens, max_seqlen, deterministic, return_lse, backend)
-    if call.backend in TRITON and not (turns or packed_clips):
+    if call.backend == "triton" and not (turns or packed_clips):
         q, k, v = _readable(q, k, v)
     if not packed_clips:
         return _attend(q, k, v, call, return_lse)
@@ -171,7 +170,7 @@ def joint_attention_qkv_(
         # unbind(2): its backward stacks the three gradients straight into the packed layout, one copy.
         q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
         return _attend(q, k, v, call, return_lse)
-    if call.backend in TRITON and qkv.numel() and call.scale >= 0:
+    if call.backend == "triton" and qkv.numel() and call.scale >= 0:
         out, lse = attend_packed(qkv, base, num_heads, call)
         return (out, lse) if return_lse else out
     return _attend(*consume(qkv, base, num_heads, call.rotation), call.without_rope(), return_lse)
@@ -205,7 +204,7 @@ def _check(q, k, v, packed_clips):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bool) -> Any:
     """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v whose memory can be read; B = 1 for packed clips."""
-    on_triton = call.backend in TRITON and q.numel() and k.numel()
+    on_triton = call.backend == "triton" and q.numel() and k.numel()
     if call.rope and (not on_triton or call.rotation.learns()):  # else Triton turns within its passes
         # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
         if call.k_positions is None:

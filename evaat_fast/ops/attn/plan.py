@@ -8,17 +8,16 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import check_device, kind, number
 from evaat_fast.ops.attn.clips import clip_positions
-from evaat_fast.ops.rope3d.rotation import Rope, Rotation, check_grid, check_place
+from evaat_fast.ops.rope3d.rotation import Rope, Rotation, check_grid, check_place, needs
 from evaat_fast.ops.rope3d.rotation import plan as plan_rotation
 
-TRITON = ("triton", "triton_onepass")
 _STILL = Rotation(None, None, (), 0, True, False, "reference")
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """A checked call. rope: whether there is a rotation; k_positions: of the keys, where they have their own. cu_seqlens,
-    max_seqlen: of packed clips. scale: of the scores. one_pass: whether Triton's backward pass is."""
+    max_seqlen: of packed clips. scale: of the scores."""
 
     rotation: Rotation
     k_positions: Tensor | None
@@ -26,7 +25,6 @@ class AttentionPlan:
     cu_seqlens: Tensor | None
     max_seqlen: int | None
     scale: float
-    one_pass: bool
     backend: str
 
     def k_rotation(self) -> Rotation:
@@ -55,8 +53,7 @@ class AttentionPlan:
 
     # Not dataclasses.replace, which Dynamo cannot trace.
     def _with(self, rotation, k_positions, rope, cu_seqlens, scale):
-        rest = (self.max_seqlen, scale, self.one_pass, self.backend)
-        return AttentionPlan(rotation, k_positions, rope, cu_seqlens, *rest)
+        return AttentionPlan(rotation, k_positions, rope, cu_seqlens, self.max_seqlen, scale, self.backend)
 
 
 def plan(
@@ -77,20 +74,19 @@ def plan(
     (grid, freqs, prefix_tokens, positions, interleaved), head_dim = rope, shape[-1]
     _check_clips(cu_seqlens, max_seqlen, shape[0], device)
     alone = deterministic and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
-    asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC: deterministic, dispatch.DETERMINISTIC_CALL: alone}
-    asked[dispatch.WIDE_HEADS] = head_dim > 128
-    needs = tuple(need for need, is_asked in asked.items() if is_asked)
-    chosen = dispatch.pick("joint_attention", device, dtype, backend, needs)
+    asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC_CALL: alone, dispatch.WIDE_HEADS: head_dim > 128}
+    wanted = tuple(need for need, is_asked in asked.items() if is_asked)
+    chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
-    rest = (cu_seqlens, max_seqlen, scale, chosen == TRITON[1], chosen)
+    rest = (cu_seqlens, max_seqlen, scale, chosen)
     if freqs is not None and grid is None and positions is None:
         raise ValueError("freqs: given, but neither grid nor positions is")
     if k_positions is not None and (positions is None or grid is not None):
         raise ValueError("k_positions: expected together with positions, and without grid")
     if grid is None and positions is None:
         return AttentionPlan(_STILL, None, False, *rest)
-    same = "reference" if chosen == "reference" else "triton" if chosen in TRITON else None
-    turns = dispatch.pick("rope3d", device, dtype, same)
+    same = chosen if chosen in ("reference", "triton") else None
+    turns = dispatch.pick("rope3d", device, dtype, same, needs(freqs))
     if cu_seqlens is not None:
         _check_longest(cu_seqlens, grid, prefix_tokens, positions)
         shape, k_shape = (torch.Size((1, s[1], s[0], s[2])) for s in (shape, k_shape))

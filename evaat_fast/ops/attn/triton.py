@@ -75,17 +75,12 @@ def attn_backward(q, k, v, out, lse, grad, grad_lse, need_q, need_kv, call):
 
 
 def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, call):
-    """Writes the gradients that are not None; in one pass, where all are wanted, in no fixed order."""
+    """Writes the gradients that are not None."""
     from evaat_fast.kernels.attn.backward import backward
-    from evaat_fast.kernels.attn.forward import padded
 
-    B, H, N, D = q.shape
-    sums = None
-    if call.one_pass and all(x is not None for x in grads):
-        sums = q.new_zeros((B * H, N, padded(D)), dtype=torch.float32)
     grad_lse, delta = None if grad_lse is None else grad_lse.contiguous(), torch.empty_like(lse)
     rotation = call.rotation.prefix_tokens, call.rotation.interleaved
-    backward(q, k, v, out, grad, lse, grad_lse, delta, sums, grads, _tables(q, call), *rotation, call.scale, call.cu_seqlens)
+    backward(q, k, v, out, grad, lse, grad_lse, delta, grads, _tables(q, call), *rotation, call.scale, call.cu_seqlens)
 
 
 class _Attend(torch.autograd.Function):

@@ -11,9 +11,12 @@ from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import check_device, is_transformed, kind, number
+from evaat_fast.ops.norm import function
 from evaat_fast.ops.norm.reference import add_norm_reference, swiglu_norm_reference
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_CHANNELS = 16384  # of a Triton program, which holds a row
+FEW = 16384  # numbers of x, below which a call on a CPU is all overhead
 
 
 def add_norm(
@@ -23,6 +26,7 @@ def add_norm(
     bias: Tensor | None,
     eps: float = 1e-6,
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of x + residual over the last dimension, and the sum.
@@ -32,13 +36,14 @@ def add_norm(
         residual: of x's shape, float32 where precision matters, or None.
         weight: [C]. bias: [C], or None. Of any floating dtype, float32 as a rule.
         eps: added to the variance.
-        backend: "auto", "triton" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch, which
-            the compiler fuses with its neighbours.
+        dtype: of the product that takes normed, where that is not x's: x may be a float32 stream, its weights bfloat16.
+        backend: "auto", "triton", "cpu" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch,
+            which the compiler fuses with its neighbours.
 
     Returns:
-        (normed, total): normed [..., C] in x's dtype, under autocast in autocast's, as the product that takes it would cast it;
-        total = x + residual in float32 (float64 if one of them is), x itself without a residual; statistics likewise. The
-        gradient of x has x's dtype and that of residual its own; those of weight and bias have the same bits every time.
+        (normed, total): normed [..., C] in `dtype` (x's by default), under autocast in autocast's, as the product that takes it
+        would cast it; total = x + residual in float32 (float64 if one of them is), x itself without a residual; statistics
+        likewise. Gradients have the dtypes of what they are of; those of weight and bias have the same bits every time.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
@@ -53,14 +58,12 @@ def add_norm(
             raise ValueError(f"residual: expected x's shape {list(x.shape)}, got {list(residual.shape)}")
         check_device("residual", residual.device, x.device, "x's")
     _check_weights(x, weight, bias, x.shape[-1], "x")
-    eps, dtype = _eps(eps), _dtype(x)
+    eps, dtype = _eps(eps), _dtype(x, dtype)
     given = [y for y in (x, residual, weight, bias) if y is not None]
-    if _pick("add_norm", x.shape[-1], given, backend) == "triton":
-        from evaat_fast.ops.norm.triton import AddNorm
-
-        normed, total = AddNorm.apply(x, residual, weight, bias, eps, dtype)
-        return normed, x if residual is None else total
-    return add_norm_reference(x, residual, weight, bias, eps, dtype)
+    chosen = _pick("add_norm", x.shape[-1], given, backend)
+    if chosen == "reference":
+        return add_norm_reference(x, residual, weight, bias, eps, dtype)
+    return function.add_norm(chosen, x, residual, weight, bias, eps, dtype)
 
 
 def swiglu_norm(
@@ -91,21 +94,23 @@ def swiglu_norm(
     elif bias is not None:
         raise ValueError("bias: given without weight, where there is no norm")
     eps, dtype = _eps(eps), _dtype(x)
-    if _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], backend) == "triton":
-        from evaat_fast.ops.norm.triton import SwigluNorm
-
-        return SwigluNorm.apply(x, weight, bias, eps, dtype)
-    return swiglu_norm_reference(x, weight, bias, eps, dtype)
+    chosen = _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], backend)
+    if chosen == "reference":
+        return swiglu_norm_reference(x, weight, bias, eps, dtype)
+    return function.swiglu_norm(chosen, x, weight, bias, eps, dtype)
 
 
 def _pick(op, C, given, backend):
-    """The backend of checked tensors. Of none there is nothing to launch."""
+    """The backend of checked tensors. Of none there is nothing to launch; of few, torch's operators cost less than a kernel's
+    call, unless that is asked for by name."""
     x = given[0]
-    is_traced = traced(*map(type, given)) or any(map(is_transformed, given))
+    count, is_traced = x.numel(), traced(*map(type, given)) or any(map(is_transformed, given))
     needs = ((dispatch.TRACED,) if is_traced else ()) + ((dispatch.WIDE_ROWS,) if C > MOST_CHANNELS else ())
+    if not is_traced and count < FEW and (backend == "auto" or (backend is None and op not in dispatch.DEFAULT)):
+        needs += (dispatch.FEW,)
     widest = torch.float64 if any(y.dtype == torch.float64 for y in given) else x.dtype
     chosen = dispatch.pick(op, x.device, widest, backend, needs)
-    return chosen if x.numel() else "reference"
+    return chosen if count else "reference"
 
 
 def _check_rows(name, x):
@@ -134,6 +139,8 @@ def _eps(eps):
     return value
 
 
-def _dtype(x):
+def _dtype(x, asked=None):
+    if asked not in (None, *DTYPES):
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {asked!r}")
     dtype = autocast_dtype(x.device.type)
-    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+    return asked or x.dtype if dtype is None or x.dtype == torch.float64 else dtype

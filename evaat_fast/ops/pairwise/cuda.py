@@ -11,7 +11,8 @@ from evaat_fast.ops.pairwise import gpu
 class Sms(gpu.Sms):
     COLUMNS = 8  # so that eight slopes are one store
 
-    def normalise(self):
+    def normalise(self, sums=None):
+        sums.zero_()
         self.module = module_of("cuda")
         codes = dtype_codes(self.module)
         self.codes = {"dtype": codes[self.dtype], "wide": codes[self.wide]}
@@ -28,10 +29,12 @@ class Sms(gpu.Sms):
     def _run(self, function, *arguments):
         run(function, self.video.shape, self.device, *arguments)
 
-    def through_norms(self, sums, weight, factor):
+    def end(self, parts, slopes, over, sums=None, scale=None):
         of_rows, of_columns = map(pointer, sums)
         grads = map(pointer, (self.grad_video, self.grad_text))
-        self._run(self.module.pair_finish, self.features, of_rows, of_columns, pointer(weight), *grads, factor)
+        if self.learns:
+            self._run(self.module.pair_finish, self.features, of_rows, of_columns, pointer(self.weight), *grads, 1 / over)
+        return (parts.sum(dtype=torch.float64) / over).float(), None
 
     def given(self):
         module, of, penalty, work = self.module, self.settings.labels, self.settings.penalty, self.work

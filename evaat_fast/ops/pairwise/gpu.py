@@ -21,13 +21,15 @@ OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class Gpu(Step):
-    """A backend's class adds normalise(), which fills norms, their inverses and the unit rows, and through_norms(sums, weight,
-    factor), in place from gradients of the unit rows to those of the features."""
+    """A backend's class adds normalise(sums), which fills norms, their inverses and the unit rows, and makes sums zero;
+    tiles(rows), (down, across) of a panel; and end(parts, slopes, over, sums, scale): the loss and the gradient of the scale,
+    sums of parts and of slopes divided by `over`, and in place what is left to do to the gradients of the unit rows."""
 
     COLUMNS = 1  # a panel's rows are multiples of so many entries apart
     normalise: Any
-    through_norms: Any
-    norms: Tensor
+    tiles: Any
+    end: Any
+    norms: Any
     inverses: Any
 
     def prepare(self) -> None:
@@ -48,6 +50,11 @@ class Gpu(Step):
         stride = -(-self.N // self.COLUMNS) * self.COLUMNS
         self.panel = self.empty(self.rows, stride, dtype=self.dtype)[:, : self.N] if self.learns else None
 
+    def tiles_before(self, row: int) -> int:
+        """How many tiles the panels have that end before a row, or with it."""
+        down, across = self.tiles(self.rows)
+        return (row // self.rows * down + self.tiles(row % self.rows)[0]) * across
+
     def product(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         """In float32; 16-bit products are rounded once each where torch cannot keep their sums."""
         if a.dtype == out.dtype:
@@ -66,22 +73,20 @@ class Sms(Gpu):
 
     given: Any
     read: Any
-    sums: Tensor
 
     def prepare(self):
         super().prepare()
         N, each = self.N, self.work.each
-        self.normalise()
+        self.sums = torch.empty((2, N), dtype=torch.int32, device=self.device)
+        self.normalise(self.sums)
         self.begin()
-        self.sums = torch.zeros((2, N), dtype=torch.int32, device=self.device)
         self.block = self.given()
         down, across = self.tiles(self.rows)
-        self.losses: Tensor = torch.zeros((2, N) if each else (), dtype=torch.float64, device=self.device)
-        self.part = self.empty(across * self.rows if each else down * across)
+        self.losses: Any = torch.zeros((2, N), dtype=torch.float64, device=self.device) if each else None
+        self.part = self.empty(across * self.rows if each else self.tiles_before(N))
         self.part_col: Any = self.empty(down, N) if each else None
 
     def tiles(self, rows):
-        """(down, across): how many tiles a panel has."""
         return -(-rows // self.block), -(-self.N // self.block)
 
     def sweeps(self):
@@ -91,18 +96,16 @@ class Sms(Gpu):
         rows, each = last - first, self.work.each
         down, across = self.tiles(rows)
         slopes = self.panel[:rows] if self.learns else None
-        part = self.part[: across * rows if each else down * across]
+        part = self.part[: across * rows] if each else self.part[self.tiles_before(first) : self.tiles_before(last)]
         self.read(slopes, part, self.part_col, first, last)
         if each:
             self.losses[0, first:last] = part.view(across, rows).sum(0, dtype=torch.float64)
             self.losses[1] += self.part_col[:down].sum(0, dtype=torch.float64)
-        else:
-            self.losses += part.sum(dtype=torch.float64)
         return slopes
 
     def finish(self):
-        N = self.N
-        loss = self.losses.sum(0) / (2 * (N - 1)) if self.work.each else self.losses / (2 * N * (N - 1))
-        if self.learns:
-            self.through_norms(self.sums, self.weight, 1 / (2 * (N - 1) * (N if self.weight is None else 1)))
-        return loss.float(), *self.gradients
+        over = 2 * (self.N - 1)
+        if self.work.each:
+            return (self.losses.sum(0) / over).float(), *self.gradients
+        loss, _ = self.end(self.part, None, over * (self.N if self.weight is None else 1), self.sums)
+        return loss, *self.gradients

@@ -149,19 +149,21 @@ def max_margin(
         # a mode hides the numbers, in the operator.
         as_asked = options.validate is None or call.backend != "reference"
         checked = bool(options.validate) or (device.type == "cpu" and not call.hidden and as_asked)
+        in_kernel = call.backend == "triton"  # reads each pair's own label with the others
         own: Tensor | None
         if relevancy is None:
             labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
         elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
-            labels, own = relevancy.labels(N, device, checked, dtype if self_relevancy is None else None)
+            labels, own = relevancy.labels(N, device, checked, None if in_kernel or self_relevancy is not None else dtype)
         else:
             labels = Labels(_floats("relevancy", relevancy, (N, N), device, _SOURCES.format(N=N)))
-            own = labels.table.diagonal()
+            own = None if in_kernel else labels.table.diagonal()
         if self_relevancy is not None:
             own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
-        assert own is not None
+        assert in_kernel or own is not None
 
         def reference(video, text):
+            assert own is not None
             of_all = labels.matrix(dtype), own.to(dtype)
             return sms_loss_reference(video, text, *of_all, **vars(costs), reduction=options.reduction)
 

@@ -37,10 +37,11 @@ class Work:
 
 @dataclass(frozen=True)
 class SmsSettings:
-    """A max-margin loss: the labels of all pairs, checked or not, and [N] those of each pair itself."""
+    """A max-margin loss: the labels of all pairs, checked or not, and [N] those of each pair itself, None for a
+    kernel that reads them with the others."""
 
     labels: Labels
-    own: Tensor
+    own: Tensor | None
     penalty: Penalty
     checked: bool
     work: Work
@@ -155,6 +156,18 @@ def _given(gradients, inputs_dtypes, work):
     return (gradient.to(dtype) if need else None for gradient, dtype, need in asked)
 
 
+def _scaled(factor, gradients, dtypes, work):
+    """`_given` of the gradients times a factor."""
+    if work.backend != "triton" or traced(type(factor)):
+        return _given([gradient * factor for gradient in gradients], dtypes, work)
+    from evaat_fast.ops.pairwise.triton import scaled
+
+    needs = work.needs()[: len(gradients)]
+    some = [(gradient, dtype) for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True) if need]
+    made = iter(scaled(factor, *map(list, zip(*some, strict=True))))
+    return (next(made) if need else None for need in needs)
+
+
 def _refuse_double_backward():
     # Grad mode is on in a backward pass only under create_graph=True. torch's once_differentiable would let it pass where the
     # incoming gradient is a constant, and a gradient penalty would silently be none.
@@ -176,7 +189,7 @@ class Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor):
         _refuse_double_backward()
-        return None, None, *_given([gradient * factor for gradient in ctx.saved_tensors], ctx.dtypes, ctx.work)
+        return None, None, *_scaled(factor, ctx.saved_tensors, ctx.dtypes, ctx.work)
 
 
 class Each(torch.autograd.Function):

@@ -1,9 +1,19 @@
 """The pairwise losses in Triton."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from evaat_fast.kernels.pairwise import contrast, panel, sms
 from evaat_fast.ops.pairwise import gpu
+
+
+def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """factor * gradients in these dtypes, in one launch."""
+    outs = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
+    panel.scale(factor, gradients, outs)
+    return outs
 
 
 class _Triton(gpu.Gpu):
@@ -11,21 +21,30 @@ class _Triton(gpu.Gpu):
         self.features = panel.features(self.video, self.text)
         super().prepare()
 
-    def normalise(self) -> None:
-        panel.prepare(self.features, self.unit_rows(), self.norms, self.inverses)
+    def normalise(self, sums: Tensor | None = None) -> None:
+        panel.prepare(self.features, self.unit_rows(), self.norms, self.inverses, sums)
 
-    def through_norms(self, sums, weight, factor):
-        panel.finish(self.features, self.norms, sums, weight, (self.grad_video, self.grad_text), factor)
+    def end(
+        self, parts: Tensor, slopes: Tensor | None, over: int, sums: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the gradient of the scale, sums of parts and of slopes divided by `over`; and what is left to do to the
+        gradients, in the same launch."""
+        loss, of_scale = self.empty(2)
+        both = [(None, None, 0) if x is None else (y, x, x.numel()) for x, y in ((parts, loss), (slopes, of_scale))]
+        grads = (self.grad_video, self.grad_text)
+        panel.finish(self.features, self.norms, sums, self.weight, grads, scale, panel.Ends(*both[0], *both[1], over), 1 / over)
+        return loss, of_scale
 
 
 class Sms(gpu.Sms, _Triton):
     def given(self):
-        of, own = self.settings.labels, self.settings.own.to(self.wide).contiguous()
+        of, own = self.settings.labels, self.settings.own
         half, row, column = (0, *of.table.stride())[-3:]
         indices, values = (of.video_index, of.caption_index, of.verb), None if of.values is None else of.values.float()
         self.labels = sms.Labels(of.table, row, column, half, *of.table.shape[-2:], *indices, values)
-        self.pairs = sms.Pairs(*self.inverses, self.empty(self.N), own, self.weight)
-        panel.own_cosines(self.features, self.inverses, self.pairs.cosine)
+        of_own = self.empty(self.N) if own is None else own.to(self.wide).contiguous()
+        self.pairs = sms.Pairs(*self.inverses, self.empty(self.N), of_own, self.weight)
+        sms.own_pairs(self.features, self.pairs, self.labels if own is None else None)
         return panel.config(self.dtype)["BLOCK"]
 
     def read(self, slopes, row_loss, col_loss, first, last):
@@ -33,65 +52,44 @@ class Sms(gpu.Sms, _Triton):
         sms.sms_panel(self.features, self.pairs, self.labels, self.settings.penalty, out)
 
 
-def _two_floats(x):
-    """float64 [2, N] -> float32 [2, 2, N] whose second dimension adds up to it."""
-    high = x.float()
-    low = torch.where(high.isfinite(), x - high, 0.0)
-    return torch.stack((high, low.float()), 1)
-
-
 class Contrast(_Triton):
+    of_scale: Any
+
     def prepare(self):
         super().prepare()
         N, normalise = self.N, self.settings.normalise
-        self.unit_video, self.unit_text, self.inverses = self.video, self.text, None
+        self.unit_video, self.unit_text, self.norms, self.inverses = self.video, self.text, None, None
         if normalise:
             self.normalise()
         self.begin()
         of = self.settings.positives
         strides = (None, None) if of.dense is None else of.dense.stride()
         self.logits = contrast.Logits(self.inverses, self.scale.reshape(1), of.dense, *strides, of.verbs, of.nouns)
-        self.row_totals, self.col_totals = torch.full((2, 2, N), -torch.inf, dtype=torch.float64, device=self.device)
-        self.grad_scale = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.totals = contrast.Totals(*self.empty(2, 2, 2, N), *self.empty(2, N), self.weight)
+        self.sums = contrast.Sums(*self.empty(2, 2, N, dtype=torch.float64))
+        self.own = self.empty(N)
+        down, across = self.tiles(self.rows)
+        kinds = 1 if contrast.kind_of(self.logits) == contrast.OWN else 2
+        self.of_rows, self.of_columns = self.empty(kinds, 2, 4 * across, self.rows), self.empty(kinds, 2, down, N)
+        self.of_scale = self.empty(self.tiles_before(N)) if self.learns else None
+
+    def tiles(self, rows):
+        return contrast.tiles_of(rows, self.features, self.logits)
 
     def sweeps(self):
-        yield self.stats
-        self.total()
-        if self.learns:
-            yield self.slopes
+        return (self.stats, self.slopes) if self.learns else (self.stats,)
 
     def stats(self, first, last):
-        down, across = contrast.tiles_of(last - first, self.features, self.logits)
-        of_rows, of_columns = self.empty(2, 2, 4 * across, last - first), self.empty(2, 2, down, self.N)
-        contrast.stats(self.features, self.logits, contrast.Stats(of_rows, of_columns, first, last))
-        self.row_totals[:, first:last] = of_rows.sum(1, dtype=torch.float64).logsumexp(1)
-        self.col_totals = torch.logaddexp(self.col_totals, of_columns.sum(1, dtype=torch.float64).logsumexp(1))
-
-    def total(self) -> None:
-        if self.logits.dense is None and self.logits.verbs is None:  # the own logits, from the same products
-            own, ones = self.empty(self.N), torch.ones((2, self.N), device=self.device)
-            panel.own_cosines(self.features, ones if self.inverses is None else self.inverses, own)
-            self.row_totals[1] = self.col_totals[1] = own * self.scale
-        every = self.row_totals, self.col_totals
-        both = [_two_floats(torch.stack((torch.logaddexp(*x), x[1]))) for x in every]
-        rests = ((others - positive).sigmoid().float() for others, positive in every)
-        self.totals = contrast.Totals(*both, *rests, self.weight)
+        out = contrast.Stats(self.of_rows, self.of_columns, self.own, first, last)
+        contrast.stats(self.features, self.logits, out, self.sums, self.totals)
 
     def slopes(self, first, last):
-        down, across = contrast.tiles_of(last - first, self.features, self.logits)
-        slopes, part = self.panel[: last - first], self.empty(down * across)
+        slopes, part = self.panel[: last - first], self.of_scale[self.tiles_before(first) : self.tiles_before(last)]
         contrast.slopes(self.features, self.logits, self.totals, contrast.Slopes(slopes, part, first, last))
-        self.grad_scale += part.sum(dtype=torch.float64)
         return slopes
 
     def finish(self):
-        share = 1.0 if self.settings.normalise else 0.5
-        gaps = torch.stack([others - positive for others, positive in (self.row_totals, self.col_totals)])
-        entries = share * torch.logaddexp(gaps, torch.zeros_like(gaps)).sum(0)
-        loss = (entries if self.work.each else entries.sum() / self.N).float()
-        share = share if self.weight is not None else share / self.N
-        for grad in self.gradients:
-            grad.mul_(self.scale * share)
-        if self.learns and self.settings.normalise:
-            self.through_norms(torch.zeros((2, self.N), dtype=torch.int32, device=self.device), None, 1.0)
-        return loss, *self.gradients, (self.grad_scale * share).float()
+        share, entries = 1 if self.settings.normalise else 2, self.sums.entries  # both directions added, or their mean
+        over = share * (1 if self.weight is not None else self.N)
+        loss, of_scale = self.end(entries, self.of_scale, over, None, self.scale)
+        return (entries.sum(0) / share).float() if self.work.each else loss, *self.gradients, of_scale

@@ -8,7 +8,7 @@ from evaat_fast.ops.rope3d.rotation import Rotation
 
 
 def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation) -> None:
-    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
+    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors; CUDA copies a third."""
     module, first = module_of(rotation.backend), xs[0]
     tensors = [_tensor(module, x, out) for x, out in zip(xs, outs, strict=True)]
     run(module.rope3d, first.shape, first.device, _call(module, first, rotation), tensors, *_table(table))
@@ -17,7 +17,7 @@ def turn(xs: list[Tensor], outs: list[Tensor], table: Tensor, rotation: Rotation
 def turn_with_freqs(
     grads: list[Tensor], outs: list[Tensor], xs: list[Tensor], table: Tensor, positions: Tensor, rotation: Rotation
 ) -> Tensor:
-    """Writes the turned grads to outs. Returns the sums of the angles' slopes, float64 [B, chunks, 1 or H, 3, D/2].
+    """On a CPU. Writes the turned grads to outs. Returns the sums of the angles' slopes, float64 [B, chunks, 1 or H, 3, D/2].
 
     xs: what the forward pass turned. table: float64. positions: of the tokens, float32 [1 or B, N - prefix, 3].
     """

@@ -15,7 +15,7 @@ from evaat_fast.ops._core.tensor import check_device, contiguous_rows, memory_of
 from evaat_fast.ops.rope3d import rotate as rotating
 from evaat_fast.ops.rope3d.freqs import joint_freqs, spatial_freqs, split_freqs
 from evaat_fast.ops.rope3d.reference import rope3d_reference, turn
-from evaat_fast.ops.rope3d.rotation import Grid, Rotation, plan, wrong
+from evaat_fast.ops.rope3d.rotation import Grid, Rotation, needs, plan, wrong
 
 __all__ = ["joint_freqs", "rope3d", "rope3d_", "rope3d_qkv_", "rope3d_reference", "spatial_freqs", "split_freqs"]
 
@@ -65,7 +65,7 @@ def rope3d(
         positions: [N, 3] or [B, N, 3], integers or float32, instead of grid; the prefix tokens' rows are ignored.
         interleaved: pairs are channels (2c, 2c + 1), as in EVA-02; False: (c, c + D/2), as in GPT-NeoX.
         inverse: rotates by the opposite angles.
-        backend: "auto", "triton", "cuda", "cpu" or "reference".
+        backend: "auto", "triton", "cuda" (which computes no gradient of freqs), "cpu" or "reference".
 
     Returns:
         q alone if k is None, else (q, k): new tensors, contiguous, or in the memory order [B, N, H, D] where the input
@@ -164,7 +164,7 @@ def rope3d_qkv_(
     base = packed_base("rope3d_qkv_", qkv, isinstance(freqs, Tensor) and freqs.requires_grad)
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
-    backend = dispatch.pick("rope3d", qkv.device, qkv.dtype, backend)
+    backend = dispatch.pick("rope3d", qkv.device, qkv.dtype, backend, needs(freqs))
     rotation = plan(shape, qkv.device, None, backend, (grid, freqs, prefix_tokens, positions, interleaved), inverse)
     return rotating.rotate_packed_(qkv, base, num_heads, rotation)
 
@@ -180,7 +180,8 @@ def _planned(q, k, backend, rope, inverse, in_place=False):
         check_device("k", k.device, q.device, "q's")
         if k.shape[0] != B or k.shape[2] != N or k.shape[3] != D:
             raise ValueError(f"k: expected the shape [{B}, Hk, {N}, {D}], got {list(k.shape)}")
-    backend = dispatch.pick("rope3d", q.device, q.dtype, backend)
+    # In place there is no gradient, and that freqs wants one an error of its own.
+    backend = dispatch.pick("rope3d", q.device, q.dtype, backend, () if in_place else needs(rope[1]))
     return q, k, plan(q.shape, q.device, None if k is None else k.shape[1], backend, rope, inverse)
 
 

@@ -25,9 +25,13 @@ def empty(x: Tensor) -> Tensor:
 
 
 def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation) -> None:
-    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors."""
+    """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors; a third x, of as many heads as
+    the second, is copied."""
     if all(x.numel() == 0 for x in xs):
         return
+    if len(xs) == 3 and rotation.backend not in ("triton", "cuda"):  # which copy it in the same launch
+        outs[2].copy_(xs[2])
+        xs, outs = xs[:2], outs[:2]
     table = rotation.table
     if table is None:
         wide = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
@@ -167,9 +171,7 @@ def _packed(q, k, v, rotation):
 def rope3d_qkv_op(q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
     """[B, N, 3*H*D] of the turned q and k and of v, [B, H, N, D] each."""
     out = _packed(q, k, v, rotation)
-    new_q, new_k, new_v = split_heads(out, q.shape[1]).chunk(3, 1)
-    turn([contiguous_rows(q), contiguous_rows(k)], [new_q, new_k], rotation)
-    new_v.copy_(v)
+    turn([contiguous_rows(x) for x in (q, k, v)], list(split_heads(out, q.shape[1]).chunk(3, 1)), rotation)
     return out
 
 
@@ -237,20 +239,20 @@ def consume(qkv: Tensor, base: Tensor | None, num_heads: int, rotation: Rotation
     if base is None:
         q, k, v = split_heads(rotate_packed_(qkv, None, num_heads, rotation), num_heads).chunk(3, 1)
         return q, k, v
-    return _Consume.apply(base, rotation.freqs, rotation.positions, qkv.shape, num_heads, rotation.bare())[1:]
+    return _Consume.apply(base, rotation.freqs, rotation.positions, rotation.table, qkv.shape, num_heads, rotation.bare())[1:]
 
 
 class _Consume(torch.autograd.Function):
     """The gradients of the three parts are turned back on their way into one packed tensor."""
 
     @staticmethod
-    def forward(ctx, base, freqs, positions, shape, num_heads, bare):
+    def forward(ctx, base, freqs, positions, table, shape, num_heads, bare):
         ctx.mark_dirty(base)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(freqs, positions)
+        ctx.save_for_backward(freqs, positions, table)
         ctx.bare, ctx.base_shape = bare, base.shape
         qkv = base.detach().view(shape)
-        rope3d_qkv_op_.at(traced(type(qkv)))(qkv, num_heads, bare.of(freqs, positions))
+        rope3d_qkv_op_.at(traced(type(qkv)))(qkv, num_heads, bare.of(freqs, positions, table))
         return base, *split_heads(qkv, num_heads).chunk(3, 1)
 
     @staticmethod
@@ -260,11 +262,10 @@ class _Consume(torch.autograd.Function):
             raise used_again()
         given = next((g for g in grads if g is not None), None)
         if given is None:
-            return (None,) * 6
-        freqs, positions = ctx.saved_tensors
+            return (None,) * 7
         dq, dk, dv = (torch.zeros_like(given) if g is None else g for g in grads)
-        dqkv = rope3d_qkv_op.at(traced(type(dq)))(dq, dk, dv, ctx.bare.of(freqs, positions).back())
-        return dqkv.view(ctx.base_shape), *[None] * 5
+        dqkv = rope3d_qkv_op.at(traced(type(dq)))(dq, dk, dv, ctx.bare.of(*ctx.saved_tensors).back())
+        return dqkv.view(ctx.base_shape), *[None] * 6
 
 
 def used_again() -> RuntimeError:

@@ -1,6 +1,7 @@
 """What a rotation is besides the tensors it turns, and every check of it."""
 
 import reprlib
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import check_device, dense
 
 Grid = Sequence[int] | None
-Rope = tuple[Grid, Tensor | None, int, Tensor | None, bool]  # grid, freqs, prefix_tokens, positions, interleaved: not checked
+Rope = tuple[Grid, Tensor | None, int, Any, bool]  # grid, freqs, prefix_tokens, positions, interleaved: not checked
 _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32)
+# What a model passes as `positions` to many calls with the same constant freqs, with their table, which it makes once.
+Placed = namedtuple("Placed", ("positions", "table"))
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,12 @@ class Rotation:
 
     def learns(self) -> bool:
         """Whether a gradient is wanted of the frequencies."""
-        return self.freqs is not None and self.freqs.requires_grad and torch.is_grad_enabled()
+        return bool(needs(self.freqs))
+
+
+def needs(freqs: object) -> tuple[str, ...]:
+    """What a backend must have for these frequencies, not checked."""
+    return (dispatch.LEARNED,) if isinstance(freqs, Tensor) and freqs.requires_grad and torch.is_grad_enabled() else ()
 
 
 def plan(
@@ -62,15 +71,15 @@ def plan(
     """The rotation of queries q [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked. of: the
     name of `positions` in errors."""
     grid, freqs, prefix_tokens, positions, interleaved = rope
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"interleaved: expected True or False, got {interleaved!r}")
-    if not isinstance(inverse, bool):
-        raise TypeError(f"inverse: expected True or False, got {inverse!r}")
+    for name, flag in (("interleaved", interleaved), ("inverse", inverse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
     B, Hq, N, D = q
     if D % 2 or not 2 <= D <= 256:
         raise ValueError(f"q: expected an even head dim from 2 to 256, got {D}")
     check_place(grid, prefix_tokens, positions)
     freqs = _checked_freqs(freqs, Hq, D, device, k_heads)
+    positions, table = positions if isinstance(positions, Placed) else (positions, None)
     if positions is not None:
         positions = dense("rope3d", of, positions, _POSITIONS, "a tensor of integers or float32")
         if positions.shape != (N, 3) and positions.shape != (B, N, 3):
@@ -80,7 +89,7 @@ def plan(
             raise ValueError(f"prefix_tokens: expected at most N = {N}, got {prefix_tokens}")
         if backend != "reference" and positions.requires_grad and torch.is_grad_enabled():
             raise ValueError(f'{of}: requires a gradient, which only backend="reference" computes; pass it detached')
-        return Rotation(freqs, positions, (), prefix_tokens, interleaved, inverse, backend)
+        return Rotation(freqs, positions, (), prefix_tokens, interleaved, inverse, backend, table)
     T, Hp, Wp = check_grid(grid)
     if N != prefix_tokens + T * Hp * Wp:
         raise ValueError(

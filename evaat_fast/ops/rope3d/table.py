@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops.rope3d.freqs import grid_positions, joint
 from evaat_fast.ops.rope3d.reference import cos_sin
 from evaat_fast.ops.rope3d.rotation import Rotation
@@ -36,10 +37,8 @@ def _constant_table(
 ) -> Tensor | None:
     """On CUDA: the kept table of frequencies that are constant, made at need; None if they are not."""
     freqs = rotation.freqs
-    if freqs is None or freqs.requires_grad or rotation.positions is not None:
-        return None
-    held = _CONSTANT.get(freqs)
-    if held is None or held[0] != freqs._version:
+    held = None if freqs is None or freqs.requires_grad or rotation.positions is not None else _CONSTANT.get(freqs)
+    if freqs is None or held is None or held[0] != freqs._version:
         return None
     key = rotation.grid, dtype
     if key not in held[1]:
@@ -55,7 +54,9 @@ def _constant_table(
 
 def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """[2, 1 or B, 1 or H, N - prefix, D/2]: cosines, then sines. Nobody may write to it."""
-    make = triton_table if rotation.backend == "triton" else torch_table
+    # CUDA C++ has no kernel for tables: Triton's, where it is there, takes one launch for a dozen.
+    on_gpu = rotation.backend == "cuda" and device.type == "cuda" and dispatch.why_not("triton") is None
+    make = triton_table if rotation.backend == "triton" or on_gpu else torch_table
     if device.type == "cuda" and (constant := _constant_table(rotation, make, head_dim, dtype, device)) is not None:
         return constant
     user = tuple(x for x in (rotation.freqs, rotation.positions) if x is not None)
