@@ -16,7 +16,8 @@ from evaat_fast.ops.pairwise.sms import max_margin
 
 SIZES = (0, 1, 2, 3, 31, 32, 33, 127, 128, 129, 1000, 4097)
 FEATURES = (1, 8, 63, 64, 200, 256, 512, 768, 1024)
-OPS = ("sms", "mi_mm", "adaptive", "clip", "ego")
+MAX_MARGIN = ("sms", "mi_mm", "adaptive")
+OPS = (*MAX_MARGIN, "clip", "ego")
 VIEWS = {
     "contiguous": lambda x: x,
     "columns first": lambda x: x.T.contiguous().T,
@@ -99,11 +100,11 @@ def labels(kind, N, device):
     return ours, matrix.double()
 
 
-def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES):
+def random_call(seed, backend, device, dtypes, sizes=SIZES, features=FEATURES, kinds=OPS):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     pick = lambda *choices: rng.choice(choices)  # noqa: E731
-    op, N, E, dtype = pick(*OPS), rng.choice(sizes), rng.choice(features), rng.choice(dtypes)
+    op, N, E, dtype = pick(*kinds), rng.choice(sizes), rng.choice(features), rng.choice(dtypes)
     if N > 2000 and pick(True, True, False):
         N = 257
     video = torch.randn(N, E) * pick(1.0, 1.0, 0.01, 30.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulated import emulated
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -24,15 +25,16 @@ def test_entries_say_what_they_ask(lab, capsys):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["rope3d", "norm"])
-def test_launches(lab, name):
+@pytest.mark.parametrize("name", ["rope3d", "norm", "sms"])
+def test_launches(lab, name, monkeypatch):
     """Another block must not change the result, and a wrong result must not pass."""
-    for case in lab.ENTRIES[name].cases("cpu", True):
-        for make in case.variants.values():
-            case.check(make(case.inputs)())
-        case.yardstick(case.inputs)()
-        with pytest.raises(AssertionError):
-            case.check([x + 0.1 for x in make(case.inputs)()])
+    with emulated(monkeypatch):
+        for case in lab.ENTRIES[name].cases("cpu", True):
+            for make in case.variants.values():
+                case.check(make(case.inputs)())
+            case.yardstick(case.inputs)()
+            with pytest.raises(AssertionError):
+                case.check([x + 0.1 for x in make(case.inputs)()])
 
 
 def test_without_a_gpu_it_says_so(lab):

@@ -37,6 +37,14 @@ def test_fuzz_triton_long(block):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block", range(4))
+def test_fuzz_cuda(block):
+    pytest.importorskip("evaat_fast._cuda")
+    for seed in cases.calls(block, 100):
+        cases.random_call(seed, "cuda", "cuda", (BF16, F16), kinds=cases.MAX_MARGIN)
+
+
+@pytest.mark.gpu
 @pytest.mark.timeout(600)  # most of the time goes into compiling
 @pytest.mark.parametrize("block", range(16))
 def test_fuzz_gpu(block):

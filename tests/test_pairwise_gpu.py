@@ -29,10 +29,10 @@ def batch(N, E, dtype=F32, device="cuda"):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("N,E", [(2, 1), (33, 200), (129, 64), (1000, 256), (2500, 512)])
-def test_equals_float64(N, E, dtype, name):
+def test_equals_float64(N, E, dtype, name, backend=None):
     video, text, c = batch(N, E, dtype)
-    ours = gradients(lambda v, t: LOSSES[name](v, t, c), video, text)
-    again = gradients(lambda v, t: LOSSES[name](v, t, c), video, text)
+    ours = gradients(lambda v, t: LOSSES[name](v, t, c, backend=backend), video, text)
+    again = gradients(lambda v, t: LOSSES[name](v, t, c, backend=backend), video, text)
     assert all(map(torch.equal, ours, again)), "two runs differ"
     low = gradients(lambda v, t: LOSSES[name](v, t, c.cpu(), backend="reference"), video.cpu(), text.cpu())
     # A label is the float32 that the kernels see.
@@ -43,14 +43,22 @@ def test_equals_float64(N, E, dtype, name):
         assert (a.cpu().double() - t).norm() <= 2 * (b.double() - t).norm() + rounding * t.norm()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_duplicate_pairs_are_ties(dtype):
+@pytest.mark.parametrize("name", list(LOSSES)[:5])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("N,E", [(2, 1), (33, 200), (129, 64), (1000, 256), (2500, 512)])
+def test_cuda_equals_float64(N, E, dtype, name):
+    pytest.importorskip("evaat_fast._cuda")
+    test_equals_float64(N, E, dtype, name, "cuda")
+
+
+@pytest.mark.parametrize("dtype,backend", [(F32, "triton"), (BF16, "triton"), (F16, "triton"), (BF16, "cuda"), (F16, "cuda")])
+def test_duplicate_pairs_are_ties(dtype, backend):
     """One pair twice, in tiles far apart: cosines equal to the last bit, so that no slope is made of noise."""
     video, _, _ = batch(1000, 200, dtype)
     video[900] = video[3]
     c = torch.eye(1000, device="cuda")
     c[900, 3] = c[3, 900] = 1
-    loss = lambda v, t: ops.sms_loss(v, t, c, margin=0.0, relaxation=0.0, backend="triton")  # noqa: E731
+    loss = lambda v, t: ops.sms_loss(v, t, c, margin=0.0, relaxation=0.0, backend=backend)  # noqa: E731
     for out in gradients(loss, video, video.clone()):
         assert not out.any()
 

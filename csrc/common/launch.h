@@ -11,10 +11,13 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... argum
   return int(cudaGetLastError());
 }
 
-// With so many bytes of dynamic shared memory, which the kernel finds through dynamic_shared().
+// With so many bytes of dynamic shared memory, which the kernel finds through dynamic_shared(). The most shared memory is asked for,
+// as otherwise the driver may leave room for one block where two would fit.
 template <class... P, class... A>
 int launch_with(int bytes, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A... arguments) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return int(error);
   kernel<<<grid, block, size_t(bytes), static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
   return int(cudaGetLastError());

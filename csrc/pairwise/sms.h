@@ -112,12 +112,12 @@ __device__ inline void labels_of(const Panel& p, const Shape<source == kAny>& of
     if constexpr (source == kByVerb) load_shared(verb, shared_address(of.verb + c));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t at = places[i];
-      if (source == kByVerb && uint32_t(where[1]) == verb[i]) at += uint32_t(p.half);
+      const uint32_t half = source == kByVerb && uint32_t(where[1]) == verb[i] ? uint32_t(p.half) : 0;
+      const char* from = row + uint64_t(places[i]) + uint64_t(half);
       if constexpr (source == kTable)
-        label[i] = __ldg(reinterpret_cast<const float*>(row + at));
+        label[i] = __ldg(reinterpret_cast<const float*>(from));
       else
-        label[i] = __uint_as_float(load_byte(row + at));
+        label[i] = __uint_as_float(load_byte(from));
     }
   }
 }
@@ -216,12 +216,12 @@ __device__ inline void tile_of(const Panel& p, Shape<any>& of, int m0, int n0, t
   };
   // The compiler would mix all steps, and run out of registers and predicates: a branch that is never taken keeps them apart.
   auto apart = [&](int u) {
-    if (p.across <= u - 48) __trap();
+    if (p.across <= u - 32) __trap();
   };
   auto ahead = [](int u) { return !any && u > (source == kByVerb ? 16 : 1) && u < 16; };  // registers are short at the first step
 #pragma unroll
   for (int u = 0; u < 16; ++u) {
-    apart(3 * u);
+    apart(2 * u);
     const int group = u >> 3, h = u >> 2 & 1, r = u & 3, c = lane.caption_of(group, 4 * h), m = m0 + lane.video_of(r);
     if (r == 0) {
       captions.template read<any, mode>(of, c);
@@ -231,13 +231,12 @@ __device__ inline void tile_of(const Panel& p, Shape<any>& of, int m0, int n0, t
     load_shared(video, shared_address(of.videos + lane.video_of(r)));
     if (!ahead(u)) fetch(u);
     if (ahead(u + 1)) fetch(u + 1);
-    if (source == kByVerb) apart(3 * u + 1);
     const int j = 4 * group + 2 * h, i = r >> 1, x = 2 * (r & 1);
     const float products[4] = {acc[i][j][x], acc[i][j][x + 1], acc[i][j + 1][x], acc[i][j + 1][x + 1]};
     const Slopes slopes = quad<T, source, any, mode>(
         p, of, products, video, captions, labels[u & 1], each ? row_loss + r : sums.loss, each ? sums.loss + 8 * group + 4 * h : sums.loss,
         [&](int k) { return any && (k >= inside(r, c) || n0 + c + k == m); },
-        [&] { if (u == 0 || source == kByVerb) apart(3 * u + 2); });
+        [&] { if (u == 0) apart(1); });
     if constexpr (learns) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {

@@ -1,4 +1,4 @@
-"""The max-margin losses in CUDA C++, of 16-bit features."""
+"""The max-margin losses in CUDA C++, of 16-bit features. A verb class beyond 32 bits makes the loss NaN by rule "code"."""
 
 import torch
 from torch import Tensor
