@@ -364,8 +364,8 @@ def test_compiles_whole():
 
 
 BAD = [
-    (lambda: egovlp.MaxMarginRankingLoss()(torch.zeros(2, 3)), ValueError, r"x: expected similarities \[N, N\], got \[2, 3\]"),
-    (lambda: egovlp.NormSoftmaxLoss()(torch.zeros(3)), ValueError, r"x: expected similarities \[N, M\], got \[3\]"),
+    (lambda: egovlp.MaxMarginRankingLoss()(torch.zeros(2, 3)), ValueError, r"x: expected the shape \[2, 2\], got \[2, 3\]"),
+    (lambda: egovlp.NormSoftmaxLoss()(torch.zeros(3)), ValueError, r"x: expected the shape \[N, M\], got \[3\]"),
     (lambda: egovlp.AdaptiveMaxMarginRankingLoss()(torch.zeros(2, 2)), TypeError, r"weight: expected a tensor \[N\]"),
     (
         lambda: egovlp.AdaptiveMaxMarginRankingLoss()(torch.zeros(2, 2), torch.ones(3)),
@@ -374,7 +374,21 @@ BAD = [
     ),
     (lambda: lavila.CLIPLoss()({"image_embed": torch.zeros(2, 2)}), KeyError, "text_embed"),
     (lambda: open_clip.ClipLoss(use_horovod=True), ValueError, "use_horovod: expected False"),
+    (lambda: open_clip.ClipLoss()(None, torch.ones(2, 3), 1.0), TypeError, "image features: expected a tensor, got NoneType"),
+    (
+        lambda: avion.ClipLoss()(torch.ones(2, 3), torch.ones(2, 4), 1.0),
+        ValueError,
+        r"text features: .* \[2, 3\], got \[2, 4\]",
+    ),
+    (lambda: egovlp.EgoNCE()(torch.ones(3), torch.eye(3), torch.eye(3)), ValueError, r"x: .* \[N, N\], got \[3\]"),
+    (lambda: egovlp.EgoNCE()(torch.eye(3), torch.ones(3), torch.eye(3)), ValueError, r"mask_v: .* \[3, 3\], got \[3\]"),
+    (lambda: lavila.SSLCLIPLoss()(pair(3, 2), torch.ones(2)), ValueError, r"gt_indicators: .* \[3\], got \[2\]"),
+    (lambda: lavila.SSLCLIPLoss()(pair(3), torch.ones(3)), ValueError, r"image features: .* \[N, E\], got \[3\]"),
 ]
+
+
+def pair(*shape):
+    return {"image_embed": torch.ones(shape), "text_embed": torch.ones(shape), "logit_scale": torch.tensor(1.0)}
 
 
 @pytest.mark.parametrize("call,error,message", BAD, ids=[m for _, _, m in BAD])

@@ -246,3 +246,16 @@ def test_checkpointed_and_evaluated_alike():
             cast = exact.encode_video(batch["video"]), exact.encode_text(batch["text"])
     assert all(map(torch.equal, held, cast))
     assert math.isfinite(sum(x.float().sum().item() for x in held))
+
+
+def test_what_cannot_be_held():
+    model = evaat_fast.create_model("eva02_at_tiny_patch16_64", num_frames=2)
+    for dtype in (torch.int8, "bfloat16", None, torch.float64):
+        with pytest.raises(TypeError, match="dtype: expected torch.bfloat16 or torch.float16, got"):
+            model.hold_matrices(dtype)
+    model.visual.freqs = torch.nn.Parameter(model.visual.freqs.clone())
+    model.hold_matrices(torch.bfloat16)
+    assert model.visual.freqs.dtype == torch.float32
+    model.encode_video(torch.zeros(1, 2, 64, 64, 3, dtype=torch.uint8)).float().sum().backward()
+    with pytest.raises(ValueError, match="model: expected its matrices in float32, got torch.bfloat16"):
+        Masters(model, torch.bfloat16)

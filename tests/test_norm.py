@@ -198,6 +198,11 @@ def test_a_product_of_another_dtype(backend, device, dtype):
     assert all(a.dtype == F32 and torch.equal(a, b) for a, b in pairs)
     with pytest.raises(TypeError, match="dtype: expected float32, bfloat16, float16 or float64, got torch.int32"):
         ops.add_norm(x, None, weight, bias, dtype=torch.int32, backend=backend)
+    exact = ops.add_norm(x.double(), None, weight, bias, backend="reference")[0]
+    torch.testing.assert_close(ops.add_norm(x, None, weight, bias, dtype=F64)[0], exact, rtol=1e-4, atol=1e-5)  # torch serves
+    if backend != "reference":
+        with pytest.raises(RuntimeError, match="float64"):
+            ops.add_norm(x, None, weight, bias, dtype=F64, backend=backend)
 
 
 def test_float64():

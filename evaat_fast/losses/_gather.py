@@ -71,8 +71,19 @@ class _Gather(torch.autograd.Function):
         return total[ctx.mine], None, None
 
 
+def check_tensor(name: str, x: object, *shape: int | str) -> None:
+    """Raises unless x is a dense tensor of this shape, of which names may be any number: TypeError, ValueError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, x.shape, strict=True)):
+        raise ValueError(f"{name}: expected the shape [{', '.join(map(str, shape))}], got {list(x.shape)}")
+
+
 def alike(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider dtype under autocast, where the originals' products take any two; else as they are."""
+    """Both, features of as many pairs; under autocast in the wider dtype, as the originals' products take any two. Raises
+    TypeError, ValueError: others."""
+    check_tensor("image features", images, "N", "E")
+    check_tensor("text features", texts, *images.shape)
     if images.dtype != texts.dtype and autocast_dtype(images.device.type) is not None:
         dtype = torch.promote_types(images.dtype, texts.dtype)
         return images.to(dtype), texts.to(dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from evaat_fast import ops
+from evaat_fast.losses._gather import check_tensor
 
 
 class Ranking(nn.Module):
@@ -55,8 +56,8 @@ def of_matrix(x: Tensor, margin: float | Tensor, fix_norm: bool) -> Tensor:
 
     x [N, N]; margin a number, or [N]. Every term has the bits that the originals' has, which ties at 0 decide by.
     """
-    if x.ndim != 2 or x.shape[0] != x.shape[1]:
-        raise ValueError(f"x: expected similarities [N, N], got {list(x.shape)}")
+    check_tensor("x", x, "N", "N")
+    check_tensor("x", x, len(x), len(x))
     N, x = len(x), x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(margin, Tensor):
         margin = margin.unsqueeze(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from evaat_fast.losses import _max_margin
+from evaat_fast.losses._gather import check_tensor
 from evaat_fast.ops.pairwise import reference
 
 __all__ = ["AdaptiveMaxMarginRankingLoss", "EgoNCE", "MaxMarginRankingLoss", "NormSoftmaxLoss"]
@@ -40,8 +41,7 @@ class NormSoftmaxLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2:
-            raise ValueError(f"x: expected similarities [N, M], got {list(x.shape)}")
+        check_tensor("x", x, "N", "M")
         logits = x.to(reference.wide(x.dtype)) / self.temperature
         own, pairs = logits.diagonal().clone(), max(1, min(x.shape))
         others = logits.fill_diagonal_(-torch.inf)
@@ -66,7 +66,7 @@ class EgoNCE(nn.Module):
         temperature: divides the cosines. noun, verb: whether the nouns' and the verbs' mask count.
 
     Raises:
-        RuntimeError: forward, from torch, for shapes that do not fit one another.
+        TypeError, ValueError: forward, unless x and the masks that count are tensors [N, N].
 
     Source: EgoVLP (arXiv 2206.01670), equation 2, and its code, where both directions are added.
     """
@@ -76,7 +76,12 @@ class EgoNCE(nn.Module):
         self.temperature, self.noun, self.verb = temperature, noun, verb
 
     def forward(self, x: Tensor, mask_v: Tensor, mask_n: Tensor) -> Tensor:
-        mask = mask_v * mask_n if self.noun and self.verb else mask_n if self.noun else mask_v
+        check_tensor("x", x, "N", "N")
+        masks = [m for m, counts in ((mask_v, self.verb or not self.noun), (mask_n, self.noun)) if counts]
+        for name, mask in zip(("mask_v", "mask_n") if len(masks) == 2 else ("mask",), masks, strict=True):
+            check_tensor(name, mask, len(x), len(x))
+        check_tensor("x", x, len(x), len(x))
+        mask = masks[0] if len(masks) == 1 else mask_v * mask_n
         positive = (mask > 0) | torch.eye(len(x), dtype=torch.bool, device=x.device)
         x = x.to(reference.wide(x.dtype))
         logits = (x / self.temperature, x.t() / self.temperature)
@@ -124,6 +129,6 @@ class AdaptiveMaxMarginRankingLoss(_max_margin.Ranking):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         weight = _max_margin.required(weight)
-        if weight.shape != x.shape[:1]:
-            raise ValueError(f"weight: expected the shape [{len(x)}], got {list(weight.shape)}")
+        check_tensor("x", x, "N", "N")
+        check_tensor("weight", weight, len(x))
         return _max_margin.of_matrix(x, weight * self.margin, self.fix_norm)

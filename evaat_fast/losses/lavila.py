@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from evaat_fast.losses import _max_margin
 from evaat_fast.losses._contrast import Batch, Contrastive, per_cent
-from evaat_fast.losses._gather import alike, gather_from_all
+from evaat_fast.losses._gather import alike, check_tensor, gather_from_all
 
 __all__ = ["AdaptiveMaxMarginRankingLoss", "CLIPLoss", "MaxMarginRankingLoss", "SSLCLIPLoss"]
 
@@ -102,6 +102,11 @@ class SSLCLIPLoss(Contrastive):
 
     def forward(self, outputs: Mapping[str, Tensor], gt_indicators: Tensor) -> dict[str, Tensor]:
         images, texts = alike(outputs["image_embed"], outputs["text_embed"])
+        check_tensor("gt_indicators", gt_indicators, len(images))
+        if images.dtype != texts.dtype:
+            raise TypeError(f"text features: expected the image features' dtype {images.dtype}, got {texts.dtype}")
+        if not images.is_floating_point():
+            raise TypeError(f"image features: expected a floating-point tensor, got {images.dtype}")
         if self.world_size > 1:
             images, texts, gt_indicators = (gather_from_all(x) for x in (images, texts, gt_indicators))
         labelled = gt_indicators == 1

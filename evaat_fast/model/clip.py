@@ -117,12 +117,17 @@ class EVA02AT(nn.Module):
         training more bytes than it saves: few of its rows are read, and all of it would be rounded anew.
 
         Args:
-            dtype: bfloat16 as a rule.
+            dtype: bfloat16 as a rule, or float16.
 
         Returns:
             The parameters that were rounded, by name, as they were: masters for an optimiser.
+
+        Raises:
+            TypeError: another dtype.
         """
-        kept = self.no_weight_decay() | {"logit_scale", "text.token_embedding.weight"}
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype!r}")
+        kept = self.no_weight_decay() | {"logit_scale", "text.token_embedding.weight", "visual.freqs"}
         for place, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 kept |= {f"{place}.{name}" for name, _ in module.named_parameters()}

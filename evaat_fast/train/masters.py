@@ -31,6 +31,8 @@ class Masters:
 
     def __init__(self, model: EVA02AT, dtype: torch.dtype | None = None):
         self.model = model
+        if dtype is not None and model.matrix_dtype != torch.float32:
+            raise ValueError(f"model: expected its matrices in float32, got {model.matrix_dtype}, of which masters are lost")
         exact = {} if dtype is None else model.hold_matrices(dtype)
         held = dict(model.named_parameters())
         self._masters = {name: nn.Parameter(x, held[name].requires_grad) for name, x in exact.items()}

@@ -64,7 +64,7 @@ def add_norm(
     _check_weights(x, weight, bias, x.shape[-1], "x")
     eps, dtype = _eps(eps), _dtype(x, dtype)
     given = [y for y in (x, residual, weight, bias) if y is not None]
-    chosen = _pick("add_norm", x.shape[-1], given, backend)
+    chosen = _pick("add_norm", x.shape[-1], given, dtype, backend)
     if chosen == "reference":
         return add_norm_reference(x, residual, weight, bias, eps, dtype)
     return function.add_norm(chosen, x, residual, weight, bias, eps, dtype)
@@ -98,21 +98,21 @@ def swiglu_norm(
     elif bias is not None:
         raise ValueError("bias: given without weight, where there is no norm")
     eps, dtype = _eps(eps), _dtype(x)
-    chosen = _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], backend)
+    chosen = _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], dtype, backend)
     if chosen == "reference":
         return swiglu_norm_reference(x, weight, bias, eps, dtype)
     return function.swiglu_norm(chosen, x, weight, bias, eps, dtype)
 
 
-def _pick(op, C, given, backend):
-    """The backend of checked tensors. Of none there is nothing to launch."""
+def _pick(op, C, given, dtype, backend):
+    """The backend of checked tensors, for a result of that dtype. Of none there is nothing to launch."""
     x = given[0]
     count, is_traced = x.numel(), traced(*map(type, given)) or any(map(is_transformed, given))
     needs = ((dispatch.TRACED,) if is_traced else ()) + ((dispatch.WIDE_ROWS,) if C > MOST_CHANNELS else ())
     if x.is_cpu and not is_traced and (backend == "auto" or (backend is None and op not in dispatch.DEFAULT)):
         if count < OVERTAKES[op][x.itemsize == 2] and function.learns(*given):
             needs += (dispatch.TORCHS_GRADIENTS,)
-    widest = torch.float64 if any(y.dtype == torch.float64 for y in given) else x.dtype
+    widest = torch.float64 if dtype == torch.float64 or any(y.dtype == torch.float64 for y in given) else x.dtype
     chosen = dispatch.pick(op, x.device, widest, backend, needs)
     return chosen if count else "reference"
 
