@@ -246,6 +246,7 @@ class Training:
 
     def capture(self):
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # on which weights are cast and batches made
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.step()

@@ -103,7 +103,7 @@ def measure(step, device, wall_ms):
 
     steps = STEPS[device]
     if device == "cuda":
-        with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=steps)) as run:
+        with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=steps, repeat=1)) as run:
             for _ in range(1 + steps):  # the first, as a session may lose its first kernels
                 step()
                 torch.cuda.synchronize()

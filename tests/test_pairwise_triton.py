@@ -339,6 +339,22 @@ def test_what_a_trained_batch_still_costs_is_kept(N, noise, op, panels):
     cases.check_trained_batch(N, noise, op, "triton", panels)
 
 
+@pytest.mark.parametrize("op", ["clip_loss", "ego_nce_loss", "sms_loss"])
+def test_a_loss_may_be_divided_in_place(op):
+    """As loops that accumulate gradients do, which a loss that is a view would not let them."""
+    video, text, c = batch(20, 8)
+    argument = {"clip_loss": torch.tensor(5.0, requires_grad=True), "ego_nce_loss": c > 0.9, "sms_loss": c}[op]
+
+    def loss(video, text, halved):
+        out = getattr(ops, op)(video, text, argument, backend="triton")
+        out /= 2 if halved else 1
+        return out
+
+    whole, half = (gradients(lambda v, t, h=h: loss(v, t, h), video, text) for h in (False, True))
+    for a, b in zip(whole, half, strict=True):
+        torch.testing.assert_close(a, 2 * b)
+
+
 @pytest.mark.parametrize("op,most", [("clip_loss", 7), ("ego_nce_loss", 9), ("sms_loss", 7), ("sms_loss, codes", 8)])
 def test_a_small_batch_is_few_launches(op, most, monkeypatch):
     """Of Triton's kernels and of torch's: all that a step of one panel asks of a GPU, the backward pass included."""

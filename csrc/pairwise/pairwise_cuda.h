@@ -7,7 +7,7 @@ namespace evaat {
 constexpr int kTile = 128;  // videos, and captions, of a tile
 
 // What a pair is to the kernel of the panels, as a video or as a caption: 1 / norm, or NaN where its index lies outside of the
-// table; its own cosine and relevancy; what its own loss counts; where its labels lie in the table, in elements; its verb.
+// table; its own cosine and relevancy; what its own loss counts; where its labels lie in the table, in bytes (for a video an address); its verb.
 struct Anchor {
   float inverse, cosine, own, weight;
   int64_t place, verb;

@@ -1,5 +1,4 @@
 // Which kernel serves a panel of a max-margin loss.
-#include <cmath>
 #include <limits>
 
 #include "pairwise/sms.h"
@@ -37,16 +36,12 @@ int sms_panel_cuda(const SmsGpu& step, const SmsOut& out, void* stream) {
   p.videos = step.videos, p.captions = step.captions;
   p.table = static_cast<const char*>(labels.table), p.dtype = labels.dtype, p.half = labels.strides[0] * size;
   p.values = static_cast<const float*>(labels.values);
-  const Penalty& costs = step.penalty;
-  const bool code = costs.rule == kCode;
-  p.margin = float(costs.margin), p.relaxation = float(costs.relaxation), p.eps = float(costs.eps), p.near_margin = code;
-  p.more = code ? p.eps : std::nextafter(p.eps, -std::numeric_limits<float>::infinity());
-  p.less = costs.rule == kCharades ? -p.eps : std::numeric_limits<float>::quiet_NaN();
+  sms::set_costs(p, step.penalty);
   p.slopes = static_cast<char*>(out.slopes), p.stride = uint32_t(2 * out.stride);
   p.row_sum = step.row_sum, p.col_sum = step.col_sum, p.row_loss = out.row_loss, p.col_loss = out.col_loss;
   p.first = int(out.first), p.last = int(out.last);
   p.down = (p.last - p.first + kTile - 1) / kTile, p.across = int((f.N + kTile - 1) / kTile);
-  // So many tiles of videos for each block that all blocks run at once, two an SM; sums of slopes are exact up to 64.
+  // So many tiles of videos for each block that all blocks run at once, two an SM as on Hopper; sums of slopes are exact up to 64.
   const int at_once = 2 * multiprocessors();
   p.walk = std::min(std::min(32, p.down), std::max(1, (p.down * p.across + at_once - 1) / at_once));
   const int source = sms::source_of(step);

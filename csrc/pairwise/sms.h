@@ -1,6 +1,7 @@
 // What a tile of cosines becomes: losses, slopes and their sums. A header, so that files of few kernels each compile side by side.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "common/dtype.h"
 #include "pairwise/tile.h"
@@ -30,8 +31,16 @@ struct Panel {
   int first, last, down, across, walk;
 };
 
-// What belongs to the rows of a tile, in shared memory behind the chunks. Two blocks fit into an SM where E <= 256 and nothing but
-// `Extra` is left out.
+// What a penalty reads, from what Python says of it.
+inline void set_costs(Panel& p, const Penalty& costs) {
+  const bool code = costs.rule == kCode;
+  p.margin = float(costs.margin), p.relaxation = float(costs.relaxation), p.eps = float(costs.eps), p.near_margin = code;
+  p.more = code ? p.eps : std::nextafter(p.eps, -std::numeric_limits<float>::infinity());
+  p.less = costs.rule == kCharades ? -p.eps : std::numeric_limits<float>::quiet_NaN();
+}
+
+// What belongs to the rows of a tile, in shared memory behind the chunks. On Hopper two blocks fit into an SM where E <= 256 and
+// nothing but `Extra` is left out; on Ampere one, from E = 193 on.
 struct alignas(16) Constants {
   Anchor videos[kTile];
   float inverse[kTile], cosine[kTile], own[kTile];  // of the captions

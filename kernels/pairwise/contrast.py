@@ -29,8 +29,8 @@ Logits = namedtuple("Logits", "inverses scale dense row column verbs nouns")
 Totals = namedtuple("Totals", "rows columns rest_rows rest_columns weight")
 
 # Of videos first .. last - 1 and all captions. rows: float32 [2, 2, 4 across, last - first], log-sum-exps over each strip's
-# columns of the pairs that are not positive and of those that are, each as two numbers to add; columns: [2, 2, down, N], the
-# same over a tile's rows. own: float32 [N], each pair's own logit, all that is positive where no others are.
+# columns of the pairs that are not positive and of those that are (but of OWN), each as two numbers to add; columns:
+# [2, 2, down, N], the same over a tile's rows. own: float32 [N], each pair's own logit, for OWN.
 Stats = namedtuple("Stats", "rows columns own first last")
 
 # Of all pairs, panel after panel, float64 [2, N]. running: log-sum-exps of the columns so far; entries: what each pair costs by

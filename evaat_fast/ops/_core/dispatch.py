@@ -186,9 +186,9 @@ def unusable(op: str, backend: str, device: str, dtype: torch.dtype | None, need
         return f"the cpu backend takes CPU tensors, not {device}"
     if backend == "cuda" and device != "cuda":
         return "the cuda backend takes CUDA tensors"
-    if backend.startswith("triton") and device != "cuda" and not INTERPRET:
+    if backend == "triton" and device != "cuda" and not INTERPRET:
         return f"{backend} takes CUDA tensors (CPU tensors only under TRITON_INTERPRET=1)"
-    if backend.startswith("triton") and INTERPRET and dtype == torch.bfloat16:
+    if backend == "triton" and INTERPRET and dtype == torch.bfloat16:
         return f"{backend} has no bfloat16 in its interpreter (TRITON_INTERPRET=1), which would compute garbage"
     lacking = next((support.lacks[need] for need in needs if need in support.lacks), None)
     return lacking if lacking is not None else why_not(backend)

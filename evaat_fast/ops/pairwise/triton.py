@@ -29,7 +29,7 @@ class _Triton(gpu.Gpu):
     ) -> tuple[Tensor, Tensor]:
         """The loss and the gradient of the scale, sums of parts and of slopes divided by `over`; and what is left to do to the
         gradients, in the same launch."""
-        loss, of_scale = self.empty(2)
+        loss, of_scale = self.empty(), self.empty()  # no views: a caller may divide the loss in place
         both = [(None, None, 0) if x is None else (y, x, x.numel()) for x, y in ((parts, loss), (slopes, of_scale))]
         grads = (self.grad_video, self.grad_text)
         panel.finish(self.features, self.norms, sums, self.weight, grads, scale, panel.Ends(*both[0], *both[1], over), 1 / over)
