@@ -262,6 +262,7 @@ class Training:
         """Lets go of the graph, the gradients, and all but the first clip."""
         self.replay = None
         self.optimizer.zero_grad()
+        self.loss.zero_grad()  # also of matrices whose masters the optimiser has, where a step was cut off
         self.video, self.tokens = self.video[:1].clone(), self.tokens[:1].clone()
 
     def resize(self, B):

@@ -341,6 +341,19 @@ def test_a_run_profiles_what_it_timed(where, tmp_path, capsys, monkeypatch):
         train.main([*command, "--append", "--where"])
 
 
+def test_another_batch_after_a_step_that_was_cut_off(monkeypatch):
+    train = importlib.import_module("train")
+    training = train.Training(TINY[0], train.Stack(held=True), "cpu", "bf16")
+    with monkeypatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(training.masters, "take_gradients", lambda: [][0])
+        training.step()
+    training.drop()
+    assert all(p.grad is None for p in (*training.loss.parameters(), *training.parameters))
+    training.resize(3)
+    assert training.video.shape == (3, 2, 64, 64, 3) and training.tokens.shape == (3, train.CAPTION)
+    assert training.step().isfinite()
+
+
 def test_a_page_shows_the_largest_batch():
     plot = importlib.import_module("plot")
     environment = {"device": "d", "cuda": "13", "clocks": "1, 2, 3", "torch": "t", "triton": "r", "commit": "c"}
