@@ -51,12 +51,14 @@ class Rotation:
 
     def learns(self) -> bool:
         """Whether a gradient is wanted of the frequencies."""
-        return bool(needs(self.freqs))
+        return self.freqs is not None and bool(needs(self.freqs))
 
 
 def needs(freqs: object) -> tuple[str, ...]:
     """What a backend must have for these frequencies, not checked."""
-    return (dispatch.LEARNED,) if isinstance(freqs, Tensor) and freqs.requires_grad and torch.is_grad_enabled() else ()
+    if freqs is None or not isinstance(freqs, Tensor):
+        return ()
+    return (dispatch.LEARNED,) if freqs.requires_grad and torch.is_grad_enabled() else ()
 
 
 def plan(
