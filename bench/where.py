@@ -16,18 +16,23 @@ from store import short
 
 REST = "everything else"
 # cuBLAS calls its products nvjet, cutlass or xmma, cuDNN its attention fort_native_sdpa and fusion::compute_dot_do_o, Inductor
-# its kernels triton_ or cpp_fused_ and what they fuse; torch's element-wise kernels tell by their functor what they do.
+# its kernels triton_ or cpp_fused_ and what they fuse; torch's element-wise kernels tell by their functor what they do. Classes
+# of autograd that are ours hold the time of C++ on a CPU that is no operator.
 GROUPS = {
-    "attention": (r"\battn_", "sdpa", "flash", "fmha", "scaled_dot_product", "flex_attention", "dot_do_o", "convert_dq"),
-    "rotation": (r"\brope3d",),
+    "attention": (
+        *(r"\battn_", "sdpa", "flash", "fmha", "scaled_dot_product", "flex_attention", "dot_do_o", "convert_dq"),
+        r"\b_(Attend|LikeOut|OfClips)",
+    ),
+    "rotation": (r"\brope3d", r"\b_(Rotate|Consume)"),
     "optimiser": ("multi_tensor_apply", "_fused_adam", "_foreach", r"Optimizer\."),
     "norms, SwiGLU, GELU": (
-        *("(add|swiglu)_norm", r"\bsums_kernel", "layer_?norm", "GammaBeta", "cuComputeGradInput", "RowwiseMoments"),
+        *("(add|swiglu)_?norm", r"\bsums_kernel", "layer_?norm", "GammaBeta", "cuComputeGradInput", "RowwiseMoments"),
         *("silu", "gelu"),
     ),
     "loss": (
         *(r"\b(contrast|sms)_", r"\b(prepare|diagonal|finish|scale|anchors)_kernel", "softmax", "nll_loss"),
         *("NormTwoOps", "vector_norm"),  # of the features
+        r"\b(Mean|Each)(Backward)?$",
     ),
     "matrix products": (
         *("nvjet", "gemm", "gemv", "cutlass", "xmma", "splitK", "triton_tem_", "cublas"),
