@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,12 @@ def poisoned_empty(monkeypatch):
     for owner, names in made.items():
         for name in names:
             monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def bench_on_path(monkeypatch):
+    """The scripts of bench/ import one another."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "bench"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""One random call of a pairwise loss, any of them, held to float64; for the CPU, interpreter and GPU tests."""
+"""What is asked of the pairwise losses on several backends, one random call of any of them among it, held to float64."""
 
 import random
 from types import SimpleNamespace
@@ -45,6 +45,60 @@ def check_trained_batch(N, noise, op, backend, losses):
     assert 0 < truth[0] < 1e-5
     for a, b in zip(ours, truth, strict=True):
         assert (a.double() - b).norm() <= 4e-6 * b.norm()
+
+
+def batch(N, E, dtype):
+    """Features that agree somewhat, and relevancies in tenths with ties."""
+    video = torch.randn(N, E)
+    return video.to(dtype), (0.7 * video + torch.randn(N, E)).to(dtype), torch.randint(0, 11, (N, N)) / 10
+
+
+def check_reduction_none(losses, rule, dtype, backend, bound):
+    """sms_loss of each pair, and the gradient of a weighted sum, within a relative bound."""
+    video, text, c = batch(140, 24, dtype)
+    weight = torch.randn(140)
+
+    def entries_of(video, text, which):
+        return losses.sms_loss(video, text, c, rule=rule, reduction="none", backend=which)
+
+    def weighted(which):
+        return lambda v, t: (entries_of(v, t, which) * weight.to(torch.promote_types(v.dtype, torch.float32))).sum()
+
+    exact = video.double(), text.double()
+    ours, truth = gradients(weighted(backend), video, text), gradients(weighted("reference"), *exact)
+    for a, b in zip(ours, truth, strict=True):
+        assert (a.double() - b).norm() <= bound * b.norm()
+    entries = entries_of(video, text, backend)
+    torch.testing.assert_close(entries.double(), entries_of(*exact, "reference"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(entries.mean(), ops.sms_loss(video, text, c, rule=rule, backend=backend), rtol=1e-6, atol=0)
+
+
+def check_siblings(op, N, dtype, backend, bound):
+    """mi_mm_loss or adaptive_mi_mm_loss, loss and gradients within a relative bound."""
+    video, text, _ = batch(N, 20, dtype)
+    arguments = (torch.rand(N),) if op.startswith("adaptive") else ()
+    run = lambda which: lambda v, t: getattr(ops, op)(v, t, *arguments, backend=which)  # noqa: E731
+    ours, truth = gradients(run(backend), video, text), gradients(run("reference"), video.double(), text.double())
+    assert abs(ours[0] - truth[0]) <= 1e-6
+    for a, b in zip(ours, truth, strict=True):
+        assert (a.double() - b).norm() <= bound * b.norm()
+
+
+def check_rows_without_a_direction(dtype, backend):
+    """They get no gradient, and spoil no other's."""
+    video, text, c = batch(20, 8, dtype)
+    video[3] = 0
+    loss, grad_video, grad_text = gradients(lambda v, t: ops.sms_loss(v, t, c, backend=backend), video, text)
+    assert loss.isfinite() and grad_video.isfinite().all() and grad_text.isfinite().all()
+    assert not grad_video[3].any() and grad_video[4].any()
+
+
+def check_no_pairs(dtype, backend):
+    """Of none or one, whose features may be NaN, the loss is 0, and so are the gradients."""
+    for N in (0, 1):
+        features = torch.full((N, 8), torch.nan, dtype=dtype), torch.ones(N, 8, dtype=dtype)
+        loss, *grads = gradients(lambda v, t, N=N: ops.sms_loss(v, t, torch.ones(N, N), backend=backend), *features)
+        assert loss == 0 and not any(g.any() for g in grads)
 
 
 def penalty(margin=0.6, relaxation=0.1, eps=None, rule="code"):

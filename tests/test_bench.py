@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(ROOT.glob("bench/results/*/*.json"))
 
 
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+pytestmark = pytest.mark.usefixtures("bench_on_path")
 
 
 @pytest.fixture

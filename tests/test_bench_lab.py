@@ -1,18 +1,14 @@
 """The lab's entries are whole, and what they launch is right, in Triton's interpreter and without a GPU."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_emulated import emulated
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-
 
 @pytest.fixture
-def lab(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
+def lab(bench_on_path):
     return importlib.import_module("lab")
 
 

@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+pytestmark = pytest.mark.usefixtures("bench_on_path")
 
 
 @pytest.fixture

@@ -364,7 +364,7 @@ def test_compiles_whole():
 
 
 BAD = [
-    (lambda: egovlp.MaxMarginRankingLoss()(torch.zeros(2, 3)), ValueError, r"x: expected the shape \[2, 2\], got \[2, 3\]"),
+    (lambda: egovlp.MaxMarginRankingLoss()(torch.zeros(2, 3)), ValueError, r"x: expected the shape \[N, N\], got \[2, 3\]"),
     (lambda: egovlp.NormSoftmaxLoss()(torch.zeros(3)), ValueError, r"x: expected the shape \[N, M\], got \[3\]"),
     (lambda: egovlp.AdaptiveMaxMarginRankingLoss()(torch.zeros(2, 2)), TypeError, r"weight: expected a tensor \[N\]"),
     (

@@ -35,9 +35,7 @@ def panels(request):
 
 
 def batch(N, E, dtype=BF16):
-    """Features that agree somewhat, and relevancies in tenths with ties."""
-    video = torch.randn(N, E)
-    return video.to(dtype), (0.7 * video + torch.randn(N, E)).to(dtype), torch.randint(0, 11, (N, N)) / 10
+    return cases.batch(N, E, dtype)
 
 
 def sms(video, text, c, panels=ops, **options):
@@ -212,39 +210,14 @@ def test_a_verb_beyond_32_bits_is_never_taken_for_another():
 @dtypes
 @rules
 def test_reduction_none(rule, dtype, panels):
-    video, text, c = batch(140, 24, dtype)
-    weight = torch.randn(140)
-
-    def run(backend, *features):
-        def loss(v, t):
-            entries = panels.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend)
-            return (entries * weight.to(entries.dtype)).sum()
-
-        return gradients(loss, *features)
-
-    ours, truth = run("cuda", video, text), run("reference", video.double(), text.double())
-    for a, b in zip(ours, truth, strict=True):
-        assert (a.double() - b).norm() <= ROUNDING[dtype] * b.norm()
-    entries = panels.sms_loss(video, text, c, rule=rule, reduction="none", backend="cuda")
-    want = ops.sms_loss(video.double(), text.double(), c, rule=rule, reduction="none", backend="reference")
-    torch.testing.assert_close(entries.double(), want, rtol=1e-5, atol=1e-6)
-    mean = ops.sms_loss(video, text, c, rule=rule, backend="cuda")
-    torch.testing.assert_close(entries.mean(), mean, rtol=1e-6, atol=0)
+    cases.check_reduction_none(panels, rule, dtype, "cuda", ROUNDING[dtype])
 
 
 @dtypes
 @pytest.mark.parametrize("N", [33, 260])
 @pytest.mark.parametrize("op", ["mi_mm_loss", "adaptive_mi_mm_loss"])
 def test_siblings(op, N, dtype):
-    video, text, _ = batch(N, 20, dtype)
-    arguments = (torch.rand(N),) if op.startswith("adaptive") else ()
-    results = []
-    for cast, backend in ((lambda x: x, "cuda"), (lambda x: x.double(), "reference")):
-        loss = lambda v, t, b=backend: getattr(ops, op)(v, t, *arguments, backend=b)  # noqa: E731
-        results.append(gradients(loss, cast(video), cast(text)))
-    assert abs(results[0][0] - results[1][0]) <= 1e-6
-    for a, b in zip(*results, strict=True):
-        assert (a.double() - b).norm() <= ROUNDING[dtype] * b.norm()
+    cases.check_siblings(op, N, dtype, "cuda", ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("view", list(cases.VIEWS)[1:4])
@@ -279,17 +252,11 @@ def test_nan_and_inf_reach_the_loss(bad, N):
 
 @dtypes
 def test_rows_without_a_direction_get_no_gradient(dtype):
-    video, text, c = batch(20, 8, dtype)
-    video[3] = 0
-    loss, grad_video, grad_text = sms(video, text, c)
-    assert loss.isfinite() and grad_video.isfinite().all() and grad_text.isfinite().all()
-    assert not grad_video[3].any() and grad_video[4].any()
+    cases.check_rows_without_a_direction(dtype, "cuda")
 
 
 def test_no_pairs():
-    for N in (0, 1):
-        loss, *grads = sms(torch.full((N, 8), torch.nan, dtype=BF16), torch.ones(N, 8, dtype=BF16), torch.ones(N, N))
-        assert loss == 0 and not any(g.any() for g in grads)
+    cases.check_no_pairs(BF16, "cuda")
 
 
 @pytest.mark.sample(4)

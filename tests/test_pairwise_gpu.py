@@ -109,9 +109,10 @@ def test_neither_waits_for_the_gpu_nor_breaks_a_graph(name):
     assert all(map(torch.equal, outs, step()))
 
 
-@pytest.mark.parametrize("name,most", [("sms", 7), ("clip", 8), ("ego_nce", 9)])
+@pytest.mark.parametrize("name,most", [("sms", 7), ("clip", 8), ("ego_nce", 10)])
 def test_a_small_batch_is_few_launches(name, most):
-    """Products that are split over E or N have a sum of their own, which is not counted."""
+    """Products that are split over E or N have a sum of their own, which is not counted. CLIP's scale and EgoNCE's temperature
+    and positives, made in LOSSES, are."""
     from torch.profiler import ProfilerActivity, profile
 
     (video, text, c), ones = batch(1024, 256, BF16), torch.ones((), device="cuda")
@@ -121,7 +122,7 @@ def test_a_small_batch_is_few_launches(name, most):
             torch.autograd.grad(LOSSES[name](video, text, c), (video, text), ones)
             torch.cuda.synchronize()
     launched = [e.name for e in watched.events() if "splitK" not in e.name and not e.name.startswith("Mem")]
-    assert len(launched) <= most + (name == "ego_nce"), launched  # whose positives `batch` is asked for
+    assert len(launched) <= most, launched
 
 
 def test_an_index_out_of_range_makes_the_loss_nan_and_is_named_on_request():

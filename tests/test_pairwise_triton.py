@@ -22,9 +22,7 @@ rules = pytest.mark.parametrize("rule", RULES)
 
 
 def batch(N, E, dtype=F32):
-    """Features that agree somewhat, and relevancies in tenths with ties."""
-    video = torch.randn(N, E)
-    return video.to(dtype), (0.7 * video + torch.randn(N, E)).to(dtype), torch.randint(0, 11, (N, N)) / 10
+    return cases.batch(N, E, dtype)
 
 
 @pytest.fixture(params=[None, 128], ids=["one panel", "panels"])
@@ -174,34 +172,12 @@ def test_an_index_out_of_range_makes_the_loss_nan():
 @dtypes
 @rules
 def test_reduction_none(rule, dtype, panels):
-    video, text, c = batch(140, 24, dtype)
-    weight = torch.randn(140)
-
-    def run(backend, *features):
-        def loss(v, t):
-            entries = panels.sms_loss(v, t, c, rule=rule, reduction="none", backend=backend)
-            return (entries * weight.to(entries.dtype)).sum()
-
-        return gradients(loss, *features)
-
-    ours, truth = run("triton", video, text), run("reference", video.double(), text.double())
-    for a, b in zip(ours, truth, strict=True):
-        assert (a.double() - b).norm() <= {F32: 1e-5, F16: 2e-3}[dtype] * b.norm()
-    entries = panels.sms_loss(video, text, c, rule=rule, reduction="none", backend="triton")
-    want = ops.sms_loss(video.double(), text.double(), c, rule=rule, reduction="none", backend="reference")
-    torch.testing.assert_close(entries.double(), want, rtol=1e-5, atol=1e-6)
+    cases.check_reduction_none(panels, rule, dtype, "triton", {F32: 1e-5, F16: 2e-3}[dtype])
 
 
 @pytest.mark.parametrize("op", ["mi_mm_loss", "adaptive_mi_mm_loss"])
 def test_siblings(op):
-    video, text, _ = batch(33, 20)
-    arguments = (torch.rand(33),) if op.startswith("adaptive") else ()
-    results = []
-    for cast, backend in ((lambda x: x, "triton"), (lambda x: x.double(), "reference")):
-        loss = lambda v, t, b=backend: getattr(ops, op)(v, t, *arguments, backend=b)  # noqa: E731
-        results.append(gradients(loss, cast(video), cast(text)))
-    for a, b in zip(*results, strict=True):
-        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+    cases.check_siblings(op, 33, F32, "triton", 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -240,17 +216,11 @@ def test_nan_and_inf_reach_the_loss(bad):
 
 @dtypes
 def test_rows_without_a_direction_get_no_gradient(dtype):
-    video, text, c = batch(20, 8, dtype)
-    video[3] = 0
-    loss, grad_video, grad_text = sms(video, text, c)
-    assert loss.isfinite() and grad_video.isfinite().all() and grad_text.isfinite().all()
-    assert not grad_video[3].any() and grad_video[4].any()
+    cases.check_rows_without_a_direction(dtype, "triton")
 
 
 def test_no_pairs():
-    for N in (0, 1):
-        loss, *grads = sms(torch.full((N, 8), torch.nan), torch.ones(N, 8), torch.ones(N, N))
-        assert loss == 0 and not any(g.any() for g in grads)
+    cases.check_no_pairs(F32, "triton")
 
 
 def contrast_batch(N, E, dtype):

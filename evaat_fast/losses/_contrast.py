@@ -25,7 +25,7 @@ class Batch:
 
     @classmethod
     def whole(cls, images: Tensor, texts: Tensor) -> "Batch":
-        images, texts = alike(images, texts)
+        """Of all ranks' features, `alike`."""
         return cls(images, texts, images, texts)
 
     def loss(self, logit_scale: Tensor | float) -> Tensor:

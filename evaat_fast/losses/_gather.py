@@ -72,10 +72,11 @@ class _Gather(torch.autograd.Function):
 
 
 def check_tensor(name: str, x: object, *shape: int | str) -> None:
-    """Raises unless x is a dense tensor of this shape, of which names may be any number: TypeError, ValueError."""
+    """TypeError or ValueError unless x is a tensor of this shape, of which a name may be any number, everywhere the same."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, x.shape, strict=True)):
+    sizes = dict(zip(shape, x.shape, strict=False))
+    if x.ndim != len(shape) or any(m != (sizes[n] if isinstance(n, str) else n) for n, m in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{name}: expected the shape [{', '.join(map(str, shape))}], got {list(x.shape)}")
 
 

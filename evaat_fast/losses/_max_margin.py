@@ -57,7 +57,6 @@ def of_matrix(x: Tensor, margin: float | Tensor, fix_norm: bool) -> Tensor:
     x [N, N]; margin a number, or [N]. Every term has the bits that the originals' has, which ties at 0 decide by.
     """
     check_tensor("x", x, "N", "N")
-    check_tensor("x", x, len(x), len(x))
     N, x = len(x), x.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(margin, Tensor):
         margin = margin.unsqueeze(1)

@@ -55,13 +55,13 @@ class ClipLoss(Contrastive):
 class _MaxMargin(Gathers):
     def __init__(
         self,
-        margin: float,
-        fix_norm: bool,
-        local_loss: bool,
-        gather_with_grad: bool,
-        rank: int,
-        world_size: int,
-        use_horovod: bool,
+        margin: float = 0.2,
+        fix_norm: bool = True,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
     ):
         super().__init__(local_loss, gather_with_grad, rank, world_size, use_horovod)
         self.margin, self.fix_norm = margin, fix_norm
@@ -86,18 +86,6 @@ class MaxMarginRankingLoss(_MaxMargin):
 
     Source: AVION (arXiv 2309.16669) and EgoVLP (arXiv 2206.01670), their MaxMarginRankingLoss.
     """
-
-    def __init__(
-        self,
-        margin: float = 0.2,
-        fix_norm: bool = True,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-    ):
-        super().__init__(margin, fix_norm, local_loss, gather_with_grad, rank, world_size, use_horovod)
 
     def forward(self, image_features: Tensor, text_features: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         images, texts = self.features(image_features, text_features)

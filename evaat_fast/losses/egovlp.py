@@ -77,11 +77,10 @@ class EgoNCE(nn.Module):
 
     def forward(self, x: Tensor, mask_v: Tensor, mask_n: Tensor) -> Tensor:
         check_tensor("x", x, "N", "N")
-        masks = [m for m, counts in ((mask_v, self.verb or not self.noun), (mask_n, self.noun)) if counts]
-        for name, mask in zip(("mask_v", "mask_n") if len(masks) == 2 else ("mask",), masks, strict=True):
-            check_tensor(name, mask, len(x), len(x))
-        check_tensor("x", x, len(x), len(x))
-        mask = masks[0] if len(masks) == 1 else mask_v * mask_n
+        for name, mask, counts in (("mask_v", mask_v, self.verb or not self.noun), ("mask_n", mask_n, self.noun)):
+            if counts:
+                check_tensor(name, mask, *x.shape)
+        mask = mask_v * mask_n if self.noun and self.verb else mask_n if self.noun else mask_v
         positive = (mask > 0) | torch.eye(len(x), dtype=torch.bool, device=x.device)
         x = x.to(reference.wide(x.dtype))
         logits = (x / self.temperature, x.t() / self.temperature)

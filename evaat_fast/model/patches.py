@@ -56,7 +56,8 @@ def check_patches(patches: Tensor, clips: int, grid: tuple[int, int, int], devic
 
 def place(patches: Tensor, grid: tuple[int, int, int], freqs: Tensor, dtype: torch.dtype) -> Tensor | Placed:
     """int64 [B, 1 + N', 3]: (t, h, w) of the class token, which counts for nothing, and of patches [B, N']. Where no compiler
-    looks and no freqs learn, with their table for queries of `dtype`, made once and not in each pass of each block."""
+    looks and no freqs learn, with their table, made once and not in each pass of each block; dtype: of the tokens, float64 or
+    another."""
     _, rows, columns = grid
     places = torch.stack((patches // (rows * columns), patches // columns % rows, patches % columns), -1)
     positions = F.pad(places, (0, 0, 1, 0))

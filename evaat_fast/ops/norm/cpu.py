@@ -3,7 +3,7 @@
 import torch
 
 from evaat_fast import _cpu
-from evaat_fast.ops._core.native import dtype_codes, run
+from evaat_fast.ops._core.native import dtype_codes, pointer, run
 
 _CODES = dtype_codes(_cpu)
 
@@ -11,11 +11,6 @@ _CODES = dtype_codes(_cpu)
 def _count(M, C, device):
     """Sums of so many rows each, whatever the number of threads."""
     return _cpu.norm_chunks(M)
-
-
-def _at(x):
-    """Where a tensor lies. 0: nowhere."""
-    return 0 if x is None else x.data_ptr()
 
 
 def _rows(x):
@@ -33,7 +28,7 @@ def _forward(function, x, residual, weight, bias, out, total, statistics, eps):
     weight, bias = _wide(weight), _wide(bias)
     residual = residual if residual is None or residual.dtype in _CODES else residual.float()
     rows = *_rows(x), *_rows(residual), *_rows(out)
-    places = _at(weight), _at(bias), _at(total), _at(statistics)
+    places = pointer(weight), pointer(bias), pointer(total), pointer(statistics)
     run(function, x.shape, x.device, out.numel() // C, C, *rows, *places, eps)
 
 
@@ -41,7 +36,7 @@ def _backward(function, dY, dR, x, weight, statistics, dx, dr, sums, dweight, db
     C = dY.shape[-1]
     weight, wide = _wide(weight), [y if y is None or y.dtype == torch.float32 else y.float() for y in (dweight, dbias)]
     rows = *_rows(dY), *_rows(dR), *_rows(x), *_rows(dx)
-    places = _at(weight), _at(statistics), _at(dr), _at(sums), *map(_at, wide)
+    places = pointer(weight), pointer(statistics), pointer(dr), pointer(sums), *map(pointer, wide)
     run(function, x.shape, x.device, dY.numel() // C, C, *rows, *places)
     for y, sum_ in zip((dweight, dbias), wide, strict=True):
         if y is not sum_:

@@ -51,9 +51,8 @@ def _patchify(video, patch, mean, std, dtype, backend):
         video = video.contiguous()
     out, table = _fake(video, patch, mean, std, dtype, backend), _table(tuple(mean), tuple(std), dtype, video.device)
     (B, T, H, W, _), (stride_b, stride_t, stride_h, _, _) = video.shape, video.stride()
-    call = dict(video=video.data_ptr(), table=table.data_ptr(), out=out.data_ptr(), element_size=out.element_size())
-    call |= dict(B=B, T=T, H=H, W=W, stride_b=stride_b, stride_t=stride_t, stride_h=stride_h, patch=patch)
-    run(module_of(backend).patchify, video.shape, video.device, **call)
+    places = video.data_ptr(), table.data_ptr(), out.data_ptr(), out.element_size()
+    run(module_of(backend).patchify, video.shape, video.device, *places, B, T, H, W, stride_b, stride_t, stride_h, patch)
     return out
 
 

@@ -27,7 +27,7 @@ def empty(x: Tensor) -> Tensor:
 def turn(xs: list[Tensor], outs: list[Tensor], rotation: Rotation) -> None:
     """Writes the turned xs, one or two of [B, H, N, D], to outs, which may be the same tensors; a third x, of as many heads as
     the second, is copied."""
-    if all(x.numel() == 0 for x in xs):
+    if xs[0].numel() == 0 and all(x.numel() == 0 for x in xs):
         return
     if len(xs) == 3 and rotation.backend not in ("triton", "cuda"):  # which copy it in the same launch
         outs[2].copy_(xs[2])

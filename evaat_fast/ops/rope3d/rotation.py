@@ -13,10 +13,11 @@ from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.tensor import check_device, dense
 
 Grid = Sequence[int] | None
-Rope = tuple[Grid, Tensor | None, int, Any, bool]  # grid, freqs, prefix_tokens, positions, interleaved: not checked
 _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float32)
 # What a model passes as `positions` to many calls with the same constant freqs, with their table, which it makes once.
 Placed = namedtuple("Placed", ("positions", "table"))
+# grid, freqs, prefix_tokens, positions, interleaved: not checked
+Rope = tuple[Grid, Tensor | None, int, Tensor | Placed | None, bool]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class Rotation:
 
     def learns(self) -> bool:
         """Whether a gradient is wanted of the frequencies."""
-        return self.freqs is not None and bool(needs(self.freqs))
+        return bool(needs(self.freqs))
 
 
 def needs(freqs: object) -> tuple[str, ...]:
     """What a backend must have for these frequencies, not checked."""
-    if freqs is None or not isinstance(freqs, Tensor):
+    if freqs is None:  # the default, and a call's quickest way out
         return ()
-    return (dispatch.LEARNED,) if freqs.requires_grad and torch.is_grad_enabled() else ()
+    return (dispatch.LEARNED,) if isinstance(freqs, Tensor) and freqs.requires_grad and torch.is_grad_enabled() else ()
 
 
 def plan(
@@ -73,16 +74,17 @@ def plan(
     """The rotation of queries q [B, Hq, N, D] and keys with k_heads heads (None: there are none) on a device, checked. of: the
     name of `positions` in errors."""
     grid, freqs, prefix_tokens, positions, interleaved = rope
-    for name, flag in (("interleaved", interleaved), ("inverse", inverse)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {flag!r}")
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved: expected True or False, got {interleaved!r}")
+    if not isinstance(inverse, bool):
+        raise TypeError(f"inverse: expected True or False, got {inverse!r}")
     B, Hq, N, D = q
     if D % 2 or not 2 <= D <= 256:
         raise ValueError(f"q: expected an even head dim from 2 to 256, got {D}")
     check_place(grid, prefix_tokens, positions)
     freqs = _checked_freqs(freqs, Hq, D, device, k_heads)
-    positions, table = positions if isinstance(positions, Placed) else (positions, None)
     if positions is not None:
+        positions, table = positions if isinstance(positions, Placed) else (positions, None)
         positions = dense("rope3d", of, positions, _POSITIONS, "a tensor of integers or float32")
         if positions.shape != (N, 3) and positions.shape != (B, N, 3):
             raise ValueError(f"{of}: expected the shape [{N}, 3] or [{B}, {N}, 3], got {list(positions.shape)}")
@@ -115,7 +117,7 @@ def _checked_freqs(freqs, Hq, D, device, k_heads):
     return freqs
 
 
-def check_place(grid: Grid, prefix_tokens: int, positions: Tensor | None) -> None:
+def check_place(grid: Grid, prefix_tokens: int, positions: Tensor | Placed | None) -> None:
     if not isinstance(prefix_tokens, (int, torch.SymInt)) or isinstance(prefix_tokens, bool) or prefix_tokens < 0:
         raise ValueError(f"prefix_tokens: expected an int >= 0, got {prefix_tokens!r}")
     if (grid is None) == (positions is None):

@@ -59,21 +59,22 @@ def table_of(rotation: Rotation, head_dim: int, device: torch.device, dtype: tor
     make = triton_table if rotation.backend == "triton" or on_gpu else torch_table
     if device.type == "cuda" and (constant := _constant_table(rotation, make, head_dim, dtype, device)) is not None:
         return constant
-    user = tuple(x for x in (rotation.freqs, rotation.positions) if x is not None)
+    user = [x for x in (rotation.freqs, rotation.positions) if x is not None]
     # User tensors on a GPU cannot be compared with a kept table's without waiting for the GPU, and their version
     # counters do not see writes through .data.
     if device.type != "cpu" and (user or device.type != "cuda"):
         return make(rotation, head_dim, dtype, device)
     prefix = None if rotation.positions is None else rotation.prefix_tokens
     key: tuple = (rotation.grid, prefix, head_dim, dtype, device, rotation.freqs is None)
-    key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
+    if user:
+        key += tuple((x.shape, x.dtype, x.data_ptr()) for x in user)
     kept = _TABLES.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # The kept table, so that the graph has no launch for it, where a call before the capture has made it; else one of the
         # graph's own memory, made by its first nodes.
         captured = _CAPTURED.get(key, None if kept is None else kept[1])
         return make(rotation, head_dim, dtype, device) if captured is None else _CAPTURED.setdefault(key, captured)
-    if kept is not None and all(map(torch.equal, kept[0], user)):
+    if kept is not None and (not user or all(map(torch.equal, kept[0], user))):
         _TABLES[key] = _TABLES.pop(key, kept)  # now the last used; another thread may have dropped it
         return kept[1]
     # Made on the CPU and copied: the copy waits, so that every CUDA stream may read the table afterwards.
