@@ -9,7 +9,20 @@ import torch
 import evaat_fast
 from evaat_fast.ops._core import dispatch as _dispatch
 
-_PACKAGES = ("numpy", "einops", "triton", "decord2", "decord", "av", "tokenizers", "ftfy", "regex", "tqdm", "matplotlib")
+_PACKAGES = (
+    "numpy",
+    "einops",
+    "triton",
+    "decord2",
+    "decord",
+    "av",
+    "pyarrow",
+    "tokenizers",
+    "ftfy",
+    "regex",
+    "tqdm",
+    "matplotlib",
+)
 _ISA = ("plain C++", "AVX2", "AVX-512")
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     ("cli", "doctor"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-HEAVY = set("triton decord av tokenizers ftfy regex tqdm matplotlib jinja2 huggingface_hub safetensors".split())
+HEAVY = set("triton decord av tokenizers ftfy regex tqdm matplotlib jinja2 huggingface_hub safetensors pyarrow".split())
 
 
 def files():

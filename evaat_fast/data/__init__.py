@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 
 from evaat_fast import _lazy
 
-_LAZY = {"EK100": "ek100", "train_transform": "transforms", "eval_transform": "transforms", "read_clip": "video"}
-_SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "transforms", "video")
+_LAZY = {
+    "EK100": "ek100",
+    "ClipTable": "table",
+    "train_transform": "transforms",
+    "eval_transform": "transforms",
+    "read_clip": "video",
+}
+_SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "table", "transforms", "video")
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
@@ -20,9 +26,11 @@ if TYPE_CHECKING:
     from evaat_fast.data import ek100_files as ek100_files
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_render as kitchen_render
+    from evaat_fast.data import table as table
     from evaat_fast.data import transforms as transforms
     from evaat_fast.data import video as video
     from evaat_fast.data.ek100 import EK100 as EK100
+    from evaat_fast.data.table import ClipTable as ClipTable
     from evaat_fast.data.transforms import eval_transform as eval_transform
     from evaat_fast.data.transforms import train_transform as train_transform
     from evaat_fast.data.video import read_clip as read_clip

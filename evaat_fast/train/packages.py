@@ -13,6 +13,7 @@ EXTRAS = {
     "jinja2": "train",
     "matplotlib": "train",
     "PIL": "train",
+    "pyarrow": "video",
     "regex": "train",
     "tokenizers": "train",
     "tqdm": "train",
