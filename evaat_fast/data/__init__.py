@@ -15,7 +15,7 @@ _LAZY = {
     "eval_transform": "transforms",
     "read_clip": "video",
 }
-_SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "table", "transforms", "video")
+_SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "readers", "table", "transforms", "video")
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from evaat_fast.data import ek100_files as ek100_files
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_render as kitchen_render
+    from evaat_fast.data import readers as readers
     from evaat_fast.data import table as table
     from evaat_fast.data import transforms as transforms
     from evaat_fast.data import video as video

@@ -1,0 +1,448 @@
+"""Reads pickles of plain data without running any of them: lists, tuples, dicts, str, int, float, None, bool, and NumPy arrays.
+
+    for rows in batches("ego4d_train.pkl"): ...     # the items of one large list, some at a time
+    load("caption_relevancy_EPIC_100_retrieval_test.pkl")   # all of a small one; an array is mapped, not copied
+
+Python's own unpickler calls what a file names. This one has no call to make: its globals are the few names that NumPy's
+arrays and scalars are pickled with, each answered by a function below, and any other is refused by its name. It also holds
+no more than it was asked for: items are handed on as their list grows, what the memo keeps of a string is where in the file
+it stands, and no length that a file states is believed beyond the file's end.
+
+Source: the opcodes of protocols 0 to 5 as `pickletools` of Python's standard library describes them.
+"""
+
+import mmap
+import os
+import re
+import struct
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["batches", "load"]
+
+_KEPT = 1 << 17  # lists and tuples that can be referred to again: all of a small file's, a large one's latest
+_FLOATS = re.compile(rb"(?:G.{8})+", re.DOTALL)
+_REFUSED = {
+    b"i": "INST", b"o": "OBJ", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX", b"\x82": "EXT1", b"\x83": "EXT2", b"\x84": "EXT4",
+    b"P": "PERSID", b"Q": "BINPERSID", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER",
+}  # fmt: skip
+# How the length is written: of BINUNICODE (also SHORT_ and 8), BINSTRING, SHORT_BINSTRING; of BINBYTES (SHORT_, 8), BYTEARRAY8.
+_STRINGS = {0x58: "<I", 0x8C: "<B", 0x8D: "<Q", 0x54: "<I", 0x55: "<B"}
+_BYTES = {0x42: "<I", 0x43: "<B", 0x8E: "<Q", 0x96: "<Q"}
+_CONSTANTS = {0x4E: None, 0x88: True, 0x89: False}
+_NUMPY = re.compile(
+    rb"numpy\._?core\.multiarray (_reconstruct|scalar)|numpy\._?core\.numeric (_frombuffer)|numpy (ndarray|dtype)"
+    rb"|_codecs (encode)"
+)
+
+
+class _Fault(Exception):
+    """What is wrong with a pickle, without its name."""
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """The object of a pickle. str for strings, and an array that is mapped from the file where it holds one.
+
+    Args:
+        path: of a file that `pickle.dump` wrote.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: damaged, cut short, or of more than plain data; names what and where.
+    """
+    *_, (_, result) = _guarded(Path(path), drain=False)
+    try:
+        return _text(result)
+    except RecursionError:
+        raise ValueError(f"{path}: lists within lists, deeper than data is") from None
+    except (_Fault, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def batches(path: str | os.PathLike[str]) -> Iterator[list[Any]]:
+    """The items of a pickled list, in order, as lists of them. Strings are bytes in UTF-8, not yet checked to be that.
+
+    Args, Raises: as `load`; ValueError also where the pickle is no list.
+    """
+    for rows, result in _guarded(Path(path), drain=True):
+        if rows is None and not isinstance(result, list):
+            raise ValueError(f"{path}: expected a pickled list, got {_name(result)}")
+        if some := result if rows is None else rows:
+            yield some
+
+
+def _guarded(path, drain):
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations: there is no file {str(path)!r}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: expected a pickle, got an empty file")
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed with the last array that is mapped from it
+    machine = _Machine(data)
+    try:
+        yield from machine.run(drain)
+    except _Fault as fault:
+        raise ValueError(f"{path}: byte {machine.at}: {fault}") from None
+    except (IndexError, struct.error):
+        said = "the file is damaged or cut short: an opcode finds less than it needs"
+        raise ValueError(f"{path}: byte {machine.at} of {len(data)}: {said}") from None
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: byte {machine.at}: the file is damaged: {said}") from None
+
+
+class _Machine:
+    """The stack machine that a pickle is a program for. `at` is where its last opcode but a few stands."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at = data, 0
+        self.memo = array("q")  # from 0: where a string begins; -1: nothing; below: -2 - number of an object in `kept`
+        self.kept: dict[int, Any] = {}
+        self.count = 0  # of all that were kept
+
+    def run(self, drain: bool) -> Iterator[tuple[list[Any] | None, Any]]:
+        """Yields (items of the outermost list so far, None), emptying it, where `drain`; last (None, the result)."""
+        data, memo, kept = self.data, self.memo, self.kept
+        size, unpack, at = len(data), struct.unpack_from, 0
+        stack: list[Any] = []
+        marks: list[list[Any]] = []
+        last = -1  # where the string on top of the stack stands, -1 for another object
+        while True:
+            op = data[at]
+            if op == 0x58 or op == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
+                last = at
+                if op == 0x58:
+                    at += 5 + unpack("<I", data, at + 1)[0]
+                    stack.append(data[last + 5 : at])
+                else:
+                    at += 2 + data[at + 1]
+                    stack.append(data[last + 2 : at])
+                if at >= size:
+                    self.at = last
+                    raise _Fault("a string runs past the end: the file is cut short or damaged")
+            elif op == 0x94:  # MEMOIZE
+                at += 1
+                memo.append(last if last >= 0 else self._keep(stack[-1]))
+            elif op == 0x71 or op == 0x72:  # BINPUT, LONG_BINPUT
+                slot, at = (data[at + 1], at + 2) if op == 0x71 else (unpack("<I", data, at + 1)[0], at + 5)
+                if slot == len(memo):
+                    memo.append(last if last >= 0 else self._keep(stack[-1]))
+                else:
+                    self._put(slot, at, last if last >= 0 else self._keep(stack[-1]))
+            elif op == 0x47:  # BINFLOAT, mostly one of several
+                end = _FLOATS.match(data, at)
+                if end is None:
+                    raise IndexError
+                count = (end.end() - at) // 9
+                stack.extend(unpack(">" + "xd" * count, data, at))
+                at, last = end.end(), -1
+            elif op == 0x28:  # MARK
+                at += 1
+                marks.append(stack)
+                stack, last = [], -1
+            elif op == 0x65 or op == 0x61:  # APPENDS, APPEND
+                if op == 0x65:
+                    items, stack = stack, marks.pop()
+                else:
+                    items = [stack.pop()]
+                at, last = at + 1, -1
+                target = stack[-1]
+                if type(target) is not list:
+                    self.at = at
+                    raise _Fault(f"items are appended to {_name(target)}")
+                target.extend(items)
+                if drain and len(stack) == 1 and not marks:
+                    self.at = at
+                    yield target.copy(), None
+                    target.clear()
+                    if len(kept) > _KEPT:
+                        kept.clear()
+            elif op == 0x5D:  # EMPTY_LIST
+                at, last = at + 1, -1
+                stack.append([])
+            elif op == 0x74:  # TUPLE
+                items, stack = stack, marks.pop()
+                stack.append(tuple(items))
+                at, last = at + 1, -1
+            elif op == 0x68 or op == 0x6A:  # BINGET, LONG_BINGET
+                slot, at = (data[at + 1], at + 2) if op == 0x68 else (unpack("<I", data, at + 1)[0], at + 5)
+                last = memo[slot]
+                if last >= 0:
+                    stack.append(self._string(last))
+                else:
+                    stack.append(self._kept(last))
+                    last = -1
+            elif op == 0x95:  # FRAME
+                at += 9
+            elif op == 0x2E:  # STOP
+                self.at = at
+                if marks or len(stack) != 1:
+                    raise _Fault("the pickle ends in the middle of its data")
+                yield None, stack[0]
+                return
+            else:
+                self.at = at
+                at, stack, last = self._rare(op, at, stack, marks)
+            if at >= size:
+                self.at = at
+                raise IndexError
+
+    def _rare(self, op, at, stack, marks):
+        """An opcode that few rows have: (where the next one stands, the stack, where the string on it stands or -1)."""
+        data = self.data
+        if op in _STRINGS or op in _BYTES:
+            begin, end = self._span(at)
+            # A memoryview stands for pickled bytes: they may be a mapped array of gigabytes.
+            stack.append(data[begin:end] if op in _STRINGS else memoryview(data)[begin:end])
+            return end, stack, at if op in _STRINGS else -1
+        if op in _CONSTANTS:
+            stack.append(_CONSTANTS[op])
+            return at + 1, stack, -1
+        if op in (0x4A, 0x4B, 0x4D):  # BININT, BININT1, BININT2
+            form = {0x4A: "<i", 0x4B: "<B", 0x4D: "<H"}[op]
+            stack.append(struct.unpack_from(form, data, at + 1)[0])
+            return at + 1 + struct.calcsize(form), stack, -1
+        if op in (0x8A, 0x8B):  # LONG1, LONG4
+            begin = at + (2 if op == 0x8A else 5)
+            length = data[at + 1] if op == 0x8A else struct.unpack_from("<i", data, at + 1)[0]
+            if not 0 <= length <= 64:
+                raise _Fault(f"an integer of {length} bytes")
+            stack.append(int.from_bytes(data[begin : begin + length], "little", signed=True))
+            return begin + length, stack, -1
+        if op in b"IFLVpgc":  # with arguments on lines: INT, FLOAT, LONG, UNICODE, PUT, GET, GLOBAL
+            return self._lines(op, at, stack)
+        if op == 0x29:  # EMPTY_TUPLE
+            stack.append(())
+        elif op in (0x85, 0x86, 0x87):  # TUPLE1, TUPLE2, TUPLE3
+            count = op - 0x84
+            if len(stack) < count:
+                raise IndexError
+            stack[-count:] = [tuple(stack[-count:])]
+        elif op == 0x7D:  # EMPTY_DICT
+            stack.append({})
+        elif op in b"ldu1":  # LIST, DICT, SETITEMS, POP_MARK
+            items, stack = stack, marks.pop()
+            if op == 0x6C:
+                stack.append(items)
+            elif op == 0x64:
+                stack.append(_pairs({}, items))
+            elif op == 0x75:
+                _pairs(stack[-1], items)
+        elif op == 0x73:  # SETITEM
+            value, key = stack.pop(), stack.pop()
+            _pairs(stack[-1], [key, value])
+        elif op == 0x30:  # POP
+            stack.pop()
+        elif op == 0x32:  # DUP
+            stack.append(stack[-1])
+        elif op == 0x80:  # PROTO
+            if data[at + 1] > 5:
+                raise _Fault(f"expected a pickle of protocol 0 to 5, got protocol {data[at + 1]}")
+            return at + 2, stack, -1
+        elif op == 0x93:  # STACK_GLOBAL
+            name, module = stack.pop(), stack.pop()
+            stack.append(_global(module, name))
+        elif op == 0x52:  # REDUCE
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_reduce(function, arguments))
+        elif op == 0x62:  # BUILD
+            state = stack.pop()
+            _build(stack[-1], state)
+        elif bytes([op]) in _REFUSED:
+            raise _Fault(f"refused: the opcode {_REFUSED[bytes([op])]} builds more than plain data")
+        elif at == 0:
+            raise _Fault("expected a pickle; its first byte is none's")
+        else:
+            raise _Fault(f"the file is damaged: {op:#04x} is no opcode of plain data")
+        return at + 1, stack, -1
+
+    def _lines(self, op, at, stack):
+        line, at = self._line(at + 1)
+        if op == 0x63:  # GLOBAL
+            name, at = self._line(at)
+            stack.append(_global(line, name))
+        elif op == 0x70:  # PUT
+            self._put(int(line), at, self._keep(stack[-1]))
+        elif op == 0x67:  # GET
+            stack.append(self._kept(self.memo[_slot(line)]))
+        elif op == 0x56:  # UNICODE
+            stack.append(line.decode("raw-unicode-escape").encode("utf-8", "surrogatepass"))
+        elif op == 0x49 and line in (b"00", b"01"):
+            stack.append(line == b"01")
+        else:
+            stack.append(float(line) if op == 0x46 else int(line.rstrip(b"L")))
+        return at, stack, -1
+
+    def _line(self, at):
+        end = self.data.find(b"\n", at)
+        if end < 0:
+            raise IndexError
+        return self.data[at:end], end + 1
+
+    def _span(self, at):
+        form = (_STRINGS | _BYTES)[self.data[at]]
+        begin = at + 1 + struct.calcsize(form)
+        end = begin + struct.unpack_from(form, self.data, at + 1)[0]
+        if end >= len(self.data):
+            raise _Fault("a string runs past the end: the file is cut short or damaged")
+        return begin, end
+
+    def _string(self, at):
+        begin, end = self._span(at)
+        return self.data[begin:end]
+
+    def _keep(self, value):
+        self.kept[self.count] = value
+        self.count += 1
+        return -1 - self.count
+
+    def _kept(self, code):
+        if code >= 0:
+            return self._string(code)
+        if -2 - code not in self.kept:
+            if code == -1:
+                raise _Fault("the file is damaged: it refers to what it did not store")
+            raise _Fault("a row refers back to a list or tuple far before it, which this reader does not keep")
+        return self.kept[-2 - code]
+
+    def _put(self, slot, at, code):
+        # A pickler numbers what it stores from 0, so a number beyond the bytes read so far is no pickler's.
+        if not 0 <= slot <= at:
+            raise _Fault(f"the file is damaged: it stores an object as its number {slot}")
+        if slot >= len(self.memo):
+            self.memo.extend([-1] * (slot + 1 - len(self.memo)))
+        self.memo[slot] = code
+
+
+def _slot(line):
+    slot = int(line)
+    if slot < 0:
+        raise IndexError
+    return slot
+
+
+def _pairs(target, items):
+    if type(target) is not dict or len(items) % 2:
+        raise _Fault(f"pairs are put into {_name(target)}")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        target[key] = value
+    return target
+
+
+class _Global:
+    def __init__(self, name: str):
+        self.name = name
+
+
+class _Dtype:
+    """A dtype of booleans or numbers. `code`: as NumPy writes it, "f8", to which BUILD adds the byte order."""
+
+    def __init__(self, code: str):
+        self.code, self.order = code, "|"
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.order + self.code)
+
+
+class _Array:
+    """What an array is built from."""
+
+    def __init__(self):
+        self.parts: tuple[Any, ...] | None = None
+
+    def numpy(self) -> np.ndarray:
+        if self.parts is None:
+            raise _Fault("an array without its data")
+        raw, dtype, shape, order = self.parts
+        return np.frombuffer(raw, dtype).reshape(shape, order=order)
+
+
+def _global(module, name):
+    if not isinstance(module, bytes) or not isinstance(name, bytes):
+        raise _Fault("the file is damaged: a global's name is no string")
+    known = _NUMPY.fullmatch(module + b" " + name)
+    if known is None:
+        shown = (module + b"." + name).decode("utf-8", "replace")[:80]
+        raise _Fault(f"refused: the file would call or build {shown!r}, and only plain data and NumPy arrays are read")
+    return _Global(next(filter(None, known.groups())).decode())
+
+
+def _reduce(function, arguments):
+    name = function.name if isinstance(function, _Global) else None
+    if name is None or type(arguments) is not tuple:
+        raise _Fault(f"the file is damaged: {_name(function)} is called")
+    if name == "dtype" and arguments and isinstance(arguments[0], bytes):
+        code = arguments[0].decode("ascii", "replace")
+        if not re.fullmatch("[iu][1248]|f[248]|b1", code):
+            raise _Fault(f"refused: an array of {code!r}; expected numbers or booleans")
+        return _Dtype(code)
+    if name == "_reconstruct":
+        return _Array()
+    if name == "scalar" and len(arguments) == 2 and isinstance(arguments[0], _Dtype):
+        return np.frombuffer(_raw(arguments[1]), arguments[0].numpy())[0].item()
+    if name == "encode" and len(arguments) == 2 and isinstance(arguments[0], bytes) and arguments[1] == b"latin1":
+        return memoryview(arguments[0].decode().encode("latin1"))  # how protocols 0 to 2 hold bytes
+    if name == "_frombuffer" and len(arguments) == 4:
+        array = _Array()
+        _fill(array, *arguments)
+        return array
+    raise _Fault(f"the file is damaged: {name} is called with arguments that are not its own")
+
+
+def _build(target, state):
+    if isinstance(target, _Dtype) and type(state) is tuple and len(state) >= 5 and state[2:5] == (None, None, None):
+        order = state[1].decode("ascii", "replace") if isinstance(state[1], bytes) else None
+        if order in ("<", ">", "|", "="):
+            target.order = order
+            return
+    elif isinstance(target, _Array) and type(state) is tuple and len(state) == 5:
+        _fill(target, state[4], state[2], state[1], b"F" if state[3] else b"C")
+        return
+    raise _Fault(f"refused: a state for {_name(target)}; expected one of a NumPy array of numbers")
+
+
+def _fill(array, raw, dtype, shape, order):
+    if not isinstance(dtype, _Dtype) or type(shape) is not tuple or order not in (b"F", b"C"):
+        raise _Fault("the file is damaged: an array without shape or dtype")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise _Fault(f"the file is damaged: an array of shape {shape!r}")
+    kind, cells = dtype.numpy(), 1
+    for n in shape:
+        cells *= n
+    raw = _raw(raw)
+    if len(raw) != cells * kind.itemsize:
+        raise _Fault(f"the file is damaged: an array of shape {shape} in {len(raw)} bytes")
+    array.parts = raw, kind, shape, order.decode()
+
+
+def _raw(value):
+    if not isinstance(value, memoryview):
+        raise _Fault(f"the file is damaged: expected bytes of an array, got {_name(value)}")
+    return value
+
+
+def _text(value):
+    """Strings for bytes, and arrays, throughout."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, _Array):
+        return value.numpy()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_text, value))
+    if isinstance(value, dict):
+        return {_text(k): _text(v) for k, v in value.items()}
+    if isinstance(value, memoryview):
+        return bytes(value)
+    if isinstance(value, (_Global, _Dtype)):
+        raise _Fault(f"expected data, got {_name(value)}")
+    return value
+
+
+def _name(value):
+    """What an object is, for a message."""
+    if isinstance(value, (_Global, _Dtype, _Array)):
+        return {"_Global": "a function", "_Dtype": "a dtype", "_Array": "an array"}[type(value).__name__]
+    return "a string" if isinstance(value, bytes) else f"a {type(value).__name__}"
