@@ -15,17 +15,31 @@ _LAZY = {
     "eval_transform": "transforms",
     "read_clip": "video",
 }
-_SUBMODULES = ("cache", "ek100", "ek100_files", "kitchen", "kitchen_render", "readers", "table", "transforms", "video")
+_SUBMODULES = (
+    "cache",
+    "decode",
+    "ek100",
+    "ek100_files",
+    "kitchen",
+    "kitchen_render",
+    "layout",
+    "readers",
+    "table",
+    "transforms",
+    "video",
+)
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
 
 if TYPE_CHECKING:
     from evaat_fast.data import cache as cache
+    from evaat_fast.data import decode as decode
     from evaat_fast.data import ek100 as ek100
     from evaat_fast.data import ek100_files as ek100_files
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_render as kitchen_render
+    from evaat_fast.data import layout as layout
     from evaat_fast.data import readers as readers
     from evaat_fast.data import table as table
     from evaat_fast.data import transforms as transforms

@@ -1,29 +1,42 @@
-"""Frames of a clip from a video file, or from a folder of chunks named by their first second.
+"""Frames of a clip from a video in one file, in chunks, or cut out of it: see `evaat_fast.data.layout`.
 
-Times are seconds times the file's own frame rate: annotated frame numbers belong to the original recordings and are
-wrong for re-encoded ones. A reader is opened for each clip and dropped after it; kept ones decode ahead and fill the
-memory.
+Times are seconds: annotated frame numbers belong to the original recordings and are wrong for re-encoded ones. A sampler's
+frame f, on the grid of the file's average rate, is the time (f + 0.5) / rate, and what comes back is the frame on screen then,
+whatever the rate is there. A reader is opened for each clip and dropped after it; kept ones decode ahead and fill the memory.
 """
 
+import contextlib
 import math
 import os
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evaat_fast.data.decode import DECODERS, Decoder, OutsideError, VideoError, VideoInfo, open_video, read_info, reader_of
+from evaat_fast.data.layout import Source, home, of_path
+
 Sampler = Literal["avion", "lavila"]
-Decoder = Literal["decord", "av"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-DECODERS: tuple[Decoder, ...] = get_args(Decoder)
+# Seconds by which a chunk may end before the next begins: a frame of 10 per second, and some of faster ones.
+_SHORT = 0.1
 
-__all__ = ["DECODERS", "SAMPLERS", "VideoError", "frame_ids", "read_clip"]
-
-
-class VideoError(RuntimeError):
-    """A file that is missing or cannot be decoded; the message names it."""
+__all__ = [
+    "DECODERS",
+    "SAMPLERS",
+    "Decoder",
+    "OutsideError",
+    "Sampler",
+    "VideoError",
+    "VideoInfo",
+    "frame_ids",
+    "outside",
+    "probe",
+    "read_clip",
+    "spans",
+]
 
 
 def frame_ids(
@@ -65,7 +78,7 @@ def frame_ids(
 
 
 def read_clip(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Source,
     start: float,
     stop: float,
     num_frames: int,
@@ -73,159 +86,112 @@ def read_clip(
     sampler: Sampler = "avion",
     jitter: bool = False,
     generator: torch.Generator | None = None,
-    decoder: Decoder = "decord",
+    decoder: Decoder = "auto",
 ) -> Tensor:
     """Decodes num_frames frames of a clip.
 
     Args:
-        path: a video file, or a folder of chunks named by their first second.
-        start, stop: seconds.
+        path: a video file, a folder of chunks, or a Source that `layout.find` found.
+        start, stop: seconds in the video; NaN for both: the whole video.
         num_frames, sampler, jitter, generator: as in `frame_ids`.
-        decoder: "decord" or "av" (PyAV). Neither replaces the other unasked.
+        decoder: "auto", "av" (PyAV), "torchcodec" or "decord", see `evaat_fast.data.decode`. None replaces another unasked.
 
     Returns:
-        uint8 [num_frames, H, W, 3], RGB. A frame beyond the end of its file becomes the file's last one.
+        uint8 [num_frames, H, W, 3], RGB, as displayed. Of a clip that ends after its video the frames beyond are the last one;
+        `outside` says how much of a clip that is.
 
     Raises:
+        OutsideError: the clip begins after the video's end, or a frame lies in a chunk that is not there.
         VideoError: a file that is missing or cannot be decoded, or chunks of different sizes.
         ImportError: the decoder is not installed.
         ValueError: as in `frame_ids`, an unknown decoder, or start < 0.
     """
-    if not (math.isfinite(start) and start >= 0):
+    entire = math.isnan(start) and math.isnan(stop)
+    if not entire and not (math.isfinite(start) and start >= 0):
         raise ValueError(f"start: expected a time of 0 seconds or later, got {start!r}")
-    if not (math.isfinite(stop) and stop >= start):
+    if not entire and not (math.isfinite(stop) and stop >= start):
         raise ValueError(f"stop: expected a time not before start={start!r}, got {stop!r}")
-    reader_of = _reader(decoder)
-    chunks = _chunks(Path(path))
-    seconds = np.array([second for second, _ in chunks])
-    current = max(0, int(np.searchsorted(seconds, start, "right")) - 1)
-    reader = reader_of(chunks[current][1])
-    try:
+    reader_of(decoder)  # before any file is looked at
+    source = path if isinstance(path, Source) else of_path(path)
+    begins = np.array(source.starts if source.kind != "clips" else [0.0])
+    if source.kind == "clips" and not entire:
+        # On the grid of the cut file, whose first frame is the clip's.
+        start, stop = max(0.0, start - source.starts[0]), max(0.0, stop - source.starts[0])
+    if entire:
+        with open_video(source.files[-1], decoder) as reader:
+            start, stop = float(begins[0]), float(begins[-1] + reader.end)
+    current = home(source, start) if source.kind != "clips" else 0
+    with contextlib.ExitStack() as opened:
+        reader = opened.enter_context(open_video(source.files[current], decoder))
         fps = reader.fps
         wanted = frame_ids(round(start * fps), round(stop * fps), num_frames, sampler, jitter, generator)
-        first = np.round(seconds * fps).astype(int)
-        home = np.maximum(np.searchsorted(first, wanted, "right") - 1, 0)
+        times = (np.array(wanted) + 0.5) / fps
+        homes = np.maximum(np.searchsorted(begins, times, "right") - 1, 0)
         frames = []
-        for chunk in dict.fromkeys(home.tolist()):  # in order of appearance, which is that of time
+        for chunk in dict.fromkeys(homes.tolist()):  # in order of appearance, which is that of time
             if chunk != current:
-                reader.close()
-                reader, current = reader_of(chunks[chunk][1]), chunk
-            # Chunks may be a frame short of their nominal length, and clips may end after their video.
-            inside = (np.array(wanted)[home == chunk] - first[chunk]).clip(0, reader.length - 1)
-            frames.append(reader.read(inside.tolist()))
-    finally:
-        reader.close()
+                opened.close()
+                reader, current = opened.enter_context(open_video(source.files[chunk], decoder)), chunk
+            local = times[homes == chunk] - begins[chunk]
+            last = chunk == len(begins) - 1
+            frames.append(reader.read(_inside(reader, local, start - begins[chunk], last, (start, stop))))
     if len({f.shape[1:] for f in frames}) > 1:
         raise VideoError(f"{path}: its chunks have different frame sizes, {sorted({f.shape[1:3] for f in frames})}")
     return torch.from_numpy(frames[0] if len(frames) == 1 else np.concatenate(frames))
 
 
-def _chunks(path):
-    """[(first second, file)] in order of time; one entry for a video in one file."""
-    if path.is_file():
-        return [(0, path)]
-    if not path.is_dir():
-        raise VideoError(f"{path}: no such video")
-    chunks = sorted((int(p.stem), p) for p in path.iterdir() if p.stem.isascii() and p.stem.isdigit())
-    if not chunks:
-        raise VideoError(f"{path}: a folder without chunks named by their first second (0{path.suffix}, 15{path.suffix}, ...)")
-    return chunks
+def _inside(reader, times, start, last, clip):
+    """Times in a file, those beyond its end at its last frame; OutsideError where they are of a file that is not there."""
+    frame = 1 / reader.fps
+    if reader.likely_end is not None and times.max() + frame < reader.likely_end:
+        return times.tolist()
+    end = reader.end
+    named = f"{reader.path}: the clip from {clip[0]:.2f} to {clip[1]:.2f} s"
+    if last and start >= end + frame:
+        raise OutsideError(f"{named} begins after the end of its video, {end - start + clip[0]:.2f} s")
+    if not last and times.max() >= end + max(_SHORT, 2 * frame):
+        raise OutsideError(f"{named} lies in a chunk that is missing: this one ends at {end - start + clip[0]:.2f} s")
+    return np.minimum(times, max(0.0, end - frame / 4)).tolist()
 
 
-def _reader(decoder):
-    """The reader class of a decoder, its module imported."""
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder: expected one of {', '.join(DECODERS)}, got {decoder!r}")
-    other = DECODERS[1 - DECODERS.index(decoder)]
-    try:
-        if decoder == "decord":
-            import decord
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """What the headers of a video file say, in milliseconds.
 
-            decord.logging.set_level(decord.logging.QUIET)  # what goes wrong is in the exception
+    Raises:
+        VideoError: it is missing, or its headers cannot be read. ImportError: PyAV is not installed.
+    """
+    return read_info(os.fspath(path))
+
+
+def spans(source: Source) -> list[tuple[float, float]]:
+    """[(first, last second)] of the video that its files hold, by their headers.
+
+    A file that does not say how long it is ends at infinity, or where the next begins. A chunk a frame or so short is whole.
+
+    Raises:
+        VideoError: as `probe`.
+    """
+    found: list[tuple[float, float]] = []
+    following = (*source.starts[1:], math.inf)
+    for file, begin, limit in zip(source.files, source.starts, following, strict=True):
+        info = probe(file)
+        end = begin + (math.inf if info.duration is None else info.duration)
+        end = limit if end >= limit - max(_SHORT, 2 / info.fps) else end
+        if found and found[-1][1] >= begin:
+            found[-1] = (found[-1][0], end)
         else:
-            import av  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise ImportError(
-            f"decoder {decoder!r} cannot be imported ({error}): pip install evaat-fast[video], or choose {other!r}"
-        ) from error
-    return _Decord if decoder == "decord" else _Av
+            found.append((begin, end))
+    return found
 
 
-class _Decord:
-    def __init__(self, path):
-        import decord
+def outside(start: float, stop: float, held: Sequence[tuple[float, float]]) -> float:
+    """The share of a clip that lies outside what `spans` returned, from 0 to 1; of NaN, the whole video, 0.
 
-        self.path = path
-        try:
-            # One thread: data loaders bring their own, and a second one slows short clips down.
-            self._video = decord.VideoReader(str(path), num_threads=1)
-            self.fps, self.length = float(self._video.get_avg_fps()), len(self._video)
-        except Exception as error:  # decord raises its own error, RuntimeError or OSError, by version
-            raise VideoError(f"{path}: {_reason(path, error)}") from error
-        if self.length == 0 or not self.fps > 0:
-            raise VideoError(f"{path}: {self.length} frames at {self.fps} frames per second")
-
-    def read(self, indices):
-        try:
-            batch = self._video.get_batch(indices)
-            return batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
-        except Exception as error:
-            raise VideoError(f"{self.path}: {_reason(self.path, error)}") from error
-
-    def close(self):
-        self._video = None
-
-
-class _Av:
-    def __init__(self, path):
-        import av
-
-        self.path = path
-        try:
-            self._container = av.open(str(path))
-        except Exception as error:  # a damaged file makes PyAV raise FFmpegError, OSError or UnicodeDecodeError
-            raise VideoError(f"{path}: {_reason(path, error)}") from error
-        try:
-            self._stream = self._container.streams.video[0]
-            self._stream.codec_context.thread_count = 1
-            self.fps, self.length = float(self._stream.average_rate or 0), self._stream.frames
-        except Exception as error:  # no stream: IndexError; one that its build cannot decode: AttributeError
-            self.close()
-            raise VideoError(f"{path}: no video stream ({error})") from error
-        if self.length == 0 or not self.fps > 0:
-            self.close()
-            raise VideoError(f"{path}: {self.length} frames at {self.fps} frames per second")
-
-    def read(self, indices):
-        stream: Any = self._stream
-        base = float(stream.time_base)
-        begin = stream.start_time or 0
-        wanted, found = set(indices), {}
-        try:
-            # To the key frame at or before it.
-            self._container.seek(begin + int(min(indices) / self.fps / base), stream=stream)
-            for frame in self._container.decode(stream):
-                number = round((frame.pts - begin) * base * self.fps)
-                if number in wanted:
-                    found[number] = frame.to_ndarray(format="rgb24")
-                if number >= max(indices):
-                    break
-            return np.stack([found[i] for i in indices])
-        except KeyError as error:
-            raise VideoError(f"{self.path}: frame {error} of {self.length} cannot be decoded") from None
-        except Exception as error:
-            raise VideoError(f"{self.path}: {_reason(self.path, error)}") from error
-
-    def close(self):
-        self._container.close()
-
-
-def _reason(path, error):
-    """The first line of a decoder's error, which may be pages long; what is plain to see comes first."""
-    if path.exists() and path.stat().st_size == 0:
-        return "the file is empty"
-    if "size must exactly match" in str(error):
-        # decord2 3.4 takes a padded row for a fourth channel, which rows of up to 97 pixels can have.
-        return "decord2 cannot read frames this narrow on this CPU; use the decoder 'av'"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'cannot be decoded'}"
+    A clip without length is inside or not.
+    """
+    if math.isnan(start) or math.isnan(stop):
+        return 0.0
+    if stop <= start:
+        return 0.0 if any(a <= start < b for a, b in held) else 1.0
+    covered = sum(max(0.0, min(stop, b) - max(start, a)) for a, b in held)
+    return min(1.0, max(0.0, 1.0 - covered / (stop - start)))

@@ -1,0 +1,140 @@
+"""Decoders behind one interface: open a file, read the frames that are on screen at given times.
+
+    with open_video("P01_01.MP4") as reader:
+        frames = reader.read([0.5, 1.0])        # uint8 [2, H, W, 3], RGB, as displayed
+
+PyAV reads the headers and time stamps for all of them, so that all of them show the same frames; they differ in who makes the
+pixels. What one of them would get wrong it refuses with a VideoError.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+
+from evaat_fast.data.decode.errors import OutsideError, VideoError
+from evaat_fast.data.decode.header import Header, VideoInfo
+
+Decoder = Literal["auto", "av", "torchcodec", "decord"]
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
+# In the order in which "auto" tries them, each with the reason for its place.
+ORDER: dict[Decoder, str] = {
+    "av": "reads every container here; refuses damaged pictures; no file of a fuzz crashed it; at least as fast as the others",
+    "torchcodec": "refuses damaged files too, but needs FFmpeg's libraries and a torch that it was built for",
+    "decord": "needs the whole file read first, knows no edit lists, and shows damaged pictures",
+}
+_MODULES = {"av": "AvReader", "torchcodec": "TorchcodecReader", "decord": "DecordReader"}
+
+__all__ = [
+    "DECODERS",
+    "ORDER",
+    "Decoder",
+    "OutsideError",
+    "Reader",
+    "VideoError",
+    "VideoInfo",
+    "chosen",
+    "open_video",
+    "read_info",
+    "reader_of",
+    "why_not",
+]
+
+
+class Reader(Protocol):
+    """An open file. Times are seconds from where its presentation begins.
+
+    path. fps: frames per second on average.
+    """
+
+    path: Path
+    fps: float
+
+    @property
+    def likely_end(self) -> float | None:
+        """Seconds: where its headers say that it ends; None where they do not."""
+
+    @property
+    def end(self) -> float:
+        """Seconds: where its last frame ends."""
+
+    def read(self, times: Sequence[float]) -> np.ndarray:
+        """uint8 [len(times), H, W, 3]: the frames on screen at these times, RGB, as displayed.
+
+        Before the first frame that is the first one. Raises VideoError for what cannot be decoded or lies beyond the end.
+        """
+
+    def close(self) -> None: ...
+
+
+def open_video(path: str | Path, decoder: Decoder = "auto") -> AbstractContextManager[Reader]:
+    """An open file, to be used in a `with`.
+
+    Args:
+        path: a video file. decoder: one of DECODERS; "auto" is the first of ORDER that can be imported. None replaces another.
+
+    Raises:
+        VideoError: the file is missing, damaged, or one that this decoder gets wrong.
+        ImportError: the decoder, or PyAV, is not installed.
+        ValueError: an unknown decoder.
+    """
+    make = reader_of(decoder)
+    return closing(make(_file(path)))
+
+
+def reader_of(decoder: Decoder) -> Callable[[Path], Reader]:
+    """The class of a decoder's readers, its packages imported."""
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder: expected one of {', '.join(DECODERS)}, got {decoder!r}")
+    if decoder == "auto":
+        decoder = chosen()
+    elif problem := why_not(decoder):
+        others = ", ".join(repr(d) for d in ORDER if d != decoder)
+        package = "torchcodec" if decoder == "torchcodec" else "evaat-fast[video]"
+        raise ImportError(f"decoder {decoder!r} cannot be imported ({problem}): pip install {package}, or choose {others}")
+    name = "pyav" if decoder == "av" else decoder
+    return getattr(importlib.import_module(f"evaat_fast.data.decode.{name}"), _MODULES[decoder])
+
+
+def why_not(decoder: Decoder) -> str | None:
+    """Why a decoder cannot be used here; None where it can."""
+    for name in dict.fromkeys((decoder, "av")):
+        try:
+            importlib.import_module("torchcodec.decoders" if name == "torchcodec" else name)
+        except Exception as error:  # ImportError; OSError or RuntimeError of a shared library
+            lines = str(error).strip().splitlines()
+            return lines[0] if lines else type(error).__name__
+    return None
+
+
+def chosen() -> Decoder:
+    """The decoder that "auto" stands for here."""
+    problems = {}
+    for name in ORDER:
+        problem = why_not(name)
+        if problem is None:
+            return name
+        problems[name] = problem
+    listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+    raise ImportError(f"no decoder can be imported ({listed}): pip install evaat-fast[video]")
+
+
+def read_info(path: str | Path) -> VideoInfo:
+    """What a file's headers say, in milliseconds; VideoError if they cannot be read."""
+    if problem := why_not("av"):
+        raise ImportError(f"reading a video's headers needs PyAV ({problem}): pip install evaat-fast[video]")
+    head = Header(_file(path))
+    try:
+        return head.info()
+    finally:
+        head.close()
+
+
+def _file(path):
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: no such video")
+    return path

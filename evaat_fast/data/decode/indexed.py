@@ -1,0 +1,68 @@
+"""What decoders that count frames share: PyAV reads when each frame is shown, and they are asked for its number."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evaat_fast.data.decode.errors import VideoError, reason
+from evaat_fast.data.decode.header import Header
+
+
+class IndexedReader:
+    """Frames of a file by time; see `decode.Reader`. A subclass opens the file and fetches frames by number."""
+
+    def __init__(self, path: Path):
+        head = Header(path)
+        try:
+            self.info, self._shown = head.info(), head.shown()
+        finally:
+            head.close()
+        self._head = head  # its numbers; the container is closed
+        self.path, self.fps = path, head.fps
+        a, b, c, d = self.info.matrix
+        if a * d - b * c < 0:
+            raise VideoError(f"{path}: a mirrored picture; use the decoder 'av'")
+        try:
+            self._open(path)
+        except VideoError:
+            raise
+        except Exception as error:  # decoders raise errors of their own, RuntimeError or OSError, by version
+            raise VideoError(f"{path}: {reason(path, error)}") from error
+
+    def _open(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def _fetch(self, numbers: list[int]) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def likely_end(self) -> float | None:
+        """Seconds, by the headers; None where they say nothing of the video alone."""
+        return self._head.duration if self._head.own_duration else None
+
+    @property
+    def end(self) -> float:
+        """Seconds: where the last frame ends. Of a file cut short what its headers say."""
+        head = self._head
+        return head.duration or 0.0 if head.missing_bytes else head.checked_end(head.seconds(self._shown.end))
+
+    def read(self, times: Sequence[float]) -> np.ndarray:
+        """uint8 [len(times), H, W, 3]."""
+        stamps, ticks = self._shown.stamps, [self._head.ticks(t) for t in times]
+        numbers = np.maximum(np.searchsorted(stamps, ticks, "right") - 1, 0)  # before the first frame there is the first
+        if numbers.max() == len(stamps) - 1:
+            last = int(stamps[-1])
+            self._head.check_last(max(ticks), last, self._shown.end - last)
+        try:
+            frames = self._fetch(numbers.tolist())
+        except VideoError:
+            raise
+        except Exception as error:
+            raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
+        if frames.shape != (len(times), self.info.height, self.info.width, 3) or frames.dtype != np.uint8:
+            raise VideoError(f"{self.path}: frames of {frames.shape[1:]}, {frames.dtype}, where its header says otherwise")
+        return frames

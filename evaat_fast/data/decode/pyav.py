@@ -1,0 +1,293 @@
+"""PyAV: packets are read first, so that only what the wanted frames are made of is decoded, and only they are converted."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaat_fast.data.decode.errors import VideoError, reason
+from evaat_fast.data.decode.header import EXACT, UPRIGHT, Header, right_angles, turned
+
+_FAR = 1.0  # seconds from which a seek is cheaper than reading the packets between
+_END = 2**62
+
+
+class AvReader:
+    """Frames of a file by time; see `decode.Reader`."""
+
+    def __init__(self, path: Path):
+        self._head = Header(path)
+        self.path, self.fps = path, self._head.fps
+        self._turn: tuple[int, int, int, int] | None = None
+        self._seeks = True
+        self._open()
+
+    def _open(self):
+        from av.video.reformatter import VideoReformatter
+
+        self._reformatter = VideoReformatter()
+        context = self._head.stream.codec_context
+        context.thread_count = 1  # data loaders bring their own processes
+        context.options = {"err_detect": "explode"}  # a damaged slice is an error, not a picture that looks like one
+        self._context: Any = context
+        self._packets: Iterator[Any] = iter(())
+        self._pushed: Any = None  # a packet that was looked at
+        self._group: list[Any] = []  # packets from a key frame on, in decoding order
+        self._read_to = -_END  # the decoding time up to which packets were read
+        self._from_start = False
+        self._placed = False
+
+    @property
+    def likely_end(self) -> float | None:
+        """Seconds, by the headers; None where they say nothing of the video alone."""
+        return self._head.duration if self._head.own_duration else None
+
+    @cached_property
+    def end(self) -> float:
+        """Seconds: where the last frame ends, from the last packets. Of a file cut short what its headers say."""
+        head = self._head
+        if head.missing_bytes:
+            return head.duration or 0.0
+        try:
+            end = self._last_packets()
+        except VideoError:
+            raise
+        except Exception as error:
+            raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
+        return head.checked_end(end)
+
+    def read(self, times: Sequence[float]) -> np.ndarray:
+        """uint8 [len(times), H, W, 3]."""
+        head = self._head
+        wanted = [head.ticks(t) for t in times]
+        try:
+            exact = head.ordered and head.canonical in EXACT
+            found = (self._by_packets if exact else self._by_frames)(sorted(set(wanted)))
+        except VideoError:
+            raise
+        except Exception as error:
+            raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
+        shapes = {frame.shape for frame in found.values()}
+        if len(shapes) > 1:
+            raise VideoError(f"{self.path}: frames of different sizes, {sorted(s[:2] for s in shapes)}")
+        return np.stack([found[t] for t in wanted])
+
+    def close(self) -> None:
+        self._packets, self._group, self._pushed = iter(()), [], None
+        self._head.close()
+
+    # Codecs of one packet a frame.
+
+    def _by_packets(self, wanted):
+        """{wanted: frame}."""
+        found: dict[int, np.ndarray] = {}
+        runs: list[tuple[list, dict]] = []  # packets from one key frame on, and {wanted: time stamp of the frame shown then}
+        for target in wanted:
+            group = self._collect(target)
+            if not runs or runs[-1][0][0] is not group[0]:
+                if runs:
+                    found |= self._decode_run(*runs.pop())
+                runs.append((group, {}))
+            runs[-1][1][target] = self._shown(group, target)
+        return found | self._decode_run(*runs.pop())
+
+    def _collect(self, target):
+        """The packets from the last key frame shown at or before the target up to past the target."""
+        group = self._group
+        if not self._placed or (group and group[0].pts > target and not self._from_start):
+            self._seek(target)
+        elif self._seeks and target - self._read_to > _FAR / self._head.base:
+            self._seek(target)
+        group = self._group
+        keys = [i for i, p in enumerate(group) if i and p.is_keyframe and p.pts <= target]
+        if keys:  # of packets that an earlier target read
+            group = [p for p in group[keys[-1] :] if p.pts >= group[keys[-1]].pts]
+        while not group or self._read_to <= target:
+            packet = self._next()
+            if packet is None:
+                break
+            if packet.pts is None:
+                raise VideoError(f"{self.path}: frames without time stamps")
+            if packet.is_keyframe and (packet.pts <= target or (not group and self._from_start)):
+                group = [packet]
+            elif group and (packet.pts >= group[0].pts or packet.is_keyframe):
+                # Others belong to the frames before the key frame, some of which were not decoded.
+                group.append(packet)
+            if packet.dts is not None:
+                self._read_to = packet.dts
+        if not group:
+            raise VideoError(f"{self.path}: no frame at {self._head.seconds(target):.2f} s")
+        self._group = group
+        return group
+
+    def _shown(self, group, target):
+        """The time stamp of the frame on screen."""
+        stamps = [p.pts for p in group if not p.is_discard]
+        before = [s for s in stamps if s <= target]
+        if before:
+            last = max(before)
+            if self._read_to == _END and last == max(stamps):
+                self._head.check_last(target, last, next(p.duration for p in group if p.pts == last))
+            return last
+        if self._from_start and stamps:
+            return min(stamps)  # before the first frame there is the first
+        raise VideoError(f"{self.path}: no frame at {self._head.seconds(target):.2f} s")
+
+    def _decode_run(self, group, run):
+        """{wanted: frame} of one key frame's packets."""
+        from av.error import FFmpegError
+
+        try:
+            return self._decoded([], group, run)
+        except FFmpegError:
+            # An open group may name frames before its key frame, if only to forget them. Damage is there the second time too.
+            warm_up = self._before(group)
+            if not warm_up:
+                raise
+            return self._decoded(warm_up, group, run)
+
+    def _decoded(self, warm_up, group, run):
+        """Frames that no wanted one is made of are left out."""
+        from av.error import FFmpegError
+
+        need, context = set(run.values()), self._context
+        last = max(i for i, p in enumerate(group) if p.pts in need)
+        context.flush_buffers()
+        context.skip_frame = "DEFAULT"
+        for packet in warm_up:
+            with contextlib.suppress(FFmpegError):
+                context.decode(packet)
+        found: dict[int, np.ndarray] = {}
+        skipping = False
+        for packet in group[: last + 1]:
+            if packet.is_corrupt:
+                raise VideoError(f"{self.path}: damaged at {self._head.seconds(packet.pts):.2f} s")
+            if skipping != (packet.pts not in need):
+                skipping = not skipping
+                context.skip_frame = "NONREF" if skipping else "DEFAULT"
+            self._take(context.decode(packet), need, found)
+        self._take(context.decode(None), need, found)
+        if missing := need - found.keys():
+            raise VideoError(f"{self.path}: the frame at {self._head.seconds(min(missing)):.2f} s cannot be decoded")
+        return {target: found[stamp] for target, stamp in run.items()}
+
+    def _before(self, group):
+        """The packets of the key frame before a group's, up to the group."""
+        end = (group[0].pts, group[0].dts)
+        self._seek(group[0].pts - 1)
+        packets: list[Any] = []
+        while (packet := self._next()) is not None and (packet.pts, packet.dts) != end:
+            packets.append(packet)
+        self._placed = False
+        return packets if packet is not None else []
+
+    def _take(self, frames, need, found):
+        for frame in frames:
+            if frame.pts in need:
+                found[frame.pts] = self._converted(frame)
+
+    # Other codecs and containers: frames in the order in which they come out.
+
+    def _by_frames(self, wanted):
+        """{wanted: frame}: decodes all frames from a key frame on."""
+        found: dict[int, np.ndarray] = {}
+        context, head = self._context, self._head
+        context.skip_frame = "DEFAULT"
+        self._seek(wanted[0])
+        waiting, stamps, before = list(wanted), [], None
+        at, step = 0, round(1 / (head.fps * head.base))
+        while waiting:
+            packet = self._next()
+            if packet is not None:
+                stamps.append(packet.dts if packet.pts is None or not head.ordered else packet.pts)
+            for frame in context.decode(packet):
+                # In AVI the order is right and the time stamps are not: the n-th frame has the n-th packet's place.
+                stamp = stamps.pop(0) if not head.ordered else frame.pts
+                if stamp is None:
+                    raise VideoError(f"{self.path}: frames without time stamps")
+                while waiting and stamp > waiting[0]:
+                    if before is None and not self._from_start:
+                        raise VideoError(f"{self.path}: no frame at {head.seconds(waiting[0]):.2f} s")
+                    found[waiting.pop(0)] = self._converted(frame if before is None else before)
+                before, at = frame, stamp
+            if packet is None:
+                break
+        self._placed = False
+        for target in waiting:
+            if before is None:
+                raise VideoError(f"{self.path}: no frame at {head.seconds(target):.2f} s")
+            head.check_last(target, at, step)
+            found[target] = self._converted(before)
+        return found
+
+    # Both.
+
+    def _converted(self, frame):
+        if frame.is_corrupt:
+            raise VideoError(f"{self.path}: the frame at {self._head.seconds(frame.pts):.2f} s is damaged")
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        if self._turn is None:
+            data = frame.side_data.get("DISPLAYMATRIX")
+            self._turn = UPRIGHT if data is None else right_angles(np.frombuffer(bytes(data), np.int32).tolist())
+        plane = rgb.planes[0]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
+        pixels = rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
+        return turned(pixels, self._turn)
+
+    def _next(self):
+        """The next packet; None at the end."""
+        packet, self._pushed = self._pushed, None
+        if packet is None:
+            packet = next(self._packets, None)
+        if packet is None or packet.size == 0:
+            self._read_to = _END
+            return None
+        return packet
+
+    def _seek(self, target):
+        """To a key frame shown at or before the target; containers seek by decoding time, which is earlier."""
+        head, before = self._head, self._read_to
+        first = head.stream.start_time or 0
+        for back in (0, 1, 5, 30, None):
+            place = first if back is None else max(first, target - round(back / head.base))
+            self._from_start = place == first
+            self._go(place)
+            packet = self._pushed = self._next()
+            good = packet is not None and packet.is_keyframe and packet.pts is not None and packet.pts <= target
+            if good or place == first:
+                break
+        if packet is not None and packet.dts is not None and packet.dts < before < target:
+            self._seeks = False  # there is no index: it went back, so from now on packets are read one after another
+
+    def _go(self, place):
+        from av.error import FFmpegError
+
+        try:
+            self._head.container.seek(place, stream=self._head.stream)
+        except FFmpegError:  # a container without an index
+            self._head.reopen()
+            self._open()
+            self._from_start, self._seeks = True, False
+        self._packets, self._pushed, self._group = self._head.container.demux(self._head.stream), None, []
+        self._read_to, self._placed = -_END, True
+
+    def _last_packets(self):
+        """Seconds."""
+        head, ends = self._head, []
+        step = round(1 / (head.fps * head.base))
+        for place in (None if head.duration is None else head.ticks(head.duration), head.stream.start_time or 0):
+            if place is not None:
+                self._go(place)
+                while (packet := self._next()) is not None:
+                    stamp = packet.dts if packet.pts is None or not head.ordered else packet.pts
+                    if stamp is not None and not packet.is_discard:
+                        ends.append(stamp + (packet.duration or step))
+            if ends:
+                break
+        self._placed = False
+        if not ends:
+            raise VideoError(f"{self.path}: no frames")
+        return head.seconds(max(ends))
