@@ -91,6 +91,13 @@ def _parser():
     group.add_argument("--overwrite", action="store_true", help="start anew where train.out already holds a run")
     command.set_defaults(run=_train)
 
+    command = commands.add_parser("check", help="what is missing, unreadable or outside its video in a run's data")
+    command.add_argument("config", metavar="CONFIG.toml")
+    command.add_argument("--all", action="store_true", help="read the header of every file, not of each video's ends alone")
+    command.add_argument("--json", metavar="FILE", help="write the findings there too, with every clip they touch")
+    _add_set(command)
+    command.set_defaults(run=_check)
+
     command = commands.add_parser("eval", help="EK-100 retrieval metrics of a checkpoint on the test split")
     command.add_argument("config", metavar="CONFIG.toml")
     command.add_argument("--checkpoint", required=True, metavar="PATH", help="of a run (last.pt), or other weights")
@@ -151,6 +158,40 @@ def _train(arguments):
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
 
 
+def _check(arguments):
+    from pathlib import Path
+
+    from evaat_fast.data.check import check
+    from evaat_fast.train import checkpoint, inputs, load, packages
+    from evaat_fast.train.log import Progress
+    from evaat_fast.train.trainer import check_folder
+
+    config = load(arguments.config, arguments.overrides, training=False)
+    packages.require("the check", *packages.of_data(config), *packages.of_progress())
+    if arguments.json:
+        check_folder(Path(arguments.json).parent, "--json")
+    try:
+        splits = inputs.splits(config, missing="broken")
+    except ValueError as error:
+        raise _Mistake(error) from None
+    record, wrong = {}, False
+    for name, data, allowed in (("train", splits.train, config.data.max_broken), ("test", splits.test, 0.0)):
+        if data is None:
+            continue
+        progress = Progress(0, f"{name}: headers")
+        report = check(data, files="all" if arguments.all else "ends", progress=progress.to)
+        progress.close()
+        print(f"{name}: {report}")
+        record[name] = report.to_dict(data.table)
+        if report.share > allowed:
+            wrong = True
+            print(f"  {len(report.broken)} clips ({100 * report.share:.3g} %) cannot be used, more than {100 * allowed:g} %")
+    if arguments.json:
+        text = json.dumps(record, indent=1) + "\n"
+        checkpoint.write_atomically(arguments.json, lambda file: file.write(text.encode()))
+    return 1 if wrong else 0
+
+
 def _eval(arguments):
     from pathlib import Path
 
@@ -167,7 +208,7 @@ def _eval(arguments):
     if not Path(arguments.checkpoint).is_file():
         raise FileNotFoundError(f"--checkpoint: there is no file {arguments.checkpoint!r}")
     try:
-        data = inputs.dataset(config, "test")
+        data = inputs.test_split(config)
         model = trainer.build_model(config).to(device)
     except ValueError as error:
         raise _Mistake(error) from None

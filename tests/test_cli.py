@@ -107,11 +107,17 @@ def test_usage_errors(arguments, capsys):
 @pytest.mark.parametrize(
     "arguments,hidden,named,extras",
     [
-        (["demo", "--out", "TMP/demo"], "av decord ftfy jinja2", "av, decord, ftfy, jinja2", "train,video"),
-        (["demo", "--out", "TMP/demo", "--set", "data.decoder=av"], "decord matplotlib", "matplotlib", "train"),
-        (["train", "TOML"], "decord tokenizers regex", "decord, regex, tokenizers", "train,video"),
-        (["train", "TOML", "--set", "data.decoder=av"], "decord ftfy", "ftfy", "train"),
-        (["eval", "TOML", "--checkpoint", "TOML"], "decord tokenizers", "decord, tokenizers", "train,video"),
+        (["demo", "--out", "TMP/demo"], "av decord ftfy jinja2", "av, ftfy, jinja2", "train,video"),
+        (
+            ["demo", "--out", "TMP/demo", "--set", "data.decoder=decord"],
+            "decord matplotlib",
+            "decord, matplotlib",
+            "train,video",
+        ),
+        (["train", "TOML"], "av pyarrow tokenizers regex", "av, pyarrow, regex, tokenizers", "train,video"),
+        (["train", "TOML"], "decord ftfy", "ftfy", "train"),
+        (["check", "TOML"], "pyarrow", "pyarrow", "video"),
+        (["eval", "TOML", "--checkpoint", "TOML"], "av tokenizers", "av, tokenizers", "train,video"),
         (["make-kitchen", "TMP/kitchen"], "av", "av", "video"),
     ],
 )

@@ -210,6 +210,6 @@ def test_the_object_is_in_the_picture_and_in_its_colour():
     data = EK100(corpus().annotations, corpus().videos, "test", num_frames=3, decoder="av")
     colours = torch.tensor(list(kitchen.COLOURS.values())).float()
     for i in range(len(data)):
-        colour = min(data.clips[i]["nouns"])
+        colour = min(data.clips[i].nouns)
         distance = (data[i]["video"].float() - colours[colour]).abs().amax(-1)
-        assert (distance < 60).float().mean((1, 2)).min() > 0.008, data.clips[i]["text"]
+        assert (distance < 60).float().mean((1, 2)).min() > 0.008, data.clips[i].texts[0]

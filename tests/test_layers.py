@@ -21,11 +21,9 @@ LAYERS = [
     ("cli", "doctor"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-<<<<<<< HEAD
-HEAVY = set("triton decord av tokenizers ftfy regex tqdm matplotlib jinja2 huggingface_hub safetensors pyarrow".split())
-=======
-HEAVY = set("triton decord av torchcodec tokenizers ftfy regex tqdm matplotlib jinja2 huggingface_hub safetensors".split())
->>>>>>> b5e0f09 (Read frames by presentation time: PyAV, torchcodec and decord behind one interface)
+HEAVY = set(
+    "triton decord av torchcodec tokenizers ftfy regex tqdm matplotlib jinja2 huggingface_hub safetensors pyarrow".split()
+)
 
 
 def files():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaat_fast.data.ek100 import kinds_relevancy
 from evaat_fast.data.ek100_files import read_captions, read_clips
+from evaat_fast.data.labels import kinds_relevancy
 from evaat_fast.eval import mir
 
 LEVELS = torch.tensor([0.0, 0.0, 1 / 6, 0.5, 2 / 3, 1.0], dtype=torch.float64)

@@ -85,7 +85,7 @@ def test_queries_mark_what_is_right(run):
     # The file says what was run: the small corpus, few epochs, the seed, and what was overridden.
     config = load(out / "pretrain.toml")
     assert (config.train.epochs, config.train.seed, config.model.num_frames) == (2, 0, 4)
-    test = inputs.dataset(config, "test")
+    test = inputs.test_split(config)
     found = report.queries(test.relevancy.double(), test)
     for query in found["text_to_video"]:
         assert [f["right"] for f in query["found"]].count(True) == min(5, query["matching"])

@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers")
 
 
 def batches(config, epoch=0):
-    data = inputs.dataset(config, "train")
+    data = inputs.splits(config).train
     data.set_epoch(epoch)
     sampler = inputs.sampler(config, data)
     sampler.epoch = epoch
@@ -30,7 +30,7 @@ def test_patches_are_dropped_in_training_alone(configure):
         assert torch.equal(patches, same["patches"]) and not torch.equal(patches, next_epoch["patches"])
         assert batch.keys() == plain.keys() and all(torch.equal(x, plain[name]) for name, x in batch.items())
     config = configure("model.patch_dropout=0.5")
-    model, test = trainer.build_model(config).train(), inputs.dataset(config, "test")
+    model, test = trainer.build_model(config).train(), inputs.test_split(config)
     shown = [evaluation.embed(model, test, c, torch.device("cpu"), "ordered") for c in (config, configure())]
     assert torch.equal(*shown)
 
@@ -102,7 +102,7 @@ def test_a_step_waits_for_nothing(configure, graph, loss):
     """From the batch in pinned memory to the loss on its way to the host."""
     options = (f"loss.name={loss}", "loss.learnable_temperature=true", "optim.clip_norm=1", "model.patch_dropout=0.5")
     config = configure(*options, "train.device=cuda", f"train.cuda_graph={graph}")
-    device, data = torch.device("cuda"), inputs.dataset(config, "train")
+    device, data = torch.device("cuda"), inputs.splits(config).train
     model = trainer.build_model(config).to(device).train()
     optimizer = steps.build_optimizer(model, config)
     steps.fit_optimizer(optimizer, config, device)

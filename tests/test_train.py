@@ -95,7 +95,7 @@ def test_a_run_with_bfloat16_parameters_keeps_float32_weights(configure):
     for name, x in held["model"].state_dict().items():
         assert torch.equal(x, stored[name].to(x.dtype)), name
     config = configure("train.precision=bfloat16-params", f"train.init={held['checkpoint']}")
-    exact, test = trainer.build_model(config), inputs.dataset(config, "test")
+    exact, test = trainer.build_model(config), inputs.test_split(config)
     assert_same(exact.state_dict(), stored)
     assert evaluation.evaluate(exact, test, config, torch.device("cpu")) == held["metrics"]
     with pytest.raises(ConfigError, match="made with train.precision = 'bfloat16', this run has 'bfloat16-params'"):
@@ -349,7 +349,7 @@ def test_sampler_wastes_no_more_than_it_must():
 
 def test_verb_accuracy_and_controls(configure):
     config = configure()
-    test = inputs.dataset(config, "test")
+    test = inputs.test_split(config)
     perfect = evaluation.measure(test.relevancy, test)
     assert perfect["verb_accuracy"] == 100 and abs(perfect["mAP"] - 100) < 1e-9 and abs(perfect["nDCG"] - 100) < 1e-9
     wrong = evaluation.measure(-(test.clip_verbs[:, None] == test.caption_verbs).float(), test)

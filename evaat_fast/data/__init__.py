@@ -10,6 +10,7 @@ from evaat_fast import _lazy
 
 _LAZY = {
     "EK100": "ek100",
+    "ClipDataset": "dataset",
     "ClipTable": "table",
     "train_transform": "transforms",
     "eval_transform": "transforms",
@@ -17,11 +18,15 @@ _LAZY = {
 }
 _SUBMODULES = (
     "cache",
+    "check",
+    "corpora",
+    "dataset",
     "decode",
     "ek100",
     "ek100_files",
     "kitchen",
     "kitchen_render",
+    "labels",
     "layout",
     "readers",
     "table",
@@ -34,16 +39,21 @@ __all__ = [*_LAZY, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from evaat_fast.data import cache as cache
+    from evaat_fast.data import check as check
+    from evaat_fast.data import corpora as corpora
+    from evaat_fast.data import dataset as dataset
     from evaat_fast.data import decode as decode
     from evaat_fast.data import ek100 as ek100
     from evaat_fast.data import ek100_files as ek100_files
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_render as kitchen_render
+    from evaat_fast.data import labels as labels
     from evaat_fast.data import layout as layout
     from evaat_fast.data import readers as readers
     from evaat_fast.data import table as table
     from evaat_fast.data import transforms as transforms
     from evaat_fast.data import video as video
+    from evaat_fast.data.dataset import ClipDataset as ClipDataset
     from evaat_fast.data.ek100 import EK100 as EK100
     from evaat_fast.data.table import ClipTable as ClipTable
     from evaat_fast.data.transforms import eval_transform as eval_transform

@@ -42,11 +42,12 @@ class Source:
     kind: Kind
 
 
-def find(root: str | os.PathLike[str], videos: Iterable[str]) -> dict[str, Source]:
+def find(root: str | os.PathLike[str], videos: Iterable[str], missing: Literal["raise", "skip"] = "raise") -> dict[str, Source]:
     """Where each video lies.
 
     Args:
         root: the folder of the corpus. videos: their names in it, without suffix ("P01/P01_01", an Ego4D uid).
+        missing: what to do about videos, and chunks of them, that are not there. "skip": leave them out of what is returned.
 
     Returns:
         {video: its Source}.
@@ -59,19 +60,27 @@ def find(root: str | os.PathLike[str], videos: Iterable[str]) -> dict[str, Sourc
     names = list(dict.fromkeys(videos))
     folders = _Folders(Path(root))
     found = {name: place for name in names if (place := folders.find(name)) is not None}
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise FileNotFoundError(_missing(root, missing, len(names), "videos"))
+    if missing == "skip":
+        found = {name: place for name, place in found.items() if place.is_file() or _any_chunk(place)}
+    elif absent := [name for name in names if name not in found]:
+        raise FileNotFoundError(_missing(root, absent, len(names), "videos"))
     listed = {name: _chunk_files(place) for name, place in found.items() if place.is_dir()}
     length = _chunk_seconds(listed.values())
-    return {n: _chunked(listed[n], length, place) if n in listed else _whole(place) for n, place in found.items()}
+    whole = missing == "raise"
+    return {n: _chunked(listed[n], length, place, whole) if n in listed else _whole(place) for n, place in found.items()}
 
 
-def find_rows(root: str | os.PathLike[str], ids: Sequence[str], videos: Sequence[str], starts: Sequence[float]) -> list[Source]:
+def find_rows(
+    root: str | os.PathLike[str],
+    ids: Sequence[str],
+    videos: Sequence[str],
+    starts: Sequence[float],
+    missing: Literal["raise", "skip"] = "raise",
+) -> list[Source | None]:
     """Where the video of each clip lies, whichever layout it is: `find`, and cut clips, which are found by their ids.
 
     Args:
-        root: as in `find`. ids, videos, starts: of each clip.
+        root: as in `find`. ids, videos, starts: of each clip. missing: "skip": None for what is not there.
 
     Returns:
         A Source for each clip; those of one video share theirs, but for cut clips.
@@ -86,11 +95,12 @@ def find_rows(root: str | os.PathLike[str], ids: Sequence[str], videos: Sequence
         names = [f"{video.rpartition('/')[0]}/{clip}".lstrip("/") for clip, video in zip(ids, videos, strict=True)]
         cut = {name: folders.find(name) for name in names}
     if not any(cut.values()):
-        of_video = find(root, videos)
-        return [of_video[video] for video in videos]
-    if missing := [name for name, path in cut.items() if path is None]:
-        raise FileNotFoundError(_missing(root, missing, len(cut), "clips"))
-    return [Source((cut[name],), (float(start),), "clips") for name, start in zip(names, starts, strict=True)]  # type: ignore[arg-type]
+        of_video = find(root, videos, missing)
+        return [of_video.get(video) for video in videos]
+    if missing == "raise" and (absent := [name for name, path in cut.items() if path is None]):
+        raise FileNotFoundError(_missing(root, absent, len(cut), "clips"))
+    placed = zip((cut[name] for name in names), starts, strict=True)
+    return [None if path is None else Source((path,), (float(start),), "clips") for path, start in placed]
 
 
 def of_path(path: str | os.PathLike[str]) -> Source:
@@ -106,7 +116,7 @@ def of_path(path: str | os.PathLike[str]) -> Source:
 @functools.lru_cache(maxsize=4096)
 def _folder(path, changed):
     files = _chunk_files(path)
-    return _chunked(files, _chunk_seconds([files]), path)
+    return _chunked(files, _chunk_seconds([files]), path, True)
 
 
 def home(source: Source, second: float) -> int:
@@ -123,12 +133,12 @@ def _whole(path):
     return Source((path,), (0.0,), "whole")
 
 
-def _chunked(files, length, folder):
+def _chunked(files, length, folder, whole):
     numbers = [number for number, _ in files]
     if length is None:
         return Source(tuple(p for _, p in files), tuple(map(float, numbers)), "chunks")
     absent = sorted(set(range(numbers[-1] + 1)) - set(numbers))
-    if absent:
+    if absent and whole:
         listed = ", ".join(map(str, absent[:5]))
         raise FileNotFoundError(f"{folder}: {len(absent)} of its {numbers[-1] + 1} chunks are missing: {listed}")
     return Source(tuple(p for _, p in files), tuple(length * n for n in numbers), "indexed")
@@ -137,16 +147,23 @@ def _chunked(files, length, folder):
 def _chunk_files(folder):
     """[(number, file)] in order."""
     chunks: dict[int, Path] = {}
-    for entry in folder.iterdir():
-        if entry.stem.isascii() and entry.stem.isdigit() and entry.suffix.lower() in SUFFIXES:
-            number = int(entry.stem)
-            if number in chunks:
-                raise ValueError(f"{folder}: two chunks of one name, {chunks[number].name} and {entry.name}")
-            chunks[number] = entry
+    for entry in filter(_is_chunk, folder.iterdir()):
+        number = int(entry.stem)
+        if number in chunks:
+            raise ValueError(f"{folder}: two chunks of one name, {chunks[number].name} and {entry.name}")
+        chunks[number] = entry
     if not chunks:
         suffix = folder.suffix or ".mp4"
         raise VideoError(f"{folder}: a folder without chunks named by their first second (0{suffix}, 15{suffix}, ...)")
     return sorted(chunks.items())
+
+
+def _any_chunk(folder):
+    return any(map(_is_chunk, folder.iterdir()))
+
+
+def _is_chunk(path):
+    return path.stem.isascii() and path.stem.isdigit() and path.suffix.lower() in SUFFIXES
 
 
 def _chunk_seconds(listings):

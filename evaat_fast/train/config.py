@@ -53,17 +53,23 @@ class Model:
 
 @dataclass
 class Data:
-    """annotations, videos: folders in EK-100's layout. crop_scale: least share of the frame in a random training crop.
-    jitter: draw each training frame within its segment of the clip, and not its middle.
-    positive: the text of a training clip, "own" or a "relevant" one drawn anew each time, as the SMS loss's authors do.
+    """kind: the corpus, as `evaat-fast prepare` names them, or "clips" for a table that it wrote. annotations: the folder of
+    the published files, or what `prepare` made of them. videos: the folder of videos, whole or in chunks. crop_scale: least
+    share of the frame in a random training crop. jitter: draw each training frame within its segment of the clip, and not
+    its middle; sampler: whose segments. positive: the text of a training clip, "own" or, for "ek100-mir", a "relevant" one
+    drawn anew each time, as the SMS loss's authors do. decoder: "auto" takes the first that the doctor finds usable.
+    max_broken: the largest share of clips that may be missing or unreadable; training goes on without them.
     cache: keep every decoded clip in memory (a small corpus). workers: processes that decode, 0 for none."""
 
+    kind: Literal["ek100-mir", "ek100-clips", "egoclip", "egoclip-plus", "charades-ego", "clips"] = "ek100-mir"
     annotations: str = key("", path=True)
     videos: str = key("", path=True)
     crop_scale: float = key(0.5, above=0, most=1)
     jitter: bool = True
+    sampler: Literal["avion", "lavila"] = "avion"
     positive: Literal["own", "relevant"] = "own"
-    decoder: Literal["decord", "av"] = "decord"
+    decoder: Literal["auto", "torchcodec", "av", "decord"] = "auto"
+    max_broken: float = key(0.01, least=0, most=1)
     cache: bool = False
     workers: int = key(0, least=0)
 
@@ -131,7 +137,8 @@ class Train:
 
 @dataclass
 class Eval:
-    """every: evaluate after so many epochs, 0 for only after the last. frames: what the model is shown of each clip."""
+    """every: evaluate after so many epochs, 0 for only after the last; on the test split of "ek100-mir", the other corpora
+    have tasks of their own, see `evaat-fast eval --task`. frames: what the model is shown of each clip."""
 
     every: int = key(0, least=0)
     batch_size: int = key(64, least=1)
@@ -361,6 +368,12 @@ def check(config: Config, source: str = "config", *, training: bool = True) -> N
             f"{source}: schedule.warmup_epochs: expected at most train.epochs={config.train.epochs}, "
             f"got {config.schedule.warmup_epochs}"
         )
+    if config.data.positive == "relevant" and config.data.kind != "ek100-mir":
+        raise ConfigError(
+            f"{source}: data.positive: only 'ek100-mir' has relevant captions, got data.kind = {config.data.kind!r}"
+        )
+    if training and config.loss.name == "sms" and config.data.kind not in ("ek100-mir", "ek100-clips", "charades-ego"):
+        raise ConfigError(f"{source}: loss.name: 'sms' needs labels, and data.kind = {config.data.kind!r} has none; use 'clip'")
     if training and config.train.init and config.model.pretrained:
         raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")
     for name in ("start_lr", "end_lr"):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import evaat_fast
+from evaat_fast.data.ek100 import EK100
 from evaat_fast.train import evaluation, inputs, packages, trainer
 from evaat_fast.train.checkpoint import write_atomically
 from evaat_fast.train.config import FRAMES, KEYS, Config, load, parse_override, with_values
@@ -74,10 +75,11 @@ def run(
     _corpus(out / configs["corpus"], quick, quiet)
     clock["corpus"] = time.perf_counter()
     # Both stages see the same clips, which are decoded once.
-    data = inputs.datasets(configs["pretrain"])
-    test = data["test"]
-    progress = Progress(len(data["train"]), "decoding", quiet)
-    inputs.decode(data["train"], progress)
+    data = inputs.splits(configs["pretrain"])
+    test = data.test
+    assert isinstance(data.train, EK100) and test is not None  # the toy kitchen is in EK-100's files
+    progress = Progress(len(data.train), "decoding", quiet)
+    inputs.decode(data.train, progress)
     progress.close()
     clock["decoding"] = time.perf_counter()
     rows = [("random scores", _chance(test))]
@@ -87,7 +89,7 @@ def run(
     trained = {}
     for number, (stage, loss) in enumerate((("pretrain", "InfoNCE"), ("finetune", "SMS")), 2):
         say(f"{number}/4  {stage}, {loss}: evaat-fast train {out / stage}.toml")
-        data["train"].positive = configs[stage].data.positive
+        data.train.positive = configs[stage].data.positive
         trained = trainer.train(configs[stage], overwrite=True, quiet=quiet, datasets=data)
         rows.append((f"after {'pretraining' if stage == 'pretrain' else 'fine-tuning'} ({loss})", trained["metrics"]))
         clock[stage] = time.perf_counter()
@@ -112,7 +114,7 @@ def run(
             "python": platform.python_version(),
         },
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_clips": len(data["train"]),
+        "train_clips": len(data.train),
         "test_clips": len(test),
         "captions": len(test.captions),
         "verbs": len(set(test.caption_verbs.tolist())),

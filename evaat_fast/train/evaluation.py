@@ -6,7 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from evaat_fast.data.ek100 import EK100, Frames
+from evaat_fast.data.dataset import Frames
+from evaat_fast.data.ek100 import EK100
 from evaat_fast.eval import mir
 from evaat_fast.model import EVA02AT, trim
 from evaat_fast.train import inputs

@@ -4,19 +4,21 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 import evaat_fast
+from evaat_fast.data.check import Report, check
+from evaat_fast.data.corpora import open_corpus
+from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.data.ek100 import EK100
-from evaat_fast.data.ek100_files import Split
 from evaat_fast.data.transforms import eval_transform, train_transform
 from evaat_fast.model import EVA02AT, CLIPTokenizer, ModelConfig, draw_patches, get_config, trim
-from evaat_fast.train.config import Config
+from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Progress
 from evaat_fast.train.sampler import EpochSampler
 
@@ -29,48 +31,102 @@ def model_config(config: Config) -> ModelConfig:
     return get_config(config.model.name, **config.model.overrides, **frames)
 
 
-def dataset(config: Config, split: Split) -> EK100:
-    """The split of config.data as an EK100, with what its model needs.
+@dataclass(frozen=True)
+class Splits:
+    """What a run trains on, and what it evaluates on: None for the corpora that have no retrieval test of their own."""
+
+    train: ClipDataset
+    test: EK100 | None
+
+
+def splits(config: Config, missing: Literal["raise", "broken"] = "raise") -> Splits:
+    """Those of config.data, with what its model needs. Missing videos of the training split count as broken, those of the
+    test split too with missing="broken".
 
     Raises:
         FileNotFoundError, ValueError: files that are missing or cannot be read.
     """
     wanted = model_config(config)
-    transform: Callable[..., Tensor]
-    if split == "train":
-        transform = train_transform(wanted.image_size, scale=(config.data.crop_scale, 1.0))
-    else:
-        transform = eval_transform(wanted.image_size)
-    return EK100(
+    own = {"positive": config.data.positive} if config.data.kind == "ek100-mir" else {}
+    train = open_corpus(
+        config.data.kind,
         config.data.annotations,
         config.data.videos,
-        split,
-        num_frames=wanted.num_frames,
-        transform=transform,
-        training=split == "train" and config.data.jitter,
-        on_error="replace" if split == "train" else "raise",
-        positive=config.data.positive if split == "train" else "own",
-        cache="memory" if config.data.cache else None,
-        decoder=config.data.decoder,
-        seed=config.train.seed if split == "train" else 0,
+        "train",
+        transform=train_transform(wanted.image_size, scale=(config.data.crop_scale, 1.0)),
+        jitter=config.data.jitter,
+        max_broken=config.data.max_broken,
+        missing="broken",
+        seed=config.train.seed,
+        **own,
+        **_shared(config),
     )
+    return Splits(train, test_split(config, missing) if config.data.kind == "ek100-mir" else None)
 
 
-def datasets(config: Config) -> dict[Split, EK100]:
-    """{"train": EK100, "test": EK100}."""
-    return {"train": dataset(config, "train"), "test": dataset(config, "test")}
+def test_split(config: Config, missing: Literal["raise", "broken"] = "raise") -> EK100:
+    """The test split of config.data.
+
+    Raises:
+        FileNotFoundError, ValueError: as `splits`. ConfigError: the corpus has none.
+    """
+    if config.data.kind != "ek100-mir":
+        raise ConfigError(f"data.kind: {config.data.kind!r} has no retrieval test; evaluate with evaat-fast eval --task")
+    transform = eval_transform(model_config(config).image_size)
+    places = config.data.annotations, config.data.videos
+    return EK100(*places, "test", transform=transform, missing=missing, **_shared(config))
 
 
-def sampler(config: Config, data: EK100) -> EpochSampler:
-    """The EpochSampler of the training split."""
-    return EpochSampler(data.clip_kind, config.train.batch_size, config.train.seed, config.train.distinct)
+def _shared(config: Config) -> dict[str, Any]:
+    return {
+        "num_frames": model_config(config).num_frames,
+        "sampler": config.data.sampler,
+        "cache": "memory" if config.data.cache else None,
+        "decoder": config.data.decoder,
+    }
 
 
-def decode(data: EK100, progress: Progress) -> None:
+def inspect(config: Config, data: Splits, say: Callable[[str], object]) -> Report:
+    """What is wrong with the training clips, from the headers of their files, within seconds; test clips are looked at too.
+
+    Args:
+        config: a Config. data: from `splits`. say: is told each report that found something.
+
+    Raises:
+        ConfigError: more of the training clips are broken than config.data.max_broken allows, or any test clip.
+    """
+    report = check(data.train)
+    _judge("training", report, config.data.max_broken, f"data.max_broken = {config.data.max_broken:g} allows", say)
+    if data.test is not None:
+        _judge("test", check(data.test), 0.0, "a metric can leave out", say)
+    return report
+
+
+def _judge(split, report, allowed, words, say):
+    if report.findings:
+        say(f"{split}: {report}")
+    if report.share > allowed:
+        worst = max((f for f in report.findings if not f.usable), key=lambda f: len(f.rows))
+        raise ConfigError(
+            f"data: {len(report.broken)} of {report.clips} {split} clips ({100 * report.share:.3g} %) cannot be used, more "
+            f"than {words}; most are {worst.what}, first {worst.examples[0]}. evaat-fast check lists all"
+        )
+
+
+def sampler(config: Config, data: ClipDataset, rows: np.ndarray | None = None) -> EpochSampler:
+    """The EpochSampler of the training split, over the clips `rows`."""
+    kinds = data.clip_kind
+    if kinds is None:
+        kinds = data.caption_kinds() if config.train.distinct else torch.zeros(len(data), dtype=torch.int64)
+    usable = None if rows is None else torch.from_numpy(rows)
+    return EpochSampler(kinds, config.train.batch_size, config.train.seed, config.train.distinct, usable)
+
+
+def decode(data: ClipDataset, progress: Progress) -> None:
     """Fills a data set's cache with all of its clips, on as many threads as there are cores.
 
     Args:
-        data: an EK100. progress: a Progress, stepped once a clip.
+        data: a ClipDataset. progress: a Progress, stepped once a clip.
     """
     data.set_epoch(0)
     data[0]  # makes the cache, which threads must not race for
@@ -80,10 +136,10 @@ def decode(data: EK100, progress: Progress) -> None:
 
 
 def loader(
-    config: Config, data: EK100, batches: EpochSampler, tokenize: CLIPTokenizer, device: torch.device
+    config: Config, data: ClipDataset, batches: EpochSampler, tokenize: CLIPTokenizer, device: torch.device
 ) -> DataLoader[Any]:
-    """The batches of an epoch: dict(video uint8 [B, T, H, W, 3], text int64 [B, L], kind [B], text_kind [B]), and with
-    model.patch_dropout patches int64 [B, N'], drawn from the seed, the epoch and the batch's clips.
+    """The batches of an epoch: dict(video uint8 [B, T, H, W, 3], text int64 [B, L]), of a corpus with labels also kind [B] and
+    text_kind [B], and with model.patch_dropout patches int64 [B, N'], drawn from the seed, the epoch and the batch's clips.
 
     Args:
         config: a Config. data: the training split. batches: an EpochSampler. tokenize: from `tokenizer`.
@@ -92,7 +148,7 @@ def loader(
     model, dropped = model_config(config), config.model.patch_dropout
 
     def collate(samples):
-        batch = {name: torch.tensor([s[name] for s in samples]) for name in ("kind", "text_kind")}
+        batch = {name: torch.tensor([s[name] for s in samples]) for name in ("kind", "text_kind") if name in samples[0]}
         batch["video"] = torch.stack([s["video"] for s in samples])
         # Causal attention read at the end of the text: the padding that all rows share changes nothing.
         text = trim(tokenize([s["text"] for s in samples]))
@@ -116,7 +172,7 @@ def loader(
     )
 
 
-def clips(config: Config, data: EK100, device: torch.device) -> DataLoader[Any]:
+def clips(config: Config, data: ClipDataset, device: torch.device) -> DataLoader[Any]:
     """uint8 batches [B, T, H, W, 3] of all clips of a test split, in order."""
 
     def collate(samples):

@@ -65,6 +65,12 @@ class Progress:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
             self.bar.update()
 
+    def to(self, done: int, total: int) -> None:
+        """Where things stand, for what counts its steps itself."""
+        if self.bar is not None:
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
+
     def say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line, file=sys.stdout)

@@ -22,8 +22,9 @@ PAGE = ("jinja2", "matplotlib", "PIL")  # what `report` needs
 
 
 def of_data(config: Config) -> tuple[str, ...]:
-    """What reading clips and captions needs."""
-    return config.data.decoder, "ftfy", "regex", "tokenizers"
+    """What reading clips and captions needs: PyAV reads headers whatever decodes."""
+    decoder = ("decord",) if config.data.decoder == "decord" else ()
+    return "av", *decoder, "pyarrow", "ftfy", "regex", "tokenizers"
 
 
 def of_progress(quiet: bool = False) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def queries(similarity: Tensor, data: EK100, shown: int = 5) -> dict[str, Any]:
     for caption in captions:
         best = similarity[:, caption].topk(min(shown, len(similarity)))
         found = [
-            {"strip": strip(clip), "text": data.clips[clip]["text"], "score": score, **judge(clip, caption)}
+            {"strip": strip(clip), "text": data.clips[clip].texts[0], "score": score, **judge(clip, caption)}
             for score, clip in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         matching = int((relevancy[:, caption] == 1).sum())
@@ -83,7 +83,7 @@ def queries(similarity: Tensor, data: EK100, shown: int = 5) -> dict[str, Any]:
             {"text": data.captions[caption], "score": score, **judge(clip, caption)}
             for score, caption in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        to_text.append({"strip": strip(clip), "text": data.clips[clip]["text"], "found": found})
+        to_text.append({"strip": strip(clip), "text": data.clips[clip].texts[0], "found": found})
     transform: Any = data.transform
     return {"text_to_video": to_video, "video_to_text": to_text, "frames": data.num_frames, "size": transform.image_size}
 

@@ -10,24 +10,34 @@ class EpochSampler:
     """Batches of clip indices, another order each epoch, the same for the same seed and epoch.
 
     Args:
-        kinds: for each clip the number of its kind, its (verb class, noun classes).
+        kinds: for each clip the number of its kind, its (verb class, noun classes) or its caption.
         batch_size: clips in a batch, always exactly so many: an epoch leaves the rest out. seed: of the order.
         distinct: at most one clip of a kind in a batch, as InfoNCE needs it: to that loss every other caption of the
             batch is a wrong one. The kinds with the most clips left come first, which wastes the fewest clips.
+        rows: the clips to draw from; None for all of them.
 
     Raises:
         ValueError: fewer clips, or with `distinct` fewer kinds, than a batch holds.
     """
 
-    def __init__(self, kinds: Tensor | Sequence[int], batch_size: int, seed: int = 0, distinct: bool = False):
-        self._kinds = torch.as_tensor(kinds)
+    def __init__(
+        self,
+        kinds: Tensor | Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        distinct: bool = False,
+        rows: Tensor | None = None,
+    ):
+        kinds = torch.as_tensor(kinds)
+        self._rows = torch.arange(len(kinds)) if rows is None else rows
+        self._kinds = kinds[self._rows]
         self._batch_size, self._seed, self._distinct = batch_size, seed, distinct
         if len(self._kinds) < batch_size:
             raise ValueError(f"train.batch_size: {batch_size} is more than the {len(self._kinds)} training clips")
         count = len(self._kinds.unique())
         if distinct and count < batch_size:
             raise ValueError(
-                f"train.batch_size: {batch_size} is more than the {count} kinds (verb class, noun classes) of training "
+                f"train.batch_size: {batch_size} is more than the {count} kinds (of classes, or of captions) of training "
                 "clips, of which train.distinct = true allows one clip each in a batch"
             )
         self.epoch = 0
@@ -38,22 +48,23 @@ class EpochSampler:
         return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches())
+        return (self._rows[batch].tolist() for batch in self._batches())
 
-    def _batches(self) -> list[list[int]]:
+    def _batches(self) -> Tensor | list[Tensor]:
+        """Numbers of `rows`."""
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self._kinds), generator=generator)
         if not self._distinct:
             whole = order[: len(order) // self._batch_size * self._batch_size]
-            return whole.view(-1, self._batch_size).tolist()
+            return whole.view(-1, self._batch_size)
         clips: dict[int, list[int]] = {}
-        for index in order.tolist():
-            clips.setdefault(int(self._kinds[index]), []).append(index)
+        for index, kind in zip(order.tolist(), self._kinds[order].tolist(), strict=True):
+            clips.setdefault(kind, []).append(index)
         batches, left = [], torch.tensor([len(c) for c in clips.values()], dtype=torch.float32)
         names = list(clips)
         while int((left > 0).sum()) >= self._batch_size:
             # Ties are broken at random; a fraction below 1 cannot reorder whole numbers.
             chosen = (left + torch.rand(len(left), generator=generator)).topk(self._batch_size).indices
-            batches.append([clips[names[i]].pop() for i in chosen.tolist()])
+            batches.append(torch.tensor([clips[names[i]].pop() for i in chosen.tolist()]))
             left[chosen] -= 1
         return batches

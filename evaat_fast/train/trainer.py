@@ -10,17 +10,16 @@ import errno
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import evaat_fast
-from evaat_fast.data.ek100 import EK100
-from evaat_fast.data.ek100_files import Split
+from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.model import EVA02AT, CLIPTokenizer
 from evaat_fast.train import checkpoint, evaluation, inputs, packages
 from evaat_fast.train.config import KEYS, Config, ConfigError
@@ -41,18 +40,18 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    datasets: Mapping[Split, EK100] | None = None,
+    datasets: inputs.Splits | None = None,
 ) -> dict[str, Any]:
     """Runs the training that `config` describes, from start or from the last checkpoint.
 
     Args:
         config: a Config. resume: continue from `last.pt` in config.train.out where there is one. overwrite: start anew
-            where the folder already holds a run. quiet: print nothing. datasets: {"train": EK100, "test": EK100} made for
+            where the folder already holds a run. quiet: print nothing. datasets: of `inputs.splits`, made for
         `config`, whose caches may be full already; None makes them.
 
     Returns:
-        dict(model, metrics, log, checkpoint): the trained model, the last evaluation, and the paths of both files. With
-        "bfloat16-params" the model's matrices are bfloat16, the checkpoint's float32.
+        dict(model, metrics, log, checkpoint): the trained model, the last evaluation ({} for a corpus without), and the
+        paths of both files. With "bfloat16-params" the model's matrices are bfloat16, the checkpoint's float32.
 
     Raises:
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
@@ -70,8 +69,10 @@ def train(
         check_same_run(stored["config"], config, last)
     done = stored["epoch"] if stored else 0
 
-    data, test = itemgetter("train", "test")(datasets or inputs.datasets(config))
-    sampler, tokenize = inputs.sampler(config, data), inputs.tokenizer(config)
+    splits = datasets or inputs.splits(config)
+    data, test = splits.train, splits.test
+    usable = inputs.inspect(config, splits, lambda text: None if quiet else print(text, file=sys.stderr)).usable
+    sampler, tokenize = inputs.sampler(config, data, usable), inputs.tokenizer(config)
     model = build_model(config, weights=not stored)
     model.to(device)
     masters = Masters(model, torch.bfloat16 if config.train.precision == "bfloat16-params" else None)
@@ -79,7 +80,8 @@ def train(
     if stored:
         checkpoint.restore(stored, masters, optimizer, last)
     fit_optimizer(optimizer, config, device)
-    steps = Steps(masters, optimizer, data.relevancy_table, config, device)
+    table = torch.zeros(0, 0) if data.relevancy_table is None else data.relevancy_table
+    steps = Steps(masters, optimizer, table, config, device)
     if config.train.compile:
         model.compile_blocks()
 
@@ -93,7 +95,7 @@ def train(
         reading.close()
     count = config.train.epochs * len(sampler)
     progress = Progress(count - done * len(sampler), out.name, quiet)
-    metrics = None
+    metrics: dict[str, float] | None = None if test is not None else {}
     try:
         if not stored:
             parameters = sum(p.numel() for p in model.parameters())
@@ -101,13 +103,13 @@ def train(
                 "start",
                 0,
                 parameters=parameters,
-                clips=len(data),
+                clips=len(usable),
                 steps=count,
                 device=str(device),
                 version=evaat_fast.__version__,
             )
             progress.say(
-                f"{out.name}: {parameters / 1e6:.2f} M parameters, {len(data)} clips, {config.train.epochs} epochs of "
+                f"{out.name}: {parameters / 1e6:.2f} M parameters, {len(usable)} clips, {config.train.epochs} epochs of "
                 f"{len(sampler)} steps on {device}"
             )
         for epoch in range(done, config.train.epochs):
@@ -121,14 +123,14 @@ def train(
                 clips_per_second=len(sampler) * config.train.batch_size / seconds,
             )
             line = f"{out.name}: epoch {epoch + 1}/{config.train.epochs}  loss {loss:.4f}  {seconds:.1f} s"
-            if finished or (config.eval.every and (epoch + 1) % config.eval.every == 0):
+            if test is not None and (finished or (config.eval.every and (epoch + 1) % config.eval.every == 0)):
                 metrics = evaluation.evaluate(model, test, config, device)
                 log.write("eval", epoch + 1, **metrics)
                 line += f"  {evaluation.summary(metrics)}"
             if finished or (epoch + 1) % config.train.save_every == 0:
                 checkpoint.save(last, masters, optimizer, epoch + 1, config)
             progress.say(line)
-        if metrics is None:  # resumed after the last epoch
+        if metrics is None and test is not None:  # resumed after the last epoch
             metrics = evaluation.evaluate(model, test, config, device)
     finally:
         progress.close()
@@ -138,7 +140,7 @@ def train(
 
 def run_epoch(
     steps: Steps,
-    data: EK100,
+    data: ClipDataset,
     sampler: EpochSampler,
     tokenize: CLIPTokenizer,
     epoch: int,

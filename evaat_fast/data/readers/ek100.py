@@ -72,7 +72,7 @@ def clips(path: str | os.PathLike[str]) -> list[Clip]:
             "video": row.text("video_id"),
             "start": row.clock("start_timestamp"),
             "stop": row.clock("stop_timestamp"),
-            "text": row.text("narration"),
+            "text": row["narration"].strip(),
             "verb": row.class_number("verb_class"),
             "nouns": frozenset(row.class_list("all_noun_classes")),
         }
@@ -177,7 +177,7 @@ def check_relevancy(folder: str | os.PathLike[str], split: Split, table: ClipTab
     Raises:
         ValueError: the file is no pickle of a matrix of numbers from 0 to 1 of that shape.
     """
-    from evaat_fast.data.ek100 import kinds_relevancy
+    from evaat_fast.data.labels import kinds_relevancy
 
     name = f"caption_relevancy_EPIC_100_retrieval_{split}.pkl"
     path = next((p for p in (Path(folder) / "relevancy" / name, Path(folder) / name) if p.is_file()), None)

@@ -1,0 +1,69 @@
+"""The corpora that this library knows, by the names that a configuration and the command line give them.
+
+data = open_corpus("ek100-mir", "annotations", "videos", "train", num_frames=4)
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from evaat_fast.data.dataset import ClipDataset, check_choice
+from evaat_fast.data.ek100 import EK100
+from evaat_fast.data.labels import ActionClips, LabelledClips
+from evaat_fast.data.readers import charades, egoclip, egoclip_plus, ek100_clips
+from evaat_fast.data.readers.ek100 import Split
+from evaat_fast.data.table import ClipTable
+
+Kind = Literal["ek100-mir", "ek100-clips", "egoclip", "egoclip-plus", "charades-ego", "clips"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Those whose clips have labels that relevancy is made of.
+LABELLED: dict[Kind, type[ClipDataset]] = {"ek100-mir": EK100, "ek100-clips": LabelledClips, "charades-ego": ActionClips}
+
+__all__ = ["KINDS", "LABELLED", "Kind", "open_corpus", "read_table"]
+
+
+def open_corpus(
+    kind: Kind, annotations: str | os.PathLike[str], videos: str | os.PathLike[str], split: Split, **options: Any
+) -> ClipDataset:
+    """A split of a corpus, to train on or, for "ek100-mir" and "charades-ego", to evaluate.
+
+    Args:
+        kind: "clips" for a table written by `ClipTable.save`, else the name of a corpus. annotations: as for `read_table`.
+        videos: the folder of its videos. split: "train" or "test". options: of `ClipDataset`, for "ek100-mir" of `EK100`.
+
+    Raises:
+        FileNotFoundError, ValueError: files that are missing or cannot be read, a corpus without such a split.
+    """
+    if kind == "ek100-mir":
+        return EK100(annotations, videos, split, **options)
+    table = read_table(kind, annotations, split)
+    if kind == "charades-ego" and split == "test":
+        return ClipDataset(table, videos, **options)
+    return LABELLED.get(kind, ClipDataset)(table, videos, **options)
+
+
+def read_table(kind: Kind, annotations: str | os.PathLike[str], split: Split) -> ClipTable:
+    """The clips of a split.
+
+    Args:
+        annotations: the folder or the file that the corpus's reader takes (`evaat_fast.data.readers`), or a file in .arrow or
+            .parquet that `evaat-fast prepare` made of it, or a folder with that.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_corpus`.
+    """
+    check_choice("kind", kind, KINDS)
+    path = Path(annotations)
+    if path.is_dir() and (path / f"{kind}-{split}.arrow").is_file():
+        path = path / f"{kind}-{split}.arrow"
+    if kind == "clips" or path.suffix in (".arrow", ".parquet"):
+        return ClipTable.open(path)
+    if kind == "ek100-clips":
+        return ek100_clips.read(path, split)
+    if kind == "charades-ego":
+        return charades.read(path, split)
+    if split != "train":
+        raise ValueError(f"split: {kind} is a pretraining set and has no {split!r}")
+    if kind == "egoclip":
+        return egoclip.read(path / "egoclip.csv" if path.is_dir() else path)
+    return egoclip_plus.read(path)

@@ -1,0 +1,92 @@
+"""Clips with classes: the graded relevancy between them, which a loss with soft labels learns from.
+
+Clips with the same verb classes and the same noun classes are of one *kind*; `relevancy_table` is over kinds.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaat_fast.data.dataset import ClipDataset
+from evaat_fast.data.table import ClipTable
+
+Kind = tuple[int, frozenset[int]]  # verb class, -1 for none; noun classes
+
+__all__ = ["ActionClips", "Kind", "LabelledClips", "kinds_of", "kinds_relevancy"]
+
+
+def kinds_relevancy(kinds: Sequence[tuple[int, frozenset[int]]]) -> Tensor:
+    """float32 [K, K]: relevancy between K kinds, pairs (verb class, set of noun classes); exactly 1 where equal."""
+    if any(n < 0 for _, nouns in kinds for n in nouns):
+        raise ValueError("kinds: expected noun classes from 0")
+    verbs = torch.tensor([verb for verb, _ in kinds])
+    width = 1 + max((n for _, nouns in kinds for n in nouns), default=0)
+    hot = torch.zeros(len(kinds), width)
+    for row, (_, nouns) in zip(hot, kinds, strict=True):
+        row[list(nouns)] = 1
+    common, size = hot @ hot.T, hot.sum(1)
+    union = size[:, None] + size - common
+    # Two clips without nouns name the same (empty) set.
+    iou = torch.where(union == 0, 1.0, common / union.clamp(min=1))
+    return iou.add_(verbs[:, None] == verbs).mul_(0.5)
+
+
+def kinds_of(table: ClipTable) -> tuple[list[Kind], Tensor]:
+    """(the kinds of a table in order of appearance, int64 [clips]: the number of each clip's own)."""
+    kinds: dict[Kind, int] = {}
+    numbers = [
+        kinds.setdefault((int(verbs[0]) if len(verbs) else -1, frozenset(map(int, nouns))), len(kinds))
+        for verbs, nouns in zip(table.column("verbs"), table.column("nouns"), strict=True)
+    ]
+    return list(kinds), torch.tensor(numbers, dtype=torch.int64)
+
+
+class LabelledClips(ClipDataset):
+    """Clips with verb and noun classes, each with its own caption.
+
+    Args, Raises: as `ClipDataset`.
+
+    Attributes:
+        kinds: list of (verb class, frozenset of noun classes). clip_kind: int64 [clips], rows of `relevancy_table`.
+    """
+
+    clip_kind: Tensor
+
+    def __init__(self, table: ClipTable, video_root: str | os.PathLike[str], **options: Any):
+        super().__init__(table, video_root, **options)
+        self.kinds, self.clip_kind = kinds_of(table)
+
+    @cached_property
+    def relevancy_table(self) -> Tensor:
+        """float32 [K, K]: 0.5 [same verb class] + 0.5 IoU(noun classes), exactly 1 where both agree.
+
+        A batch's labels are ops.IndexedRelevancy(data.relevancy_table, batch["kind"], batch["text_kind"]).
+        """
+        return kinds_relevancy(self.kinds)
+
+    def caption(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """dict(text, kind, text_kind): the clip's caption, and rows of `relevancy_table`."""
+        kind = int(self.clip_kind[index])
+        return {**super().caption(index, generator), "kind": kind, "text_kind": kind}
+
+
+class ActionClips(LabelledClips):
+    """Clips whose caption is the name of their action, as Charades-Ego's: two of one name are of one kind, and relevancy is 1
+    within a kind and 0 between two (equation 17 of arXiv 2506.14356).
+
+    Args, Raises: as `ClipDataset`.
+    """
+
+    def __init__(self, table: ClipTable, video_root: str | os.PathLike[str], **options: Any):
+        super().__init__(table, video_root, **options)
+        self.clip_kind = self.caption_kinds()
+        self.kinds = [(number, frozenset()) for number in range(int(self.clip_kind.max()) + 1)]
+
+    @cached_property
+    def relevancy_table(self) -> Tensor:
+        """float32 [K, K]: the identity."""
+        return torch.eye(len(self.kinds))

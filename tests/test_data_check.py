@@ -1,0 +1,183 @@
+"""The check before training: every fault that would train in silence is named, counted, and tells which clips it touches."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from corpus import configuration, corpus
+
+from evaat_fast.cli import main
+from evaat_fast.data import EK100
+from evaat_fast.data.check import check
+from evaat_fast.train import inputs, train
+from evaat_fast.train.config import ConfigError
+
+pytest.importorskip("av")
+pytest.importorskip("pyarrow")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(corpus().root, tmp_path / "copy")
+    return type(corpus())(tmp_path / "copy", tmp_path / "copy" / "annotations", tmp_path / "copy" / "videos")
+
+
+def rewrite(copy, change, split="train"):
+    """The split's CSV file with `change` applied to every row, a dict, numbered from 0."""
+    path = copy.annotations / f"EPIC_100_retrieval_{split}.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows):
+        change(number, row)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def split(copy, name="train", **options):
+    return EK100(copy.annotations, copy.videos, name, num_frames=2, missing="broken", **options)
+
+
+def findings(report):
+    return {finding.what: finding for finding in report.findings}
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:05.2f}"
+
+
+def seconds(text):
+    hours, minutes, rest = text.split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + float(rest)
+
+
+@pytest.mark.parametrize("files", ["ends", "all"])
+def test_a_whole_corpus_passes(files):
+    steps = []
+    report = check(split(corpus()), files=files, progress=lambda done, total: steps.append((done, total)))
+    assert not report.findings and report.share == 0 and len(report.usable) == report.clips == 48
+    assert steps[-1] == (report.files, report.files) and "nothing wrong found" in str(report)
+
+
+def test_a_missing_video(copy):
+    shutil.rmtree(copy.videos / "P01" / "P01_00.MP4")
+    found = findings(check(split(copy)))["videos that are missing"]
+    assert len(found.rows) == 48 and not found.usable and "P01/P01_00" in found.examples[0]
+
+
+def test_a_missing_chunk_in_the_middle(copy):
+    """Its clips became four copies of the last frame before it."""
+    (copy.videos / "P01" / "P01_00.MP4" / "15.MP4").unlink()
+    data = split(copy)
+    touched = [i for i, c in enumerate(data.table) if c.stop > 15.5 and c.start < 30]
+    found = findings(check(data))["clips in a part of their video that has no file"]
+    assert found.rows.tolist() == touched and len(touched) > 5
+
+
+@pytest.mark.parametrize("name", ["0.MP4", "15.MP4"])
+@pytest.mark.parametrize("length", [0, 1000])
+def test_a_damaged_file(copy, name, length):
+    path = copy.videos / "P01" / "P01_00.MP4" / name
+    path.write_bytes(path.read_bytes()[:length])
+    report = check(split(copy), files="all")
+    found = findings(report)["files that cannot be read"]
+    assert name in found.examples[0] and len(found.rows) and report.share > 0
+    if length == 0:  # seen in the folder alone
+        assert findings(check(split(copy)))["files that cannot be read"].rows.tolist() == found.rows.tolist()
+
+
+def test_a_wrong_unit_of_time(copy):
+    def in_minutes(number, row):
+        for name in ("start_timestamp", "stop_timestamp"):
+            row[name] = clock(60 * seconds(row[name]) + 1800)
+
+    rewrite(copy, in_minutes)
+    found = findings(check(split(copy)))["clips that begin after their video ends"]
+    assert (
+        len(found.rows) == 48 and "are start and stop in seconds?" in found.examples[-1] and "P01/P01_00" in found.examples[0]
+    )
+
+
+def test_one_clip_that_begins_or_ends_too_late(copy):
+    def late(number, row):
+        if number in (3, 5):
+            row["stop_timestamp"] = clock(3000)
+        if number == 5:
+            row["start_timestamp"] = clock(2000)
+
+    rewrite(copy, late)
+    found = findings(check(split(copy)))
+    assert found["clips that begin after their video ends"].rows.tolist() == [5]
+    assert "seconds?" not in " ".join(found["clips that begin after their video ends"].examples)
+    assert found["clips that end after their video, whose last frame is repeated"].rows.tolist() == [3]
+    assert check(split(copy)).broken.tolist() == [5]
+
+
+def test_clips_without_a_caption(copy):
+    rewrite(copy, lambda number, row: row.update(narration=" " if number in (0, 7) else row["narration"]))
+    found = findings(check(split(copy)))["clips without a caption"]
+    assert found.rows.tolist() == [0, 7]
+    assert not check(split(copy, training=False)).findings
+
+
+def test_labels_and_captions_that_are_all_alike(copy):
+    rewrite(copy, lambda number, row: row.update(verb_class="1", all_noun_classes="[2]", narration="do it"))
+    found = findings(check(split(copy)))
+    assert set(found) == {"labels that are all alike", "captions that are all alike"}
+    assert all(f.usable and len(f.rows) == 48 for f in found.values())
+    assert "'do it'" in found["captions that are all alike"].examples[0]
+
+
+def test_several_faults_count_a_clip_once(copy):
+    (copy.videos / "P01" / "P01_00.MP4" / "15.MP4").unlink()
+    rewrite(copy, lambda number, row: row.update(narration=""))
+    report = check(split(copy))
+    assert report.share == 1 and len(report.broken) == 48 and len(report.usable) == 0
+
+
+def test_training_goes_on_below_the_share_that_was_set(copy, tmp_path, capsys):
+    def late(number, row):
+        if number == 5:
+            row.update(start_timestamp=clock(2000), stop_timestamp=clock(2001))
+
+    rewrite(copy, late)
+    places = [f'data.annotations="{copy.annotations}"', f'data.videos="{copy.videos}"']
+    with pytest.raises(
+        ConfigError, match=r"1 of 48 training clips \(2.08 %\) cannot be used, more than data.max_broken = 0.01"
+    ):
+        train(configuration(tmp_path, *places), quiet=True)
+    assert not (tmp_path / "run").exists()
+    config = configuration(tmp_path, *places, "data.max_broken=0.05", "train.epochs=1", "train.batch_size=47")
+    seen = []
+    data = inputs.splits(config)
+    usable = inputs.inspect(config, data, seen.append).usable
+    assert usable.tolist() == [i for i in range(48) if i != 5] and "clips that begin after their video ends: 1 clips" in seen[0]
+    assert sorted(i for batch in inputs.sampler(config, data.train, usable) for i in batch) == usable.tolist()
+    train(config)
+    assert "47 clips" in capsys.readouterr().out
+
+
+def test_a_test_split_must_be_whole(copy, tmp_path):
+    rewrite(copy, lambda number, row: row.update(start_timestamp=clock(999), stop_timestamp=clock(999)), "test")
+    places = [f'data.annotations="{copy.annotations}"', f'data.videos="{copy.videos}"', "data.max_broken=1.0"]
+    with pytest.raises(ConfigError, match="16 of 16 test clips .* cannot be used, more than a metric can leave out"):
+        train(configuration(tmp_path, *places), quiet=True)
+
+
+def test_the_command(copy, tmp_path, capsys):
+    configuration(tmp_path)
+    arguments = ["check", str(tmp_path / "run.toml"), "--set", f"data.videos={json.dumps(str(copy.videos))}"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "train: 48 clips" in printed and "test: 16 clips" in printed and printed.count("nothing wrong found") == 2
+    shutil.rmtree(copy.videos / "P02")
+    assert main([*arguments, "--all", "--json", str(tmp_path / "found.json")]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "videos that are missing: 16 clips (100 %)" in printed and "16 clips (100 %) cannot be used, more than 0 %" in printed
+    )
+    record = json.loads((tmp_path / "found.json").read_text())
+    assert record["train"]["broken"] == 0 and record["test"]["broken"] == 16
+    assert len(record["test"]["findings"][0]["clips"]) == 16
