@@ -5,7 +5,7 @@ stamp until that of the next; before the first there is the first.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -99,13 +99,14 @@ class Header:
         if not self.fps:
             raise VideoError(f"{self.path}: no frame rate")
         self.own_duration = True  # the video's, not the longest stream's
+        self.others_end = 0.0
         self.duration: float | None = None
         if stream.duration:
             self.duration = float((stream.duration + begin - self.zero) * self.base)
         elif tag := _clock(stream.metadata.get("DURATION", "")):
             self.duration = tag - float(first)
         elif container.duration:
-            self.duration, self.own_duration = container.duration / 1e6, False
+            self.duration, self.own_duration = container.duration / 1e6, len(container.streams) == 1
         self.size: int = container.size
         self.missing_bytes = 0
         entries = getattr(stream, "index_entries", ())
@@ -150,24 +151,35 @@ class Header:
 
     def checked_end(self, end: float) -> float:
         """Where the last frame ends, by its packet; VideoError if the header knows of more."""
-        if self.duration is not None and self.own_duration and end < self.duration - max(0.1, SLACK / self.fps):
-            raise VideoError(f"{self.path}: ends at {end:.2f} s where its header says {self.duration:.2f} s: was it cut short?")
+        # A duration of the longest stream is held against the longest one.
+        last = end if self.own_duration else max(end, self.others_end)
+        if self.duration is not None and last < self.duration - max(0.1, SLACK / self.fps):
+            raise VideoError(
+                f"{self.path}: ends at {last:.2f} s where its header says {self.duration:.2f} s: was it cut short?"
+            )
         return end
 
-    def check_last(self, target: int, last: int, duration: int | None) -> None:
-        """The last frame is shown for its duration, or as long as the header says; VideoError for what is asked for later."""
-        until = self.seconds(last + (duration or 0))
-        if self.own_duration and not self.missing_bytes:
-            until = max(until, self.duration or 0.0)
+    def packets(self) -> Iterator[Any]:
+        """The video's packets from here on; notes on the way where those of other streams end."""
+        alone = self.own_duration
+        for packet in self.container.demux(self.stream) if alone else self.container.demux():
+            if packet.stream_index == self.stream.index:
+                yield packet
+            elif packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base - self.zero * self.base)
+                self.others_end = max(self.others_end, end)
+
+    def check_last(self, target: int, end: int) -> None:
+        """VideoError for what is asked for after the end of the last frame, and for the last packets of a file cut short."""
+        until = self.checked_end(self.seconds(end))
         if self.seconds(target) > until + SLACK / self.fps:
-            end = f"its data end at {until:.2f} s"
-            raise VideoError(f"{self.path}: no frame at {self.seconds(target):.2f} s: {end}")
+            raise VideoError(f"{self.path}: no frame at {self.seconds(target):.2f} s: it ends at {until:.2f} s")
 
     def shown(self) -> Shown:
         """When each frame is shown, from the packets of the whole file."""
         stamps, end, hidden = [], 0, False
         try:
-            for packet in self.container.demux(self.stream):
+            for packet in self.packets():
                 if packet.size == 0:
                     continue
                 if packet.pts is None or not self.ordered:

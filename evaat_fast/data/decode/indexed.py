@@ -55,8 +55,7 @@ class IndexedReader:
         stamps, ticks = self._shown.stamps, [self._head.ticks(t) for t in times]
         numbers = np.maximum(np.searchsorted(stamps, ticks, "right") - 1, 0)  # before the first frame there is the first
         if numbers.max() == len(stamps) - 1:
-            last = int(stamps[-1])
-            self._head.check_last(max(ticks), last, self._shown.end - last)
+            self._head.check_last(max(ticks), self._shown.end)
         try:
             frames = self._fetch(numbers.tolist())
         except VideoError:

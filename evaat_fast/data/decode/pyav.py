@@ -22,6 +22,7 @@ class AvReader:
         self._head = Header(path)
         self.path, self.fps = path, self._head.fps
         self._turn: tuple[int, int, int, int] | None = None
+        self._step = round(1 / (self.fps * self._head.base))  # of a frame without a duration of its own
         self._seeks = True
         self._open()
 
@@ -129,8 +130,10 @@ class AvReader:
         before = [s for s in stamps if s <= target]
         if before:
             last = max(before)
-            if self._read_to == _END and last == max(stamps):
-                self._head.check_last(target, last, next(p.duration for p in group if p.pts == last))
+            if self._read_to == _END:
+                # Of a file cut short the last pictures may lack some between them.
+                end = max(p.pts + (p.duration or self._step) for p in group if not p.is_discard)
+                self._head.check_last(target if last == max(stamps) else last, end)
             return last
         if self._from_start and stamps:
             return min(stamps)  # before the first frame there is the first
@@ -198,7 +201,7 @@ class AvReader:
         context.skip_frame = "DEFAULT"
         self._seek(wanted[0])
         waiting, stamps, before = list(wanted), [], None
-        at, step = 0, round(1 / (head.fps * head.base))
+        at = 0
         while waiting:
             packet = self._next()
             if packet is not None:
@@ -219,7 +222,7 @@ class AvReader:
         for target in waiting:
             if before is None:
                 raise VideoError(f"{self.path}: no frame at {head.seconds(target):.2f} s")
-            head.check_last(target, at, step)
+            head.check_last(target, at + self._step)
             found[target] = self._converted(before)
         return found
 
@@ -271,20 +274,19 @@ class AvReader:
             self._head.reopen()
             self._open()
             self._from_start, self._seeks = True, False
-        self._packets, self._pushed, self._group = self._head.container.demux(self._head.stream), None, []
+        self._packets, self._pushed, self._group = self._head.packets(), None, []
         self._read_to, self._placed = -_END, True
 
     def _last_packets(self):
         """Seconds."""
         head, ends = self._head, []
-        step = round(1 / (head.fps * head.base))
         for place in (None if head.duration is None else head.ticks(head.duration), head.stream.start_time or 0):
             if place is not None:
                 self._go(place)
                 while (packet := self._next()) is not None:
                     stamp = packet.dts if packet.pts is None or not head.ordered else packet.pts
                     if stamp is not None and not packet.is_discard:
-                        ends.append(stamp + (packet.duration or step))
+                        ends.append(stamp + (packet.duration or self._step))
             if ends:
                 break
         self._placed = False
