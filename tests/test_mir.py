@@ -2,6 +2,7 @@
 
 import math
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ LEVELS = torch.tensor([0.0, 0.0, 1 / 6, 0.5, 2 / 3, 1.0], dtype=torch.float64)
 
 
 def by_loop(sim, relevancy):
-    """mAP and nDCG in pure Python: the definition, query by query."""
+    """mAP and nDCG in pure Python: the definition, query by query. Ties count first to last in the one, last to first
+    in the other, as in the challenge's code."""
     precisions, gains = [], []
     for scores, labels in zip(sim.tolist(), relevancy.tolist(), strict=True):
         order = sorted(range(len(scores)), key=lambda c: -scores[c])  # Python's sort is stable
@@ -28,10 +30,23 @@ def by_loop(sim, relevancy):
             precisions.append(sum(at_hits) / len(at_hits))
         cut = sum(label > 0 for label in labels)
         if cut:
+            order = sorted(range(len(scores)), key=lambda c: scores[c])[::-1]
             gain = sum(labels[c] / math.log2(rank + 2) for rank, c in enumerate(order[:cut]))
             best = sum(label / math.log2(rank + 2) for rank, label in enumerate(sorted(labels, reverse=True)[:cut]))
             gains.append(gain / best)
     return sum(precisions) / len(precisions), sum(gains) / len(gains)
+
+
+def by_formulas(sim, relevancy):
+    """The same in NumPy, whole matrices at a time, with a sort for each."""
+    order = (-sim).argsort(axis=1, kind="stable")
+    ranked = np.take_along_axis(relevancy, order, 1)
+    precision = (ranked.cumsum(1) / np.arange(1, sim.shape[1] + 1) * (ranked == 1)).sum(1) / (ranked == 1).sum(1)
+    discounts = 1 / np.log2(np.arange(sim.shape[1]) + 2)
+    best = np.sort(relevancy, axis=1)[:, ::-1]
+    order = sim.argsort(axis=1, kind="stable")[:, ::-1]
+    gain = (np.take_along_axis(relevancy, order, 1) * (best > 0) * discounts).sum(1) / (best * discounts).sum(1)
+    return precision.mean(), gain.mean()
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 9), (7, 1), (13, 29), (40, 31)])
@@ -46,6 +61,88 @@ def test_equals_the_loop(rows, columns, ties, dtype):
     precision, gain = by_loop(sim, relevancy)
     assert mir.mean_average_precision(sim, relevancy) == pytest.approx(precision, rel=1e-12)
     assert mir.ndcg(sim, relevancy) == pytest.approx(gain, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scores", ["distinct", "close", "integers", "equal"])
+def test_equals_the_formulas(scores, dtype):
+    """More rows than a tile has, similarities that differ in their last bits alone, and runs of ties."""
+    sim = torch.randn(120, 1700, dtype=torch.float64)
+    if scores == "close":
+        sim = 1 + sim.abs().mul(64).round() * 2.0**-52
+    elif scores == "integers":
+        sim = sim.mul(2).round()  # zeros of both signs
+    elif scores == "equal":
+        sim = torch.zeros_like(sim)
+    sim, relevancy = sim.to(dtype), LEVELS[torch.randint(len(LEVELS), (120, 1700))]
+    for some, labels in ((sim, relevancy), (sim.T, relevancy.T)):
+        precision, gain = by_formulas(some.double().numpy(), labels.numpy())
+        assert mir.mean_average_precision(some, labels) == pytest.approx(precision, rel=1e-12)
+        assert mir.ndcg(some, labels) == pytest.approx(gain, rel=1e-12)
+
+
+def test_ties_count_first_to_last_in_one_metric_and_last_to_first_in_the_other():
+    sim, relevancy = torch.tensor([[-0.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    assert mir.mean_average_precision(sim, relevancy) == 1
+    assert mir.ndcg(sim, relevancy) == 0
+
+
+def test_a_number_of_threads_changes_nothing():
+    sim, relevancy = torch.randn(200, 3000).round(decimals=1), LEVELS[torch.randint(len(LEVELS), (200, 3000))]
+    before, threads = mir.per_row(sim, relevancy), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        after = mir.per_row(sim, relevancy)
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_needs_little_memory():
+    """Beside its inputs, of 48 MB here. NumPy's arrays are traced, torch's small ones are not."""
+    sim, relevancy = torch.randn(3000, 2000), LEVELS[torch.randint(len(LEVELS), (3000, 2000))]
+    tracemalloc.start()
+    try:
+        mir.evaluate(sim, relevancy)
+        assert tracemalloc.get_traced_memory()[1] < 12e6 * torch.get_num_threads()
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("side", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_device_changes_nothing(side):
+    sim, relevancy = torch.randn(300, 900).round(decimals=1), LEVELS[torch.randint(len(LEVELS), (300, 900))]
+    for scores in (sim, sim.half(), sim.bfloat16(), sim.double()):
+        here, there = mir.per_row(scores, relevancy), mir.per_row(scores.to(side), relevancy.to(side))
+        for one, other in zip(here, there, strict=True):
+            assert other.device.type == side
+            torch.testing.assert_close(one, other.cpu(), rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_labels_that_leave_nothing_to_measure_are_told():
+    sim = torch.randn(4, 3)
+    result = mir.report(sim, torch.ones(4, 3))
+    assert all(math.isnan(value) for value in result.metrics.values())
+    assert "mAP_v2t is not defined: every caption is as relevant as any other: any order gets 100 %" in result.notes
+    half = mir.report(sim, torch.full((4, 3), 0.5))
+    assert "mAP_t2v is not defined: no caption has a clip of relevancy 1" in half.notes
+    assert "nDCG_t2v is not defined: every clip is as relevant as any other: any order gets 100 %" in half.notes
+    assert half.counts["excluded_t2v"] == 3
+    none = mir.report(sim, torch.zeros(4, 3))
+    assert "nDCG_v2t is not defined: no clip has a caption of a relevancy above 0" in none.notes
+    one = mir.report(sim[:, :1], torch.tensor([[1.0], [0.0], [0.5], [0.0]]))
+    assert "nDCG_v2t is not defined: there is one caption only: any order gets 100 %" in one.notes
+    assert math.isfinite(one.metrics["nDCG_t2v"]) and math.isnan(one.metrics["nDCG"])
+
+
+def test_queries_that_cannot_fail_and_equal_similarities_are_told():
+    relevancy = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    result = mir.report(torch.zeros(3, 2), relevancy)
+    assert "mAP_v2t: 1 of 3 clips get 100 % whatever the similarities are" in result.notes
+    assert any("all similarities are equal" in note for note in result.notes)
+    assert result.counts["excluded_v2t"] == 1
+    assert mir.report(torch.randn(3, 2), torch.eye(3, 2)).notes == ()
 
 
 def test_rows_of_a_large_matrix_are_those_of_its_parts():
