@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaat_fast.eval import checks
 from evaat_fast.eval.ranking import Ranked, rank
 from evaat_fast.eval.result import Result
 
@@ -126,31 +127,16 @@ def _judged(ranked: Ranked, columns: int, query: str, candidate: str) -> Iterato
         yield name, values, void, missing if total == 0 else f"{everywhere}: any order gets 100 %" if void == total else ""
 
 
-def _matrix(name: str, x: Tensor | np.ndarray) -> Tensor:
-    try:
-        x = torch.as_tensor(x).detach()
-    except Exception:  # whatever torch or numpy say of what is no array
-        raise TypeError(f"{name}: expected a tensor or an array of numbers, got {type(x).__name__}") from None
-    if x.layout is not torch.strided or x.is_meta:
-        raise TypeError(f"{name}: expected a dense tensor with values, got a {x.layout} one on {x.device}")
-    return x
-
-
 def _checked(sim: Tensor | np.ndarray, relevancy: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-    sim, relevancy = _matrix("sim", sim), _matrix("relevancy", relevancy)
-    if not sim.is_floating_point():
-        raise TypeError(f"sim: expected floating point, got {sim.dtype}")
+    relevancy = checks.dense("relevancy", relevancy)
     if relevancy.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"relevancy: expected float32 or float64, which keep an exact 1 apart, got {relevancy.dtype}")
+    sim = checks.dense("sim", sim)
     if sim.ndim != 2 or sim.shape != relevancy.shape or sim.numel() == 0:
         raise ValueError(
             f"sim, relevancy: expected two matrices of one shape, not empty, got {list(sim.shape)} and {list(relevancy.shape)}"
         )
-    if sim.element_size() == 1:  # torch compares no float8
-        sim = sim.float()
-    if sim.max().isnan():  # a maximum passes NaN on, and needs no matrix of its own
-        row, column = sim.isnan().nonzero()[0].tolist()
-        raise ValueError(f"sim: {int(sim.isnan().sum())} NaN, the first at row {row}, column {column}")
+    sim = checks.scores("sim", sim)
     low, high = relevancy.min().item(), relevancy.max().item()
     if math.isnan(high):
         raise ValueError(f"relevancy: {int(relevancy.isnan().sum())} NaN")
