@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING
 
 from evaat_fast import _lazy
 
-_SUBMODULES = ("charades", "egoclip", "egoclip_plus", "egomcq", "ek100", "ek100_clips", "large", "pickles", "text")
+_SUBMODULES = (
+    "charades",
+    "egoclip",
+    "egoclip_plus",
+    "egomcq",
+    "ek100",
+    "ek100_clips",
+    "large",
+    "pickled_arrays",
+    "pickles",
+    "text",
+)
 
 __all__ = [*_SUBMODULES]
 
@@ -30,6 +41,7 @@ if TYPE_CHECKING:
     from evaat_fast.data.readers import ek100 as ek100
     from evaat_fast.data.readers import ek100_clips as ek100_clips
     from evaat_fast.data.readers import large as large
+    from evaat_fast.data.readers import pickled_arrays as pickled_arrays
     from evaat_fast.data.readers import pickles as pickles
     from evaat_fast.data.readers import text as text
 else:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from evaat_fast.data.readers.pickled_arrays import Array, Dtype, Fault, Global, build, kind_of, reduce, resolve
 
 __all__ = ["batches", "load"]
 
@@ -34,14 +34,6 @@ _REFUSED = {
 _STRINGS = {0x58: "<I", 0x8C: "<B", 0x8D: "<Q", 0x54: "<I", 0x55: "<B"}
 _BYTES = {0x42: "<I", 0x43: "<B", 0x8E: "<Q", 0x96: "<Q"}
 _CONSTANTS = {0x4E: None, 0x88: True, 0x89: False}
-_NUMPY = re.compile(
-    rb"numpy\._?core\.multiarray (_reconstruct|scalar)|numpy\._?core\.numeric (_frombuffer)|numpy (ndarray|dtype)"
-    rb"|_codecs (encode)"
-)
-
-
-class _Fault(Exception):
-    """What is wrong with a pickle, without its name."""
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -58,7 +50,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         return _text(result)
     except RecursionError:
         raise ValueError(f"{path}: lists within lists, deeper than data is") from None
-    except (_Fault, UnicodeDecodeError) as error:
+    except (Fault, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -69,7 +61,7 @@ def batches(path: str | os.PathLike[str]) -> Iterator[list[Any]]:
     """
     for rows, result in _guarded(Path(path), drain=True):
         if rows is None and not isinstance(result, list):
-            raise ValueError(f"{path}: expected a pickled list, got {_name(result)}")
+            raise ValueError(f"{path}: expected a pickled list, got {kind_of(result)}")
         if some := result if rows is None else rows:
             yield some
 
@@ -84,7 +76,7 @@ def _guarded(path, drain):
     machine = _Machine(data)
     try:
         yield from machine.run(drain)
-    except _Fault as fault:
+    except Fault as fault:
         raise ValueError(f"{path}: byte {machine.at}: {fault}") from None
     except (IndexError, struct.error):
         said = "the file is damaged or cut short: an opcode finds less than it needs"
@@ -122,7 +114,7 @@ class _Machine:
                     stack.append(data[last + 2 : at])
                 if at >= size:
                     self.at = last
-                    raise _Fault("a string runs past the end: the file is cut short or damaged")
+                    raise Fault("a string runs past the end: the file is cut short or damaged")
             elif op == 0x94:  # MEMOIZE
                 at += 1
                 memo.append(last if last >= 0 else self._keep(stack[-1]))
@@ -152,7 +144,7 @@ class _Machine:
                 target = stack[-1]
                 if type(target) is not list:
                     self.at = at
-                    raise _Fault(f"items are appended to {_name(target)}")
+                    raise Fault(f"items are appended to {kind_of(target)}")
                 target.extend(items)
                 if drain and len(stack) == 1 and not marks:
                     self.at = at
@@ -180,7 +172,7 @@ class _Machine:
             elif op == 0x2E:  # STOP
                 self.at = at
                 if marks or len(stack) != 1:
-                    raise _Fault("the pickle ends in the middle of its data")
+                    raise Fault("the pickle ends in the middle of its data")
                 yield None, stack[0]
                 return
             else:
@@ -209,7 +201,7 @@ class _Machine:
             begin = at + (2 if op == 0x8A else 5)
             length = data[at + 1] if op == 0x8A else struct.unpack_from("<i", data, at + 1)[0]
             if not 0 <= length <= 64:
-                raise _Fault(f"an integer of {length} bytes")
+                raise Fault(f"an integer of {length} bytes")
             stack.append(int.from_bytes(data[begin : begin + length], "little", signed=True))
             return begin + length, stack, -1
         if op in b"IFLVpgc":  # with arguments on lines: INT, FLOAT, LONG, UNICODE, PUT, GET, GLOBAL
@@ -240,30 +232,30 @@ class _Machine:
             stack.append(stack[-1])
         elif op == 0x80:  # PROTO
             if data[at + 1] > 5:
-                raise _Fault(f"expected a pickle of protocol 0 to 5, got protocol {data[at + 1]}")
+                raise Fault(f"expected a pickle of protocol 0 to 5, got protocol {data[at + 1]}")
             return at + 2, stack, -1
         elif op == 0x93:  # STACK_GLOBAL
             name, module = stack.pop(), stack.pop()
-            stack.append(_global(module, name))
+            stack.append(resolve(module, name))
         elif op == 0x52:  # REDUCE
             arguments, function = stack.pop(), stack.pop()
-            stack.append(_reduce(function, arguments))
+            stack.append(reduce(function, arguments))
         elif op == 0x62:  # BUILD
             state = stack.pop()
-            _build(stack[-1], state)
+            build(stack[-1], state)
         elif bytes([op]) in _REFUSED:
-            raise _Fault(f"refused: the opcode {_REFUSED[bytes([op])]} builds more than plain data")
+            raise Fault(f"refused: the opcode {_REFUSED[bytes([op])]} builds more than plain data")
         elif at == 0:
-            raise _Fault("expected a pickle; its first byte is none's")
+            raise Fault("expected a pickle; its first byte is none's")
         else:
-            raise _Fault(f"the file is damaged: {op:#04x} is no opcode of plain data")
+            raise Fault(f"the file is damaged: {op:#04x} is no opcode of plain data")
         return at + 1, stack, -1
 
     def _lines(self, op, at, stack):
         line, at = self._line(at + 1)
         if op == 0x63:  # GLOBAL
             name, at = self._line(at)
-            stack.append(_global(line, name))
+            stack.append(resolve(line, name))
         elif op == 0x70:  # PUT
             self._put(int(line), at, self._keep(stack[-1]))
         elif op == 0x67:  # GET
@@ -287,7 +279,7 @@ class _Machine:
         begin = at + 1 + struct.calcsize(form)
         end = begin + struct.unpack_from(form, self.data, at + 1)[0]
         if end >= len(self.data):
-            raise _Fault("a string runs past the end: the file is cut short or damaged")
+            raise Fault("a string runs past the end: the file is cut short or damaged")
         return begin, end
 
     def _string(self, at):
@@ -304,14 +296,14 @@ class _Machine:
             return self._string(code)
         if -2 - code not in self.kept:
             if code == -1:
-                raise _Fault("the file is damaged: it refers to what it did not store")
-            raise _Fault("a row refers back to a list or tuple far before it, which this reader does not keep")
+                raise Fault("the file is damaged: it refers to what it did not store")
+            raise Fault("a row refers back to a list or tuple far before it, which this reader does not keep")
         return self.kept[-2 - code]
 
     def _put(self, slot, at, code):
         # A pickler numbers what it stores from 0, so a number beyond the bytes read so far is no pickler's.
         if not 0 <= slot <= at:
-            raise _Fault(f"the file is damaged: it stores an object as its number {slot}")
+            raise Fault(f"the file is damaged: it stores an object as its number {slot}")
         if slot >= len(self.memo):
             self.memo.extend([-1] * (slot + 1 - len(self.memo)))
         self.memo[slot] = code
@@ -326,109 +318,17 @@ def _slot(line):
 
 def _pairs(target, items):
     if type(target) is not dict or len(items) % 2:
-        raise _Fault(f"pairs are put into {_name(target)}")
+        raise Fault(f"pairs are put into {kind_of(target)}")
     for key, value in zip(items[::2], items[1::2], strict=True):
         target[key] = value
     return target
-
-
-class _Global:
-    def __init__(self, name: str):
-        self.name = name
-
-
-class _Dtype:
-    """A dtype of booleans or numbers. `code`: as NumPy writes it, "f8", to which BUILD adds the byte order."""
-
-    def __init__(self, code: str):
-        self.code, self.order = code, "|"
-
-    def numpy(self) -> np.dtype:
-        return np.dtype(self.order + self.code)
-
-
-class _Array:
-    """What an array is built from."""
-
-    def __init__(self):
-        self.parts: tuple[Any, ...] | None = None
-
-    def numpy(self) -> np.ndarray:
-        if self.parts is None:
-            raise _Fault("an array without its data")
-        raw, dtype, shape, order = self.parts
-        return np.frombuffer(raw, dtype).reshape(shape, order=order)
-
-
-def _global(module, name):
-    if not isinstance(module, bytes) or not isinstance(name, bytes):
-        raise _Fault("the file is damaged: a global's name is no string")
-    known = _NUMPY.fullmatch(module + b" " + name)
-    if known is None:
-        shown = (module + b"." + name).decode("utf-8", "replace")[:80]
-        raise _Fault(f"refused: the file would call or build {shown!r}, and only plain data and NumPy arrays are read")
-    return _Global(next(filter(None, known.groups())).decode())
-
-
-def _reduce(function, arguments):
-    name = function.name if isinstance(function, _Global) else None
-    if name is None or type(arguments) is not tuple:
-        raise _Fault(f"the file is damaged: {_name(function)} is called")
-    if name == "dtype" and arguments and isinstance(arguments[0], bytes):
-        code = arguments[0].decode("ascii", "replace")
-        if not re.fullmatch("[iu][1248]|f[248]|b1", code):
-            raise _Fault(f"refused: an array of {code!r}; expected numbers or booleans")
-        return _Dtype(code)
-    if name == "_reconstruct":
-        return _Array()
-    if name == "scalar" and len(arguments) == 2 and isinstance(arguments[0], _Dtype):
-        return np.frombuffer(_raw(arguments[1]), arguments[0].numpy())[0].item()
-    if name == "encode" and len(arguments) == 2 and isinstance(arguments[0], bytes) and arguments[1] == b"latin1":
-        return memoryview(arguments[0].decode().encode("latin1"))  # how protocols 0 to 2 hold bytes
-    if name == "_frombuffer" and len(arguments) == 4:
-        array = _Array()
-        _fill(array, *arguments)
-        return array
-    raise _Fault(f"the file is damaged: {name} is called with arguments that are not its own")
-
-
-def _build(target, state):
-    if isinstance(target, _Dtype) and type(state) is tuple and len(state) >= 5 and state[2:5] == (None, None, None):
-        order = state[1].decode("ascii", "replace") if isinstance(state[1], bytes) else None
-        if order in ("<", ">", "|", "="):
-            target.order = order
-            return
-    elif isinstance(target, _Array) and type(state) is tuple and len(state) == 5:
-        _fill(target, state[4], state[2], state[1], b"F" if state[3] else b"C")
-        return
-    raise _Fault(f"refused: a state for {_name(target)}; expected one of a NumPy array of numbers")
-
-
-def _fill(array, raw, dtype, shape, order):
-    if not isinstance(dtype, _Dtype) or type(shape) is not tuple or order not in (b"F", b"C"):
-        raise _Fault("the file is damaged: an array without shape or dtype")
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise _Fault(f"the file is damaged: an array of shape {shape!r}")
-    kind, cells = dtype.numpy(), 1
-    for n in shape:
-        cells *= n
-    raw = _raw(raw)
-    if len(raw) != cells * kind.itemsize:
-        raise _Fault(f"the file is damaged: an array of shape {shape} in {len(raw)} bytes")
-    array.parts = raw, kind, shape, order.decode()
-
-
-def _raw(value):
-    if not isinstance(value, memoryview):
-        raise _Fault(f"the file is damaged: expected bytes of an array, got {_name(value)}")
-    return value
 
 
 def _text(value):
     """Strings for bytes, and arrays, throughout."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
-    if isinstance(value, _Array):
+    if isinstance(value, Array):
         return value.numpy()
     if isinstance(value, (list, tuple)):
         return type(value)(map(_text, value))
@@ -436,13 +336,6 @@ def _text(value):
         return {_text(k): _text(v) for k, v in value.items()}
     if isinstance(value, memoryview):
         return bytes(value)
-    if isinstance(value, (_Global, _Dtype)):
-        raise _Fault(f"expected data, got {_name(value)}")
+    if isinstance(value, (Global, Dtype)):
+        raise Fault(f"expected data, got {kind_of(value)}")
     return value
-
-
-def _name(value):
-    """What an object is, for a message."""
-    if isinstance(value, (_Global, _Dtype, _Array)):
-        return {"_Global": "a function", "_Dtype": "a dtype", "_Array": "an array"}[type(value).__name__]
-    return "a string" if isinstance(value, bytes) else f"a {type(value).__name__}"
