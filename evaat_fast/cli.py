@@ -1,12 +1,14 @@
 """The command line: `evaat-fast`, and `python -m evaat_fast`."""
 
 import argparse
+import functools
 import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from evaat_fast import __version__
 
@@ -106,11 +108,26 @@ def _parser():
     _add_set(command)
     command.set_defaults(run=_eval)
 
+    command = commands.add_parser("prepare", help="check a download of a data set and convert its metadata; can be run again")
+    command.add_argument(
+        "dataset", metavar="DATASET", help="ek100-mir, ek100-clips, egoclip, egoclip-plus, egomcq or charades-ego"
+    )
+    command.add_argument("source", metavar="SOURCE", help="its file or folder of annotations")
+    command.add_argument(
+        "--videos", metavar="DIR", help="folder of its videos, which are looked for and whose headers are read"
+    )
+    command.add_argument("--out", default="prepared", metavar="DIR", help="where DATASET/ is made (prepared)")
+    command.add_argument("--force", action="store_true", help="make anew what is up to date, too")
+    command.set_defaults(run=_prepare)
+
     command = commands.add_parser("make-kitchen", help="generate the toy kitchen, a corpus in EK-100's layout")
     command.add_argument("dir", metavar="DIR")
     command.add_argument("--train-clips", type=int, default=1536)
     command.add_argument("--test-clips", type=int, default=192)
     command.add_argument("--seed", type=_seed, default=0)
+    command.add_argument(
+        "--formats", choices=("ek100", "all"), default="ek100", help="all: also every other real layout (ek100)"
+    )
     command.set_defaults(run=_make_kitchen)
     return parser
 
@@ -240,6 +257,46 @@ def _metrics(metrics):
     return "\n".join(lines)
 
 
+def _prepare(arguments):
+    from evaat_fast.data import prepare
+    from evaat_fast.train import packages
+    from evaat_fast.train.trainer import check_folder
+
+    if arguments.dataset not in prepare.DATASETS:
+        raise _Mistake(f"DATASET: expected one of {', '.join(prepare.DATASETS)}, got {arguments.dataset!r}")
+    check_folder(arguments.out, "--out")
+    packages.require("evaat-fast prepare", "pyarrow", *packages.of_progress())
+    bars: dict[str, Any] = {}
+    try:
+        report = prepare.prepare(
+            arguments.dataset,
+            arguments.source,
+            arguments.out,
+            videos=arguments.videos,
+            force=arguments.force,
+            progress=functools.partial(_advance, bars) if packages.of_progress() else None,
+        )
+    except ValueError as error:
+        raise _Mistake(error) from None
+    finally:
+        for bar in bars.values():
+            bar.close()
+    print(report)
+    if not report.complete:
+        print("next: get what is missing and run this again")
+        return 1
+    print("next: evaat-fast train --keys > run.toml, then evaat-fast train run.toml")
+
+
+def _advance(bars, what, done, total):
+    from tqdm import tqdm
+
+    if what not in bars:
+        scale = total > 1 << 24
+        bars[what] = tqdm(desc=what, total=total, unit="B" if scale else "", unit_scale=scale, leave=False)
+    bars[what].update(done - bars[what].n)
+
+
 def _make_kitchen(arguments):
     from evaat_fast.data import kitchen
     from evaat_fast.train import packages
@@ -257,7 +314,14 @@ def _make_kitchen(arguments):
                 seed=arguments.seed,
                 progress=progress,
             )
+        if arguments.formats == "all":
+            from evaat_fast.data.kitchen_formats import write_all
+
+            with video_progress() as progress:
+                write_all(corpus, progress=progress)
     except ValueError as error:
         raise _Mistake(error) from None
     print(f"annotations {corpus.annotations}\nvideos      {corpus.videos}")
+    if arguments.formats == "all":
+        print(f"formats     {corpus.root / 'formats'}")
     print("in a TOML file: [data] annotations = ..., videos = ...; evaat-fast train --keys prints one to start from")

@@ -25,9 +25,13 @@ _SUBMODULES = (
     "ek100",
     "ek100_files",
     "kitchen",
+    "kitchen_formats",
+    "kitchen_layouts",
     "kitchen_render",
     "labels",
     "layout",
+    "prepare",
+    "prepare_videos",
     "readers",
     "table",
     "transforms",
@@ -46,9 +50,13 @@ if TYPE_CHECKING:
     from evaat_fast.data import ek100 as ek100
     from evaat_fast.data import ek100_files as ek100_files
     from evaat_fast.data import kitchen as kitchen
+    from evaat_fast.data import kitchen_formats as kitchen_formats
+    from evaat_fast.data import kitchen_layouts as kitchen_layouts
     from evaat_fast.data import kitchen_render as kitchen_render
     from evaat_fast.data import labels as labels
     from evaat_fast.data import layout as layout
+    from evaat_fast.data import prepare as prepare
+    from evaat_fast.data import prepare_videos as prepare_videos
     from evaat_fast.data import readers as readers
     from evaat_fast.data import table as table
     from evaat_fast.data import transforms as transforms
