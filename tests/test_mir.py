@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaat_fast.data.ek100_files import read_captions, read_clips
-from evaat_fast.data.labels import kinds_relevancy
+from evaat_fast.data.labels import kinds_of, kinds_relevancy
+from evaat_fast.data.readers import ek100
 from evaat_fast.eval import mir
 
 LEVELS = torch.tensor([0.0, 0.0, 1 / 6, 0.5, 2 / 3, 1.0], dtype=torch.float64)
@@ -227,12 +227,11 @@ def test_real_annotations_give_the_published_numbers():
     from pathlib import Path
 
     folder = Path(os.environ["EVAAT_FAST_EK100"])
-    clips = read_clips(folder, "test")
-    rows = read_captions(folder, "test", clips)
-    assert (len(clips), len(rows)) == (9668, 3842)
-    kinds = {}
-    index = torch.tensor([kinds.setdefault((c["verb"], c["nouns"]), len(kinds)) for c in clips])
-    relevancy = kinds_relevancy(list(kinds))[index][:, index[rows]]
+    table = ek100.read(folder, "test")
+    rows = ek100.captions(folder, "test", table)
+    assert (len(table), len(rows)) == (9668, 3842)
+    kinds, index = kinds_of(table)
+    relevancy = kinds_relevancy(kinds)[index][:, index[rows]]
     assert len(relevancy.unique()) == 18
     assert (relevancy > 0).double().mean().item() == pytest.approx(0.114, abs=0.0005)
     hits = (relevancy == 1).sum(1)

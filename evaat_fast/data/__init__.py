@@ -23,7 +23,6 @@ _SUBMODULES = (
     "dataset",
     "decode",
     "ek100",
-    "ek100_files",
     "kitchen",
     "kitchen_formats",
     "kitchen_layouts",
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from evaat_fast.data import dataset as dataset
     from evaat_fast.data import decode as decode
     from evaat_fast.data import ek100 as ek100
-    from evaat_fast.data import ek100_files as ek100_files
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_formats as kitchen_formats
     from evaat_fast.data import kitchen_layouts as kitchen_layouts

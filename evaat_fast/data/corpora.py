@@ -46,16 +46,16 @@ def read_table(kind: Kind, annotations: str | os.PathLike[str], split: Split) ->
     """The clips of a split.
 
     Args:
-        annotations: the folder or the file that the corpus's reader takes (`evaat_fast.data.readers`), or a file in .arrow or
-            .parquet that `evaat-fast prepare` made of it, or a folder with that.
+        annotations: the folder or the file that the corpus's reader takes (`evaat_fast.data.readers`), or the folder that
+            `evaat-fast prepare` made of it, or one of its files in .arrow or .parquet.
 
     Raises:
         FileNotFoundError, ValueError: as `open_corpus`.
     """
     check_choice("kind", kind, KINDS)
     path = Path(annotations)
-    if path.is_dir() and (path / f"{kind}-{split}.arrow").is_file():
-        path = path / f"{kind}-{split}.arrow"
+    if (path / f"{split}.arrow").is_file():
+        path = path / f"{split}.arrow"
     if kind == "clips" or path.suffix in (".arrow", ".parquet"):
         return ClipTable.open(path)
     if kind == "ek100-clips":

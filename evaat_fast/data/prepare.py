@@ -244,7 +244,7 @@ def _ek100(source):
 
 def _ek100_task(folder, split, files, count):
     def extra(table, out):
-        from evaat_fast.data.ek100 import kinds_relevancy
+        from evaat_fast.data.labels import kinds_relevancy
 
         rows = ek100.captions(folder, split, table)
         kinds: dict[Any, int] = {}

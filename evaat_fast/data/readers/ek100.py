@@ -90,11 +90,13 @@ def read(folder: str | os.PathLike[str], split: Split) -> ClipTable:
     """The clips of EPIC_100_retrieval_{split}.csv. Videos are named as their files are: "P01/P01_01".
 
     Args:
-        folder: retrieval_annotations. split: "train" or "test".
+        folder: retrieval_annotations, or what `evaat-fast prepare` made of it. split: "train" or "test".
 
     Raises:
         FileNotFoundError: the folder or the file is not there. ValueError: a row that cannot be read, by file and line.
     """
+    if (prepared := Path(folder) / f"{split}.arrow").is_file():
+        return ClipTable.open(prepared)
     path = Path(folder) / f"EPIC_100_retrieval_{split}.csv"
     return table(clips(path), dataset="ek100-mir", split=split, source=[path.name])
 
@@ -135,6 +137,8 @@ def captions(folder: str | os.PathLike[str], split: Split, table: ClipTable | Se
     Raises:
         FileNotFoundError: no such file. ValueError: as `sentences`, or an id that no clip has.
     """
+    if (prepared := Path(folder) / f"{split}-relevancy.npz").is_file():
+        return np.load(prepared)["caption_clip"]
     names = table.column("id").tolist() if isinstance(table, ClipTable) else table
     row_of = {name: row for row, name in enumerate(names)}
     found = sentences(folder, split)
