@@ -56,8 +56,9 @@ def _run(arguments):
 
 
 def _complain(arguments, error):
-    # torch's reasons run over many lines, the first of which says it.
-    text = (str(error) or type(error).__name__).splitlines()[0]
+    # torch's reasons run over many lines, the first of which says it; of what a worker raised, the last.
+    lines = (str(error) or type(error).__name__).strip().splitlines()
+    text = lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else lines[0]
     print(f"evaat-fast {arguments.command or 'doctor'}: {text}", file=sys.stderr)
     return EXIT_MISTAKE
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 from corpus import configuration, corpus
 
@@ -181,3 +182,34 @@ def test_the_command(copy, tmp_path, capsys):
     record = json.loads((tmp_path / "found.json").read_text())
     assert record["train"]["broken"] == 0 and record["test"]["broken"] == 16
     assert len(record["test"]["findings"][0]["clips"]) == 16
+
+
+def spoil(path):
+    """Leaves a file's headers and time stamps, and puts noise where its pictures are."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    length = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    content[start : start + length] = np.random.default_rng(0).integers(0, 256, length, np.uint8).tobytes()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_headers_do_not_show_is_replaced_counted_and_stops_a_run(copy, tmp_path, capfd, caplog, workers):
+    for path in (copy.videos / "P01").glob("*/15.MP4"):
+        spoil(path)
+    configuration(tmp_path)
+    arguments = ["train", str(tmp_path / "run.toml"), "--set", f"data.videos={json.dumps(str(copy.videos))}"]
+    arguments += ["--set", f"data.workers={workers}", "--set", "train.epochs=1", "--set", "train.batch_size=48"]
+    assert main([*arguments, "--set", "data.max_broken=1.0"]) == 0
+    told = [r.getMessage() for r in caplog.records if "replaced, as other clips of this video may be" in r.getMessage()]
+    assert workers or (len(told) == 1 and "15.MP4" in told[0])  # a worker's log is its own
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    replaced = next(r["replaced"] for r in records if r["event"] == "epoch")
+    assert replaced > 10 and f"{replaced} clips replaced" in capfd.readouterr().out
+    assert main([*arguments, "--overwrite", "--set", "train.epochs=3"]) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert (
+        "clips could not be read, more than max_broken = 0.01 allows" in message
+        and "15.MP4" in message
+        and "clip P01_00_" in message
+    )

@@ -96,6 +96,7 @@ def train(
     count = config.train.epochs * len(sampler)
     progress = Progress(count - done * len(sampler), out.name, quiet)
     metrics: dict[str, float] | None = None if test is not None else {}
+    replaced = data.replaced
     try:
         if not stored:
             parameters = sum(p.numel() for p in model.parameters())
@@ -121,8 +122,11 @@ def train(
                 loss=loss,
                 seconds=seconds,
                 clips_per_second=len(sampler) * config.train.batch_size / seconds,
+                replaced=data.replaced - replaced,
             )
             line = f"{out.name}: epoch {epoch + 1}/{config.train.epochs}  loss {loss:.4f}  {seconds:.1f} s"
+            line += f"  {data.replaced - replaced} clips replaced" if data.replaced > replaced else ""
+            replaced = data.replaced
             if test is not None and (finished or (config.eval.every and (epoch + 1) % config.eval.every == 0)):
                 metrics = evaluation.evaluate(model, test, config, device)
                 log.write("eval", epoch + 1, **metrics)
