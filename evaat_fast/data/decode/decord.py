@@ -13,6 +13,7 @@ from evaat_fast.data.decode.indexed import IndexedReader
 class DecordReader(IndexedReader):
     """Frames of a file by time; see `decode.Reader`."""
 
+    name = "decord"
     _video: Any = None
 
     def _open(self, path: Path) -> None:

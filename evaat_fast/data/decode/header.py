@@ -19,6 +19,7 @@ from evaat_fast.data.decode.errors import VideoError, reason
 EXACT = frozenset({"h264", "hevc", "vp9", "av1"})
 UPRIGHT = (1, 0, 0, 1)
 SLACK = 2  # frames that a last one may stand, where the file does not say how long
+_MOST = 200_000  # boxes of a file; damaged ones have more
 _PATIENCE = 60  # seconds
 _FAST = 1000.0  # frames per second: a rate above it is a time base that was taken for one
 
@@ -30,7 +31,7 @@ class VideoInfo:
     duration: seconds to the end of its last frame, None where the file does not say. fps: frames per second on average.
     width, height: as displayed. rotation: degrees, counter-clockwise, of what is stored to what is displayed. matrix: the
     same as (a, b, c, d) of x' = a x + c y, y' = b x + d y, with mirrors. codec: FFmpeg's name. container: FFmpeg's names.
-    frames: how many the file says it has, 0 where it does not. missing_bytes: how many the file is shorter than its index.
+    frames: how many the file says it has, 0 where it does not. missing_bytes: by how many an mp4 was cut short.
     """
 
     path: Path
@@ -48,11 +49,16 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Shown:
-    """stamps: int64, of all shown frames, in order. end: of the last of them. hidden: whether others are not shown."""
+    """When frames are shown.
+
+    stamps: int64, of all shown frames, in order. end: of the last of them. hidden: whether others are not shown. opened:
+    whether frames that are stored after a key frame are shown before it.
+    """
 
     stamps: np.ndarray
     end: int
     hidden: bool
+    opened: bool
 
 
 class Header:
@@ -107,12 +113,7 @@ class Header:
             self.duration = tag - float(first)
         elif container.duration:
             self.duration, self.own_duration = container.duration / 1e6, len(container.streams) == 1
-        self.size: int = container.size
-        self.missing_bytes = 0
-        entries = getattr(stream, "index_entries", ())
-        if len(entries) and self.size > 0 and _is_mp4(self.format):
-            last = entries[len(entries) - 1]
-            self.missing_bytes = max(0, last.pos + last.size - self.size)
+        self.missing_bytes: int = missing_bytes(self.path) if _is_mp4(self.format) else 0
 
     def reopen(self) -> None:
         """From the beginning, for a container in which one cannot seek."""
@@ -151,6 +152,8 @@ class Header:
 
     def checked_end(self, end: float) -> float:
         """Where the last frame ends, by its packet; VideoError if the header knows of more."""
+        if self.missing_bytes:
+            raise VideoError(f"{self.path}: cut short: {self.missing_bytes} bytes are missing, its data end at {end:.2f} s")
         # A duration of the longest stream is held against the longest one.
         last = end if self.own_duration else max(end, self.others_end)
         if self.duration is not None and last < self.duration - max(0.1, SLACK / self.fps):
@@ -177,13 +180,15 @@ class Header:
 
     def shown(self) -> Shown:
         """When each frame is shown, from the packets of the whole file."""
-        stamps, end, hidden = [], 0, False
+        stamps, end, hidden, key, opened = [], 0, False, None, False
         try:
             for packet in self.packets():
                 if packet.size == 0:
                     continue
                 if packet.pts is None or not self.ordered:
                     raise VideoError(f"{self.path}: frames without time stamps of their own; use the decoder 'av'")
+                key = packet.pts if packet.is_keyframe else key
+                opened = opened or (key is not None and packet.pts < key)
                 if packet.is_discard:
                     hidden = True
                 else:
@@ -195,7 +200,7 @@ class Header:
             raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
         if not stamps:
             raise VideoError(f"{self.path}: no frames")
-        return Shown(np.sort(np.array(stamps, np.int64)), end, hidden)
+        return Shown(np.sort(np.array(stamps, np.int64)), end, hidden, opened)
 
     def close(self) -> None:
         self.container.close()
@@ -241,9 +246,18 @@ def track_matrix(path: Path) -> tuple[int, int, int, int]:
     return UPRIGHT
 
 
+def missing_bytes(path: Path) -> int:
+    """By how many bytes the last box of an mp4 is longer than the file."""
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        return max([0, *(end - size for _, (_, end) in _boxes(file, 0, size))])
+
+
 def _boxes(file, at, end):
-    """(name, (first byte of the body, end)) of each box of a range."""
-    while at + 8 <= end:
+    """(name, (first byte of the body, end)) of each box of a range; the last one may end beyond it."""
+    for _ in range(_MOST):
+        if at + 8 > end:
+            return
         file.seek(at)
         head = file.read(16)
         size, name = struct.unpack(">I4s", head[:8])
@@ -253,7 +267,7 @@ def _boxes(file, at, end):
         size = end - at if size == 0 else size
         if size < body - at:
             return
-        yield name, (body, min(at + size, end))
+        yield name, (body, at + size)
         at += size
 
 

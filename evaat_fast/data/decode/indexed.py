@@ -12,6 +12,8 @@ from evaat_fast.data.decode.header import Header
 class IndexedReader:
     """Frames of a file by time; see `decode.Reader`. A subclass opens the file and fetches frames by number."""
 
+    name: str
+
     def __init__(self, path: Path):
         head = Header(path)
         try:
@@ -23,6 +25,9 @@ class IndexedReader:
         a, b, c, d = self.info.matrix
         if a * d - b * c < 0:
             raise VideoError(f"{path}: a mirrored picture; use the decoder 'av'")
+        if self._shown.opened:
+            wrong = f"{self.name} takes others for the frames of open groups of pictures"
+            raise VideoError(f"{path}: {wrong}; use the decoder 'av'")
         try:
             self._open(path)
         except VideoError:
@@ -46,9 +51,8 @@ class IndexedReader:
 
     @property
     def end(self) -> float:
-        """Seconds: where the last frame ends. Of a file cut short what its headers say."""
-        head = self._head
-        return head.duration or 0.0 if head.missing_bytes else head.checked_end(head.seconds(self._shown.end))
+        """Seconds: where the last frame ends; VideoError for a file cut short."""
+        return self._head.checked_end(self._head.seconds(self._shown.end))
 
     def read(self, times: Sequence[float]) -> np.ndarray:
         """uint8 [len(times), H, W, 3]."""

@@ -39,6 +39,7 @@ class AvReader:
         self._group: list[Any] = []  # packets from a key frame on, in decoding order
         self._read_to = -_END  # the decoding time up to which packets were read
         self._from_start = False
+        self._first_key: int | None = None  # the time stamp of the first key frame, once it was seen
         self._placed = False
 
     @property
@@ -48,10 +49,8 @@ class AvReader:
 
     @cached_property
     def end(self) -> float:
-        """Seconds: where the last frame ends, from the last packets. Of a file cut short what its headers say."""
+        """Seconds: where the last frame ends, from the last packets; VideoError for a file cut short."""
         head = self._head
-        if head.missing_bytes:
-            return head.duration or 0.0
         try:
             end = self._last_packets()
         except VideoError:
@@ -98,7 +97,7 @@ class AvReader:
     def _collect(self, target):
         """The packets from the last key frame shown at or before the target up to past the target."""
         group = self._group
-        if not self._placed or (group and group[0].pts > target and not self._from_start):
+        if not self._placed or (group and group[0].pts > target and group[0].pts != self._first_key):
             self._seek(target)
         elif self._seeks and target - self._read_to > _FAR / self._head.base:
             self._seek(target)
@@ -113,6 +112,8 @@ class AvReader:
             if packet.pts is None:
                 raise VideoError(f"{self.path}: frames without time stamps")
             if packet.is_keyframe and (packet.pts <= target or (not group and self._from_start)):
+                if not group and self._from_start:
+                    self._first_key = packet.pts
                 group = [packet]
             elif group and (packet.pts >= group[0].pts or packet.is_keyframe):
                 # Others belong to the frames before the key frame, some of which were not decoded.
@@ -135,7 +136,7 @@ class AvReader:
                 end = max(p.pts + (p.duration or self._step) for p in group if not p.is_discard)
                 self._head.check_last(target if last == max(stamps) else last, end)
             return last
-        if self._from_start and stamps:
+        if stamps and group[0].pts == self._first_key:
             return min(stamps)  # before the first frame there is the first
         raise VideoError(f"{self.path}: no frame at {self._head.seconds(target):.2f} s")
 
@@ -199,7 +200,11 @@ class AvReader:
         found: dict[int, np.ndarray] = {}
         context, head = self._context, self._head
         context.skip_frame = "DEFAULT"
-        self._seek(wanted[0])
+        if head.ordered:
+            self._seek(wanted[0])
+        else:  # how many frames a decoder leaves out after a seek, nothing says
+            self._go(head.stream.start_time or 0)
+            self._from_start = True
         waiting, stamps, before = list(wanted), [], None
         at = 0
         while waiting:

@@ -12,6 +12,7 @@ from evaat_fast.data.decode.indexed import IndexedReader
 class TorchcodecReader(IndexedReader):
     """Frames of a file by time; see `decode.Reader`."""
 
+    name = "torchcodec"
     _video: Any = None
 
     def _open(self, path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Video files with the quirks of real ones, made with PyAV. Each frame shows its number, as black and white stripes."""
+
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+
+BASE = Fraction(1, 90_000)
+SIZE = (128, 112)  # decord2 cannot read frames of fewer than 98 pixels on every CPU, upright or turned
+
+
+def picture(number, size=SIZE):
+    """uint8 [H, W, 3]"""
+    bits = (number >> np.arange(8) & 1) * 255
+    frame = np.broadcast_to(bits.repeat(size[0] // 8).astype(np.uint8)[None, :, None], (size[1], size[0], 3))
+    return np.ascontiguousarray(frame)
+
+
+def numbers(frames):
+    """The numbers that frames [T, H, W, 3] show."""
+    stripes = np.asarray(frames, np.float64).mean((1, 3)).reshape(len(frames), 8, -1).mean(2) > 127
+    return (stripes * 2 ** np.arange(8)).sum(1).tolist()
+
+
+def film(
+    path, times, *, codec="libx264", options=None, container=None, shift=0.0, turn=0, mirror=False, sound=False, size=SIZE
+):
+    """Writes a file whose frame n is stored for times[n] + shift seconds; what is negative an mp4 hides by an edit list.
+
+    The suffix decides the container. turn: degrees. sound: a second of silence from 0 on, beside it. Returns the path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffixes = {".mkv": "matroska", ".webm": "webm", ".avi": "avi", ".mov": "mov"}
+    with av.open(str(path), "w", format=suffixes.get(path.suffix.lower(), "mp4"), options=container or {}) as out:
+        stream = out.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        avi = path.suffix == ".avi"  # a grid of frames is all that it has
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 30) if avi else BASE
+        stream.codec_context.thread_count = 1
+        usual = {"crf": "10", "g": "12"} if codec == "libx264" else {}  # with B-frames
+        stream.options = {**usual, **(options or {})}
+        if turn or mirror:
+            stream.set_display_rotation(turn, hflip=mirror)
+        if sound:
+            voice = out.add_stream("aac", rate=8000, layout="mono")
+            quiet = av.AudioFrame.from_ndarray(np.zeros((1, 8192), np.float32), "fltp", "mono")
+            quiet.sample_rate, quiet.pts = 8000, 0
+            out.mux(voice.encode(quiet))
+            out.mux(voice.encode(None))
+        moved = round(shift / BASE)
+
+        def mux(packets):
+            for packet in packets:
+                if moved:
+                    packet.pts, packet.dts = packet.pts + moved, packet.dts + moved
+                out.mux(packet)
+
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(number, size), format="rgb24")
+            frame.time_base = Fraction(1, 30) if avi else BASE
+            frame.pts = number if avi else round(time / BASE)
+            mux(stream.encode(frame))
+        mux(stream.encode(None))
+    return path
+
+
+def shorten_edit(path, seconds):
+    """Makes the (one) edit of an mp4's video end so many seconds after it begins."""
+    data = bytearray(path.read_bytes())
+    scale = struct.unpack(">I", data[data.index(b"mvhd") + 16 : data.index(b"mvhd") + 20])[0]
+    at = data.index(b"elst") + 12
+    data[at : at + 4] = struct.pack(">I", round(seconds * scale))
+    path.write_bytes(data)
+
+
+def shown(times, asked):
+    """The numbers of the frames on screen: the last stored at or before each asked time, the first before that."""
+    return [max((n for n, time in enumerate(times) if time <= t + 1e-9), default=0) for t in asked]
