@@ -24,7 +24,18 @@ def numbers(frames):
 
 
 def film(
-    path, times, *, codec="libx264", options=None, container=None, shift=0.0, turn=0, mirror=False, sound=False, size=SIZE
+    path,
+    times,
+    *,
+    codec="libx264",
+    options=None,
+    container=None,
+    shift=0.0,
+    turn=0,
+    mirror=False,
+    sound=False,
+    size=SIZE,
+    rate=30,
 ):
     """Writes a file whose frame n is stored for times[n] + shift seconds; what is negative an mp4 hides by an edit list.
 
@@ -33,10 +44,10 @@ def film(
     path.parent.mkdir(parents=True, exist_ok=True)
     suffixes = {".mkv": "matroska", ".webm": "webm", ".avi": "avi", ".mov": "mov"}
     with av.open(str(path), "w", format=suffixes.get(path.suffix.lower(), "mp4"), options=container or {}) as out:
-        stream = out.add_stream(codec, rate=30)
+        stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         avi = path.suffix == ".avi"  # a grid of frames is all that it has
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 30) if avi else BASE
+        stream.time_base = stream.codec_context.time_base = Fraction(1, rate) if avi else BASE
         stream.codec_context.thread_count = 1
         usual = {"crf": "10", "g": "12"} if codec == "libx264" else {}  # with B-frames
         stream.options = {**usual, **(options or {})}
@@ -58,7 +69,7 @@ def film(
 
         for number, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(picture(number, size), format="rgb24")
-            frame.time_base = Fraction(1, 30) if avi else BASE
+            frame.time_base = Fraction(1, rate) if avi else BASE
             frame.pts = number if avi else round(time / BASE)
             mux(stream.encode(frame))
         mux(stream.encode(None))

@@ -124,7 +124,7 @@ def home(source: Source, second: float) -> int:
     later = next((i for i, start in enumerate(source.starts) if start > second), len(source.starts))
     if later == 0:
         raise OutsideError(
-            f"{source.files[0].parent}: no chunk of {second:.2f} s: the first begins at {source.starts[0]:.0f} s"
+            f"{source.files[0].parent}: the chunk of {second:.2f} s is missing: the first begins at {source.starts[0]:.0f} s"
         )
     return later - 1
 

@@ -187,11 +187,11 @@ def spans(source: Source) -> list[tuple[float, float]]:
 def outside(start: float, stop: float, held: Sequence[tuple[float, float]]) -> float:
     """The share of a clip that lies outside what `spans` returned, from 0 to 1; of NaN, the whole video, 0.
 
-    A clip without length is inside or not.
+    A clip without length is inside or not. What is shorter than a frame of 10 per second is none of it.
     """
     if math.isnan(start) or math.isnan(stop):
         return 0.0
     if stop <= start:
         return 0.0 if any(a <= start < b for a, b in held) else 1.0
-    covered = sum(max(0.0, min(stop, b) - max(start, a)) for a, b in held)
-    return min(1.0, max(0.0, 1.0 - covered / (stop - start)))
+    rest = stop - start - sum(max(0.0, min(stop, b) - max(start, a)) for a, b in held)
+    return 0.0 if rest <= _SHORT and rest < stop - start else min(1.0, rest / (stop - start))
