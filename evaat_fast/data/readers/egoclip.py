@@ -11,6 +11,7 @@ are moved to 0, and counted.
 Source: Lin et al., "Egocentric Video-Language Pretraining", NeurIPS 2022 (arXiv 2206.01670), and its code.
 """
 
+import codecs
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,7 @@ def _batches(path: Path, skipped: Skipped) -> Iterator[dict[str, Any]]:
     from pyarrow import csv
 
     header = _header(path)
+    _utf8(path)
     tail = _Tail(path)
 
     def bad(row):
@@ -119,7 +121,7 @@ def _batches(path: Path, skipped: Skipped) -> Iterator[dict[str, Any]]:
     except pa.ArrowException as error:
         if tail.cut:
             raise ValueError(f"{path}: the last line has too few fields: the file is cut short") from None
-        raise ValueError(f"{path}: {_utf8(path) or str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _checked(path, columns, skipped, pc):
@@ -265,11 +267,19 @@ def _line(path, fields, skip=0):
 
 
 def _utf8(path):
-    """What is said of the first line that is not UTF-8; None where all are."""
+    """Refuses a file that is not UTF-8, or holds a zero byte, by its line: Arrow would pass over such a line in silence."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        while block := file.read(_BLOCK):
+            pending = len(decoder.getstate()[0])
             try:
-                line.decode("utf-8")
+                decoder.decode(block)
+                wrong = block.find(0)
             except UnicodeDecodeError as error:
-                return f"line {number} is not UTF-8: byte {line[error.start]:#04x}"
-    return None
+                wrong = max(0, error.start - pending)
+            if wrong >= 0:
+                line += block.count(b"\n", 0, wrong)
+                raise ValueError(f"{path}: line {line} is not UTF-8 text: byte {block[wrong]:#04x}")
+            line += block.count(b"\n")
+    if decoder.getstate()[0]:
+        raise ValueError(f"{path}: line {line} is not UTF-8 text: the file ends within a letter; cut short?")

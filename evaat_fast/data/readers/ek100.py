@@ -145,7 +145,8 @@ def captions(folder: str | os.PathLike[str], split: Split, table: ClipTable | Se
     unknown = [name for name in found if name not in row_of]
     if unknown:
         path = Path(folder) / f"EPIC_100_retrieval_{split}_sentence.csv"
-        raise ValueError(f"{path}: {len(unknown)} narration ids are not in the clips' file, first {unknown[0]!r}")
+        clips_file = f"is EPIC_100_retrieval_{split}.csv whole?"
+        raise ValueError(f"{path}: {len(unknown)} narration ids are not in the clips' file, first {unknown[0]!r}; {clips_file}")
     return np.array([row_of[name] for name in found], np.int64)
 
 

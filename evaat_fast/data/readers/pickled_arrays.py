@@ -12,7 +12,7 @@ __all__ = ["Array", "Dtype", "Fault", "Global", "build", "kind_of", "reduce", "r
 
 _NUMPY = re.compile(
     rb"numpy\._?core\.multiarray (_reconstruct|scalar)|numpy\._?core\.numeric (_frombuffer)|numpy (ndarray|dtype)"
-    rb"|_codecs (encode)"
+    rb"|_codecs (encode)|(?:__builtin__|builtins) (bytes)"
 )
 
 
@@ -38,7 +38,7 @@ class Dtype:
 class Array:
     """What an array is built from."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.parts: tuple[Any, ...] | None = None
 
     def numpy(self) -> np.ndarray:
@@ -48,7 +48,8 @@ class Array:
         return np.frombuffer(raw, dtype).reshape(shape, order=order)
 
 
-def resolve(module, name):
+def resolve(module: Any, name: Any) -> Global:
+    """The stand-in of a global, or a Fault that names the one that is refused."""
     if not isinstance(module, bytes) or not isinstance(name, bytes):
         raise Fault("the file is damaged: a global's name is no string")
     known = _NUMPY.fullmatch(module + b" " + name)
@@ -58,7 +59,8 @@ def resolve(module, name):
     return Global(next(filter(None, known.groups())).decode())
 
 
-def reduce(function, arguments):
+def reduce(function: Any, arguments: Any) -> Any:
+    """What a REDUCE of a known global makes."""
     name = function.name if isinstance(function, Global) else None
     if name is None or type(arguments) is not tuple:
         raise Fault(f"the file is damaged: {kind_of(function)} is called")
@@ -73,6 +75,8 @@ def reduce(function, arguments):
         return np.frombuffer(_raw(arguments[1]), arguments[0].numpy())[0].item()
     if name == "encode" and len(arguments) == 2 and isinstance(arguments[0], bytes) and arguments[1] == b"latin1":
         return memoryview(arguments[0].decode().encode("latin1"))  # how protocols 0 to 2 hold bytes
+    if name == "bytes" and not arguments:
+        return memoryview(b"")  # how protocols 0 to 2 hold none
     if name == "_frombuffer" and len(arguments) == 4:
         array = Array()
         _fill(array, *arguments)
@@ -80,7 +84,8 @@ def reduce(function, arguments):
     raise Fault(f"the file is damaged: {name} is called with arguments that are not its own")
 
 
-def build(target, state):
+def build(target: Any, state: Any) -> None:
+    """Gives a dtype its byte order, an array its data."""
     if isinstance(target, Dtype) and type(state) is tuple and len(state) >= 5 and state[2:5] == (None, None, None):
         order = state[1].decode("ascii", "replace") if isinstance(state[1], bytes) else None
         if order in ("<", ">", "|", "="):
@@ -112,7 +117,7 @@ def _raw(value):
     return value
 
 
-def kind_of(value):
+def kind_of(value: Any) -> str:
     """What an object is, for a message."""
     if isinstance(value, (Global, Dtype, Array)):
         return {"Global": "a function", "Dtype": "a dtype", "Array": "an array"}[type(value).__name__]

@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         return _text(result)
     except RecursionError:
         raise ValueError(f"{path}: lists within lists, deeper than data is") from None
-    except (Fault, UnicodeDecodeError) as error:
+    except (Fault, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -117,9 +117,9 @@ def content(path: str | os.PathLike[str], what: str = "annotations") -> tuple[Pa
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}: line {line} is not UTF-8: byte {raw[error.start]:#04x}") from None
+        raise ValueError(f"{path}: line {line} is not UTF-8 text: byte {raw[error.start]:#04x}") from None
     if "\0" in text:
-        raise ValueError(f"{path}: line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a zero byte; expected text")
+        raise ValueError(f"{path}: line {text[: text.index(chr(0))].count(chr(10)) + 1} is not UTF-8 text: byte 0x00")
     return path, text
 
 
