@@ -164,13 +164,14 @@ def check(
     damaged = {str(Path(name).relative_to(root)): fact[3] for name, fact in facts.items() if fact[3]}
     ends, lost = {}, set()
     for video, files in found.items():
-        gap = _gap(files)
+        chunked = bool(files) and files[0].parent.name.split(".")[0] == video.split("/")[-1]
+        gap = _gap(files) if chunked else None
         if gap:
             damaged[str(files[0].parent.relative_to(root))] = f"its chunk {gap} is missing"
         if not files or gap or any(facts[str(path)][3] for path in files):
             lost.add(video)
         elif (seconds := facts[str(files[-1])][2]) is not None:
-            ends[video] = _begins(files) + seconds
+            ends[video] = (_begins(files[-1]) if chunked else 0.0) + seconds
     missing = [video for video, files in found.items() if not files]
     outside, gone = [], 0
     if lost or ends:
@@ -184,19 +185,14 @@ def check(
 
 
 def _gap(files):
-    """The name of the first chunk that is not there, of a video with several; None."""
-    if len(files) < 2:
-        return None
+    """The name of the first chunk that is not there, before the last that is; None."""
     numbers = list(map(_number, files))
-    step = min(np.diff(numbers).tolist())
+    step = min(np.diff([0, *numbers]).tolist()[1 if numbers[0] == 0 else 0 :], default=1)
     there = set(numbers)
     absent = next((n for n in range(0, numbers[-1], step) if n not in there), None)
     return None if absent is None else f"{absent}{files[0].suffix}"
 
 
-def _begins(files):
-    """The second at which the last of a video's files begins."""
-    last, folder = files[-1], files[-1].parent
-    if not last.stem.isdecimal() or (len(files) == 1 and last.stem != "0" and folder.suffix not in _SUFFIXES):
-        return 0.0
-    return _INDEXED * int(last.stem) if folder.suffix not in _SUFFIXES else float(last.stem)
+def _begins(chunk):
+    """The second at which a chunk begins: EgoVLP's, in folders without a suffix, are numbered."""
+    return (1.0 if chunk.parent.suffix in _SUFFIXES else _INDEXED) * int(chunk.stem)

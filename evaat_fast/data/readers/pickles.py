@@ -167,8 +167,10 @@ class _Machine:
                 else:
                     stack.append(self._kept(last))
                     last = -1
-            elif op == 0x95:  # FRAME
-                at += 9
+            elif op == 0x95:  # FRAME, whose opcodes follow
+                self.at, at = at, at + 9
+                if unpack("<Q", data, at - 8)[0] > size - at:
+                    raise Fault("a frame runs past the end: the file is cut short or damaged")
             elif op == 0x2E:  # STOP
                 self.at = at
                 if marks or len(stack) != 1:
