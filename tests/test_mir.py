@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaat_fast.data.labels import kinds_of, kinds_relevancy
+from evaat_fast.data.kinds import kinds_of, kinds_relevancy
 from evaat_fast.data.readers import ek100
 from evaat_fast.eval import mir
 

@@ -73,7 +73,10 @@ def test_relevancy_is_the_data_sets(tmp_path):
             built = dict(built)
         data = EK100(made.ek100, made.ek100_videos, split, num_frames=1, decoder="av")
         assert torch.equal(torch.from_numpy(built["table"][built["clip_kind"]][:, built["caption_kind"]]), data.relevancy)
-        assert [data.clips[i]["text"] for i in built["caption_clip"]] == data.captions
+        assert [data.clips[i].texts[0] for i in built["caption_clip"]] == data.captions
+        again = EK100(tmp_path / "ek100-mir", made.ek100_videos, split, num_frames=1)
+        assert again.clips.path is not None and list(again.clips) == list(data.clips)
+        assert again.captions == data.captions and torch.equal(again.relevancy, data.relevancy)
 
 
 def test_questions_are_kept(tmp_path):

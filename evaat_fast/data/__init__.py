@@ -23,6 +23,7 @@ _SUBMODULES = (
     "dataset",
     "decode",
     "ek100",
+    "kinds",
     "kitchen",
     "kitchen_formats",
     "kitchen_layouts",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from evaat_fast.data import dataset as dataset
     from evaat_fast.data import decode as decode
     from evaat_fast.data import ek100 as ek100
+    from evaat_fast.data import kinds as kinds
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_formats as kitchen_formats
     from evaat_fast.data import kitchen_layouts as kitchen_layouts

@@ -196,7 +196,7 @@ def _renamed(video, name):
 
 
 def _relevancy(folder, rows):
-    from evaat_fast.data.labels import kinds_relevancy
+    from evaat_fast.data.kinds import kinds_relevancy
     from evaat_fast.data.readers import ek100
 
     (folder / "relevancy").mkdir()

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from evaat_fast.data import prepare_videos
+from evaat_fast.data.kinds import kinds_of, kinds_relevancy
 from evaat_fast.data.readers import charades, egoclip, egoclip_plus, egomcq, ek100, ek100_clips
 from evaat_fast.data.table import ClipTable
 
@@ -244,13 +245,10 @@ def _ek100(source):
 
 def _ek100_task(folder, split, files, count):
     def extra(table, out):
-        from evaat_fast.data.labels import kinds_relevancy
-
         rows = ek100.captions(folder, split, table)
-        kinds: dict[Any, int] = {}
-        pairs = zip(table.column("verbs").tolist(), table.column("nouns").tolist(), strict=True)
-        kind = np.array([kinds.setdefault((int(v[0]), frozenset(map(int, n))), len(kinds)) for v, n in pairs])
-        arrays = {"table": kinds_relevancy(list(kinds)).numpy(), "clip_kind": kind, "caption_kind": kind[rows]}
+        kinds, numbers = kinds_of(table)
+        kind = numbers.numpy()
+        arrays = {"table": kinds_relevancy(kinds).numpy(), "clip_kind": kind, "caption_kind": kind[rows]}
         _write(out / f"{split}-relevancy.npz", lambda file: np.savez(file, **arrays, caption_clip=rows))
         found = ek100.check_relevancy(folder, split, table, rows)
         return f"{len(rows):,} captions; {found or 'relevancy from the classes'}"

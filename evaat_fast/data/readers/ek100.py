@@ -26,6 +26,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from evaat_fast.data.kinds import kinds_of, kinds_relevancy
 from evaat_fast.data.readers import pickles, text
 from evaat_fast.data.table import ClipTable
 
@@ -182,8 +183,6 @@ def check_relevancy(folder: str | os.PathLike[str], split: Split, table: ClipTab
     Raises:
         ValueError: the file is no pickle of a matrix of numbers from 0 to 1 of that shape.
     """
-    from evaat_fast.data.labels import kinds_relevancy
-
     name = f"caption_relevancy_EPIC_100_retrieval_{split}.pkl"
     path = next((p for p in (Path(folder) / "relevancy" / name, Path(folder) / name) if p.is_file()), None)
     if path is None:
@@ -192,12 +191,9 @@ def check_relevancy(folder: str | os.PathLike[str], split: Split, table: ClipTab
     if not isinstance(matrix, np.ndarray) or matrix.dtype.kind != "f" or matrix.shape != shape:
         got = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, np.ndarray) else type(matrix).__name__
         raise ValueError(f"{path}: expected floats {list(shape)}, a row a clip and a column a caption, got {got}")
-    kinds: dict[tuple[int, frozenset[int]], int] = {}
-    verbs, nouns = (table.column(name).tolist() for name in ("verbs", "nouns"))
-    of_clip = np.array(
-        [kinds.setdefault((int(v[0]), frozenset(map(int, n))), len(kinds)) for v, n in zip(verbs, nouns, strict=True)]
-    )
-    form = kinds_relevancy(list(kinds)).numpy()[:, of_clip[rows]]
+    kinds, numbers = kinds_of(table)
+    of_clip = numbers.numpy()
+    form = kinds_relevancy(kinds).numpy()[:, of_clip[rows]]
     differing, worst, first = 0, 0.0, None
     step = max(1, (1 << 22) // max(1, len(rows)))
     for begin in range(0, len(matrix), step):

@@ -1,0 +1,44 @@
+"""Kinds of clips, which have the same verb class and the same noun classes, and the graded relevancy between them.
+
+    kinds, clip_kind = kinds_of(table)
+    kinds_relevancy(kinds)[clip_kind][:, clip_kind[captions]]     # what EK-100's metrics take
+
+Source: Damen et al., "Rescaling Egocentric Vision", IJCV 2022.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from evaat_fast.data.table import ClipTable
+
+Kind = tuple[int, frozenset[int]]  # verb class, -1 for none; noun classes
+
+__all__ = ["Kind", "kinds_of", "kinds_relevancy"]
+
+
+def kinds_relevancy(kinds: Sequence[tuple[int, frozenset[int]]]) -> Tensor:
+    """float32 [K, K]: relevancy between K kinds, pairs (verb class, set of noun classes); exactly 1 where equal."""
+    if any(n < 0 for _, nouns in kinds for n in nouns):
+        raise ValueError("kinds: expected noun classes from 0")
+    verbs = torch.tensor([verb for verb, _ in kinds])
+    width = 1 + max((n for _, nouns in kinds for n in nouns), default=0)
+    hot = torch.zeros(len(kinds), width)
+    for row, (_, nouns) in zip(hot, kinds, strict=True):
+        row[list(nouns)] = 1
+    common, size = hot @ hot.T, hot.sum(1)
+    union = size[:, None] + size - common
+    # Two clips without nouns name the same (empty) set.
+    iou = torch.where(union == 0, 1.0, common / union.clamp(min=1))
+    return iou.add_(verbs[:, None] == verbs).mul_(0.5)
+
+
+def kinds_of(table: ClipTable) -> tuple[list[Kind], Tensor]:
+    """(the kinds of a table in order of appearance, int64 [clips]: the number of each clip's own)."""
+    kinds: dict[Kind, int] = {}
+    numbers = [
+        kinds.setdefault((int(verbs[0]) if len(verbs) else -1, frozenset(map(int, nouns))), len(kinds))
+        for verbs, nouns in zip(table.column("verbs"), table.column("nouns"), strict=True)
+    ]
+    return list(kinds), torch.tensor(numbers, dtype=torch.int64)
