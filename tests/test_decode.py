@@ -240,10 +240,11 @@ def test_workers_read_the_same_pixels(made, decoder):
     assert all((a == b).all() for a, b in zip(here, there, strict=True))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process in kilobytes")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the size of the process")
 @DECODERS
+@pytest.mark.sample(1)
 def test_memory_stays_flat(made, decoder):
-    """In a process of its own: half a megabyte a thousand clips would show."""
+    """In a process of its own: 20 KB a clip would show."""
     code = f"""
 import resource, sys
 from evaat_fast.data import video
