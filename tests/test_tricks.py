@@ -16,12 +16,12 @@ def test_flip_mirrors_left_and_right():
 @pytest.mark.parametrize("height, width", [(4, 10), (10, 4), (5, 5)])
 def test_crops_cover_the_longer_side(height, width):
     video = torch.rand(2, height, width, 3)
-    count = 1 if height == width else 3
-    views, side = tricks.crops(video, count), min(height, width)
-    assert [tuple(view.shape) for view in views] == [(2, side, side, 3)] * count
+    views, side = tricks.crops(video), min(height, width)
+    assert [tuple(view.shape) for view in views] == [(2, side, side, 3)] * 3
     assert torch.equal(views[0][:, 0, 0], video[:, 0, 0]) and torch.equal(views[-1][:, -1, -1], video[:, -1, -1])
-    with pytest.raises(ValueError, match="count: expected 1 to"):
-        tricks.crops(video, abs(height - width) + 2)
+    assert torch.equal(views[1], tricks.crops(video, 1)[0])
+    with pytest.raises(ValueError, match="count: expected an integer from 1, got 0"):
+        tricks.crops(video, 0)
 
 
 def test_mean_view():

@@ -27,19 +27,18 @@ def flip(video: Tensor) -> Tensor:
 
 
 def crops(video: Tensor, count: int = 3) -> list[Tensor]:
-    """Square crops of clips [..., H, W, 3] at equal distances along the longer side, first to last.
+    """Square crops of clips [..., H, W, 3] at equal distances along the longer side, first to last; of a square all of it.
 
     Raises:
-        ValueError: count is below 1, or above what the longer side has room for.
+        ValueError: count is below 1.
     """
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count: expected an integer from 1, got {count!r}")
     height, width = video.shape[-3], video.shape[-2]
     side, room = min(height, width), abs(height - width)
-    if not isinstance(count, int) or count < 1 or count > room + 1:
-        raise ValueError(f"count: expected 1 to {room + 1} crops of {height} x {width} pixels, got {count!r}")
     starts = [round(i * room / (count - 1)) for i in range(count)] if count > 1 else [room // 2]
-    if height > width:
-        return [video[..., start : start + side, :, :] for start in starts]
-    return [video[..., start : start + side, :] for start in starts]
+    axis = -3 if height > width else -2
+    return [video.narrow(axis, start, side) for start in starts]
 
 
 def mean_view(encode: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:
