@@ -12,7 +12,7 @@ def test_type_1_is_inter_and_type_2_intra():
     sim = torch.eye(5)[torch.tensor([0, 1, 2, 3])]
     result = mcq.report(sim, torch.tensor([0, 1, 0, 3]), torch.tensor([1, 1, 2, 2]))
     assert result.metrics == {"inter": 100, "intra": 50}
-    assert (result.counts["inter"], result.counts["intra"], result.counts["questions"]) == (2, 2, 4)
+    assert (result.counts["inter_questions"], result.counts["intra_questions"], result.counts["questions"]) == (2, 2, 4)
     assert result.notes == ()
 
 

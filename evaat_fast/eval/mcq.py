@@ -57,8 +57,8 @@ def report(sim: Tensor | np.ndarray, answers: Tensor | np.ndarray, types: Tensor
         types: integers [Q], 1 for inter and 2 for intra.
 
     Returns:
-        A Result: "inter" and "intra" in per cent, nan with a note where there is no such question; counts "inter",
-        "intra", and "tied", the questions whose best score several clips have.
+        A Result: "inter" and "intra" in per cent, nan with a note where there is no such question; counts
+        "inter_questions", "intra_questions", and "tied", the questions whose best score several clips have.
 
     Raises:
         TypeError: sim is not floating point, or answers or types are not integers.
@@ -81,11 +81,11 @@ def report(sim: Tensor | np.ndarray, answers: Tensor | np.ndarray, types: Tensor
     metrics, counts, notes = {}, {"questions": len(sim)}, []
     for number, name in TYPES.items():
         mine = types == number
-        counts[name] = int(mine.sum())
-        metrics[name] = 100 * right[mine].double().mean().item() if counts[name] and choices > 1 else math.nan
+        counts[f"{name}_questions"] = total = int(mine.sum())
+        metrics[name] = 100 * right[mine].double().mean().item() if total and choices > 1 else math.nan
         if choices == 1:
             notes.append(f"{name} is not defined: there is one clip to choose from")
-        elif not counts[name]:
+        elif not total:
             notes.append(f"{name} is not defined: there is no question of type {number}")
     counts["tied"] = int(tied.sum())
     if choices > 1 and counts["tied"]:

@@ -15,7 +15,7 @@ import math
 import os
 import reprlib
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -216,18 +216,37 @@ def load(
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    return of(content, str(path), overrides, training=training, base=path.parent if base is None else Path(base))
+
+
+def of(
+    content: Mapping[str, Any],
+    source: str,
+    overrides: Iterable[str] = (),
+    *,
+    training: bool = True,
+    base: Path = Path(),  # noqa: B008
+) -> Config:
+    """A configuration from the sections of one, as a TOML file or a checkpoint has them.
+
+    Args:
+        content: {section: {key: value}}. source: what to call it in messages. overrides, training, base: as for `load`.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     config = Config()
     for section, values in content.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{path}: {_unknown(section)}")
+            raise ConfigError(f"{source}: {_unknown(section)}")
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {section}: expected a table [{section}], got {values!r}")
+            raise ConfigError(f"{source}: {section}: expected a table [{section}], got {values!r}")
         for name, value in values.items():
-            _set(config, f"{section}.{name}", value, str(path), path.parent if base is None else Path(base))
+            _set(config, f"{section}.{name}", value, source, base)
     for text in overrides:
         name, value = parse_override(text)
         _set(config, name, value, "--set", Path())
-    check(config, str(path), training=training)
+    check(config, source, training=training)
     return config
 
 

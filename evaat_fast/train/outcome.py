@@ -1,0 +1,264 @@
+"""Runs a task: what came out, as a record that says all that repeating it needs, and as a table beside the paper's."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import evaat_fast
+from evaat_fast.data import decode
+from evaat_fast.data.check import check
+from evaat_fast.data.dataset import Frames
+from evaat_fast.eval import paper, tricks
+from evaat_fast.model import EVA02AT
+from evaat_fast.train import embedding, inputs, trainer
+from evaat_fast.train.checkpoint import write_atomically
+from evaat_fast.train.config import Config, ConfigError
+from evaat_fast.train.log import Progress
+from evaat_fast.train.tasks import Options, Task, open_task
+
+__all__ = ["Incomplete", "guess_stage", "precision", "run", "run_of", "sha256", "similarities", "text", "versions", "write"]
+
+_DISTRIBUTIONS = ("torch", "numpy", "av", "torchcodec", "decord", "decord2", "pyarrow", "tokenizers")
+
+
+class Incomplete(ValueError):
+    """Some of a test set cannot be read, and nobody said that the rest will do."""
+
+
+def run(
+    name: str,
+    config: Config,
+    checkpoints: Sequence[str | os.PathLike[str]],
+    device: torch.device,
+    *,
+    stage: str | None = None,
+    frames: Frames | None = None,
+    options: Options | None = None,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Evaluates checkpoints on a task; several are an ensemble, whose similarities are averaged.
+
+    Args:
+        name: of `paper.TASKS`. config: its model, its data, which are the task's files, its batch size and precision.
+        checkpoints: files of weights. device: where to compute.
+        stage: "zero-shot" or "fine-tuned", whose rows of the paper ours are put beside; None guesses by what the first
+            checkpoint's run was trained on.
+        frames: instead of config.eval.frames. options: Options. say: is told what is left out.
+
+    Returns:
+        The record: metrics and counts by name, None for what is not defined; task, stage, checkpoint(s) with hashes, frames,
+        protocol, tricks, notes, differences, partial, published_test_set, config, model, device, precision, decoder,
+        versions, seconds, date. JSON takes all of it. `text` prints it.
+
+    Raises:
+        Incomplete: clips that are missing or cannot be read, without options.partial. ConfigError, FileNotFoundError,
+            ValueError: as `open_task`, and weights that do not fit.
+    """
+    options, started = options or Options(), time.perf_counter()
+    if len(checkpoints) > 1 and "ensemble" not in options.tricks:
+        options = _with_trick(options, "ensemble")
+    if len(checkpoints) < 2 and "ensemble" in options.tricks:
+        raise ConfigError("--trick: an ensemble is of several checkpoints: give --checkpoint more than once")
+    task = open_task(name, config, options)
+    task.data.frames = frames or config.eval.frames
+    usable = _usable(task, options, say)
+    sims, kept, model = [], torch.ones(len(task.data), dtype=torch.bool), None
+    unreadable: dict[int, str] = {}
+    for path in checkpoints:
+        config.train.init = os.fspath(path)
+        model = trainer.build_model(config).to(device).eval()
+        sim, kept, unreadable = similarities(task, model, config, device, usable, options)
+        sims.append(sim)
+    assert model is not None
+    for row, why in list(unreadable.items())[:3]:
+        say(f"left out: {task.data.table.id(row)}: {why}")
+    result = task.judge(tricks.ensemble(sims) if len(sims) > 1 else sims[0], kept)
+    protocol = {
+        "num_frames": model.config.num_frames,
+        "image_size": model.config.image_size,
+        "crop": "three along the longer side" if "three-crops" in options.tricks else "centre",
+        "normalisation": model.config.norm,
+        "sampler": config.data.sampler,
+        "frames": task.data.frames,
+        "tricks": list(options.tricks),
+        **task.protocol,
+    }
+    left_out = int((~kept).sum())
+    stored = run_of(checkpoints[0])
+    return {
+        "task": name,
+        "stage": stage or guess_stage(name, stored),
+        "partial": left_out > 0,
+        "published_test_set": _published(name, len(task.data), task),
+        **{key: value if math.isfinite(value) else None for key, value in result.metrics.items()},
+        **result.counts,
+        "left_out": left_out,
+        "notes": list(result.notes),
+        "protocol": protocol,
+        "differences": paper.differences(name, protocol),
+        "frames": task.data.frames,
+        "checkpoint": os.fspath(checkpoints[0]) if len(checkpoints) == 1 else [os.fspath(path) for path in checkpoints],
+        "checkpoint_sha256": [sha256(path) for path in checkpoints],
+        "epoch": stored.get("epoch"),
+        "config": config.to_dict(),
+        "model": model.config.__dict__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "precision": precision(config, device, model),
+        "decoder": decode.chosen() if config.data.decoder == "auto" else config.data.decoder,
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def similarities(
+    task: Task, model: EVA02AT, config: Config, device: torch.device, rows: Sequence[int], options: Options
+) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """The task's similarities, which clips they are of (bool [clips]), and why others could not be read.
+
+    Raises:
+        Incomplete: a clip that cannot be read, without options.partial.
+    """
+    texts = torch.cat(list(embedding.of_texts(model, task.texts, config, device, task.normalize)))
+    clips, kept = torch.zeros(len(task.data), model.config.embed_dim), torch.zeros(len(task.data), dtype=torch.bool)
+    views = [view for view in options.tricks if view in embedding.VIEWS]
+    unreadable: dict[int, str] = {}
+    progress = Progress(len(rows), task.name)
+    try:
+        for batch in embedding.of_clips(
+            model, task.data, config, device, rows=rows, views=views, normalize=task.normalize or bool(views)
+        ):
+            unreadable |= batch.unreadable
+            if unreadable and not options.partial:
+                raise Incomplete(f"{next(iter(unreadable.values()))}; --allow-partial goes on without such clips")
+            clips[batch.rows], kept[batch.rows] = batch.embeddings, True
+            for _ in batch.rows:
+                progress.step()
+    finally:
+        progress.close()
+    if not kept.any():
+        raise Incomplete(f"none of the {len(kept)} clips can be read, the first: {next(iter(unreadable.values()), 'missing')}")
+    return task.compare(clips, texts), kept, unreadable
+
+
+def _usable(task, options, say):
+    """The rows that nothing speaks against, from headers alone: hours of decoding should not end at a missing file."""
+    report = check(task.data)
+    if report.findings:
+        say(str(report))
+    if len(report.broken) and not options.partial:
+        worst = max((f for f in report.findings if not f.usable), key=lambda f: len(f.rows))
+        raise Incomplete(
+            f"{len(report.broken)} of {report.clips} clips cannot be used; most are {worst.what}, first {worst.examples[0]}; "
+            "--allow-partial goes on without them"
+        )
+    if not len(report.usable):
+        raise Incomplete(f"none of the {report.clips} clips can be used")
+    return report.usable
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """The record for people: what was measured, beside the paper's numbers, and what differs."""
+    name, metrics = record["task"], {k: math.nan if v is None else v for k, v in record.items()}
+    label = "ours" + "".join(f" + {trick}" for trick in record["protocol"]["tricks"])
+    label += ", PARTIAL" * record["partial"] + ("" if record["published_test_set"] else ", another test set")
+    lines = [f"{name}, {record['stage']}; the paper's numbers ({paper.PAPER}) and ours, in per cent"]
+    lines += [paper.table(name, record["stage"], [(label, metrics)]), ""]
+    if record["partial"]:
+        lines.append(f"PARTIAL: {record['left_out']} clips were left out; the paper's numbers are of all of them")
+    if not record["published_test_set"]:
+        counts = ", ".join(f"{number:,} {what}" for what, number in paper.COUNTS[name].items())
+        lines.append(f"not the published test set{f', which has {counts}' if counts else ''}: not comparable with the paper's")
+    if name == "ek100-mir":
+        lines += _retrieval(record)
+    elif name == "egomcq":
+        lines.append(f"inter: {record['inter_questions']} questions of type 1, intra: {record['intra_questions']} of type 2")
+    else:
+        lines.append(f"{record['videos']} videos, {record['classes'] - record['absent']} classes occur")
+    lines += [f"note: {note}" for note in record["notes"]]
+    lines += [f"differs: {difference}" for difference in record["differences"]]
+    return "\n".join(lines)
+
+
+def write(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes the record as JSON, all at once."""
+    content = json.dumps(record, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(content.encode()))
+
+
+def _retrieval(record):
+    shown = lambda name: f"{record[name]:.2f}" if record.get(name) is not None else "-"  # noqa: E731
+    lines = [f"{record['clips']} clips, {record['captions']} captions", f"{'':<6}{'video->text':>13}{'text->video':>13}"]
+    for name in ("R@1", "R@5", "R@10", "MedR"):
+        lines.append(f"{name:<6}{shown(f'{name}_v2t'):>13}{shown(f'{name}_t2v'):>13}")
+    if "verb_accuracy" in record:
+        lines.append(f"verb accuracy of the caption retrieved first: {shown('verb_accuracy')} %")
+    if record["excluded_v2t"] or record["excluded_t2v"]:
+        left = f"{record['excluded_v2t']} clips, {record['excluded_t2v']} captions"
+        lines.append(f"left out of mAP, for nothing matches them exactly: {left}")
+    return lines
+
+
+def guess_stage(task: str, stored: Mapping[str, Any]) -> str:
+    """\"fine-tuned\" where a checkpoint's run was trained on the task's own corpus, else "zero-shot"."""
+    data = stored.get("config", {}).get("data", {})
+    kind = data.get("kind", "ek100-mir" if data else "")
+    own = {"ek100-mir": ("ek100-mir", "ek100-clips"), "charades-ego": ("charades-ego",)}
+    return "fine-tuned" if kind in own.get(task, ()) else "zero-shot"
+
+
+def run_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration and the epoch that a run's checkpoint holds; {} for other weights."""
+    if Path(path).suffix == ".safetensors":
+        return {}
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # what cannot be read is build_model's to say
+        return {}
+    found = {name: content[name] for name in ("config", "epoch") if name in content} if isinstance(content, dict) else {}
+    return found if isinstance(found.get("config", {}), dict) else {}
+
+
+def _published(name: str, clips: int, task: Task) -> bool:
+    mine = {"clips": clips, "captions": len(task.texts), "classes": len(task.texts)}
+    return all(mine[what] == number for what, number in paper.COUNTS[name].items())
+
+
+def _with_trick(options, trick):
+    return Options(**{**options.__dict__, "tricks": (*options.tricks, trick)})
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The hash of a file's bytes."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def precision(config: Config, device: torch.device, model: EVA02AT) -> str:
+    """\"bfloat16 autocast\" or "float32", whichever `inputs.autocast` gives."""
+    with inputs.autocast(config, device, model):
+        return "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else str(model.matrix_dtype).removeprefix("torch.")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this library and the packages that results may depend on, those that are installed."""
+    found = {"python": platform.python_version(), "evaat-fast": evaat_fast.__version__}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,173 @@
+"""The benchmarks as a model meets them: clips and texts to embed, and what is measured of their similarities.
+
+| task | clips | texts | measured |
+|---|---|---|---|
+| ek100-mir | the test split's | its captions | `mir`, `recall` |
+| egomcq | all candidates, each once | the questions' narrations | `mcq` |
+| charades-ego | whole test videos | the 157 class names | `charades` |
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaat_fast.data.dataset import ClipDataset
+from evaat_fast.data.readers import charades as charades_files
+from evaat_fast.data.readers import egomcq as egomcq_files
+from evaat_fast.data.table import ClipTable
+from evaat_fast.data.transforms import eval_transform
+from evaat_fast.eval import Result, charades, mcq, paper, tricks
+from evaat_fast.train import embedding, evaluation, inputs
+from evaat_fast.train.config import Config, ConfigError
+
+Scores = Literal["cosine", "lavila"]
+SCORES = ("cosine", "lavila")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a task is evaluated. scores: "cosine", or "lavila": EgoMCQ by clips' embeddings as long as they come, Charades-Ego
+    by a softmax over classes. prompt: what a class name is put into. tricks: of `eval.tricks.TRICKS`. temperature: of the
+    dual softmax. partial: go on without the clips that cannot be read."""
+
+    scores: Scores = "cosine"
+    prompt: str = "{}"
+    tricks: tuple[str, ...] = ()
+    temperature: float = 0.05
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """name: of `paper.TASKS`. data: the clips. texts: what is embedded besides. compare: of embeddings of clips and texts makes
+    similarities. judge: of similarities and of which clips were read, bool [clips], makes a Result. normalize: whether
+    embeddings are of length 1. protocol: what `paper.differences` takes."""
+
+    name: str
+    data: ClipDataset
+    texts: Sequence[str]
+    compare: Callable[[Tensor, Tensor], Tensor]
+    judge: Callable[[Tensor, Tensor], Result]
+    normalize: bool = True
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+def open_task(name: str, config: Config, options: Options) -> Task:
+    """A task on the files of config.data.
+
+    Raises:
+        ConfigError: options that the task does not have. FileNotFoundError, ValueError: files that are missing or cannot be
+            read; with options.partial missing videos are not among them.
+    """
+    if name not in paper.TASKS:
+        raise ConfigError(f"--task: expected one of {', '.join(paper.TASKS)}, got {name!r}")
+    if unknown := [trick for trick in options.tricks if trick not in tricks.TRICKS]:
+        raise ConfigError(f"--trick: expected one of {', '.join(tricks.TRICKS)}, got {unknown[0]!r}")
+    if "dual-softmax" in options.tricks and name != "ek100-mir":
+        raise ConfigError(f"--trick: the dual softmax is of retrieval, ek100-mir; {name} has no such thing")
+    if options.scores not in SCORES or (options.scores != "cosine" and name == "ek100-mir"):
+        raise ConfigError(f"--scores: expected cosine, or lavila for egomcq and charades-ego, got {options.scores!r}")
+    if options.prompt.count("{}") != 1 or (options.prompt != "{}" and name != "charades-ego"):
+        raise ConfigError(f"--prompt: expected a text with one {{}}, and for charades-ego only, got {options.prompt!r}")
+    task: Task = {"ek100-mir": _ek100, "egomcq": _egomcq, "charades-ego": _charades}[name](config, options)
+    if "three-crops" in options.tricks:
+        task.data.transform = embedding.ThreeCrops(eval_transform(inputs.model_config(config).image_size))
+    return task
+
+
+def _ek100(config: Config, options: Options) -> Task:
+    data = inputs.test_split(config, "broken" if options.partial else "raise")
+
+    def judge(sim: Tensor, kept: Tensor) -> Result:
+        if "dual-softmax" in options.tricks:
+            sim = sim.clone()
+            sim[kept] = tricks.dual_softmax(sim[kept], options.temperature)
+        return evaluation.report(sim, data, kept)
+
+    protocol = {"captions": "own narration by narration_id"}
+    if "dual-softmax" in options.tricks:
+        protocol["dual_softmax_temperature"] = str(options.temperature)
+    return Task("ek100-mir", data, data.captions, embedding.similarity, judge, protocol=protocol)
+
+
+def _egomcq(config: Config, options: Options) -> Task:
+    questions = _questions(Path(config.data.annotations))
+    data = _clips(questions.clips, config, options)
+    choices, normalize = torch.from_numpy(np.asarray(questions.choices)), options.scores == "cosine"
+    # Questions share texts, and clips.
+    number = {text: i for i, text in enumerate(dict.fromkeys(questions.texts))}
+    asked = torch.tensor([number[text] for text in questions.texts])
+
+    def compare(clips: Tensor, texts: Tensor) -> Tensor:
+        return mcq.scores(texts[asked], clips[choices], normalize)
+
+    def judge(sim: Tensor, kept: Tensor) -> Result:
+        whole = kept[choices].all(1)
+        _some(whole, "question of which all clips", "read")
+        result = mcq.report(sim[whole], questions.answers[whole.numpy()], questions.types[whole.numpy()])
+        return _left_out(result, "questions", whole)
+
+    scores = "cosine" if normalize else "products with clips as long as they come (LaViLa)"
+    return Task("egomcq", data, list(number), compare, judge, normalize, {"scores": scores})
+
+
+def _questions(path: Path) -> egomcq_files.Questions:
+    """From egomcq.json, its folder, or what `prepare` made of it."""
+    prepared = path / "egomcq" if (path / "egomcq").is_dir() else path
+    if (prepared / "test-questions.npz").is_file():
+        with np.load(prepared / "test-questions.npz", allow_pickle=False) as found:
+            texts, choices, answers, types = (found[name] for name in ("texts", "choices", "answers", "types"))
+        return egomcq_files.Questions(texts.tolist(), choices, answers, types, ClipTable.open(prepared / "test.arrow"))
+    return egomcq_files.read(path / "egomcq.json" if path.is_dir() else path)
+
+
+def _charades(config: Config, options: Options) -> Task:
+    path = Path(config.data.annotations)
+    prepared = path / "charades-ego" if (path / "charades-ego").is_dir() else path
+    if (prepared / "test-classes.json").is_file():
+        table, names = ClipTable.open(prepared / "test.arrow"), json.loads((prepared / "test-classes.json").read_text())
+    else:
+        table, names = charades_files.read(path, "test"), charades_files.classes(path)
+    data = _clips(table, config, options)
+    labels = torch.zeros(len(table), len(names), dtype=torch.bool)
+    for row, classes in zip(labels, table.column("labels"), strict=True):
+        row[torch.from_numpy(np.array(classes, np.int64))] = True
+    softmax = options.scores == "lavila"
+
+    def judge(sim: Tensor, kept: Tensor) -> Result:
+        _some(kept, "video", "read")
+        return charades.report(sim[kept], labels[kept], softmax)
+
+    protocol = {"scores": "softmax over classes (LaViLa, fine-tuned)" if softmax else "cosine", "prompt": options.prompt}
+    texts = [options.prompt.format(name) for name in names]
+    return Task("charades-ego", data, texts, embedding.similarity, judge, protocol=protocol)
+
+
+def _clips(table: ClipTable, config: Config, options: Options) -> ClipDataset:
+    wanted = inputs.model_config(config)
+    return ClipDataset(
+        table,
+        config.data.videos,
+        num_frames=wanted.num_frames,
+        transform=eval_transform(wanted.image_size),
+        training=False,
+        sampler=config.data.sampler,
+        decoder=config.data.decoder,
+        missing="broken" if options.partial else "raise",
+    )
+
+
+def _some(kept, what, done):
+    if not kept.any():
+        raise ValueError(f"there is no {what} could be {done}")
+
+
+def _left_out(result: Result, what: str, kept: Tensor) -> Result:
+    left = int((~kept).sum())
+    return Result(result.metrics, {**result.counts, f"{what}_left_out": left}, result.notes) if left else result
