@@ -1,0 +1,146 @@
+"""The pages of docs/datasets, followed word by word on miniature files of the real names and layouts, whole and damaged."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import formats
+import pytest
+from corpus import corpus
+from test_readme import blocks
+
+from evaat_fast.train.config import toml_value
+
+pytest.importorskip("av")
+pytest.importorskip("pyarrow")
+pytest.importorskip("tokenizers")
+
+ROOT = Path(__file__).resolve().parents[1]
+# In this order: what is fine-tuned was pretrained on the first page.
+PAGES = [ROOT / "docs" / "datasets" / f"{name}.md" for name in ("ego4d", "ek100", "charades-ego")]
+FENCE = re.compile(r"^```(bash|toml)\n(.*?)^```$", re.S | re.M)
+TINY = {
+    "model": {
+        "name": "eva02_at_tiny_patch16_64",
+        "num_frames": 2,
+        "overrides": {
+            "patch_size": 32,
+            "vision_layers": 1,
+            "text_layers": 1,
+            "vision_width": 32,
+            "vision_heads": 1,
+            "vision_mlp": 32,
+        },
+    },
+    "data": {"workers": 0},
+    "train": {"epochs": 1, "batch_size": 8, "device": "cpu"},
+}
+
+
+def place(folder):
+    """The miniature data sets where the pages have them."""
+    made = formats.kitchen()
+    for name, target in {
+        "Ego4D": made.ego4d,
+        "EK100/epic-kitchens-100-annotations/retrieval_annotations": made.ek100,
+        "EK100/video_320p_15sec": corpus().videos,
+        "CharadesEgo/CharadesEgo": made.charades,
+        "CharadesEgo/CharadesEgo_v1_480": made.charades_videos,
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return place(tmp_path_factory.mktemp("walkthrough"))
+
+
+def small(text):
+    """A page's configuration for a model that trains in seconds; all that says where data lie, and how they are read, stays."""
+    tomllib = pytest.importorskip("tomllib")
+    values = tomllib.loads(text)
+    values["model"].pop("pretrained", None)
+    for section, changes in TINY.items():
+        values[section] = {**values.get(section, {}), **changes}
+    values["schedule"]["warmup_epochs"] = min(values["schedule"]["warmup_epochs"], 1)
+    return "\n".join(f"[{s}]\n" + "\n".join(f"{k} = {toml_value(v)}" for k, v in keys.items()) for s, keys in values.items())
+
+
+def evaat_fast(line, folder):
+    words = shlex.split(line)
+    assert words[0] == "evaat-fast"
+    return subprocess.run([sys.executable, "-m", "evaat_fast", *words[1:]], cwd=folder, capture_output=True, text=True)
+
+
+def steps(page):
+    """("toml", name, text) and ("bash", line, None), in order."""
+    for language, code in FENCE.findall(page.read_text()):
+        if language == "toml":
+            yield "toml", re.match(r"# (\S+\.toml)\n", code)[1], code
+        else:
+            yield from (("bash", line, None) for line in code.splitlines())
+
+
+@pytest.mark.together("walkthroughs")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_can_be_followed(page, workspace):
+    said = ""
+    for kind, what, text in steps(page):
+        if kind == "toml":
+            (workspace / what).write_text(small(text))
+            continue
+        run = evaat_fast(what, workspace)
+        assert run.returncode == 0, f"{what}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
+        said += run.stdout
+    assert "nothing wrong found" in said
+    assert "EVA02-AT" in said  # the paper's rows stand beside ours
+
+
+def test_every_page_is_followed():
+    assert sorted(PAGES) == sorted((ROOT / "docs" / "datasets").glob("*.md"))
+    assert all(blocks(page, "bash") and blocks(page, "toml") for page in PAGES)
+
+
+DAMAGE = {
+    "ego4d": ("Ego4D/egoclip.csv", "Ego4D/video_15s/*/0.mp4"),
+    "ek100": (
+        "EK100/epic-kitchens-100-annotations/retrieval_annotations/EPIC_100_retrieval_train.csv",
+        "EK100/video_320p_15sec/P01/*/0.MP4",
+    ),
+    "charades-ego": ("CharadesEgo/CharadesEgo/CharadesEgo_v1_test_only1st.csv", "CharadesEgo/CharadesEgo_v1_480/*.mp4"),
+}
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """The data sets as files of the test's own."""
+    original = place(tmp_path / "linked")
+    shutil.copytree(original, tmp_path / "own")
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_damage_is_named_and_counted(page, spoilt):
+    metadata, pattern = DAMAGE[page.stem]
+    prepare = next(what for kind, what, _ in steps(page) if kind == "bash" and what.startswith("evaat-fast prepare"))
+    video = sorted(spoilt.glob(pattern))[0]
+    video.write_bytes(video.read_bytes()[:1000])
+    run = evaat_fast(prepare, spoilt)
+    assert run.returncode == 1 and "INCOMPLETE" in run.stdout and "1 files damaged" in run.stdout, run.stdout + run.stderr
+    assert video.name in run.stdout and "get what is missing" in run.stdout
+    _, name, text = next(step for step in steps(page) if step[0] == "toml")
+    (spoilt / name).write_text(small(text).replace("init =", "# init ="))
+    run = evaat_fast(f"evaat-fast check {name}", spoilt)
+    assert run.returncode == 1 and "files that cannot be read" in run.stdout and str(video.name) in run.stdout
+    run = evaat_fast(f"evaat-fast train {name}", spoilt)
+    assert run.returncode == 2 and "cannot be used, more than data.max_broken" in run.stderr.splitlines()[-1]
+    table = spoilt / metadata
+    table.write_bytes(table.read_bytes()[:-40])
+    run = evaat_fast(prepare, spoilt)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+    assert re.search(rf"{table.name}: (the last )?line", run.stderr), run.stderr
