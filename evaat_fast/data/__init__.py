@@ -19,10 +19,12 @@ _LAZY = {
 _SUBMODULES = (
     "cache",
     "check",
+    "chunks",
     "corpora",
     "dataset",
     "decode",
     "ek100",
+    "ek100_files",
     "kinds",
     "kitchen",
     "kitchen_formats",
@@ -44,6 +46,7 @@ __all__ = [*_LAZY, *_SUBMODULES]
 if TYPE_CHECKING:
     from evaat_fast.data import cache as cache
     from evaat_fast.data import check as check
+    from evaat_fast.data import chunks as chunks
     from evaat_fast.data import corpora as corpora
     from evaat_fast.data import dataset as dataset
     from evaat_fast.data import decode as decode

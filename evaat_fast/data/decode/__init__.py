@@ -32,6 +32,7 @@ __all__ = [
     "DECODERS",
     "ORDER",
     "Decoder",
+    "Header",
     "OutsideError",
     "Reader",
     "VideoError",

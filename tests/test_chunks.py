@@ -1,0 +1,121 @@
+"""Re-encoding to chunks: the same frames at the same times, whatever was interrupted."""
+
+import argparse
+import random
+
+import numpy as np
+import pytest
+
+from evaat_fast.data import chunks, layout, video
+
+av = pytest.importorskip("av")
+from films import film, numbers, shown  # noqa: E402
+
+EVEN = [n / 30 for n in range(130)]
+JITTER = [round(3000 * n + random.Random(n).uniform(-1000, 1000) * (n > 0)) / 90_000 for n in range(130)]
+SMALL = chunks.Settings(seconds=2, short_side=112, crf=10)
+
+
+@pytest.mark.parametrize(
+    "times, how, begin",
+    [
+        (EVEN, {}, 0),
+        (EVEN, {"options": {"g": "250"}, "shift": -0.7}, 0.7),
+        (JITTER, {}, 0),
+        ([n / 29.97 for n in range(130)], {"rate": 30}, 0),
+    ],
+    ids=["even", "edit list", "jitter", "ntsc"],
+)
+def test_chunks_show_what_the_video_shows(tmp_path, times, how, begin):
+    film(tmp_path / "in" / "P01" / "videos" / "v.MP4", times, **how)
+    videos = chunks.discover(tmp_path / "in")
+    assert list(videos) == ["P01/v"]
+    assert chunks.write(videos, tmp_path / "out", SMALL, workers=1) == {}
+    source = layout.find(tmp_path / "out", videos)["P01/v"]
+    assert (source.kind, source.starts) == ("chunks", (0.0, 2.0, 4.0) if not begin else (0.0, 2.0))
+    assert video.probe(source.files[0]).fps == pytest.approx(video.probe(videos["P01/v"].files[0]).fps, abs=0.1)
+    frames = (np.arange(1, 105, 7) + 0.5) / 30
+    clip = [video.read_clip(source, t - 0.5 / 30, t, 1).numpy()[0] for t in frames]
+    assert np.abs(np.array(numbers(clip)) - shown([t - begin for t in times], frames)).max() <= (0 if times is EVEN else 1)
+
+
+def test_they_are_small_upright_and_decode_fast(tmp_path):
+    film(tmp_path / "in" / "v.mp4", EVEN, turn=90, size=(256, 128))
+    chunks.write(chunks.discover(tmp_path / "in"), tmp_path / "out", chunks.Settings(seconds=3, short_side=112), workers=1)
+    path = tmp_path / "out" / "v.mp4" / "0.mp4"
+    info = video.probe(path)
+    assert (info.width, info.height, info.rotation) == (112, 224, 0)
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+    assert [n for n, p in enumerate(packets) if p.is_keyframe] == list(range(0, 90, 15))
+    assert all(p.pts == p.dts for p in packets)
+
+
+@pytest.mark.parametrize("options", [{}, {"x264-params": "open-gop=1:keyint=12:bframes=3"}], ids=["closed", "open"])
+def test_work_goes_on_where_it_was(tmp_path, options):
+    film(tmp_path / "in" / "v.mp4", EVEN, options=options)
+    videos = chunks.discover(tmp_path / "in")
+    chunks.write(videos, tmp_path / "whole", SMALL, workers=1)
+    chunks.write(videos, tmp_path / "out", SMALL, workers=1)
+    (tmp_path / "out" / "v.mp4").rename(tmp_path / "out" / "v.mp4.part")
+    for name in ("2.mp4", "4.mp4"):
+        (tmp_path / "out" / "v.mp4.part" / name).unlink()
+    (tmp_path / "out" / "v.mp4.part" / "2.part").write_bytes(b"half of it")
+    kept = (tmp_path / "out" / "v.mp4.part" / "0.mp4").stat().st_mtime_ns
+    chunks.write(videos, tmp_path / "out", SMALL, workers=1)
+    folder = tmp_path / "out" / "v.mp4"
+    assert sorted(p.name for p in folder.iterdir()) == ["0.mp4", "2.mp4", "4.mp4"]
+    assert (folder / "0.mp4").stat().st_mtime_ns == kept
+    for name in ("2.mp4", "4.mp4"):
+        one, two = (video.read_clip(f / "v.mp4" / name, 0, 0.3, 4) for f in (tmp_path / "whole", tmp_path / "out"))
+        assert (one == two).all()
+    assert chunks.write(videos, tmp_path / "out", SMALL, workers=1) == {}
+
+
+def test_what_cannot_be_read_is_told(tmp_path):
+    film(tmp_path / "in" / "a.mp4", EVEN)
+    (tmp_path / "in" / "b.mp4").write_bytes(b"no video")
+    short = film(tmp_path / "in" / "c.mp4", EVEN, container={"movflags": "faststart"})
+    short.write_bytes(short.read_bytes()[:-3000])
+    seen = []
+    videos = chunks.discover(tmp_path / "in")
+    failed = chunks.write(videos, tmp_path / "out", SMALL, workers=2, progress=lambda *args: seen.append(args))
+    assert sorted(failed) == ["b", "c"] and "b.mp4: " in failed["b"] and "c.mp4: " in failed["c"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.mp4", "chunks.json"]
+    with pytest.raises(ValueError, match="chunks of other settings are there: .*112"):
+        chunks.write(videos, tmp_path / "out", chunks.Settings(seconds=2))
+    assert sorted(name for name, _, _ in seen) == ["a", "b", "c"] and [done for _, done, _ in seen] == [1, 2, 3]
+
+
+def test_the_cost_is_told_first(tmp_path, capsys):
+    for name in "abc":
+        film(tmp_path / "in" / f"{name}.mp4", EVEN)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--videos")
+    chunks.add_arguments(parser)
+    words = ["--videos", str(tmp_path / "in"), "--chunk", str(tmp_path / "out"), "--chunk-seconds", "2", "--workers", "2"]
+    assert chunks.run(parser.parse_args([*words, "--dry-run"])) == 0
+    assert not (tmp_path / "out").exists()
+    assert "3 videos, 0.2 minutes: about 1 minutes and" in capsys.readouterr().out
+    cost = chunks.estimate(chunks.discover(tmp_path / "in"), tmp_path / "out", chunks.Settings(seconds=2))
+    assert chunks.run(parser.parse_args(words)) == 0
+    written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.mp4") if p.is_file())
+    assert cost.bytes == pytest.approx(written, rel=0.2)
+    assert "3 of 3: " in capsys.readouterr().out
+    assert chunks.estimate(chunks.discover(tmp_path / "in"), tmp_path / "out").videos == 0
+
+
+@pytest.mark.parametrize("name, value", [("seconds", 0), ("short_side", 8.5), ("crf", -1), ("gop", True)])
+def test_bad_settings(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected an int from"):
+        chunks.Settings(**{name: value})
+
+
+def test_a_name_twice_is_an_error(tmp_path):
+    for place in ("P01/v.mp4", "P01/videos/v.mp4"):
+        film(tmp_path / place, EVEN[:5])
+    with pytest.raises(ValueError, match="two files of 'P01/v'"):
+        chunks.discover(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no video in"):
+        chunks.discover(tmp_path / "empty")
