@@ -3,7 +3,8 @@
     from evaat_fast.train import load, train
     result = train(load("run.toml", ["optim.lr=1e-4"]))
 
-The commands `evaat-fast train`, `eval` and `demo` are thin wrappers of `train`, `evaluation.evaluate` and `demo.run`.
+The commands `evaat-fast train`, `eval`, `features` and `demo` are thin wrappers of `train`, `outcome.run`, `features.write` and
+`demo.run`.
 """
 
 from typing import TYPE_CHECKING
@@ -15,15 +16,20 @@ _SUBMODULES = (
     "checkpoint",
     "config",
     "demo",
+    "embedding",
     "evaluation",
+    "evaluation_config",
+    "features",
     "inputs",
     "log",
     "masters",
+    "outcome",
     "packages",
     "report",
     "sampler",
     "schedules",
     "steps",
+    "tasks",
     "trainer",
 )
 
@@ -34,15 +40,20 @@ if TYPE_CHECKING:
     from evaat_fast.train import checkpoint as checkpoint
     from evaat_fast.train import config as config
     from evaat_fast.train import demo as demo
+    from evaat_fast.train import embedding as embedding
     from evaat_fast.train import evaluation as evaluation
+    from evaat_fast.train import evaluation_config as evaluation_config
+    from evaat_fast.train import features as features
     from evaat_fast.train import inputs as inputs
     from evaat_fast.train import log as log
     from evaat_fast.train import masters as masters
+    from evaat_fast.train import outcome as outcome
     from evaat_fast.train import packages as packages
     from evaat_fast.train import report as report
     from evaat_fast.train import sampler as sampler
     from evaat_fast.train import schedules as schedules
     from evaat_fast.train import steps as steps
+    from evaat_fast.train import tasks as tasks
     from evaat_fast.train import trainer as trainer
     from evaat_fast.train.config import Config as Config
     from evaat_fast.train.config import ConfigError as ConfigError
