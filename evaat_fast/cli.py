@@ -137,6 +137,9 @@ def _parser():
     )
     command.add_argument("--out", default="prepared", metavar="DIR", help="where DATASET/ is made (prepared)")
     command.add_argument("--force", action="store_true", help="make anew what is up to date, too")
+    from evaat_fast.data import chunks
+
+    chunks.add_arguments(command)
     command.set_defaults(run=_prepare)
 
     command = commands.add_parser("make-kitchen", help="generate the toy kitchen, a corpus in EK-100's layout")
@@ -333,10 +336,28 @@ def _prepare(arguments):
         for bar in bars.values():
             bar.close()
     print(report)
+    if arguments.chunk:
+        return _chunk(arguments, report)
     if not report.complete:
         print("next: get what is missing and run this again")
         return 1
     print("next: evaat-fast train --keys > run.toml, then evaat-fast train run.toml")
+
+
+def _chunk(arguments, report):
+    """Re-encodes the videos that the data set's tables name, of those that are whole files."""
+    from evaat_fast.data import ClipTable, chunks, layout
+    from evaat_fast.train.trainer import check_folder
+
+    if not arguments.videos:
+        raise _Mistake("--chunk: of which videos? give their folder as --videos")
+    check_folder(arguments.chunk, "--chunk")
+    names = dict.fromkeys(name for path in report.tables.values() for name in ClipTable.open(path).videos())
+    found = layout.find(arguments.videos, names, missing="skip")
+    whole = {name: source for name, source in found.items() if source.kind == "whole"}
+    if not whole:
+        raise _Mistake(f"--chunk: expected whole videos in {arguments.videos!r}; found {len(found)} of {len(names)}, in chunks")
+    return chunks.run(arguments, whole)
 
 
 def _advance(bars, what, done, total):
