@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from harness import DTYPES, Benchmark, run
 
-from evaat_fast.data.labels import kinds_relevancy
+from evaat_fast.data.kinds import kinds_relevancy
 from evaat_fast.eval import mir
 
 NAMES = ("mAP_v2t", "mAP_t2v", "nDCG_v2t", "nDCG_t2v")

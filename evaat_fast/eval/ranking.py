@@ -40,18 +40,30 @@ def rank(sim: Tensor, relevancy: Tensor) -> Ranked:
         return Ranked(*map(torch.cat, zip(*_gpu_tiles(sim, relevancy), strict=True)))
     sim, labels = sim.cpu(), relevancy.cpu().numpy()
     rows, columns = sim.shape
-    scores = sim.numpy() if sim.dtype in (torch.float32, torch.float64) else None
+    scores = _array(sim)
     discounts = 1 / np.log2(np.arange(2.0, columns + 2))
     step = max(1, _CPU_TILE // columns)
 
     def tile(first):
         some = slice(first, first + step)
-        mine = sim[some].float().numpy() if scores is None else scores[some]
-        return _cpu_tile(mine, labels[some], discounts)
+        return _cpu_tile(_floats(scores[some]), labels[some], discounts)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         parts = list(pool.map(tile, range(0, rows, step)))
     return Ranked(*(torch.from_numpy(np.concatenate(some)).to(relevancy.device) for some in zip(*parts, strict=True)))
+
+
+def _array(sim):
+    """A NumPy view of the tensor: of bfloat16, which NumPy lacks, as the upper halves of float32; rarer types are float32."""
+    if sim.dtype == torch.bfloat16:
+        return sim.view(torch.int16).numpy().view(np.uint16)
+    return (sim if sim.dtype in (torch.float16, torch.float32, torch.float64) else sim.float()).numpy()
+
+
+def _floats(tile):
+    if tile.dtype == np.uint16:
+        return np.left_shift(tile, 16, dtype=np.uint32).view(np.float32)
+    return tile.astype(np.float32) if tile.dtype == np.float16 else tile
 
 
 def _cpu_tile(sim, relevancy, discounts):
@@ -71,7 +83,7 @@ def _cpu_tile(sim, relevancy, discounts):
     hits = np.bincount(of[hit], minlength=rows)
     packed.sort(axis=1)
     best = packed[:, ::-1] @ discounts[: packed.shape[1]]
-    if _reverse_ties(ranked, tied):
+    if _reverse_ties(ranked, tied, columns, relevant):
         at, values = _relevant(ranked)
         of = at // columns
     place = at - of * columns
@@ -106,22 +118,26 @@ def _order(sim):
         key += start
         return key.reshape(-1), tied.reshape(-1)
     key &= low
-    values = np.take_along_axis(sim, key, 1)
-    for row in np.flatnonzero((values[:, 1:] > values[:, :-1]).any(1)):  # differ where the columns lay
-        key[row] = (0.0 - sim[row]).argsort(kind="stable")
-        values[row] = sim[row, key[row]]
-    np.equal(values[:, 1:], values[:, :-1], out=tied[:, :-1])
     key += start
+    sim = np.ascontiguousarray(sim)
+    values = sim.reshape(-1).take(key)
+    for row in np.flatnonzero((values[:, 1:] > values[:, :-1]).any(1)):  # differ where the columns lay
+        order = (0.0 - sim[row]).argsort(kind="stable")
+        key[row], values[row] = order + start[row], sim[row, order]
+    np.equal(values[:, 1:], values[:, :-1], out=tied[:, :-1])
     return key.reshape(-1), tied.reshape(-1)
 
 
-def _reverse_ties(ranked, tied):
-    """Reverses every run of ties in the flat array; whether that changed it."""
+def _reverse_ties(ranked, tied, columns, relevant):
+    """Reverses the runs of ties in the flat array that begin among a row's first `relevant`; whether that changed it."""
     at = np.flatnonzero(tied)
     if not len(at):
         return False
     first = np.concatenate(([True], np.diff(at) != 1))
     starts, ends = at[first], at[np.concatenate((first[1:], [True]))] + 1
+    row = starts // columns
+    shown = starts - row * columns < relevant[row]
+    starts, ends = starts[shown], ends[shown]
     sizes = ends - starts + 1
     place = np.arange(sizes.sum()) + np.repeat(starts - (sizes.cumsum() - sizes), sizes)
     old, new = ranked[place], ranked[np.repeat(starts + ends, sizes) - place]
