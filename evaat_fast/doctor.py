@@ -1,21 +1,25 @@
 """What is installed, which backend serves which op here, and the reason for everything that is not used."""
 
 import importlib.metadata
+import math
 import os
 import platform
 
 import torch
 
 import evaat_fast
+from evaat_fast.data import decode
+from evaat_fast.data.decode import speed
 from evaat_fast.ops._core import dispatch as _dispatch
 
 _PACKAGES = (
     "numpy",
     "einops",
     "triton",
+    "av",
+    "torchcodec",
     "decord2",
     "decord",
-    "av",
     "pyarrow",
     "tokenizers",
     "ftfy",
@@ -28,7 +32,7 @@ _ISA = ("plain C++", "AVX2", "AVX-512")
 
 def report() -> str:
     """The whole report as text."""
-    return "\n".join([*_versions(), "", *_backends(), "", *_table()])
+    return "\n".join([*_versions(), "", *_backends(), "", *_decoders(), "", *_table()])
 
 
 def healthy() -> bool:
@@ -76,7 +80,7 @@ def _versions():
     lines = [f"evaat-fast {evaat_fast.__version__}, Python {platform.python_version()}, torch {torch.__version__}"]
     found = [(p, _version(p)) for p in _PACKAGES]
     lines.append("packages  " + ", ".join(f"{p} {v}" for p, v in found if v))
-    missing = [p for p, v in found if not v and p != "decord"]
+    missing = [p for p, v in found if not v and p not in ("decord", "torchcodec")]
     if missing:
         lines.append("missing   " + ", ".join(missing) + "  (extras: video, train, bench)")
     if torch.cuda.is_available():
@@ -104,6 +108,25 @@ def _backends():
     if os.environ.get("EVAAT_FAST_BACKEND"):
         lines.append(f"EVAAT_FAST_BACKEND={os.environ['EVAAT_FAST_BACKEND']}")
     return lines
+
+
+def _decoders():
+    """Who decodes videos, why, and for how fast a GPU one core is enough."""
+    problems = {name: decode.why_not(name) for name in decode.ORDER}
+    served = next((name for name, problem in problems.items() if problem is None), None)
+    lines = ['video decoders (* is "auto")']
+    for name, why in decode.ORDER.items():
+        state = f"not usable: {problems[name]}" if problems[name] else why
+        lines.append(f"  {'*' if name == served else ' '} {name:<12}{state}")
+    if served is None:
+        return lines
+    try:
+        rate = speed.clips_per_second(served)
+    except Exception as error:  # an FFmpeg without x264, for one
+        return [*lines, f"  its speed was not measured: {error}"]
+    cores = ", ".join(f"{math.ceil(wanted / rate)} for {wanted}" for wanted in (100, 200, 500))
+    size = f"16 frames of {speed.WIDTH} x {speed.HEIGHT} from chunks"
+    return [*lines, f"  {rate:.0f} clips/s on one core here ({size}); cores that a GPU needs: {cores} clips/s"]
 
 
 def _table():

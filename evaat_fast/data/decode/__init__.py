@@ -22,9 +22,9 @@ Decoder = Literal["auto", "av", "torchcodec", "decord"]
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 # In the order in which "auto" tries them, each with the reason for its place.
 ORDER: dict[Decoder, str] = {
-    "av": "reads every container here; refuses damaged pictures; no file of a fuzz crashed it; at least as fast as the others",
-    "torchcodec": "refuses damaged files too, but needs FFmpeg's libraries and a torch that it was built for",
-    "decord": "needs the whole file read first, knows no edit lists, and shows damaged pictures",
+    "av": "right for every file that the tests have, refuses damaged pictures, and is the fastest",
+    "torchcodec": "right too, but for open groups of pictures and AVI, which it refuses; reads a whole file first",
+    "decord": "refuses edit lists, open groups of pictures and more, reads a whole file first, and believes most damage",
 }
 _MODULES = {"av": "AvReader", "torchcodec": "TorchcodecReader", "decord": "DecordReader"}
 
