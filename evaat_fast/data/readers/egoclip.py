@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from evaat_fast.data.readers.large import Skipped, check_units, table_of
+from evaat_fast.data.readers.large import Skipped, check_units, joined, table_of
 from evaat_fast.data.table import ClipTable
 
 __all__ = ["read"]
@@ -47,6 +47,8 @@ def read(path: str | os.PathLike[str], *, skip: float = 0.001) -> ClipTable:
         that occurs twice, a file that ends within a line, times that are no seconds.
         ImportError: pyarrow is missing.
     """
+    import pyarrow as pa
+
     path = Path(path)
     skipped = Skipped(path, skip)
     parts: dict[str, list[Any]] = {name: [] for name in ("id", "video", "start", "stop", "texts", "verbs", "nouns")}
@@ -69,24 +71,11 @@ def read(path: str | os.PathLike[str], *, skip: float = 0.001) -> ClipTable:
     if beyond > _BEYOND * count:
         said = f"{beyond:,} of {count:,} clips start after their video ends, first {first}"
         raise ValueError(f"{path}: clip_start: expected seconds of the video, whose length video_dur is; {said}")
-    columns = {}
-    for name in parts:  # one after another, so that only one is there twice
-        columns[name] = _joined(name, parts[name])
-        parts[name] = []
+    columns = {name: joined(parts.pop(name)) for name in list(parts)}
+    columns["texts"] = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32)), columns["texts"])
     check_units(path, columns["start"].to_numpy(), columns["stop"].to_numpy())
     facts = {"source": [path.name], "skipped": reasons, "moved": moved, "beyond": beyond}
     return table_of(columns, dataset="egoclip", split="train", **facts)
-
-
-def _joined(name, arrays):
-    import pyarrow as pa
-
-    if name in ("start", "stop"):
-        return pa.array(np.concatenate(arrays))
-    whole = pa.concat_arrays(arrays)
-    if name != "texts":
-        return whole
-    return pa.ListArray.from_arrays(pa.array(np.arange(len(whole) + 1, dtype=np.int32)), whole)
 
 
 def _batches(path: Path, skipped: Skipped) -> Iterator[dict[str, Any]]:

@@ -18,15 +18,18 @@ Source: Zhao et al., "Learning Video Representations from Large Language Models"
 of its code.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evaat_fast.data.readers import pickles
-from evaat_fast.data.readers.large import Skipped, check_units, table_of
+from evaat_fast.data.readers.large import Skipped, check_units, joined, table_of
 from evaat_fast.data.table import ClipTable
 
 __all__ = ["FILES", "read"]
@@ -77,13 +80,26 @@ def read(
     for kind, file in files.items():
         before = columns.count
         reasons = Skipped(file, skip)
-        for first, batch in _numbered(file):
-            columns.add(batch, kind, first, reasons)
+        with _no_collection():
+            for first, batch in _numbered(file):
+                columns.add(batch, kind, first, reasons)
         rows[file.name] = columns.count - before
         skipped[file.name] = reasons.finish(rows[file.name])
         check_units(file, columns.times("start", before), columns.times("stop", before))
     facts = {"source": [f.name for f in files.values()], "rows": rows, "skipped": skipped, "empty": columns.empty}
     return table_of(columns.arrays(), dataset="egoclip-plus", split=split, **facts)
+
+
+@contextmanager
+def _no_collection():
+    """Without the cyclic garbage collector, which looks for cycles in millions of rows that have none."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _numbered(file: Path) -> Iterator[tuple[int, list[Any]]]:
@@ -109,38 +125,32 @@ class _Columns:
         import pyarrow as pa
         from pyarrow import compute as pc
 
-        good: list[int] = []
-        for number, row in enumerate(rows, first):
-            if type(row) is tuple and 4 <= len(row) <= 5 or type(row) is list and 4 <= len(row) <= 5:
-                uid, start, stop, texts = row[:4]
-                if type(uid) is bytes and uid and _real(start) and _real(stop) and _texts(texts):
-                    good.append(number)
-                    continue
-            reason, got = _fault(row)
-            skipped.add(reason, 1, f"row {number}: got {got}".__str__)
-        chosen = rows if len(good) == len(rows) else [rows[number - first] for number in good]
-        starts = np.array([row[1] for row in chosen], np.float64)
-        stops = np.array([row[2] for row in chosen], np.float64)
-        flat: list[bytes] = []
-        counts = np.empty(len(chosen), np.int64)
-        for place, row in enumerate(chosen):
-            texts = row[3]
-            if type(texts) is bytes:
-                flat.append(texts)
-                counts[place] = 1
-            else:
-                flat += texts
-                counts[place] = len(texts)
+        numbers = np.arange(first, first + len(rows))
+        columns = _uniform(rows)
+        if columns is None:  # a row is not as it should be: one by one
+            faults = [_fault(row) for row in rows]
+            for number, fault in enumerate(faults, first):
+                if fault:
+                    skipped.add(fault[0], 1, f"row {number}: got {fault[1]}".__str__)
+            good = [fault is None for fault in faults]
+            rows, numbers = [row for row, keep in zip(rows, good, strict=True) if keep], numbers[good]
+            if not rows:
+                return None
+            columns = _columns(rows)
+        names, begins, ends, words = columns
+        starts, stops = np.array(begins, np.float64), np.array(ends, np.float64)
+        counts = np.fromiter(map(len, words), np.int64, len(words))
+        flat = list(chain.from_iterable(words))
         # The large type, as ten texts for each of four million clips are more bytes than 32 bits count.
-        uids, words = _decoded([row[0] for row in chosen], pa.string()), _decoded(flat, pa.large_string())
-        if uids is None or words is None:
-            return self._halved(chosen, kind, first, skipped, good)
-        words = pc.utf8_trim_whitespace(words)
-        owner = np.repeat(np.arange(len(chosen)), counts)
-        said = pc.not_equal(pc.binary_length(words), 0).to_numpy(zero_copy_only=False)
-        filled = np.bincount(owner[said], minlength=len(chosen))
+        uids, texts = _decoded(names, pa.string()), _decoded(flat, pa.large_string())
+        if uids is None or texts is None:
+            return self._halved(rows, kind, numbers, skipped)
+        texts = pc.utf8_trim_whitespace(texts)
+        owner = np.repeat(np.arange(len(rows)), counts)
+        said = pc.not_equal(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+        filled = np.bincount(owner[said], minlength=len(rows))
 
-        fine = np.ones(len(chosen), bool)
+        fine = np.ones(len(rows), bool)
         for reason, wrong, shown in (
             ("times that are not finite", ~(np.isfinite(starts) & np.isfinite(stops)), (starts, stops)),
             ("clips that end before they start", stops < np.maximum(starts, 0), (starts, stops)),
@@ -151,32 +161,29 @@ class _Columns:
             place = int(wrong.argmax()) if wrong.any() else 0
 
             def where(place=place, shown=shown):
-                return f"row {good[place]}" + (f": got {shown[0][place]:g} to {shown[1][place]:g}" if shown else "")
+                return f"row {numbers[place]}" + (f": got {shown[0][place]:g} to {shown[1][place]:g}" if shown else "")
 
             skipped.add(reason, int(wrong.sum()), where)
         self.empty += int((counts - filled)[fine].sum())
         kept, said = pa.array(fine), said & fine[owner]
-        ids = [f"{kind}/{number}" for number, keep in zip(good, fine, strict=True) if keep]
-        self.parts["id"].append(pa.array(ids, pa.string()))
+        self.parts["id"].append(pc.binary_join_element_wise(kind, pa.array(numbers[fine]).cast(pa.string()), "/"))
         self.parts["video"].append(uids.filter(kept))
         self.parts["start"].append(np.maximum(starts[fine], 0))
         self.parts["stop"].append(stops[fine])
-        self.parts["texts"].append(words.filter(pa.array(said)))
+        self.parts["texts"].append(texts if said.all() else texts.filter(pa.array(said)))
         self.parts["counts"].append(filled[fine])
         self.count += int(fine.sum())
 
-    def _halved(self, rows, kind, first, skipped, good):
+    def _halved(self, rows, kind, numbers, skipped):
         """The rows of a batch in which one is not UTF-8, found by halving."""
         if len(rows) == 1:
-            return skipped.add("texts that are not UTF-8", 1, lambda: f"row {good[0]}")
+            return skipped.add("texts that are not UTF-8", 1, lambda: f"row {numbers[0]}")
         middle = len(rows) // 2
-        for some, numbers in ((rows[:middle], good[:middle]), (rows[middle:], good[middle:])):
+        for some, those in ((rows[:middle], numbers[:middle]), (rows[middle:], numbers[middle:])):
             # Rows that were left out are counted already, so each run of neighbours is a batch of its own.
-            begin = 0
-            for end in range(1, len(numbers) + 1):
-                if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
-                    self.add(some[begin:end], kind, numbers[begin], skipped)
-                    begin = end
+            edges = [0, *(np.flatnonzero(np.diff(those) != 1) + 1).tolist(), len(those)]
+            for begin, end in pairwise(edges):
+                self.add(some[begin:end], kind, int(those[begin]), skipped)
         return None
 
     def times(self, name: str, begin: int) -> np.ndarray:
@@ -189,10 +196,7 @@ class _Columns:
         offsets = np.concatenate([[0], np.cumsum(counts)])
         if offsets[-1] >= 2**31:
             raise ValueError(f"expected fewer than 2,147,483,648 texts, got {offsets[-1]:,}")
-        columns: dict[str, Any] = {}
-        for name in list(self.parts):  # one after another, so that only one is there twice
-            parts = self.parts.pop(name)
-            columns[name] = pa.array(np.concatenate(parts)) if name in ("start", "stop") else pa.concat_arrays(parts)
+        columns: dict[str, Any] = {name: joined(self.parts.pop(name)) for name in list(self.parts)}
         columns["texts"] = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), columns["texts"])
         return columns
 
@@ -207,27 +211,38 @@ def _decoded(strings, kind):
         return None
 
 
-def _real(value):
-    return type(value) is float or type(value) is int
+def _uniform(rows):
+    """The columns of rows all of which are tuples as they should be, or None. In C, as there are millions."""
+    if not set(map(type, rows)) <= {tuple} or not set(map(len, rows)) <= {4, 5}:
+        return None
+    names, begins, ends, words = _columns(rows)
+    numbers = set(map(type, begins)) | set(map(type, ends))
+    if set(map(type, names)) != {bytes} or not all(names) or not numbers <= {int, float}:
+        return None
+    if set(map(type, words)) != {list} or not all(words) or set(map(type, chain.from_iterable(words))) != {bytes}:
+        return None
+    return names, begins, ends, words
 
 
-def _texts(value):
-    if type(value) is bytes:
-        return True
-    return type(value) is list and bool(value) and all([type(text) is bytes for text in value])
+def _columns(rows):
+    names, begins, ends, words = map(list, zip(*(row[:4] for row in rows), strict=True))
+    if bytes in set(map(type, words)):
+        words = [[text] if type(text) is bytes else text for text in words]
+    return names, begins, ends, words
 
 
 def _fault(row):
-    """(what is wrong with a row, what it is)."""
+    """(what is wrong with a row, what it is), or None."""
     if not isinstance(row, (tuple, list)) or not 4 <= len(row) <= 5:
         got = f"{len(row)} values" if isinstance(row, (tuple, list)) else type(row).__name__
         return "rows that are not (uid, start, end, texts)", got
+    texts = [row[3]] if type(row[3]) is bytes else row[3]
     for value, good, what in (
         (row[0], type(row[0]) is bytes and row[0], "rows whose uid is no string"),
-        (row[1], _real(row[1]), "rows whose start is no number"),
-        (row[2], _real(row[2]), "rows whose end is no number"),
-        (row[3], _texts(row[3]), "rows whose texts are neither a string nor a list of strings"),
+        (row[1], type(row[1]) in (int, float), "rows whose start is no number"),
+        (row[2], type(row[2]) in (int, float), "rows whose end is no number"),
+        (row[3], type(texts) is list and texts and {*map(type, texts)} == {bytes}, "rows whose texts are no list of strings"),
     ):
         if not good:
             return what, repr(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)[:60]
-    raise AssertionError("a row that can be read")
+    return None

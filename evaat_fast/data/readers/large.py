@@ -9,7 +9,7 @@ import numpy as np
 
 from evaat_fast.data.table import COLUMNS, ClipTable
 
-__all__ = ["Skipped", "check_units", "table_of"]
+__all__ = ["Skipped", "check_units", "joined", "table_of"]
 
 _log = logging.getLogger("evaat_fast")
 LONGEST = 2 * 86400.0  # no video of these corpora lasts two days
@@ -72,6 +72,56 @@ def check_units(path: Path, starts: np.ndarray, stops: np.ndarray) -> None:
             else f"half of the clips last {median:g} or more"
         )
         raise ValueError(f"{path}: expected times in seconds, got what looks like milliseconds or frame numbers: {found}")
+
+
+def joined(parts: list[Any]) -> Any:
+    """One Arrow array of several, which are taken out of their list one by one as they are copied: no two copies of all.
+
+    Args:
+        parts: float64 NumPy arrays, Arrow strings or lists of them, of one type, without nulls. Emptied.
+    """
+    import pyarrow as pa
+
+    if isinstance(parts[0], np.ndarray):
+        return pa.array(_drained(parts, sum(map(len, parts)), parts[0].dtype))
+    kind, count = parts[0].type, sum(map(len, parts))
+    wide = pa.types.is_large_string(kind)
+    places = np.empty(count + 1, np.int64 if wide else np.int32)
+    row = total = 0
+    values: list[Any] = []
+    for index, part in enumerate(parts):
+        offsets = np.frombuffer(part.buffers()[1], places.dtype)[part.offset : part.offset + len(part) + 1]
+        places[row : row + len(part)] = offsets[:-1] - offsets[0] + total
+        row, total = row + len(part), total + int(offsets[-1] - offsets[0])
+        if pa.types.is_list(kind):
+            values.append(part.values.slice(int(offsets[0]), int(offsets[-1] - offsets[0])))
+        else:
+            bytes_ = part.buffers()[2]
+            flat = np.frombuffer(bytes_, np.uint8) if bytes_ is not None else np.empty(0, np.uint8)
+            values.append(flat[int(offsets[0]) : int(offsets[-1])])
+        parts[index] = None
+    if total >= 2**31 and not wide:
+        raise ValueError(f"expected fewer than 2,147,483,648 bytes of names, or values of lists, got {total:,}")
+    places[row] = total
+    parts.clear()
+    if pa.types.is_list(kind):
+        return pa.ListArray.from_arrays(pa.array(places), pa.concat_arrays(values))
+    data = _drained(values, total, np.dtype(np.uint8))
+    return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(places), pa.py_buffer(data)])
+
+
+def _drained(parts, length, dtype):
+    import pyarrow as pa
+
+    whole, at = np.empty(length, dtype), 0
+    for index, part in enumerate(parts):
+        whole[at : at + len(part)] = part
+        at, parts[index] = at + len(part), None
+        del part
+        if index % 16 == 15:
+            pa.default_memory_pool().release_unused()
+    parts.clear()
+    return whole
 
 
 def table_of(arrays: dict[str, Any], *, dataset: str, split: str, **metadata: Any) -> ClipTable:

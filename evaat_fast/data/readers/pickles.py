@@ -25,7 +25,9 @@ from evaat_fast.data.readers.pickled_arrays import Array, Dtype, Fault, Global, 
 __all__ = ["batches", "load"]
 
 _KEPT = 1 << 17  # lists and tuples that can be referred to again: all of a small file's, a large one's latest
-_FLOATS = re.compile(rb"(?:G.{8})+", re.DOTALL)
+_FLOATS = re.compile(rb"(?:G.{8}){1,64}", re.DOTALL)
+_DOUBLES = [struct.Struct(">" + "xd" * count).unpack_from for count in range(65)]
+_COUNT = struct.Struct("<I").unpack_from
 _REFUSED = {
     b"i": "INST", b"o": "OBJ", b"\x81": "NEWOBJ", b"\x92": "NEWOBJ_EX", b"\x82": "EXT1", b"\x83": "EXT2", b"\x84": "EXT4",
     b"P": "PERSID", b"Q": "BINPERSID", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER",
@@ -87,102 +89,101 @@ def _guarded(path, drain):
 
 
 class _Machine:
-    """The stack machine that a pickle is a program for. `at` is where its last opcode but a few stands."""
+    """The stack machine that a pickle is a program for. `at`: about where it stopped."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 0
         self.memo = array("q")  # from 0: where a string begins; -1: nothing; below: -2 - number of an object in `kept`
-        self.kept: dict[int, Any] = {}
-        self.count = 0  # of all that were kept
+        self.kept: list[Any] = []
+        self.dropped = 0  # of those that were kept before
 
     def run(self, drain: bool) -> Iterator[tuple[list[Any] | None, Any]]:
         """Yields (items of the outermost list so far, None), emptying it, where `drain`; last (None, the result)."""
-        data, memo, kept = self.data, self.memo, self.kept
-        size, unpack, at = len(data), struct.unpack_from, 0
-        stack: list[Any] = []
-        marks: list[list[Any]] = []
-        last = -1  # where the string on top of the stack stands, -1 for another object
-        while True:
-            op = data[at]
-            if op == 0x58 or op == 0x8C:  # BINUNICODE, SHORT_BINUNICODE
-                last = at
-                if op == 0x58:
-                    at += 5 + unpack("<I", data, at + 1)[0]
-                    stack.append(data[last + 5 : at])
-                else:
-                    at += 2 + data[at + 1]
-                    stack.append(data[last + 2 : at])
-                if at >= size:
-                    self.at = last
-                    raise Fault("a string runs past the end: the file is cut short or damaged")
-            elif op == 0x94:  # MEMOIZE
-                at += 1
-                memo.append(last if last >= 0 else self._keep(stack[-1]))
-            elif op == 0x71 or op == 0x72:  # BINPUT, LONG_BINPUT
-                slot, at = (data[at + 1], at + 2) if op == 0x71 else (unpack("<I", data, at + 1)[0], at + 5)
-                if slot == len(memo):
+        at = 0
+        try:
+            stack: list[Any] = []
+            marks: list[list[Any]] = []
+            last = -1  # where the string on top of the stack stands, -1 for another object
+            data, memo, size = self.data, self.memo, len(self.data)
+            while True:
+                op = data[at]
+                if op == 0x8C:  # SHORT_BINUNICODE, mostly one of several, each with its MEMOIZE
+                    while op == 0x8C:
+                        last = at
+                        at += 2 + data[at + 1]
+                        stack.append(data[last + 2 : at])
+                        op = data[at]
+                        if op == 0x94:
+                            memo.append(last)
+                            at += 1
+                            op = data[at]
+                elif op == 0x58:  # BINUNICODE, the same with LONG_BINPUT
+                    while op == 0x58:
+                        last = at
+                        at += 5 + _COUNT(data, at + 1)[0]
+                        stack.append(data[last + 5 : at])
+                        op = data[at]
+                        if op == 0x72 and _COUNT(data, at + 1)[0] == len(memo):
+                            memo.append(last)
+                            at += 5
+                            op = data[at]
+                elif op == 0x94:  # MEMOIZE
+                    at += 1
                     memo.append(last if last >= 0 else self._keep(stack[-1]))
-                else:
+                elif op == 0x71 or op == 0x72:  # BINPUT, LONG_BINPUT
+                    slot, at = (data[at + 1], at + 2) if op == 0x71 else (_COUNT(data, at + 1)[0], at + 5)
                     self._put(slot, at, last if last >= 0 else self._keep(stack[-1]))
-            elif op == 0x47:  # BINFLOAT, mostly one of several
-                end = _FLOATS.match(data, at)
-                if end is None:
-                    raise IndexError
-                count = (end.end() - at) // 9
-                stack.extend(unpack(">" + "xd" * count, data, at))
-                at, last = end.end(), -1
-            elif op == 0x28:  # MARK
-                at += 1
-                marks.append(stack)
-                stack, last = [], -1
-            elif op == 0x65 or op == 0x61:  # APPENDS, APPEND
-                if op == 0x65:
+                elif op == 0x47:  # BINFLOAT, mostly one of several
+                    end = _FLOATS.match(data, at)
+                    if end is None:
+                        raise IndexError
+                    count = (end.end() - at) // 9
+                    stack.extend(_DOUBLES[count](data, at))
+                    at, last = end.end(), -1
+                elif op == 0x28:  # MARK
+                    at += 1
+                    marks.append(stack)
+                    stack, last = [], -1
+                elif op == 0x65 or op == 0x61:  # APPENDS, APPEND
+                    if op == 0x65:
+                        items, stack = stack, marks.pop()
+                    else:
+                        items = [stack.pop()]
+                    at, last = at + 1, -1
+                    target = stack[-1]
+                    if type(target) is not list:
+                        raise Fault(f"items are appended to {kind_of(target)}")
+                    target.extend(items)
+                    if drain and len(stack) == 1 and not marks:
+                        yield target.copy(), None
+                        target.clear()
+                        if len(self.kept) > _KEPT:
+                            self.dropped += len(self.kept)
+                            self.kept.clear()
+                elif op == 0x5D:  # EMPTY_LIST
+                    at, last = at + 1, -1
+                    stack.append([])
+                elif op == 0x74:  # TUPLE
                     items, stack = stack, marks.pop()
+                    stack.append(tuple(items))
+                    at, last = at + 1, -1
+                elif op == 0x68 or op == 0x6A:  # BINGET, LONG_BINGET
+                    slot, at = (data[at + 1], at + 2) if op == 0x68 else (_COUNT(data, at + 1)[0], at + 5)
+                    stack.append(self._kept(memo[slot]))
+                    last = max(memo[slot], -1)
+                elif op == 0x95:  # FRAME, whose opcodes follow
+                    at += 9
+                    if struct.unpack_from("<Q", data, at - 8)[0] > size - at:
+                        raise Fault("a frame runs past the end: the file is cut short or damaged")
+                elif op == 0x2E:  # STOP
+                    if marks or len(stack) != 1:
+                        raise Fault("the pickle ends in the middle of its data")
+                    yield None, stack[0]
+                    return
                 else:
-                    items = [stack.pop()]
-                at, last = at + 1, -1
-                target = stack[-1]
-                if type(target) is not list:
-                    self.at = at
-                    raise Fault(f"items are appended to {kind_of(target)}")
-                target.extend(items)
-                if drain and len(stack) == 1 and not marks:
-                    self.at = at
-                    yield target.copy(), None
-                    target.clear()
-                    if len(kept) > _KEPT:
-                        kept.clear()
-            elif op == 0x5D:  # EMPTY_LIST
-                at, last = at + 1, -1
-                stack.append([])
-            elif op == 0x74:  # TUPLE
-                items, stack = stack, marks.pop()
-                stack.append(tuple(items))
-                at, last = at + 1, -1
-            elif op == 0x68 or op == 0x6A:  # BINGET, LONG_BINGET
-                slot, at = (data[at + 1], at + 2) if op == 0x68 else (unpack("<I", data, at + 1)[0], at + 5)
-                last = memo[slot]
-                if last >= 0:
-                    stack.append(self._string(last))
-                else:
-                    stack.append(self._kept(last))
-                    last = -1
-            elif op == 0x95:  # FRAME, whose opcodes follow
-                self.at, at = at, at + 9
-                if unpack("<Q", data, at - 8)[0] > size - at:
-                    raise Fault("a frame runs past the end: the file is cut short or damaged")
-            elif op == 0x2E:  # STOP
-                self.at = at
-                if marks or len(stack) != 1:
-                    raise Fault("the pickle ends in the middle of its data")
-                yield None, stack[0]
-                return
-            else:
-                self.at = at
-                at, stack, last = self._rare(op, at, stack, marks)
-            if at >= size:
-                self.at = at
-                raise IndexError
+                    at, stack, last = self._rare(op, at, stack, marks)
+        finally:
+            self.at = at
 
     def _rare(self, op, at, stack, marks):
         """An opcode that few rows have: (where the next one stands, the stack, where the string on it stands or -1)."""
@@ -289,18 +290,17 @@ class _Machine:
         return self.data[begin:end]
 
     def _keep(self, value):
-        self.kept[self.count] = value
-        self.count += 1
-        return -1 - self.count
+        self.kept.append(value)
+        return -1 - self.dropped - len(self.kept)
 
     def _kept(self, code):
         if code >= 0:
             return self._string(code)
-        if -2 - code not in self.kept:
-            if code == -1:
-                raise Fault("the file is damaged: it refers to what it did not store")
+        if code == -1:
+            raise Fault("the file is damaged: it refers to what it did not store")
+        if -2 - code < self.dropped:
             raise Fault("a row refers back to a list or tuple far before it, which this reader does not keep")
-        return self.kept[-2 - code]
+        return self.kept[-2 - code - self.dropped]
 
     def _put(self, slot, at, code):
         # A pickler numbers what it stores from 0, so a number beyond the bytes read so far is no pickler's.
