@@ -196,33 +196,34 @@ def test_headers_are_read_once(videos):
     assert len(prepare_videos.check(table, root, known=known).damaged) == len(known) - 1
 
 
+def test_what_cannot_be_opened_is_named(videos):
+    table, root = videos
+    first = next((root / "P02").iterdir()) / "0.MP4"
+    first.unlink()
+    first.symlink_to(root / "nowhere.MP4")
+    assert "No such file" in prepare_videos.check(table, root).damaged[str(first.relative_to(root))]
+
+
+def test_an_interrupted_check_goes_on(tmp_path, monkeypatch):
+    made = formats.kitchen()
+
+    def stop(what, done, of):
+        if what == "videos of test":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare("ek100-mir", made.ek100, tmp_path, videos=made.ek100_videos, progress=stop)
+    record = json.loads((tmp_path / "ek100-mir" / "prepared.json").read_text())
+    assert set(record["tables"]) == {"train", "test"} and len(record["videos"]) == 1
+    assert prepare("ek100-mir", made.ek100, tmp_path, videos=made.ek100_videos).complete
+
+
 def test_durations_are_the_containers(videos):
     import av
 
     for path in sorted(videos[1].rglob("[0-9]*.MP4"))[:4]:
         with av.open(str(path)) as container:
             assert prepare_videos.header(path) == (pytest.approx(container.duration / 1e6, abs=2e-3), None)
-
-
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("P01/P01_01.MP4", 1),
-        ("P01/P01_01.mkv", 1),
-        ("P01/videos/P01_01.MP4", 1),
-        ("P01/P01_01.MP4/0.MP4", 2),
-        ("P01/P01_01/0.mp4", 2),
-    ],
-)
-def test_layouts(tmp_path, name, kind):
-    formats.write(tmp_path, name, b"x")
-    if kind == 2:
-        for other in ("10", "9", "notes"):
-            formats.write(tmp_path, f"{os.path.dirname(name)}/{other}.mp4", b"x")
-    found = prepare_videos.find(tmp_path, ["P01/P01_01", "P01/P01_02"])
-    assert found["P01/P01_02"] == [] and [p.stem for p in found["P01/P01_01"]] == (
-        ["P01_01"] if kind == 1 else ["0", "9", "10"]
-    )
 
 
 def test_the_record_is_json_of_what_was_made(tmp_path):

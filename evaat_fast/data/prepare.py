@@ -158,18 +158,18 @@ def _counted(metadata):
 
 
 def _look(videos, record, report, progress):
-    known = record.data["videos"]
-    total: dict[str, list[Any]] = {}
     for name, path in report.tables.items():
 
         def show(done, of, name=name):
             if progress is not None:
                 progress(f"videos of {name}", done, of)
 
-        found = prepare_videos.check(ClipTable.open(path), videos, known={**known, **total}, progress=show)
-        total |= found.known
-        record.data["videos"] = {**known, **total}
-        record.save()
+        def keep(facts):
+            record.data["videos"] |= facts
+            record.save()
+
+        found = prepare_videos.check(ClipTable.open(path), videos, known=record.data["videos"], progress=show, keep=keep)
+        keep(found.known)
         report.rows.append((f"{name} videos", "complete" if found.complete else "INCOMPLETE", str(found)))
         report.complete &= found.complete
 

@@ -8,7 +8,8 @@ short do not, and its movie header says how long it is. Of other containers only
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from evaat_fast.data import layout
 from evaat_fast.data.table import ClipTable
 
-__all__ = ["Videos", "check", "find", "header"]
+__all__ = ["Videos", "check", "header"]
 
-_SUFFIXES = (".MP4", ".mp4", ".mkv", ".webm", ".avi", ".mov")
 _MP4 = (".mp4", ".mov", ".m4v")
-_INDEXED = 600.0  # seconds of EgoVLP's chunks, whose names are numbers
+_BATCH, _KEEP = 512, 10.0  # files, seconds
 _SLACK = 1.0  # s: annotators' last clips end a little after their video
 
 
@@ -55,36 +56,6 @@ class Videos:
         if self.lost:
             said.append(f"{self.lost:,} clips cannot be read")
         return "; ".join(said)
-
-
-def find(root: Path, videos: Iterable[str]) -> dict[str, list[Path]]:
-    """{video: its files}: one, or its chunks in order; none where it is missing.
-
-    Looked for are root/P01/P01_01.MP4 (or .mp4, .mkv, ...), a file or a folder of chunks, a folder root/UID of EgoVLP's
-    chunks, and root/P01/videos/P01_01.MP4, as the official download has it.
-    """
-    found: dict[str, list[Path]] = {}
-    folders: dict[Path, set[str]] = {}
-    for video in videos:
-        *parents, name = video.split("/")
-        found[video] = []
-        for folder in (root.joinpath(*parents), root.joinpath(*parents, "videos")):
-            if folder not in folders:
-                folders[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-            hit = next((name + s for s in (*_SUFFIXES, "") if name + s in folders[folder]), None)
-            if hit is not None:
-                path = folder / hit
-                found[video] = sorted(_chunks(path), key=_number) if path.is_dir() else [path]
-                break
-    return found
-
-
-def _chunks(folder):
-    return [folder / name for name in os.listdir(folder) if name.endswith(_SUFFIXES) and name.split(".")[0].isdecimal()]
-
-
-def _number(path):
-    return int(path.stem)
 
 
 def header(path: Path) -> tuple[float | None, str | None]:
@@ -131,48 +102,53 @@ def check(
     *,
     known: Mapping[str, list[Any]] | None = None,
     progress: Callable[[int, int], object] | None = None,
+    keep: Callable[[dict[str, list[Any]]], object] | None = None,
 ) -> Videos:
     """Looks for the table's videos under root and at the headers of their files.
 
     Args:
         known: Videos.known of an earlier check; files of the same size and time are not opened again.
-        progress: called as progress(files_done, files).
+        progress: called as progress(files_done, files). keep: called now and then with what will be Videos.known, so that an
+            interrupted check need not begin anew.
 
     Raises:
-        FileNotFoundError: there is no folder root.
+        FileNotFoundError: there is no folder root. ValueError: two files of one video, or chunks whose names could mean either.
     """
-    root, known = Path(root), known or {}
-    if not root.is_dir():
-        raise FileNotFoundError(f"videos: there is no folder {str(root)!r}")
-    found = find(root, table.videos())
-    paths = [path for files in found.values() for path in files]
+    root, known, names = Path(root), known or {}, table.videos()
+    found = layout.find(root, names, "skip")
+    paths = [path for source in found.values() for path in source.files]
     facts: dict[str, list[Any]] = {}
 
     def look(path):
-        status = path.stat()
-        stamp, before = [status.st_size, status.st_mtime_ns], known.get(str(path))
+        stamp = [0, 0]
         try:
+            status, before = path.stat(), known.get(str(path))
+            stamp = [status.st_size, status.st_mtime_ns]
             return str(path), before if before and before[:2] == stamp else [*stamp, *header(path)]
         except OSError as error:
             return str(path), [*stamp, None, str(error)]
 
+    kept = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
-        for done, (name, fact) in enumerate(pool.map(look, paths, chunksize=64), 1):
-            facts[name] = fact
-            if progress is not None and (done % 256 == 0 or done == len(paths)):
-                progress(done, len(paths))
+        for begin in range(0, len(paths), _BATCH):
+            facts.update(pool.map(look, paths[begin : begin + _BATCH]))
+            if progress is not None:
+                progress(len(facts), len(paths))
+            if keep is not None and time.monotonic() - kept > _KEEP:
+                keep(facts)
+                kept = time.monotonic()
     damaged = {str(Path(name).relative_to(root)): fact[3] for name, fact in facts.items() if fact[3]}
     ends, lost = {}, set()
-    for video, files in found.items():
-        chunked = bool(files) and files[0].parent.name.split(".")[0] == video.split("/")[-1]
-        gap = _gap(files) if chunked else None
+    missing = [video for video in names if video not in found]
+    lost |= set(missing)
+    for video, source in found.items():
+        gap = _gap(source)
         if gap:
-            damaged[str(files[0].parent.relative_to(root))] = f"its chunk {gap} is missing"
-        if not files or gap or any(facts[str(path)][3] for path in files):
+            damaged[str(source.files[0].parent.relative_to(root))] = f"its chunk {gap} is missing"
+        if gap or any(facts[str(path)][3] for path in source.files):
             lost.add(video)
-        elif (seconds := facts[str(files[-1])][2]) is not None:
-            ends[video] = (_begins(files[-1]) if chunked else 0.0) + seconds
-    missing = [video for video, files in found.items() if not files]
+        elif (seconds := facts[str(source.files[-1])][2]) is not None:
+            ends[video] = source.starts[-1] + seconds
     outside, gone = [], 0
     if lost or ends:
         starts = np.nan_to_num(table.column("start"))
@@ -181,18 +157,15 @@ def check(
                 gone += 1
             elif starts[row] >= ends.get(video, np.inf) + _SLACK:
                 outside.append(table.id(row))
-    return Videos(len(found), len(paths), missing, damaged, outside, gone, facts)
+    return Videos(len(names), len(paths), missing, damaged, outside, gone, facts)
 
 
-def _gap(files):
-    """The name of the first chunk that is not there, before the last that is; None."""
-    numbers = list(map(_number, files))
+def _gap(source):
+    """The name of the first chunk that is not there, before the last that is; None. Of numbered ones the layout knows."""
+    if source.kind != "chunks":
+        return None
+    numbers = list(map(int, source.starts))
     step = min(np.diff([0, *numbers]).tolist()[1 if numbers[0] == 0 else 0 :], default=1)
     there = set(numbers)
     absent = next((n for n in range(0, numbers[-1], step) if n not in there), None)
-    return None if absent is None else f"{absent}{files[0].suffix}"
-
-
-def _begins(chunk):
-    """The second at which a chunk begins: EgoVLP's, in folders without a suffix, are numbered."""
-    return (1.0 if chunk.parent.suffix in _SUFFIXES else _INDEXED) * int(chunk.stem)
+    return None if absent is None else f"{absent}{source.files[0].suffix}"
