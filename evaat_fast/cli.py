@@ -338,10 +338,8 @@ def _prepare(arguments):
     print(report)
     if arguments.chunk:
         return _chunk(arguments, report)
-    if not report.complete:
-        print("next: get what is missing and run this again")
-        return 1
-    print("next: evaat-fast train --keys > run.toml, then evaat-fast train run.toml")
+    print(f"next: {report.next}")
+    return 0 if report.complete else 1
 
 
 def _chunk(arguments, report):

@@ -32,6 +32,12 @@ def test_ek100(tmp_path):
     assert ek100.captions(tmp_path, "train", ek100.read(tmp_path, "train")).tolist() == [1, 0]
 
 
+def test_an_empty_narration_is_left_to_the_check(tmp_path):
+    """Its clip can still be shown for another's text: `evaat_fast.data.check` counts it, and training refuses it."""
+    table = ek100.read(formats.ek100(tmp_path, clips=formats.EK100.replace("take plate,", " ,")), "test")
+    assert len(table) == 4 and table[0].texts == ("",)
+
+
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("place", ["relevancy/", ""])
 def test_ek100_relevancy(tmp_path, protocol, place):

@@ -180,7 +180,6 @@ CELLS = [
     ("ek100", "00:00:49.15", "49.15", r"start_timestamp: expected a time"),
     ("ek100", "00:00:50.95", "00:00:inf", r"stop_timestamp: expected a time"),
     ("ek100", "00:00:49.15", "00:00:51.15", r"line 4 .*: stop_timestamp 00:00:50.95 lies before start_timestamp 00:00:51.15"),
-    ("ek100", "take plate,", " ,", r"line 2 cannot be read: narration: expected a text, got ' '"),
     ("ek100", "take plate,take,0", "take plate,take,0.5", r"verb_class: expected a class number from 0, got '0.5'"),
     ("ek100", "take plate,take,0", "take plate,take,", r"verb_class: expected a class number from 0, got ''"),
     ("ek100", "take plate,take,0", "take plate,take,99999999999999", r"verb_class: expected a class number"),

@@ -64,6 +64,18 @@ class Report:
     notes: list[str] = field(default_factory=list)
     tables: dict[str, Path] = field(default_factory=dict)
     complete: bool = True
+    videos: Path | None = None
+
+    @property
+    def next(self) -> str:
+        """What to run then."""
+        if not self.complete:
+            return "get what is missing and run this again"
+        place = f"--annotations {self.out} --videos {self.videos or 'DIR'}"
+        if self.dataset in ("egomcq", "charades-ego"):
+            return f"evaat-fast eval --task {self.dataset} --checkpoint RUN/last.pt {place}"
+        keys = f'data.annotations = "{self.out}", data.videos = "{self.videos or "DIR"}"'
+        return f"evaat-fast train --keys > run.toml; there {keys}; then evaat-fast train run.toml"
 
     def __str__(self) -> str:
         width = max(len(name) for name, _, _ in self.rows) if self.rows else 0
@@ -114,6 +126,7 @@ def prepare(
     if videos is None and dataset == "ek100-clips":
         videos = source / "clips"
     if videos is not None:
+        report.videos = Path(videos)
         _look(Path(videos), record, report, progress)
     return report
 
