@@ -1,5 +1,6 @@
 """What is installed, which backend serves which op here, and the reason for everything that is not used."""
 
+import functools
 import importlib.metadata
 import math
 import os
@@ -121,12 +122,18 @@ def _decoders():
     if served is None:
         return lines
     try:
-        rate = speed.clips_per_second(served)
+        rate = _clips_per_second(served)
     except Exception as error:  # an FFmpeg without x264, for one
         return [*lines, f"  its speed was not measured: {error}"]
     cores = ", ".join(f"{math.ceil(wanted / rate)} for {wanted}" for wanted in (100, 200, 500))
     size = f"16 frames of {speed.WIDTH} x {speed.HEIGHT} from chunks"
     return [*lines, f"  {rate:.0f} clips/s on one core here ({size}); cores that a GPU needs: {cores} clips/s"]
+
+
+@functools.cache
+def _clips_per_second(decoder):
+    """Half a second is enough to say it once."""
+    return speed.clips_per_second(decoder)
 
 
 def _table():
