@@ -36,6 +36,7 @@ def test_missing_videos_are_counted_and_named(tmp_path):
         FileNotFoundError, match=r"videos: 5 of 6 videos are not in .*: P01/P01_02, P01/P01_03, P01/P01_04, \.\.\."
     ):
         layout.find(tmp_path, names)
+    assert list(layout.find(tmp_path, names, missing="skip")) == ["P01/P01_01"]
     with pytest.raises(FileNotFoundError, match="videos: there is no folder 'nowhere'"):
         layout.find("nowhere", names)
 
@@ -75,11 +76,14 @@ def test_numbered_chunks(tmp_path):
     assert numbers(video.read_clip(tmp_path / "uid", 12.0, 13.0, 2).numpy()) == [2, 7]
 
 
-def test_a_missing_numbered_chunk_is_an_error(tmp_path):
+def test_a_missing_numbered_chunk_is_a_gap(tmp_path):
     for number in (0, 1, 3):
         seconds(tmp_path / "uid" / f"{number}.mp4", 6)
-    with pytest.raises(FileNotFoundError, match="uid: 1 of its 4 chunks are missing: 2"):
-        layout.find(tmp_path, ["uid"])
+    source = layout.find(tmp_path, ["uid"])["uid"]
+    assert video.spans(source) == [(0.0, 12.0), (18.0, 24.0)]
+    assert numbers(video.read_clip(source, 18.0, 19.0, 2).numpy()) == [2, 7]
+    with pytest.raises(video.OutsideError, match="a chunk that is missing"):
+        video.read_clip(source, 12.5, 14.0, 2)
 
 
 def test_a_folder_of_both_kinds_is_an_error(tmp_path):

@@ -47,13 +47,13 @@ def find(root: str | os.PathLike[str], videos: Iterable[str], missing: Literal["
 
     Args:
         root: the folder of the corpus. videos: their names in it, without suffix ("P01/P01_01", an Ego4D uid).
-        missing: what to do about videos, and chunks of them, that are not there. "skip": leave them out of what is returned.
+        missing: what to do about videos that are not there. "skip": leave them out of what is returned.
 
     Returns:
-        {video: its Source}.
+        {video: its Source}. Where chunks are missing their seconds are in no file of it: see `video.spans`.
 
     Raises:
-        FileNotFoundError: no such folder, or videos that are not in it, counted, the first ones named; so are missing chunks.
+        FileNotFoundError: no such folder, or videos that are not in it, counted, the first ones named.
         ValueError: two files of one video, or chunks whose names could mean either.
         VideoError: a folder without chunks.
     """
@@ -66,8 +66,7 @@ def find(root: str | os.PathLike[str], videos: Iterable[str], missing: Literal["
         raise FileNotFoundError(_missing(root, absent, len(names), "videos"))
     listed = {name: _chunk_files(place) for name, place in found.items() if place.is_dir()}
     length = _chunk_seconds(listed.values())
-    whole = missing == "raise"
-    return {n: _chunked(listed[n], length, place, whole) if n in listed else _whole(place) for n, place in found.items()}
+    return {n: _chunked(listed[n], length) if n in listed else _whole(place) for n, place in found.items()}
 
 
 def find_rows(
@@ -116,7 +115,7 @@ def of_path(path: str | os.PathLike[str]) -> Source:
 @functools.lru_cache(maxsize=4096)
 def _folder(path, changed):
     files = _chunk_files(path)
-    return _chunked(files, _chunk_seconds([files]), path, True)
+    return _chunked(files, _chunk_seconds([files]))
 
 
 def home(source: Source, second: float) -> int:
@@ -133,14 +132,10 @@ def _whole(path):
     return Source((path,), (0.0,), "whole")
 
 
-def _chunked(files, length, folder, whole):
+def _chunked(files, length):
     numbers = [number for number, _ in files]
     if length is None:
         return Source(tuple(p for _, p in files), tuple(map(float, numbers)), "chunks")
-    absent = sorted(set(range(numbers[-1] + 1)) - set(numbers))
-    if absent and whole:
-        listed = ", ".join(map(str, absent[:5]))
-        raise FileNotFoundError(f"{folder}: {len(absent)} of its {numbers[-1] + 1} chunks are missing: {listed}")
     return Source(tuple(p for _, p in files), tuple(length * n for n in numbers), "indexed")
 
 
