@@ -257,3 +257,17 @@ print(read(400) - first)
 """
     grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert grown < 8, f"{grown:.1f} MiB in 400 clips"
+
+
+@DECODERS
+def test_a_damaged_first_key_frame_is_not_passed_over(tmp_path, decoder):
+    """Its packet is then no key frame to anyone, and the first that is one would stand for all before it."""
+    path = film(tmp_path / "film.mp4", EVEN, options={"g": "30", "keyint_min": "30", "sc_threshold": "0"})
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + 4
+    content[start : start + 1000] = np.random.default_rng(0).bytes(1000)
+    path.write_bytes(content)
+    with pytest.raises(video.VideoError):
+        video.read_clip(path, 0, 1, 1, decoder=decoder)
+    if decoder == "av":  # which needs no more of a file than a clip's own frames
+        assert numbers(video.read_clip(path, 2, 3, 1).numpy()) == [75]

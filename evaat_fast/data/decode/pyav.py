@@ -40,6 +40,7 @@ class AvReader:
         self._read_to = -_END  # the decoding time up to which packets were read
         self._from_start = False
         self._first_key: int | None = None  # the time stamp of the first key frame, once it was seen
+        self._keyless = _END  # of frames before the first key frame, which should be none, the first time stamp
         self._placed = False
 
     @property
@@ -115,6 +116,8 @@ class AvReader:
                 if not group and self._from_start:
                     self._first_key = packet.pts
                 group = [packet]
+            elif not group and self._from_start and not packet.is_discard:
+                self._keyless = min(self._keyless, packet.pts)
             elif group and (packet.pts >= group[0].pts or packet.is_keyframe):
                 # Others belong to the frames before the key frame, some of which were not decoded.
                 group.append(packet)
@@ -136,7 +139,7 @@ class AvReader:
                 end = max(p.pts + (p.duration or self._step) for p in group if not p.is_discard)
                 self._head.check_last(target if last == max(stamps) else last, end)
             return last
-        if stamps and group[0].pts == self._first_key:
+        if stamps and group[0].pts == self._first_key and self._keyless >= min(stamps):
             return min(stamps)  # before the first frame there is the first
         raise VideoError(f"{self.path}: no frame at {self._head.seconds(target):.2f} s")
 
