@@ -80,6 +80,7 @@ def test_egomcq(run, tmp_path, capsys):
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["stage"] == "zero-shot" and record["inter_questions"] + record["intra_questions"] == record["questions"]
     assert 0 <= record["inter"] <= 100 and "of type 2" in printed and "EVA02-AT-L" in printed
+    assert record["published_test_set"] is None and "its counts would tell, which are not known here" in printed
     lavila = evaluated(capsys, toml, "--checkpoint", weights, *places, "--scores", "lavila")
     assert "differs: scores: ours products with clips as long as they come (LaViLa), the paper's cosine" in lavila
 

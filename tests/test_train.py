@@ -358,3 +358,11 @@ def test_verb_accuracy_and_controls(configure):
     shown = {f: evaluation.embed(model, test, config, torch.device("cpu"), f) for f in ("ordered", "reversed", "frozen")}
     assert not torch.allclose(shown["ordered"], shown["reversed"]) and not torch.allclose(shown["ordered"], shown["frozen"])
     assert torch.equal(shown["ordered"], evaluation.embed(model, test, config, torch.device("cpu"), "ordered"))
+
+
+def test_a_log_is_json_whatever_a_metric_is(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.write("eval", 1, mAP=float("nan"), nDCG=50.0, name="x")
+    log.close()
+    record = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert record == {"event": "eval", "epoch": 1, "mAP": None, "nDCG": 50.0, "name": "x"}

@@ -1,6 +1,7 @@
 """What a run tells: a JSONL file for programs, a progress bar or plain lines for people."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ class Log:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
 
     def write(self, event: str, epoch: int, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, "epoch": epoch, **values}) + "\n")
+        # JSON has no NaN, which a metric is where labels leave nothing to measure.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"event": event, "epoch": epoch, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
