@@ -48,6 +48,7 @@ def place(folder):
     for name, target in {
         "EK100/epic-kitchens-100-annotations/retrieval_annotations": made.ek100,
         "EK100/video_320p_15sec": corpus().videos,
+        "epic-kitchens-100-clips": made.ek100_clips,
         "CharadesEgo/CharadesEgo": made.charades,
         "CharadesEgo/CharadesEgo_v1_480": made.charades_videos,
     }.items():
