@@ -2,6 +2,7 @@
 
 import argparse
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -37,6 +38,23 @@ def test_chunks_show_what_the_video_shows(tmp_path, times, how, begin):
     frames = (np.arange(1, 105, 7) + 0.5) / 30
     clip = [video.read_clip(source, t - 0.5 / 30, t, 1).numpy()[0] for t in frames]
     assert np.abs(np.array(numbers(clip)) - shown([t - begin for t in times], frames)).max() <= (0 if times is EVEN else 1)
+
+
+def test_a_rate_that_does_not_divide_its_seconds_moves_nothing(tmp_path):
+    rate = Fraction(62, 5)  # the seconds 2, 4, 6 and 8 are frames 24.8, 49.6, 74.4 and 99.2
+    film(tmp_path / "in" / "v.mp4", [float(n / rate) for n in range(124)], rate=rate)
+    videos = chunks.discover(tmp_path / "in")
+    assert chunks.write(videos, tmp_path / "out", SMALL, workers=1) == {}
+    source = layout.find(tmp_path / "out", videos)["v"]
+    for first in (0, 20, 70, 73, 74, 75, 96, 99, 100):
+        span = [float(n / rate) for n in (first, first + 24)]
+        both = [numbers(video.read_clip(files, *span, 24).numpy()) for files in (videos["v"], source)]
+        assert both[0] == both[1] == list(range(first, first + 24))
+    # Frame 74 begins before second 6 and is mostly after it: whoever asks for its middle looks into the chunk of second 6.
+    (tmp_path / "out" / "v.mp4").rename(tmp_path / "out" / "v.mp4.part")
+    (tmp_path / "out" / "v.mp4.part" / "6.mp4").rename(tmp_path / "6.mp4")
+    chunks.write(videos, tmp_path / "out", SMALL, workers=1)
+    assert (tmp_path / "out" / "v.mp4" / "6.mp4").read_bytes() == (tmp_path / "6.mp4").read_bytes()
 
 
 def test_they_are_small_upright_and_decode_fast(tmp_path):

@@ -37,6 +37,7 @@ _SAMPLES, _SAMPLE_SECONDS = 4, 8.0
 _BEFORE = 2.0  # seconds
 _SETTINGS = "chunks.json"
 _UNFINISHED = ".part"
+_HALF = Fraction(1, 2)
 
 __all__ = ["Estimate", "Settings", "add_arguments", "discover", "estimate", "run", "write"]
 
@@ -248,9 +249,9 @@ def _encode(path, folder, settings, begin, length=math.inf):
         rate = Fraction(head.stream.average_rate or head.stream.guessed_rate).limit_denominator(1001)
         rate = min(rate, Fraction(settings.fps)) if settings.fps else rate
         shape = head.info()
-        last = first = math.ceil(begin * rate)
+        last = first = _first_of(begin, rate)
         for number, frame in _on_grid(head, rate, first):
-            second = settings.seconds * int(number / rate / settings.seconds)
+            second = settings.seconds * int((number + _HALF) / rate / settings.seconds)
             if length < math.inf and number - first >= length * rate:
                 break
             if chunk is None or chunk.second != second:
@@ -313,6 +314,12 @@ def _frames(head, needed):
         yield from frames
 
 
+def _first_of(second, rate):
+    """The first frame whose middle lies in the chunk of a second: a reader looks for a frame by its middle, and takes a file's
+    first picture for one that begins with the chunk."""
+    return math.ceil(Fraction(second) * rate - _HALF)
+
+
 class _Chunk:
     """A chunk being written; `finish` gives it its name."""
 
@@ -322,7 +329,7 @@ class _Chunk:
 
         self.second, self._matrix = second, shape.matrix
         self._path, self._part = folder / f"{second}.mp4", folder / f"{second}{_UNFINISHED}"
-        self._first = round(second * rate)  # the frame nearest to the chunk's second is its first
+        self._first = _first_of(second, rate)
         scale = min(1.0, settings.short_side / min(shape.width, shape.height))
         width, height = (max(2, 2 * round(x * scale / 2)) for x in (shape.width, shape.height))
         self._size = (height, width) if shape.matrix[0] == 0 else (width, height)  # as stored
