@@ -1,6 +1,7 @@
 """Where videos lie, and what of a clip they hold."""
 
 import math
+import os
 
 import pytest
 
@@ -39,6 +40,19 @@ def test_missing_videos_are_counted_and_named(tmp_path):
     assert list(layout.find(tmp_path, names, missing="skip")) == ["P01/P01_01"]
     with pytest.raises(FileNotFoundError, match="videos: there is no folder 'nowhere'"):
         layout.find("nowhere", names)
+
+
+def test_what_is_no_file_is_not_there(tmp_path):
+    """Links of a download whose files are gone, as git-annex and caches leave them, and pipes with a video's name."""
+    seconds(tmp_path / "a.mp4", 3)
+    (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "whole.mp4").symlink_to(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    names = ["a", "gone", "whole", "pipe"]
+    assert list(layout.find(tmp_path, names, "skip")) == ["a", "whole"]
+    with pytest.raises(FileNotFoundError, match="2 of 4 videos are not in .*: gone, pipe"):
+        layout.find(tmp_path, names)
+    assert layout.find_rows(tmp_path, ["gone"], ["v"], [0.0], "skip") == [None]
 
 
 def test_two_files_of_one_video_are_an_error(tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
+from films import film  # noqa: E402
 
 from evaat_fast import cli
 from evaat_fast.data import EK100, ClipTable, prepare_videos
@@ -180,6 +181,16 @@ def test_broken_videos_are_named_and_counted(videos, tmp_path, capsys):
     source = formats.kitchen().ek100
     assert cli.main(["prepare", "ek100-mir", str(source), "--videos", str(root), "--out", str(tmp_path)]) == 1
     assert "next: get what is missing and run this again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names, lost", [(("0", "30", "60"), "15.mp4"), (("0", "1", "3"), "2.mp4")], ids=["seconds", "numbers"])
+def test_a_missing_chunk_is_named(names, lost, tmp_path):
+    """Every other one of those named by seconds, so that the names themselves have no gap, or one of numbered ones."""
+    for name in names:
+        film(tmp_path / "v" / f"{name}.mp4", [float(n) for n in range(15)], rate=1)
+    table = ClipTable.of({"id": ["a"], "video": ["v"], "texts": [["a"]], "start": [0.0], "stop": [1.0]})
+    found = prepare_videos.check(table, tmp_path)
+    assert found.damaged == {"v": f"its chunk {lost} is missing"} and not found.complete
 
 
 def test_clips_beyond_their_video_are_named(videos):

@@ -233,10 +233,10 @@ class _Folders:
                 with os.scandir(folder) as entries:
                     for entry in entries:
                         stem, suffix = os.path.splitext(entry.name)
-                        if suffix.lower() in SUFFIXES:
-                            stems.setdefault(stem, []).append(folder / entry.name)
-                        elif entry.is_dir():
-                            stems.setdefault(entry.name, []).append(folder / entry.name)
+                        name = stem if suffix.lower() in SUFFIXES else entry.name
+                        # Looks at links only, and a link to what is gone is not there.
+                        if entry.is_dir() or (name == stem != entry.name and entry.is_file()):
+                            stems.setdefault(name, []).append(folder / entry.name)
             except (FileNotFoundError, NotADirectoryError):
                 pass
             self._listings[folder] = stems

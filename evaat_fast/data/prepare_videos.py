@@ -142,7 +142,7 @@ def check(
     missing = [video for video in names if video not in found]
     lost |= set(missing)
     for video, source in found.items():
-        gap = _gap(source)
+        gap = _gap(source, [facts[str(path)][2] for path in source.files])
         if gap:
             damaged[str(source.files[0].parent.relative_to(root))] = f"its chunk {gap} is missing"
         if gap or any(facts[str(path)][3] for path in source.files):
@@ -160,12 +160,16 @@ def check(
     return Videos(len(names), len(paths), missing, damaged, outside, gone, facts)
 
 
-def _gap(source):
-    """The name of the first chunk that is not there, before the last that is; None. Of numbered ones the layout knows."""
-    if source.kind != "chunks":
+def _gap(source, seconds):
+    """The name of the first chunk that is not there, before the last that is; None. seconds: of each file, or None."""
+    if source.kind not in ("chunks", "indexed"):
         return None
-    numbers = list(map(int, source.starts))
-    step = min(np.diff([0, *numbers]).tolist()[1 if numbers[0] == 0 else 0 :], default=1)
+    numbers, step = [int(path.stem) for path in source.files], 1
+    if source.kind == "chunks":
+        step = min(np.diff([0, *numbers]).tolist()[1 if numbers[0] == 0 else 0 :], default=1)
+        longest = max((length for length in seconds[:-1] if length), default=step)
+        if step > 1.5 * longest:  # every other one is gone
+            step = max(1, round(longest))
     there = set(numbers)
     absent = next((n for n in range(0, numbers[-1], step) if n not in there), None)
     return None if absent is None else f"{absent}{source.files[0].suffix}"
