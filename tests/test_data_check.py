@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from corpus import configuration, corpus
 
 from evaat_fast.cli import main
-from evaat_fast.data import EK100
+from evaat_fast.data import EK100, ClipDataset, ClipTable
 from evaat_fast.data.check import check
+from evaat_fast.data.video import VideoError
 from evaat_fast.train import inputs, train
 from evaat_fast.train.config import ConfigError
 
@@ -89,6 +91,15 @@ def test_a_damaged_file(copy, name, length):
         assert findings(check(split(copy)))["files that cannot be read"].rows.tolist() == found.rows.tolist()
 
 
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_chunk_that_is_no_file(copy, kind):
+    path = copy.videos / "P01" / "P01_00.MP4" / "15.MP4"
+    path.unlink()
+    path.symlink_to("nowhere") if kind == "link" else path.mkdir()
+    report = check(split(copy))
+    assert "15.MP4: no such video" in findings(report)["files that cannot be read"].examples[0] and report.share > 0
+
+
 def test_a_wrong_unit_of_time(copy):
     def in_minutes(number, row):
         for name in ("start_timestamp", "stop_timestamp"):
@@ -99,6 +110,23 @@ def test_a_wrong_unit_of_time(copy):
     assert (
         len(found.rows) == 48 and "are start and stop in seconds?" in found.examples[-1] and "P01/P01_00" in found.examples[0]
     )
+
+
+def test_times_that_cannot_be():
+    """Of a table that another program wrote; a reader of ours refuses them."""
+    nan, inf = math.nan, math.inf
+    times = [(0.0, 1.0), (nan, nan), (-1.0, 1.0), (2.0, 1.0), (nan, 1.0), (1.0, nan), (1.0, inf), (-inf, 1.0)]
+    columns = {"id": list("abcdefgh"), "video": ["P01/P01_00"] * 8, "texts": [[name] for name in "abcdefgh"]}
+    columns["start"], columns["stop"] = zip(*times, strict=True)
+    data = ClipDataset(ClipTable.of(columns), corpus().videos, num_frames=2, retries=0, max_broken=1.0)
+    report = check(data)
+    found = findings(report)["clips whose times are of no part of a video"]
+    assert report.broken.tolist() == found.rows.tolist() == [2, 3, 4, 5, 6, 7]
+    data.set_epoch(0)
+    assert [data[row]["replaced"] for row in range(8)] == [False] * 2 + [True] * 6
+    data.on_error = "raise"
+    with pytest.raises(VideoError, match="clip c: its times, -1 to 1 s, are of no part of a video"):
+        data[2]
 
 
 def test_one_clip_that_begins_or_ends_too_late(copy):

@@ -225,6 +225,30 @@ def test_broken_files_are_replaced_in_training(copy, caplog, monkeypatch):
     assert len(drawn) > 1
 
 
+@pytest.mark.parametrize("failures", [1, 9])
+def test_a_failure_draws_nothing(failures, monkeypatch):
+    """A clip that was read at the second try is cropped as at the first, and what takes the place of a broken one is the same
+    whether the process that reads it knows of the damage yet or not."""
+    read, left = video.read_clip, 0
+
+    def flaky(path, start, *args, **options):
+        nonlocal left
+        frames = read(path, start, *args, **options)  # draws
+        if start == data.clips[3].start and left:
+            left -= 1
+            raise video.VideoError("a picture is damaged")
+        return frames
+
+    monkeypatch.setattr(video, "read_clip", flaky)
+    data = make("train", corpus(), transform=train_transform(16), retries=1, max_broken=1.0)
+    data.set_epoch(2)
+    whole = data[3]
+    left = failures
+    first, second = data[3], data[3]
+    assert first["replaced"] == (failures > 1) and first["index"] == second["index"]
+    assert torch.equal(first["video"], (whole if failures == 1 else second)["video"])
+
+
 def test_too_many_replacements_stop_training(copy):
     broken = break_first_chunk(copy, "train")
     data = make("train", copy, retries=0)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evaat_fast.data import video as videos
-from evaat_fast.data.dataset import ClipDataset
+from evaat_fast.data.dataset import ClipDataset, impossible
 from evaat_fast.data.layout import Source
 from evaat_fast.data.table import ClipTable
 
@@ -114,7 +114,9 @@ def check(
     found("files that cannot be read", np.flatnonzero(bad[video]), lambda row: unreadable[names[video[row]]])
 
     start, stop = table.column("start"), table.column("stop")
-    known = (there & ~bad)[video] & ~np.isnan(start)
+    wrong = impossible(start, stop)
+    found("clips whose times are of no part of a video", np.flatnonzero(wrong), clip)
+    known = (there & ~bad)[video] & ~np.isnan(start) & ~wrong
     ends = np.array([spans[name][-1][1] if name in spans else np.inf for name in names])[video]
     beyond = known & (start >= ends)
     found(
@@ -158,6 +160,8 @@ def _spans(
         for i, path in enumerate(source.files):
             if files == "all" or i in (0, len(source.files) - 1):
                 jobs.append((name, i, path))
+            elif not path.is_file():
+                unreadable.setdefault(name, f"{path}: no such video")
             elif path.stat().st_size == 0:
                 unreadable.setdefault(name, f"{path}: the file is empty")
     lengths: dict[tuple[str, int], float] = {}

@@ -271,21 +271,27 @@ class ClipDataset(Dataset):
         source = self.source(index)
         if source is None:
             raise videos.VideoError(f"the video {self.table.video(index)!r} is missing in {self.video_root}")
+        start, stop = self.table.start(index), self.table.stop(index)
+        if impossible(start, stop):
+            raise videos.OutsideError(f"its times, {start:g} to {stop:g} s, are of no part of a video")
+        drawn = None if generator is None else generator.get_state()
         for attempt in range(1 + self.retries):
             try:
                 return videos.read_clip(
                     source,
-                    self.table.start(index),
-                    self.table.stop(index),
+                    start,
+                    stop,
                     count,
                     sampler=self.sampler,
                     jitter=jitter,
                     generator=generator,
                     decoder=self.decoder,
                 )
-            except videos.OutsideError:
-                raise  # reading again would not move the clip
             except videos.VideoError as error:
+                if drawn is not None:  # what comes next draws what it would have drawn, had nothing failed
+                    generator.set_state(drawn)
+                if isinstance(error, videos.OutsideError):
+                    raise  # reading again would not move the clip
                 if attempt == self.retries:
                     raise videos.VideoError(f"{error} (tried {1 + self.retries} times)") from error
 
@@ -305,6 +311,12 @@ class ClipDataset(Dataset):
 def captions(table: ClipTable, row: int) -> tuple[str, ...]:
     """The captions of a clip that say something."""
     return tuple(text for text in table.texts(row) if text.strip())
+
+
+def impossible(start: Any, stop: Any) -> Any:
+    """Whether times are neither a span of seconds from 0 on nor both NaN, all of a video: of numbers or of arrays."""
+    span = (start >= 0) & (stop >= start) & np.isfinite(stop)
+    return ~np.asarray(span | (np.isnan(start) & np.isnan(stop)))
 
 
 def check_choice(name: str, value: object, known: tuple[Any, ...]) -> None:
