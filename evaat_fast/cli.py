@@ -337,7 +337,10 @@ def _prepare(arguments):
             bar.close()
     print(report)
     if arguments.chunk:
-        return _chunk(arguments, report)
+        try:
+            return _chunk(arguments, report)
+        except ValueError as error:
+            raise _Mistake(error) from None
     print(f"next: {report.next}")
     return 0 if report.complete else 1
 

@@ -2,11 +2,14 @@
 
 import argparse
 import random
+import re
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from corpus import corpus
 
+from evaat_fast.cli import main
 from evaat_fast.data import chunks, layout, video
 
 av = pytest.importorskip("av")
@@ -137,3 +140,15 @@ def test_a_name_twice_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no video in"):
         chunks.discover(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("words", [["--chunk-seconds", "0"], ["--workers", "0"], ["--workers", "-1"], ["--crf", "-1"], []])
+def test_a_mistake_on_the_command_line_is_one_line(words, tmp_path, capsys):
+    made = corpus()
+    for name in ("P01_00", "P02_00"):
+        film(tmp_path / "in" / f"{name}.mp4", EVEN[:5])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "chunks.json").write_text("{}" if not words else "")
+    words = ["--videos", str(tmp_path / "in"), "--out", str(tmp_path), "--chunk", str(tmp_path / "out"), *words]
+    assert main(["prepare", "ek100-mir", str(made.annotations), *words]) == 2
+    assert re.search("expected an int from|chunks of other settings", capsys.readouterr().err)

@@ -108,10 +108,10 @@ def estimate(
     """What `write` with the same arguments will cost; encodes some seconds of a few videos.
 
     Raises:
-        VideoError: none of the videos can be read. ImportError: PyAV is missing.
+        VideoError: none of the videos can be read. ValueError: fewer than one worker. ImportError: PyAV is missing.
     """
     _need_av()
-    settings, out = settings or Settings(), Path(out)
+    settings, out, workers = settings or Settings(), Path(out), _checked(workers)
     waiting = {n: s for n, s in videos.items() if not _finished(out, n).is_dir()}
     durations = {}
     for name, source in waiting.items():
@@ -138,7 +138,7 @@ def estimate(
     total = sum(durations.values())
     share = total / encoded if encoded else 0.0
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    processes = min(workers or _processors(), max(1, len(waiting)))
+    processes = min(workers, max(1, len(waiting)))
     return Estimate(len(waiting), total / 3600, spent * share / processes, round(size * share), shutil.disk_usage(there).free)
 
 
@@ -160,18 +160,19 @@ def write(
         {name: why} of the videos that could not be read; nothing is left of them.
 
     Raises:
-        ValueError: a video that is not one whole file, or chunks of other settings in `out`. ImportError: PyAV is missing.
+        ValueError: a video that is not one whole file, chunks of other settings in `out`, or fewer than one worker.
+        ImportError: PyAV is missing.
         RuntimeError: a process was killed.
     """
     _need_av()
-    settings, out = settings or Settings(), Path(out)
+    settings, out, workers = settings or Settings(), Path(out), _checked(workers)
     for name, source in videos.items():
         if source.kind != "whole":
             raise ValueError(f"videos: {name!r} is not one whole file but of the layout {source.kind!r}")
     _same_settings(out, settings)
     waiting = [name for name in videos if not _finished(out, name).is_dir()]
     done, failed = len(videos) - len(waiting), {}
-    with ProcessPoolExecutor(min(workers or _processors(), max(1, len(waiting)))) as pool:
+    with ProcessPoolExecutor(min(workers, max(1, len(waiting)))) as pool:
         running = {pool.submit(_write_video, videos[n].files[0], _finished(out, n), settings): n for n in waiting}
         for future in as_completed(running):
             name = running[future]
@@ -386,7 +387,12 @@ def _need_av():
         raise ImportError(f"re-encoding videos needs PyAV ({problem}): pip install evaat-fast[video]")
 
 
-def _processors():
+def _checked(workers):
+    """How many processes, one a processor where nobody says."""
+    if workers is not None:
+        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+            raise ValueError(f"workers: expected an int from 1, got {workers!r}")
+        return workers
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
