@@ -1,5 +1,6 @@
 """Decoded clips kept in memory that forked data-loader workers share."""
 
+import math
 import mmap
 
 import torch
@@ -17,7 +18,7 @@ class ClipCache:
     def __init__(self, clips: int, num_frames: int):
         self._clips, self._num_frames = clips, num_frames
         self._frames: Tensor | None = None
-        self._filled: Tensor | None = None
+        self._filled: mmap.mmap | None = None  # a byte a clip
 
     def __getstate__(self) -> dict[str, int | None]:
         return {"_clips": self._clips, "_num_frames": self._num_frames, "_frames": None, "_filled": None}
@@ -25,8 +26,8 @@ class ClipCache:
     def reserve(self, height: int, width: int) -> None:
         """Maps the (still empty) memory. `put` does it too, but workers share only what is mapped when they fork."""
         shape = (self._clips, self._num_frames, height, width, 3)
-        self._frames = _shared(shape)
-        self._filled = _shared((self._clips,))
+        self._frames = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+        self._filled = mmap.mmap(-1, self._clips)
 
     def get(self, index: int) -> Tensor | None:
         """uint8 [T, H, W, 3], a view not to be written to, or None."""
@@ -42,10 +43,3 @@ class ClipCache:
         if frames.shape == self._frames.shape[1:]:
             self._frames[index] = frames
             self._filled[index] = 1  # last: a reader in another process sees whole clips only
-
-
-def _shared(shape):
-    size = 1
-    for n in shape:
-        size *= n
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape)

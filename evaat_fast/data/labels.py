@@ -42,8 +42,9 @@ class LabelledClips(ClipDataset):
 
     def caption(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """dict(text, kind, text_kind): the clip's caption, and rows of `relevancy_table`."""
-        kind = int(self.clip_kind[index])
-        return {**super().caption(index, generator), "kind": kind, "text_kind": kind}
+        own = super().caption(index, generator)
+        own["kind"] = own["text_kind"] = int(self.clip_kind[index])
+        return own
 
 
 class ActionClips(LabelledClips):
