@@ -68,7 +68,6 @@ def test_chunks_named_by_their_first_second(tmp_path, folder):
         seconds(tmp_path / folder / f"{start}.mp4", length)
     source = layout.find(tmp_path, ["v"])["v"]
     assert (source.kind, source.starts) == ("chunks", (0.0, 3.0, 9.0))
-    assert video.spans(source) == [(0.0, 6.0), (9.0, 10.0)]
     assert layout.of_path(tmp_path / folder) == source
 
 
@@ -94,7 +93,7 @@ def test_a_missing_numbered_chunk_is_a_gap(tmp_path):
     for number in (0, 1, 3):
         seconds(tmp_path / "uid" / f"{number}.mp4", 6)
     source = layout.find(tmp_path, ["uid"])["uid"]
-    assert video.spans(source) == [(0.0, 12.0), (18.0, 24.0)]
+    assert (source.kind, source.starts) == ("indexed", (0.0, 6.0, 18.0))
     assert numbers(video.read_clip(source, 18.0, 19.0, 2).numpy()) == [2, 7]
     with pytest.raises(video.OutsideError, match="a chunk that is missing"):
         video.read_clip(source, 12.5, 14.0, 2)
@@ -189,23 +188,3 @@ def test_a_whole_video(three, tmp_path):
     assert numbers(video.read_clip(path, math.nan, math.nan, 4).numpy()) == [5, 15, 25, 35]
     with pytest.raises(video.OutsideError, match="a chunk that is missing"):
         video.read_clip(three, math.nan, math.nan, 8)
-
-
-@pytest.mark.parametrize(
-    "start, stop, share",
-    [
-        (0, 4, 0),
-        (5.5, 6.0, 0),
-        (5, 7, 0.55),
-        (6, 9, 1),
-        (9.5, 10.5, 0.5),
-        (20, 30, 1),
-        (5, 5, 0),
-        (7, 7, 1),
-        (math.nan, math.nan, 0),
-    ],
-)
-def test_the_share_outside(three, start, stop, share):
-    held = video.spans(three)
-    assert held == [(0.0, 5.9), (9.0, 10.0)]
-    assert video.outside(start, stop, held) == pytest.approx(share)

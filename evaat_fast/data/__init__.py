@@ -24,7 +24,6 @@ _SUBMODULES = (
     "dataset",
     "decode",
     "ek100",
-    "ek100_files",
     "kinds",
     "kitchen",
     "kitchen_formats",

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from evaat_fast.data.decode import Header, VideoError, read_info, why_not
+from evaat_fast.data.decode import Header, VideoError, probe, why_not
 from evaat_fast.data.decode.errors import reason
 from evaat_fast.data.decode.header import UPRIGHT, turned
 from evaat_fast.data.layout import SUFFIXES, Source
@@ -116,7 +116,7 @@ def estimate(
     durations = {}
     for name, source in waiting.items():
         try:
-            durations[name] = read_info(source.files[0]).duration or 0.0
+            durations[name] = probe(source.files[0]).duration or 0.0
         except VideoError:  # `write` reports it
             continue
     if waiting and not durations:

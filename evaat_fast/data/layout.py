@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evaat_fast.data.decode import OutsideError, VideoError, read_info
+from evaat_fast.data.decode import OutsideError, VideoError, probe
 
 Kind = Literal["whole", "clips", "chunks", "indexed"]
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -50,7 +50,7 @@ def find(root: str | os.PathLike[str], videos: Iterable[str], missing: Literal["
         missing: what to do about videos that are not there. "skip": leave them out of what is returned.
 
     Returns:
-        {video: its Source}. Where chunks are missing their seconds are in no file of it: see `video.spans`.
+        {video: its Source}. Where chunks are missing their seconds are in no file of it.
 
     Raises:
         FileNotFoundError: no such folder, or videos that are not in it, counted, the first ones named.
@@ -194,7 +194,7 @@ def _first_readable(files):
     steps = sorted(((b[0] - a[0], a[1]) for a, b in itertools.pairwise(files)), key=lambda pair: pair[0])
     for step, path in (*steps, (steps[0][0], files[-1][1])):
         try:
-            seconds = read_info(path).duration
+            seconds = probe(path).duration
         except VideoError:  # said when a clip in it is read
             continue
         if seconds is not None:

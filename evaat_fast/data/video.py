@@ -8,14 +8,13 @@ whatever the rate is there. A reader is opened for each clip and dropped after i
 import contextlib
 import math
 import os
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaat_fast.data.decode import DECODERS, Decoder, OutsideError, VideoError, VideoInfo, open_video, read_info, reader_of
+from evaat_fast.data.decode import DECODERS, Decoder, OutsideError, VideoError, VideoInfo, open_video, probe, reader_of
 from evaat_fast.data.layout import Source, home, of_path
 
 Sampler = Literal["avion", "lavila"]
@@ -32,10 +31,8 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "frame_ids",
-    "outside",
     "probe",
     "read_clip",
-    "spans",
 ]
 
 
@@ -97,8 +94,7 @@ def read_clip(
         decoder: "auto", "av" (PyAV), "torchcodec" or "decord", see `evaat_fast.data.decode`. None replaces another unasked.
 
     Returns:
-        uint8 [num_frames, H, W, 3], RGB, as displayed. Of a clip that ends after its video the frames beyond are the last one;
-        `outside` says how much of a clip that is.
+        uint8 [num_frames, H, W, 3], RGB, as displayed. Of a clip that ends after its video the frames beyond are the last one.
 
     Raises:
         OutsideError: the clip begins after the video's end, or a frame lies in a chunk that is not there.
@@ -152,46 +148,3 @@ def _inside(reader, times, start, last, clip):
     if not last and times.max() >= end + max(_SHORT, 2 * frame):
         raise OutsideError(f"{named} lies in a chunk that is missing: this one ends at {end - start + clip[0]:.2f} s")
     return np.minimum(times, max(0.0, end - frame / 4)).tolist()
-
-
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """What the headers of a video file say, in milliseconds.
-
-    Raises:
-        VideoError: it is missing, or its headers cannot be read. ImportError: PyAV is not installed.
-    """
-    return read_info(os.fspath(path))
-
-
-def spans(source: Source) -> list[tuple[float, float]]:
-    """[(first, last second)] of the video that its files hold, by their headers.
-
-    A file that does not say how long it is ends at infinity, or where the next begins. A chunk a frame or so short is whole.
-
-    Raises:
-        VideoError: as `probe`.
-    """
-    found: list[tuple[float, float]] = []
-    following = (*source.starts[1:], math.inf)
-    for file, begin, limit in zip(source.files, source.starts, following, strict=True):
-        info = probe(file)
-        end = begin + (math.inf if info.duration is None else info.duration)
-        end = limit if end >= limit - max(_SHORT, 2 / info.fps) else end
-        if found and found[-1][1] >= begin:
-            found[-1] = (found[-1][0], end)
-        else:
-            found.append((begin, end))
-    return found
-
-
-def outside(start: float, stop: float, held: Sequence[tuple[float, float]]) -> float:
-    """The share of a clip that lies outside what `spans` returned, from 0 to 1; of NaN, the whole video, 0.
-
-    A clip without length is inside or not. What is shorter than a frame of 10 per second is none of it.
-    """
-    if math.isnan(start) or math.isnan(stop):
-        return 0.0
-    if stop <= start:
-        return 0.0 if any(a <= start < b for a, b in held) else 1.0
-    rest = stop - start - sum(max(0.0, min(stop, b) - max(start, a)) for a, b in held)
-    return 0.0 if rest <= _SHORT and rest < stop - start else min(1.0, rest / (stop - start))

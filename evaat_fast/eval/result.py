@@ -1,6 +1,5 @@
 """What an evaluation returns: numbers, how many queries they are of, and what a reader must know of them."""
 
-import math
 from dataclasses import dataclass, field
 
 __all__ = ["Result"]
@@ -19,8 +18,3 @@ class Result:
     metrics: dict[str, float]
     counts: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    def number(self, name: str, digits: int = 2) -> str:
-        """The metric as text, "-" where it is not defined."""
-        value = self.metrics[name]
-        return f"{value:.{digits}f}" if math.isfinite(value) else "-"

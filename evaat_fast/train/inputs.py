@@ -172,22 +172,6 @@ def loader(
     )
 
 
-def clips(config: Config, data: ClipDataset, device: torch.device) -> DataLoader[Any]:
-    """uint8 batches [B, T, H, W, 3] of all clips of a test split, in order."""
-
-    def collate(samples):
-        return torch.stack([s["video"] for s in samples])
-
-    return DataLoader(
-        data,
-        config.eval.batch_size,
-        num_workers=config.data.workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if config.data.workers else None,
-    )
-
-
 def tokenizer(config: Config) -> CLIPTokenizer:
     """The model's tokenizer."""
     return evaat_fast.get_tokenizer(config.model.name)

@@ -39,7 +39,7 @@ __all__ = [
     "VideoInfo",
     "chosen",
     "open_video",
-    "read_info",
+    "probe",
     "reader_of",
     "why_not",
 ]
@@ -123,8 +123,12 @@ def chosen() -> Decoder:
     raise ImportError(f"no decoder can be imported ({listed}): pip install evaat-fast[video]")
 
 
-def read_info(path: str | Path) -> VideoInfo:
-    """What a file's headers say, in milliseconds; VideoError if they cannot be read."""
+def probe(path: str | Path) -> VideoInfo:
+    """What the headers of a video file say, in milliseconds.
+
+    Raises:
+        VideoError: it is missing, or its headers cannot be read. ImportError: PyAV is not installed.
+    """
     if problem := why_not("av"):
         raise ImportError(f"reading a video's headers needs PyAV ({problem}): pip install evaat-fast[video]")
     head = Header(_file(path))
