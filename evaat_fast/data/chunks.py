@@ -30,7 +30,7 @@ import numpy as np
 
 from evaat_fast.data.decode import Header, VideoError, probe, why_not
 from evaat_fast.data.decode.errors import reason
-from evaat_fast.data.decode.header import UPRIGHT, turned
+from evaat_fast.data.decode.mp4 import UPRIGHT, turned
 from evaat_fast.data.layout import SUFFIXES, Source
 
 _SAMPLES, _SAMPLE_SECONDS = 4, 8.0

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from evaat_fast.data import layout
+from evaat_fast.data.decode import mp4
 from evaat_fast.data.table import ClipTable
 
 __all__ = ["Videos", "check", "header"]
 
 _MP4 = (".mp4", ".mov", ".m4v")
+_FIRST = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp")
 _BATCH, _KEEP = 512, 10.0  # files, seconds
 _SLACK = 1.0  # s: annotators' last clips end a little after their video
 
@@ -67,25 +69,19 @@ def header(path: Path) -> tuple[float | None, str | None]:
         return None, None
     at, seconds, movie = 0, None, False
     with open(path, "rb") as file:
-        while at < size:
-            file.seek(at)
-            head = file.read(16)
-            if len(head) < 8:
-                return None, f"cut short: {size - at} bytes after its last part"
-            length, kind, begin = *struct.unpack(">I4s", head[:8]), 8
-            if at == 0 and kind not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp"):
-                return None, "no MP4 file, by its first bytes"
-            if length == 1 and len(head) == 16:
-                length, begin = struct.unpack(">Q", head[8:])[0], 16
-            elif length == 0:  # to the end of the file
-                length = size - at
-            if length < begin or at + length > size:
-                return None, f"cut short: its part {kind.decode('latin1')!r} needs {at + length - size:,} bytes more"
+        for kind, (begin, end) in mp4.boxes(file, 0, size):
+            if at == 0 and kind not in _FIRST:
+                break
+            if end > size:
+                return None, f"cut short: its part {kind.decode('latin1')!r} needs {end - size:,} bytes more"
             if kind == b"moov":
-                movie = True
-                file.seek(at + begin)
-                seconds = _duration(file.read(48))
-            at += length
+                file.seek(begin)
+                seconds, movie = _duration(file.read(48)), True
+            at = end
+    if at == 0:
+        return None, "no MP4 file, by its first bytes"
+    if at < size:
+        return None, f"cut short: {size - at} bytes after its last part"
     return (seconds, None) if movie else (None, "cut short: it has no index ('moov')")
 
 

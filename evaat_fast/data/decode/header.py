@@ -4,8 +4,7 @@ Time 0 is where the file's presentation begins: with its first stream, after edi
 stamp until that of the next; before the first there is the first.
 """
 
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from evaat_fast.data.decode.errors import VideoError, reason
+from evaat_fast.data.decode.mp4 import UPRIGHT, missing_bytes, rotation_of, track_matrix
 
 # One packet, one frame, with its time stamp. Others have packets that show nothing (VP8) or two frames (MPEG-4 in AVI).
 EXACT = frozenset({"h264", "hevc", "vp9", "av1"})
-UPRIGHT = (1, 0, 0, 1)
 SLACK = 2  # frames that a last one may stand, where the file does not say how long
-_MOST = 200_000  # boxes of a file; damaged ones have more
 _PATIENCE = 60  # seconds
 _FAST = 1000.0  # frames per second: a rate above it is a time base that was taken for one
 
@@ -204,76 +202,6 @@ class Header:
 
     def close(self) -> None:
         self.container.close()
-
-
-def rotation_of(matrix: tuple[int, int, int, int]) -> int:
-    """Degrees counter-clockwise, mirrors left out."""
-    return {(1, 0): 0, (0, -1): 90, (-1, 0): 180, (0, 1): 270}.get(matrix[:2], 0)
-
-
-def turned(frame: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """A frame [H, W, 3] as displayed; a view."""
-    a, b, c, d = matrix
-    across, down = (c, b) if a == 0 else (a, d)
-    frame = frame.transpose(1, 0, 2) if a == 0 else frame
-    return frame[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
-
-
-def right_angles(nine: Sequence[float]) -> tuple[int, int, int, int]:
-    """A display matrix of nine fixed-point numbers as signs; one that is not of right angles is left out."""
-    a, b, c, d = (int(np.sign(nine[i])) for i in (0, 1, 3, 4))
-    return (a, b, c, d) if abs(a * d - b * c) == 1 and a * b == 0 else UPRIGHT
-
-
-def track_matrix(path: Path) -> tuple[int, int, int, int]:
-    """The display matrix of an mp4's (first, if there are several) video track, from its boxes."""
-    try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            moov = next((body for name, body in _boxes(file, 0, size) if name == b"moov"), None)
-            for name, trak in _boxes(file, *moov) if moov else ():
-                if name != b"trak":
-                    continue
-                inside = dict(_boxes(file, *trak))
-                handler = dict(_boxes(file, *inside[b"mdia"])).get(b"hdlr") if b"mdia" in inside else None
-                if handler is None or b"tkhd" not in inside or _bytes(file, handler)[8:12] != b"vide":
-                    continue
-                head = _bytes(file, inside[b"tkhd"])
-                at = 52 if head[0] == 1 else 40
-                return right_angles(struct.unpack(">9i", head[at : at + 36]))
-    except (OSError, struct.error, IndexError, ValueError):  # what is wrong with it, its decoder says better
-        pass
-    return UPRIGHT
-
-
-def missing_bytes(path: Path) -> int:
-    """By how many bytes the last box of an mp4 is longer than the file."""
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        return max([0, *(end - size for _, (_, end) in _boxes(file, 0, size))])
-
-
-def _boxes(file, at, end):
-    """(name, (first byte of the body, end)) of each box of a range; the last one may end beyond it."""
-    for _ in range(_MOST):
-        if at + 8 > end:
-            return
-        file.seek(at)
-        head = file.read(16)
-        size, name = struct.unpack(">I4s", head[:8])
-        body = at + 8
-        if size == 1:
-            size, body = struct.unpack(">Q", head[8:16])[0], at + 16
-        size = end - at if size == 0 else size
-        if size < body - at:
-            return
-        yield name, (body, at + size)
-        at += size
-
-
-def _bytes(file, span):
-    file.seek(span[0])
-    return file.read(min(span[1] - span[0], 4096))
 
 
 def _is_mp4(names):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from evaat_fast.data.decode.errors import VideoError, reason
-from evaat_fast.data.decode.header import EXACT, UPRIGHT, Header, right_angles, turned
+from evaat_fast.data.decode.header import EXACT, Header
+from evaat_fast.data.decode.mp4 import UPRIGHT, right_angles, turned
 
 _FAR = 1.0  # seconds from which a seek is cheaper than reading the packets between
 _END = 2**62
