@@ -123,19 +123,16 @@ def test_cut_clips(tmp_path, folder):
     for n in range(2):
         seconds(tmp_path / folder / f"P01_01_{n}.mp4", 1 + n)
     ids, videos, starts = ["P01_01_0", "P01_01_1"], ["P01/P01_01"] * 2, [30.25, 31.5]
-    one, two = layout.find_rows(tmp_path, ids, videos, starts)
+    one, two = layout.find_clips(tmp_path, ids, videos, starts).values()
     assert (one.kind, one.starts, two.starts) == ("clips", (30.25,), (31.5,))
     assert numbers(video.read_clip(two, 31.5, 33.5, 4).numpy()) == [2, 7, 12, 17]
     with pytest.raises(FileNotFoundError, match="1 of 3 clips are not in .*P01_01_2"):
-        layout.find_rows(tmp_path, [*ids, "P01_01_2"], ["P01/P01_01"] * 3, [*starts, 40.0])
+        layout.find_clips(tmp_path, [*ids, "P01_01_2"], ["P01/P01_01"] * 3, [*starts, 40.0])
 
 
-def test_rows_of_whole_videos_share_their_source(tmp_path):
+def test_whole_videos_are_no_cut_clips(tmp_path):
     seconds(tmp_path / "P01" / "P01_01.mp4", 1)
-    rows = layout.find_rows(tmp_path, ["a", "b"], ["P01/P01_01"] * 2, [0.0, 0.5])
-    assert rows[0] is rows[1] and rows[0].kind == "whole"
-    with pytest.raises(FileNotFoundError, match="1 of 2 videos"):
-        layout.find_rows(tmp_path, ["a", "b"], ["P01/P01_01", "P01/P01_02"], [0.0, 0.5])
+    assert layout.find_clips(tmp_path, ["a", "b"], ["P01/P01_01"] * 2, [0.0, 0.5]) == {}
 
 
 # Clips that their videos do not hold.

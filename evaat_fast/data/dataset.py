@@ -185,13 +185,14 @@ class ClipDataset(Dataset):
 
     def _found(self, missing: Literal["raise", "skip"]) -> tuple[bool, dict[str, layout.Source]]:
         names = self.table.videos()
-        sources = layout.find(self.video_root, names, "skip")
-        if not sources:
-            ids = self.table.column("id").tolist()
-            of_row, starts = self.table.column("video").tolist(), self.table.column("start").tolist()
-            rows = layout.find_rows(self.video_root, ids, of_row, starts, missing)
-            return True, {name: source for name, source in zip(ids, rows, strict=True) if source is not None}
-        return False, sources if missing == "skip" else layout.find(self.video_root, names)
+        found = layout.find(self.video_root, names, "skip")
+        if not found:
+            ids, of_row, starts = (self.table.column(name).tolist() for name in ("id", "video", "start"))
+            if cut := layout.find_clips(self.video_root, ids, of_row, starts, missing):
+                return True, cut
+        if missing == "raise" and len(found) < len(names):
+            found = layout.find(self.video_root, names)  # which says what is missing
+        return False, found
 
     def _generator(self, index):
         epoch = int(self._epoch)

@@ -26,7 +26,7 @@ SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 _PLACES = ("", "videos", "clips")  # folders that a download brings with it
 _SAMPLED = 8  # videos whose durations decide what a chunk's name means
 
-__all__ = ["SUFFIXES", "Kind", "Source", "find", "find_rows", "of_path"]
+__all__ = ["SUFFIXES", "Kind", "Source", "find", "find_clips", "of_path"]
 
 
 @dataclass(frozen=True)
@@ -69,37 +69,29 @@ def find(root: str | os.PathLike[str], videos: Iterable[str], missing: Literal["
     return {n: _chunked(listed[n], length) if n in listed else _whole(place) for n, place in found.items()}
 
 
-def find_rows(
+def find_clips(
     root: str | os.PathLike[str],
     ids: Sequence[str],
     videos: Sequence[str],
     starts: Sequence[float],
     missing: Literal["raise", "skip"] = "raise",
-) -> list[Source | None]:
-    """Where the video of each clip lies, whichever layout it is: `find`, and cut clips, which are found by their ids.
+) -> dict[str, Source]:
+    """Where the clips of a set that is cut into them lie, by their ids; {} where none does, as in all other layouts.
 
     Args:
-        root: as in `find`. ids, videos, starts: of each clip. missing: "skip": None for what is not there.
-
-    Returns:
-        A Source for each clip; those of one video share theirs, but for cut clips.
+        root: as in `find`. ids, videos, starts: of each clip. missing: of clips beside others that are there, as in `find`.
 
     Raises:
-        As `find`.
+        FileNotFoundError: no such folder, or some of the clips are not in it. ValueError: two files of one clip.
     """
-    folders = _Folders(Path(root))
-    cut: dict[str, Path | None] = {}
-    if not any(folders.find(video) for video in dict.fromkeys(videos)):
+    folders, found = _Folders(Path(root)), {}
+    for clip, video, start in zip(ids, videos, starts, strict=True):
         # A participant's folder, or that of the video's chunks, comes before the id as it does before the video's name.
-        names = [f"{video.rpartition('/')[0]}/{clip}".lstrip("/") for clip, video in zip(ids, videos, strict=True)]
-        cut = {name: folders.find(name) for name in names}
-    if not any(cut.values()):
-        of_video = find(root, videos, missing)
-        return [of_video.get(video) for video in videos]
-    if missing == "raise" and (absent := [name for name, path in cut.items() if path is None]):
-        raise FileNotFoundError(_missing(root, absent, len(cut), "clips"))
-    placed = zip((cut[name] for name in names), starts, strict=True)
-    return [None if path is None else Source((path,), (float(start),), "clips") for path, start in placed]
+        if path := folders.find(f"{video.rpartition('/')[0]}/{clip}".lstrip("/")):
+            found[clip] = Source((path,), (float(start),), "clips")
+    if found and missing == "raise" and (absent := [clip for clip in ids if clip not in found]):
+        raise FileNotFoundError(_missing(root, absent, len(ids), "clips"))
+    return found
 
 
 def of_path(path: str | os.PathLike[str]) -> Source:
