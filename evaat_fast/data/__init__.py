@@ -19,6 +19,7 @@ _LAZY = {
 _SUBMODULES = (
     "cache",
     "check",
+    "choices",
     "chunks",
     "corpora",
     "dataset",
@@ -45,6 +46,7 @@ __all__ = [*_LAZY, *_SUBMODULES]
 if TYPE_CHECKING:
     from evaat_fast.data import cache as cache
     from evaat_fast.data import check as check
+    from evaat_fast.data import choices as choices
     from evaat_fast.data import chunks as chunks
     from evaat_fast.data import corpora as corpora
     from evaat_fast.data import dataset as dataset

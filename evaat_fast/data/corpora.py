@@ -5,25 +5,22 @@ data = open_corpus("ek100-mir", "annotations", "videos", "train", num_frames=4)
 
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from evaat_fast.data.dataset import ClipDataset, check_choice
+from evaat_fast.data.choices import CORPORA, LABELLED, Corpus, Split, check_choice
+from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.labels import ActionClips, LabelledClips
 from evaat_fast.data.readers import charades, egoclip, egoclip_plus, ek100_clips
-from evaat_fast.data.readers.ek100 import Split
 from evaat_fast.data.table import ClipTable
 
-Kind = Literal["ek100-mir", "ek100-clips", "egoclip", "egoclip-plus", "charades-ego", "clips"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-# Those whose clips have labels that relevancy is made of.
-LABELLED: dict[Kind, type[ClipDataset]] = {"ek100-mir": EK100, "ek100-clips": LabelledClips, "charades-ego": ActionClips}
+_MADE: dict[Corpus, type[ClipDataset]] = dict(zip(LABELLED, (EK100, LabelledClips, ActionClips), strict=True))
 
-__all__ = ["KINDS", "LABELLED", "Kind", "open_corpus", "read_table"]
+__all__ = ["open_corpus", "read_table"]
 
 
 def open_corpus(
-    kind: Kind, annotations: str | os.PathLike[str], videos: str | os.PathLike[str], split: Split, **options: Any
+    kind: Corpus, annotations: str | os.PathLike[str], videos: str | os.PathLike[str], split: Split, **options: Any
 ) -> ClipDataset:
     """A split of a corpus, to train on or, for "ek100-mir" and "charades-ego", to evaluate.
 
@@ -39,10 +36,10 @@ def open_corpus(
     table = read_table(kind, annotations, split)
     if kind == "charades-ego" and split == "test":
         return ClipDataset(table, videos, **options)
-    return LABELLED.get(kind, ClipDataset)(table, videos, **options)
+    return _MADE.get(kind, ClipDataset)(table, videos, **options)
 
 
-def read_table(kind: Kind, annotations: str | os.PathLike[str], split: Split) -> ClipTable:
+def read_table(kind: Corpus, annotations: str | os.PathLike[str], split: Split) -> ClipTable:
     """The clips of a split.
 
     Args:
@@ -52,7 +49,7 @@ def read_table(kind: Kind, annotations: str | os.PathLike[str], split: Split) ->
     Raises:
         FileNotFoundError, ValueError: as `open_corpus`.
     """
-    check_choice("kind", kind, KINDS)
+    check_choice("kind", kind, CORPORA)
     path = Path(annotations)
     if (path / f"{split}.arrow").is_file():
         path = path / f"{split}.arrow"

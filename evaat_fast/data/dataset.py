@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,11 @@ from torch.utils.data import Dataset, get_worker_info
 from evaat_fast.data import decode, layout
 from evaat_fast.data import video as videos
 from evaat_fast.data.cache import ClipCache
+from evaat_fast.data.choices import DECODERS, FRAMES, SAMPLERS, Decoder, Frames, Sampler, check_choice
 from evaat_fast.data.table import ClipTable
 
 _log = logging.getLogger("evaat_fast")
 
-Frames = Literal["ordered", "shuffled", "reversed", "frozen"]
-FRAMES: tuple[Frames, ...] = get_args(Frames)
 _SLOTS = 256  # counters: one for the main process, one for each worker
 _TRIES = 20  # other clips that may take the place of one that cannot be read
 _FEW = 16  # replacements say nothing of their share before there are so many
@@ -47,7 +46,7 @@ class ClipDataset(Dataset):
             "frozen" (one frame, drawn for each clip, repeated). Controls are the same in every epoch.
         cache: "memory" keeps decoded frames of every clip after its first use: T frames for evaluation, 2 T in
             training, from which each segment draws one. T * H * W * 3 bytes (twice that) a clip; for small corpora.
-        decoder: one of `evaat_fast.data.video.DECODERS`; "auto" is the first that can be used here.
+        decoder: one of DECODERS; "auto" is the first that can be used here.
         retries: how often a file that fails is read again.
         on_error: what then: "replace" takes a clip of another video, drawn from the seed, the epoch and the clip's number,
             "raise" raises. None: replace in training, raise otherwise, for a metric would silently be of other clips.
@@ -76,10 +75,10 @@ class ClipDataset(Dataset):
         transform: Callable[..., Tensor] | None = None,
         training: bool = True,
         jitter: bool | None = None,
-        sampler: videos.Sampler = "avion",
+        sampler: Sampler = "avion",
         frames: Frames = "ordered",
         cache: Literal["memory"] | None = None,
-        decoder: videos.Decoder = "auto",
+        decoder: Decoder = "auto",
         retries: int = 2,
         on_error: Literal["replace", "raise"] | None = None,
         max_broken: float = 0.01,
@@ -87,9 +86,9 @@ class ClipDataset(Dataset):
         seed: int = 0,
     ):
         on_error = on_error or ("replace" if training else "raise")
-        check_choice("sampler", sampler, videos.SAMPLERS)
+        check_choice("sampler", sampler, SAMPLERS)
         check_choice("cache", cache, (None, "memory"))
-        check_choice("decoder", decoder, videos.DECODERS)
+        check_choice("decoder", decoder, DECODERS)
         check_choice("on_error", on_error, ("replace", "raise"))
         check_choice("missing", missing, ("raise", "broken"))
         videos.frame_ids(0, 1, num_frames)  # num_frames must be a positive int
@@ -329,9 +328,3 @@ def impossible(start: Any, stop: Any) -> Any:
     """Whether times are neither a span of seconds from 0 on nor both NaN, all of a video: of numbers or of arrays."""
     span = (start >= 0) & (stop >= start) & np.isfinite(stop)
     return ~np.asarray(span | (np.isnan(start) & np.isnan(stop)))
-
-
-def check_choice(name: str, value: object, known: tuple[Any, ...]) -> None:
-    """Raises ValueError unless `value` is one of `known`."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {value!r}")

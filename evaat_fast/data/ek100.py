@@ -11,21 +11,15 @@ and no relevancy file is needed. Clips with one verb class and one set of noun c
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from evaat_fast.data import video as videos
-from evaat_fast.data.dataset import Frames, check_choice
+from evaat_fast.data.choices import POSITIVES, SPLITS, Decoder, Frames, Positive, Sampler, Split, check_choice
 from evaat_fast.data.labels import LabelledClips
 from evaat_fast.data.readers import ek100 as reader
-from evaat_fast.data.readers.ek100 import Split
 from evaat_fast.data.table import ClipTable
-
-Positive = Literal["own", "relevant"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-POSITIVES: tuple[Positive, ...] = get_args(Positive)
 
 
 class EK100(LabelledClips):
@@ -60,12 +54,12 @@ class EK100(LabelledClips):
         transform: Callable[..., Tensor] | None = None,
         training: bool | None = None,
         jitter: bool | None = None,
-        sampler: videos.Sampler = "avion",
+        sampler: Sampler = "avion",
         positive: Positive = "own",
         threshold: float = 0.1,
         frames: Frames = "ordered",
         cache: Literal["memory"] | None = None,
-        decoder: videos.Decoder = "auto",
+        decoder: Decoder = "auto",
         retries: int = 2,
         on_error: Literal["replace", "raise"] | None = None,
         max_broken: float = 0.01,

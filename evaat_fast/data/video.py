@@ -8,17 +8,15 @@ whatever the rate is there. A reader is opened for each clip and dropped after i
 import contextlib
 import math
 import os
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaat_fast.data.decode import DECODERS, Decoder, OutsideError, VideoError, VideoInfo, open_video, probe, reader_of
+from evaat_fast.data.choices import DECODERS, SAMPLERS, Decoder, Sampler, check_choice
+from evaat_fast.data.decode import OutsideError, VideoError, VideoInfo, open_video, probe, reader_of
 from evaat_fast.data.layout import Source, home, of_path
 
-Sampler = Literal["avion", "lavila"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 # Seconds by which a chunk may end before the next begins: a frame of 10 per second, and some of faster ones.
 _SHORT = 0.1
 
@@ -57,8 +55,7 @@ def frame_ids(
     Raises:
         ValueError: an unknown sampler, a count below 1, or stop before start.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    check_choice("sampler", sampler, SAMPLERS)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"num_frames: expected a positive int, got {count!r}")
     if not (math.isfinite(start) and math.isfinite(stop) and start <= stop):

@@ -21,8 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
-Frames = Literal["ordered", "shuffled", "reversed", "frozen"]
-FRAMES: tuple[Frames, ...] = get_args(Frames)
+from evaat_fast.data.choices import LABELLED, Corpus, Decoder, Frames, Positive, Sampler
 
 
 class ConfigError(ValueError):
@@ -61,14 +60,14 @@ class Data:
     max_broken: the largest share of clips that may be missing or unreadable; training goes on without them.
     cache: keep every decoded clip in memory (a small corpus). workers: processes that decode, 0 for none."""
 
-    kind: Literal["ek100-mir", "ek100-clips", "egoclip", "egoclip-plus", "charades-ego", "clips"] = "ek100-mir"
+    kind: Corpus = "ek100-mir"
     annotations: str = key("", path=True)
     videos: str = key("", path=True)
     crop_scale: float = key(0.5, above=0, most=1)
     jitter: bool = True
-    sampler: Literal["avion", "lavila"] = "avion"
-    positive: Literal["own", "relevant"] = "own"
-    decoder: Literal["auto", "torchcodec", "av", "decord"] = "auto"
+    sampler: Sampler = "avion"
+    positive: Positive = "own"
+    decoder: Decoder = "auto"
     max_broken: float = key(0.01, least=0, most=1)
     cache: bool = False
     workers: int = key(0, least=0)
@@ -391,7 +390,7 @@ def check(config: Config, source: str = "config", *, training: bool = True) -> N
         raise ConfigError(
             f"{source}: data.positive: only 'ek100-mir' has relevant captions, got data.kind = {config.data.kind!r}"
         )
-    if training and config.loss.name == "sms" and config.data.kind not in ("ek100-mir", "ek100-clips", "charades-ego"):
+    if training and config.loss.name == "sms" and config.data.kind not in LABELLED:
         raise ConfigError(f"{source}: loss.name: 'sms' needs labels, and data.kind = {config.data.kind!r} has none; use 'clip'")
     if training and config.train.init and config.model.pretrained:
         raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")

@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from evaat_fast.data.dataset import Frames
+from evaat_fast.data.choices import Frames
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.video import VideoError
 from evaat_fast.eval import Result, mir, recall

@@ -17,7 +17,7 @@ from torch import Tensor
 import evaat_fast
 from evaat_fast.data import decode
 from evaat_fast.data.check import check
-from evaat_fast.data.dataset import Frames
+from evaat_fast.data.choices import Frames
 from evaat_fast.eval import paper, tricks
 from evaat_fast.model import EVA02AT
 from evaat_fast.train import embedding, inputs, trainer

@@ -11,15 +11,14 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import numpy as np
 
+from evaat_fast.data.choices import DECODERS, Decoder, check_choice
 from evaat_fast.data.decode.errors import OutsideError, VideoError
 from evaat_fast.data.decode.header import Header, VideoInfo
 
-Decoder = Literal["auto", "av", "torchcodec", "decord"]
-DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 # In the order in which "auto" tries them, each with the reason for its place.
 ORDER: dict[Decoder, str] = {
     "av": "right for every file that the tests have, refuses damaged pictures, and is the fastest",
@@ -88,8 +87,7 @@ def open_video(path: str | Path, decoder: Decoder = "auto") -> AbstractContextMa
 
 def reader_of(decoder: Decoder) -> Callable[[Path], Reader]:
     """The class of a decoder's readers, its packages imported."""
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder: expected one of {', '.join(DECODERS)}, got {decoder!r}")
+    check_choice("decoder", decoder, DECODERS)
     if decoder == "auto":
         decoder = chosen()
     elif problem := why_not(decoder):

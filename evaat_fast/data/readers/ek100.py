@@ -22,17 +22,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
+from evaat_fast.data.choices import Split
 from evaat_fast.data.kinds import kinds_of, kinds_relevancy
 from evaat_fast.data.readers import pickles, text
 from evaat_fast.data.table import ClipTable
 
-Split = Literal["train", "test"]
-
-__all__ = ["Clip", "Relevancy", "Split", "captions", "check_relevancy", "clips", "read", "sentences"]
+__all__ = ["Clip", "Relevancy", "captions", "check_relevancy", "clips", "read", "sentences"]
 
 COLUMNS = (
     "narration_id",

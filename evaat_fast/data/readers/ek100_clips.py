@@ -18,6 +18,7 @@ import os
 import re
 from pathlib import Path
 
+from evaat_fast.data.choices import Split
 from evaat_fast.data.readers import ek100
 from evaat_fast.data.table import ClipTable
 
@@ -48,7 +49,7 @@ def files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     return found
 
 
-def read(folder: str | os.PathLike[str], split: ek100.Split, *, annotations: str | os.PathLike[str] | None = None) -> ClipTable:
+def read(folder: str | os.PathLike[str], split: Split, *, annotations: str | os.PathLike[str] | None = None) -> ClipTable:
     """The clips whose files are there, whole, as "P01/P01_102_0" in folder/clips.
 
     Args:
