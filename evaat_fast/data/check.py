@@ -62,6 +62,12 @@ class Report:
         """Which share of the clips is broken."""
         return len(self.broken) / self.clips
 
+    @property
+    def worst(self) -> str:
+        """What is wrong with the most of the broken clips, and with the first of those."""
+        worst = max((f for f in self.findings if not f.usable), key=lambda f: len(f.rows))
+        return f"most are {worst.what}, first {worst.examples[0]}"
+
     def __str__(self) -> str:
         lines = [f"{self.clips} clips, headers of {self.files} files read: " + ("" if self.findings else "nothing wrong found")]
         for finding in self.findings:

@@ -21,7 +21,6 @@ import torch
 
 from evaat_fast.data.corpora import open_corpus
 from evaat_fast.data.dataset import ClipDataset, captions
-from evaat_fast.data.transforms import eval_transform
 from evaat_fast.train import embedding, inputs, outcome, trainer
 from evaat_fast.train.checkpoint import write_atomically
 from evaat_fast.train.config import Config, ConfigError
@@ -72,12 +71,7 @@ def write(
         config.data.annotations,
         config.data.videos,
         split,  # type: ignore[arg-type]
-        num_frames=wanted.num_frames,
-        transform=eval_transform(wanted.image_size),
-        training=False,
-        sampler=config.data.sampler,
-        decoder=config.data.decoder,
-        missing="broken" if partial else "raise",
+        **inputs.of_evaluation(config, "broken" if partial else "raise"),
     )
     model = trainer.build_model(config).to(device).eval()
     texts = _texts(data)

@@ -58,6 +58,7 @@ def splits(config: Config, missing: Literal["raise", "broken"] = "raise") -> Spl
         max_broken=config.data.max_broken,
         missing="broken",
         seed=config.train.seed,
+        cache=_cache(config),
         **own,
         **_shared(config),
     )
@@ -72,18 +73,23 @@ def test_split(config: Config, missing: Literal["raise", "broken"] = "raise") ->
     """
     if config.data.kind != "ek100-mir":
         raise ConfigError(f"data.kind: {config.data.kind!r} has no retrieval test; evaluate with evaat-fast eval --task")
-    transform = eval_transform(model_config(config).image_size)
     places = config.data.annotations, config.data.videos
-    return EK100(*places, "test", transform=transform, missing=missing, **_shared(config))
+    return EK100(*places, "test", cache=_cache(config), **of_evaluation(config, missing))
+
+
+def of_evaluation(config: Config, missing: Literal["raise", "broken"] = "raise") -> dict[str, Any]:
+    """The options of a data set that config's model is evaluated on."""
+    transform = eval_transform(model_config(config).image_size)
+    return {"transform": transform, "training": False, "missing": missing, **_shared(config)}
 
 
 def _shared(config: Config) -> dict[str, Any]:
-    return {
-        "num_frames": model_config(config).num_frames,
-        "sampler": config.data.sampler,
-        "cache": "memory" if config.data.cache else None,
-        "decoder": config.data.decoder,
-    }
+    frames = model_config(config).num_frames
+    return {"num_frames": frames, "sampler": config.data.sampler, "decoder": config.data.decoder}
+
+
+def _cache(config: Config) -> Literal["memory"] | None:
+    return "memory" if config.data.cache else None
 
 
 def inspect(config: Config, data: Splits, say: Callable[[str], object]) -> Report:
@@ -106,10 +112,9 @@ def _judge(split, report, allowed, words, say):
     if report.findings:
         say(f"{split}: {report}")
     if report.share > allowed:
-        worst = max((f for f in report.findings if not f.usable), key=lambda f: len(f.rows))
         raise ConfigError(
             f"data: {len(report.broken)} of {report.clips} {split} clips ({100 * report.share:.3g} %) cannot be used, more "
-            f"than {words}; most are {worst.what}, first {worst.examples[0]}. evaat-fast check lists all"
+            f"than {words}; {report.worst}. evaat-fast check lists all"
         )
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def run(
     """
     options, started = options or Options(), time.perf_counter()
     if len(checkpoints) > 1 and "ensemble" not in options.tricks:
-        options = _with_trick(options, "ensemble")
+        options = replace(options, tricks=(*options.tricks, "ensemble"))
     if len(checkpoints) < 2 and "ensemble" in options.tricks:
         raise ConfigError("--trick: an ensemble is of several checkpoints: give --checkpoint more than once")
     task = open_task(name, config, options)
@@ -157,11 +158,8 @@ def _usable(task, options, say):
     if report.findings:
         say(str(report))
     if len(report.broken) and not options.partial:
-        worst = max((f for f in report.findings if not f.usable), key=lambda f: len(f.rows))
-        raise Incomplete(
-            f"{len(report.broken)} of {report.clips} clips cannot be used; most are {worst.what}, first {worst.examples[0]}; "
-            "--allow-partial goes on without them"
-        )
+        found = f"{len(report.broken)} of {report.clips} clips cannot be used; {report.worst}"
+        raise Incomplete(f"{found}; --allow-partial goes on without them")
     if not len(report.usable):
         raise Incomplete(f"none of the {report.clips} clips can be used")
     return report.usable
@@ -238,10 +236,6 @@ def _published(name: str, clips: int, task: Task) -> bool | None:
     if any(mine[what] != number for what, number in counts.items()):
         return False
     return True if "clips" in counts else None
-
-
-def _with_trick(options, trick):
-    return Options(**{**options.__dict__, "tricks": (*options.tricks, trick)})
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -9,7 +9,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,11 @@ class Options:
     tricks: tuple[str, ...] = ()
     temperature: float = 0.05
     partial: bool = False
+
+    @property
+    def missing(self) -> Literal["raise", "broken"]:
+        """What `ClipDataset` is to make of missing videos."""
+        return "broken" if self.partial else "raise"
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def open_task(name: str, config: Config, options: Options) -> Task:
 
 
 def _ek100(config: Config, options: Options) -> Task:
-    data = inputs.test_split(config, "broken" if options.partial else "raise")
+    data = inputs.test_split(config, options.missing)
 
     def judge(sim: Tensor, kept: Tensor) -> Result:
         if "dual-softmax" in options.tricks:
@@ -98,7 +103,7 @@ def _ek100(config: Config, options: Options) -> Task:
 
 def _egomcq(config: Config, options: Options) -> Task:
     questions = _questions(Path(config.data.annotations))
-    data = _clips(questions.clips, config, options)
+    data = ClipDataset(questions.clips, config.data.videos, **inputs.of_evaluation(config, options.missing))
     choices, normalize = torch.from_numpy(np.asarray(questions.choices)), options.scores == "cosine"
     # Questions share texts, and clips.
     number = {text: i for i, text in enumerate(dict.fromkeys(questions.texts))}
@@ -109,9 +114,11 @@ def _egomcq(config: Config, options: Options) -> Task:
 
     def judge(sim: Tensor, kept: Tensor) -> Result:
         whole = kept[choices].all(1)
-        _some(whole, "question of which all clips", "read")
+        left = int((~whole).sum())
+        if left == len(whole):
+            raise ValueError("there is no question of which all clips could be read")
         result = mcq.report(sim[whole], questions.answers[whole.numpy()], questions.types[whole.numpy()])
-        return _left_out(result, "questions", whole)
+        return replace(result, counts={**result.counts, "questions_left_out": left}) if left else result
 
     scores = "cosine" if normalize else "products with clips as long as they come (LaViLa)"
     return Task("egomcq", data, list(number), compare, judge, normalize, {"scores": scores})
@@ -134,40 +141,15 @@ def _charades(config: Config, options: Options) -> Task:
         table, names = ClipTable.open(prepared / "test.arrow"), json.loads((prepared / "test-classes.json").read_text())
     else:
         table, names = charades_files.read(path, "test"), charades_files.classes(path)
-    data = _clips(table, config, options)
+    data = ClipDataset(table, config.data.videos, **inputs.of_evaluation(config, options.missing))
     labels = torch.zeros(len(table), len(names), dtype=torch.bool)
     for row, classes in zip(labels, table.column("labels"), strict=True):
         row[torch.from_numpy(np.array(classes, np.int64))] = True
     softmax = options.scores == "lavila"
 
     def judge(sim: Tensor, kept: Tensor) -> Result:
-        _some(kept, "video", "read")
         return charades.report(sim[kept], labels[kept], softmax)
 
     protocol = {"scores": "softmax over classes (LaViLa, fine-tuned)" if softmax else "cosine", "prompt": options.prompt}
     texts = [options.prompt.format(name) for name in names]
     return Task("charades-ego", data, texts, embedding.similarity, judge, protocol=protocol)
-
-
-def _clips(table: ClipTable, config: Config, options: Options) -> ClipDataset:
-    wanted = inputs.model_config(config)
-    return ClipDataset(
-        table,
-        config.data.videos,
-        num_frames=wanted.num_frames,
-        transform=eval_transform(wanted.image_size),
-        training=False,
-        sampler=config.data.sampler,
-        decoder=config.data.decoder,
-        missing="broken" if options.partial else "raise",
-    )
-
-
-def _some(kept, what, done):
-    if not kept.any():
-        raise ValueError(f"there is no {what} could be {done}")
-
-
-def _left_out(result: Result, what: str, kept: Tensor) -> Result:
-    left = int((~kept).sum())
-    return Result(result.metrics, {**result.counts, f"{what}_left_out": left}, result.notes) if left else result
