@@ -212,8 +212,9 @@ def _train(arguments):
 def _check(arguments):
     from pathlib import Path
 
+    from evaat_fast._files import write_atomically
     from evaat_fast.data.check import check
-    from evaat_fast.train import checkpoint, inputs, load, packages
+    from evaat_fast.train import inputs, load, packages
     from evaat_fast.train.log import Progress
     from evaat_fast.train.trainer import check_folder
 
@@ -239,7 +240,7 @@ def _check(arguments):
             print(f"  {len(report.broken)} clips ({100 * report.share:.3g} %) cannot be used, more than {100 * allowed:g} %")
     if arguments.json:
         text = json.dumps(record, indent=1) + "\n"
-        checkpoint.write_atomically(arguments.json, lambda file: file.write(text.encode()))
+        write_atomically(arguments.json, lambda file: file.write(text.encode()))
     return 1 if wrong else 0
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_tasks import run  # noqa: F401, a fixture
 
+from evaat_fast._files import sha256
 from evaat_fast.cli import main
-from evaat_fast.train import embedding, inputs, outcome, trainer
+from evaat_fast.train import embedding, inputs, trainer
 
 
 def expected(config, weights):
@@ -35,7 +36,7 @@ def test_parquet(run, tmp_path, capsys):  # noqa: F811
     assert words.column("text").to_pylist() == texts
     np.testing.assert_allclose(np.array(words.column("embedding").to_pylist(), np.float32), captions, atol=1e-6)
     record = json.loads((out / "features.json").read_text())
-    assert record["checkpoint_sha256"] == outcome.sha256(weights) and record["preprocessing"]["frames"] == 2
+    assert record["checkpoint_sha256"] == sha256(weights) and record["preprocessing"]["frames"] == 2
     assert json.loads(table.schema.metadata[b"evaat_fast"])["model"] == record["model"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from corpus import configuration, corpus
 
+from evaat_fast._files import sha256
 from evaat_fast.cli import main
 from evaat_fast.eval import mcq, mir, paper
 from evaat_fast.train import checkpoint, inputs, masters, outcome, steps, tasks, trainer
@@ -50,7 +51,7 @@ def test_ek100_mir(run, tmp_path, capsys):
     assert "EVA02-AT-L + SMS" in printed and "ours, another test set" in printed and "R@1" in printed
     assert (record["task"], record["stage"], record["partial"]) == ("ek100-mir", "fine-tuned", False)
     assert record["clips"] == 16 and record["epoch"] == 3 and not record["published_test_set"]
-    assert record["checkpoint_sha256"] == [outcome.sha256(weights)] and record["protocol"]["num_frames"] == 2
+    assert record["checkpoint_sha256"] == [sha256(weights)] and record["protocol"]["num_frames"] == 2
     assert "frames: ours 2, the paper's 16" in record["differences"] and "torch" in record["versions"]
     assert record["config"]["data"]["videos"] == config.data.videos and record["decoder"] != "auto"
     assert f"{record['mAP']:.2f}" in printed and f"{record['R@5_t2v']:.2f}" in printed

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from evaat_fast._files import write_atomically
 from evaat_fast.train import Diverged, checkpoint, evaluation, inputs, steps, train, trainer
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import Log, read
@@ -291,7 +292,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

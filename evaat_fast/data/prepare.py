@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from evaat_fast._files import sha256, write_atomically
 from evaat_fast.data import prepare_videos
 from evaat_fast.data.kinds import kinds_of, kinds_relevancy
 from evaat_fast.data.readers import charades, egoclip, egoclip_plus, egomcq, ek100, ek100_clips
@@ -200,17 +201,7 @@ class _Record:
             self.data = {"version": _VERSION, "tables": {}, "videos": {}}
 
     def save(self) -> None:
-        _write(self.path, lambda file: file.write(json.dumps(self.data, indent=1).encode()))
-
-
-def _write(path, write):
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        write_atomically(self.path, lambda file: file.write(json.dumps(self.data, indent=1).encode()))
 
 
 def _stamp(path):
@@ -230,18 +221,12 @@ def _same(sources: Mapping[str, list[Any]], stamps: Mapping[str, list[int]], pro
 
 def _digest(path, progress):
     """SHA-256 of a file, or of the names in a folder."""
-    digest = hashlib.sha256()
     if path.is_dir():
-        digest.update("\n".join(sorted(str(p.relative_to(path)) for p in path.rglob("*"))).encode())
-        return digest.hexdigest()
-    done, size = 0, path.stat().st_size
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-            done += len(block)
-            if progress is not None and size > 1 << 26:
-                progress(f"checking {path.name}", done, size)
-    return digest.hexdigest()
+        return hashlib.sha256("\n".join(sorted(str(p.relative_to(path)) for p in path.rglob("*"))).encode()).hexdigest()
+    size = path.stat().st_size
+    if progress is None or size <= 1 << 26:
+        return sha256(path)
+    return sha256(path, lambda done: progress(f"checking {path.name}", done, size))
 
 
 def _ek100(source):
@@ -262,7 +247,7 @@ def _ek100_task(folder, split, files, count):
         kinds, numbers = kinds_of(table)
         kind = numbers.numpy()
         arrays = {"table": kinds_relevancy(kinds).numpy(), "clip_kind": kind, "caption_kind": kind[rows]}
-        _write(out / f"{split}-relevancy.npz", lambda file: np.savez(file, **arrays, caption_clip=rows))
+        write_atomically(out / f"{split}-relevancy.npz", lambda file: np.savez(file, **arrays, caption_clip=rows))
         found = ek100.check_relevancy(folder, split, table, rows)
         return f"{len(rows):,} captions; {found or 'relevancy from the classes'}"
 
@@ -302,7 +287,7 @@ def _egomcq(source):
 
     def extra(found, out):
         arrays = {"texts": np.array(found.texts), "choices": found.choices, "answers": found.answers, "types": found.types}
-        _write(out / "test-questions.npz", lambda file: np.savez(file, **arrays))
+        write_atomically(out / "test-questions.npz", lambda file: np.savez(file, **arrays))
         inter = int((found.types == egomcq.INTER).sum())
         return f"{len(found):,} questions, {inter:,} inter-video (type 1) and {len(found) - inter:,} intra-video (type 2)"
 
@@ -314,7 +299,7 @@ def _charades(source):
 
     def extra(table, out):
         text = json.dumps(charades.classes(source), indent=1) + "\n"
-        _write(out / "test-classes.json", lambda file: file.write(text.encode()))
+        write_atomically(out / "test-classes.json", lambda file: file.write(text.encode()))
         bare = sum(len(labels) == 0 for labels in table.column("labels"))
         return f"157 classes; {bare:,} videos have none" if bare else "157 classes"
 

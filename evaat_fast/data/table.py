@@ -19,9 +19,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from evaat_fast._files import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow
@@ -148,18 +150,17 @@ class ClipTable:
         path = Path(path)
         if path.suffix not in (".arrow", ".parquet"):
             raise ValueError(f"path: expected a name in .arrow or .parquet, got {str(path)!r}")
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+
+        def write(file: IO[bytes]) -> None:
             if path.suffix == ".parquet":
                 import pyarrow.parquet
 
-                pyarrow.parquet.write_table(self.arrow, part, compression="zstd")
+                pyarrow.parquet.write_table(self.arrow, file, compression="zstd")
             else:
-                with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, self.arrow.schema) as writer:
+                with pa.ipc.new_file(file, self.arrow.schema) as writer:
                     writer.write_table(self.arrow.combine_chunks())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+
+        write_atomically(path, write)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> "ClipTable":
         """A table in memory of some rows, in the order given."""

@@ -6,12 +6,13 @@ The weights lie under "state_dict", the masters where a model holds rounded ones
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from evaat_fast._files import write_atomically
 from evaat_fast.train.config import Config
 from evaat_fast.train.masters import Masters
 
@@ -37,20 +38,6 @@ def save(path: str | os.PathLike[str], masters: Masters, optimizer: torch.optim.
         "rng": rng,
     }
     write_atomically(path, lambda file: torch.save(content, file))
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
-    """Calls `write(file)` on a temporary file in the same folder, flushes it to the disk and renames it to `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

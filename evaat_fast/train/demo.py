@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 import evaat_fast
+from evaat_fast._files import write_atomically
 from evaat_fast.data.choices import FRAMES
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.train import evaluation, inputs, packages, trainer
-from evaat_fast.train.checkpoint import write_atomically
 from evaat_fast.train.config import KEYS, Config, load, parse_override, with_values
 from evaat_fast.train.log import Progress, read
 

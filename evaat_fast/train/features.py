@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaat_fast._files import sha256, write_atomically
 from evaat_fast.data.corpora import open_corpus
 from evaat_fast.data.dataset import ClipDataset, captions
 from evaat_fast.train import embedding, inputs, outcome, trainer
-from evaat_fast.train.checkpoint import write_atomically
 from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Progress
 
@@ -82,7 +82,7 @@ def write(
         "rows": rows,
         "dataset": config.data.kind,
         "split": split,
-        "checkpoint_sha256": outcome.sha256(checkpoint),
+        "checkpoint_sha256": sha256(checkpoint),
         "model": model.config.__dict__,
         "preprocessing": {
             "frames": wanted.num_frames,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evaat_fast.train.checkpoint import write_atomically
+from evaat_fast._files import write_atomically
 
 
 class Log:

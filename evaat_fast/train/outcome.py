@@ -1,6 +1,5 @@
 """Runs a task: what came out, as a record that says all that repeating it needs, and as a table beside the paper's."""
 
-import hashlib
 import json
 import math
 import os
@@ -16,18 +15,18 @@ import torch
 from torch import Tensor
 
 import evaat_fast
+from evaat_fast._files import sha256, write_atomically
 from evaat_fast.data import decode
 from evaat_fast.data.check import check
 from evaat_fast.data.choices import Frames
 from evaat_fast.eval import paper, tricks
 from evaat_fast.model import EVA02AT
 from evaat_fast.train import embedding, inputs, trainer
-from evaat_fast.train.checkpoint import write_atomically
 from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Progress
 from evaat_fast.train.tasks import Options, Task, open_task
 
-__all__ = ["Incomplete", "guess_stage", "precision", "run", "run_of", "sha256", "similarities", "text", "versions", "write"]
+__all__ = ["Incomplete", "guess_stage", "precision", "run", "run_of", "similarities", "text", "versions", "write"]
 
 _DISTRIBUTIONS = ("torch", "numpy", "av", "torchcodec", "decord", "decord2", "pyarrow", "tokenizers")
 
@@ -236,15 +235,6 @@ def _published(name: str, clips: int, task: Task) -> bool | None:
     if any(mine[what] != number for what, number in counts.items()):
         return False
     return True if "clips" in counts else None
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The hash of a file's bytes."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def precision(config: Config, device: torch.device, model: EVA02AT) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaat_fast._files import write_atomically
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.transforms import eval_transform
-from evaat_fast.train.checkpoint import write_atomically
 
 # A placeholder that becomes currentColor: the figure's text and axes follow the page's theme.
 _INK = "#123456"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import evaat_fast
+from evaat_fast._files import write_atomically
 from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.model import EVA02AT, CLIPTokenizer
 from evaat_fast.train import checkpoint, evaluation, inputs, packages
@@ -87,7 +88,7 @@ def train(
 
     # An old last.pt stands until the new run's first one takes its place.
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
+    write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
     log = Log(out / "log.jsonl", keep=done)
     if config.data.cache and not datasets and not config.data.workers:
         reading = Progress(len(data), "decoding", quiet)
