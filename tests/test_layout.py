@@ -52,7 +52,7 @@ def test_what_is_no_file_is_not_there(tmp_path):
     assert list(layout.find(tmp_path, names, "skip")) == ["a", "whole"]
     with pytest.raises(FileNotFoundError, match="2 of 4 videos are not in .*: gone, pipe"):
         layout.find(tmp_path, names)
-    assert layout.find_rows(tmp_path, ["gone"], ["v"], [0.0], "skip") == [None]
+    assert layout.find_clips(tmp_path, ["gone"], ["v"], [0.0]) == {}
 
 
 def test_two_files_of_one_video_are_an_error(tmp_path):
