@@ -1,6 +1,5 @@
 """Re-encoding to chunks: the same frames at the same times, whatever was interrupted."""
 
-import argparse
 import random
 import re
 from fractions import Fraction
@@ -108,22 +107,17 @@ def test_what_cannot_be_read_is_told(tmp_path):
     assert sorted(name for name, _, _ in seen) == ["a", "b", "c"] and [done for _, done, _ in seen] == [1, 2, 3]
 
 
-def test_the_cost_is_told_first(tmp_path, capsys):
+def test_the_cost_is_told_first(tmp_path):
     for name in "abc":
         film(tmp_path / "in" / f"{name}.mp4", EVEN)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--videos")
-    chunks.add_arguments(parser)
-    words = ["--videos", str(tmp_path / "in"), "--chunk", str(tmp_path / "out"), "--chunk-seconds", "2", "--workers", "2"]
-    assert chunks.run(parser.parse_args([*words, "--dry-run"])) == 0
+    videos, settings = chunks.discover(tmp_path / "in"), chunks.Settings(seconds=2)
+    cost = chunks.estimate(videos, tmp_path / "out", settings, workers=2)
     assert not (tmp_path / "out").exists()
-    assert "3 videos, 0.2 minutes: about 1 minutes and" in capsys.readouterr().out
-    cost = chunks.estimate(chunks.discover(tmp_path / "in"), tmp_path / "out", chunks.Settings(seconds=2))
-    assert chunks.run(parser.parse_args(words)) == 0
+    assert "3 videos, 0.2 minutes: about 1 minutes and" in str(cost)
+    assert chunks.write(videos, tmp_path / "out", settings, workers=2) == {}
     written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.mp4") if p.is_file())
     assert cost.bytes == pytest.approx(written, rel=0.2)
-    assert "3 of 3: " in capsys.readouterr().out
-    assert chunks.estimate(chunks.discover(tmp_path / "in"), tmp_path / "out").videos == 0
+    assert chunks.estimate(videos, tmp_path / "out").videos == 0
 
 
 @pytest.mark.parametrize("name, value", [("seconds", 0), ("short_side", 8.5), ("crf", -1), ("gop", True)])

@@ -9,7 +9,11 @@ import torch
 from corpus import corpus
 
 from evaat_fast.cli import main
-from evaat_fast.train import load, packages
+from evaat_fast.data.choices import FRAMES
+from evaat_fast.data.chunks import Settings
+from evaat_fast.data.prepare import DATASETS
+from evaat_fast.eval import paper, tricks
+from evaat_fast.train import features, load, packages, tasks
 
 TINY = """
 [model]
@@ -197,3 +201,18 @@ def test_module_and_script_are_one_command_line(tmp_path):
     assert run.returncode == 0 and run.stdout.startswith("usage: evaat-fast")
     for command in ("demo", "train", "eval", "make-kitchen", "doctor"):
         assert command in run.stdout
+
+
+def test_the_help_names_what_the_library_takes(capsys):
+    """The parser has words of its own, or it would wait for what they are of."""
+    offered = {}
+    for command in ("eval", "features", "prepare"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        offered[command] = " ".join(capsys.readouterr().out.split())
+    for words in (paper.TASKS, paper.STAGES, FRAMES, tasks.SCORES, [name for name in tricks.TRICKS if name != "ensemble"]):
+        assert f"{{{','.join(words)}}}" in offered["eval"]
+    assert f"{{{','.join(features.FORMATS)}}}" in offered["features"]
+    assert all(name in offered["prepare"] for name in DATASETS)
+    for name in ("seconds", "short_side", "crf"):
+        assert f"({getattr(Settings(), name)})" in offered["prepare"]

@@ -18,7 +18,7 @@ LAYERS = [
     ("data", "eval"),
     ("factory",),
     ("train",),
-    ("cli", "doctor"),
+    ("cli", "_commands", "doctor"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = set(

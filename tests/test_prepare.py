@@ -16,7 +16,7 @@ pytest.importorskip("av")
 from films import film  # noqa: E402
 
 from evaat_fast import cli
-from evaat_fast.data import EK100, ClipTable, prepare_videos
+from evaat_fast.data import EK100, ClipTable, layout, prepare_videos
 from evaat_fast.data.prepare import DATASETS, prepare
 from evaat_fast.data.readers import ek100
 
@@ -249,3 +249,17 @@ def test_the_record_is_json_of_what_was_made(tmp_path):
     size, _, digest = record["tables"]["train"]["sources"][str(source)]
     assert size == source.stat().st_size and len(digest) == 64 and record["tables"]["train"]["clips"] == 48
     assert all(math.isfinite(fact[2]) for fact in record["videos"].values())
+
+
+def test_the_videos_that_a_data_set_names_are_cut_into_chunks(tmp_path, capsys):
+    made, out = formats.kitchen(), tmp_path / "chunks"
+    words = ["prepare", "ek100-mir", str(made.ek100), "--videos", str(made.ek100_videos), "--out", str(tmp_path / "prepared")]
+    assert cli.main([*words, "--chunk", str(out), "--dry-run"]) == 0
+    assert f"chunks of 15 s in {out}: 2 videos, " in capsys.readouterr().out and not out.exists()
+    assert cli.main([*words, "--chunk", str(out), "--chunk-seconds", "20", "--short-side", "32", "--workers", "2"]) == 0
+    assert "2 of 2: " in capsys.readouterr().out
+    found = layout.find(out, ["P01/P01_00", "P02/P02_00"])
+    assert found["P01/P01_00"].starts[:2] == (0.0, 20.0)
+    for more, message in (((), "chunks of other settings are there"), (("--crf", "-1"), "crf: expected an int from 0, got -1")):
+        assert cli.main([*words, "--chunk", str(out), *more]) == 2
+        assert message in capsys.readouterr().err

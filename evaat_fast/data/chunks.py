@@ -11,7 +11,6 @@ Work can be stopped at any moment and begun again: a chunk appears under its nam
 chunks are.
 """
 
-import argparse
 import json
 import math
 import os
@@ -39,7 +38,7 @@ _SETTINGS = "chunks.json"
 _UNFINISHED = ".part"
 _HALF = Fraction(1, 2)
 
-__all__ = ["Estimate", "Settings", "add_arguments", "discover", "estimate", "run", "write"]
+__all__ = ["Estimate", "Settings", "discover", "estimate", "write"]
 
 
 @dataclass(frozen=True)
@@ -186,43 +185,6 @@ def write(
             if progress is not None:
                 progress(name, done, len(videos))
     return failed
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `prepare --chunk`."""
-    usual = Settings()
-    group = parser.add_argument_group("re-encoding to chunks that decode fast")
-    group.add_argument("--chunk", type=Path, metavar="FOLDER", help="write the videos there, in chunks; goes on where it was")
-    group.add_argument("--chunk-seconds", type=int, default=usual.seconds, metavar="N", help="default %(default)s")
-    group.add_argument("--short-side", type=int, default=usual.short_side, metavar="PIXELS", help="default %(default)s")
-    group.add_argument("--crf", type=int, default=usual.crf, help="quality, lower is better and larger; default %(default)s")
-    group.add_argument("--workers", type=int, metavar="N", help="processes; one for each processor")
-    group.add_argument("--dry-run", action="store_true", help="say what it will cost, and stop")
-
-
-def run(arguments: argparse.Namespace, videos: Mapping[str, Source] | None = None) -> int:
-    """What `add_arguments` asks for; the exit status.
-
-    Args:
-        arguments: parsed; `arguments.videos` is the folder of the videos where none are given. videos: names and whole files.
-    """
-    settings = Settings(arguments.chunk_seconds, arguments.short_side, arguments.crf)
-    videos = discover(arguments.videos) if videos is None else videos
-    cost = estimate(videos, arguments.chunk, settings, arguments.workers)
-    print(f"chunks of {settings.seconds} s in {arguments.chunk}: {cost}")
-    if arguments.dry_run:
-        return 0
-    if cost.bytes > cost.free:
-        print("there is not enough room; --short-side and --crf make chunks smaller")
-        return 1
-
-    def report(name: str, done: int, of: int) -> None:
-        print(f"{done} of {of}: {name}", flush=True)
-
-    failed = write(videos, arguments.chunk, settings, workers=arguments.workers, progress=report)
-    for name, why in failed.items():
-        print(f"not written: {name}: {why}")
-    return 1 if failed else 0
 
 
 def _write_video(path, folder, settings):

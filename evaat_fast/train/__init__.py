@@ -18,7 +18,6 @@ _SUBMODULES = (
     "demo",
     "embedding",
     "evaluation",
-    "evaluation_config",
     "features",
     "inputs",
     "log",
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from evaat_fast.train import demo as demo
     from evaat_fast.train import embedding as embedding
     from evaat_fast.train import evaluation as evaluation
-    from evaat_fast.train import evaluation_config as evaluation_config
     from evaat_fast.train import features as features
     from evaat_fast.train import inputs as inputs
     from evaat_fast.train import log as log

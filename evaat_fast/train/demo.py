@@ -79,9 +79,8 @@ def run(
     data = inputs.splits(configs["pretrain"])
     test = data.test
     assert isinstance(data.train, EK100) and test is not None  # the toy kitchen is in EK-100's files
-    progress = Progress(len(data.train), "decoding", quiet)
-    inputs.decode(data.train, progress)
-    progress.close()
+    with Progress(len(data.train), "decoding", quiet) as progress:
+        inputs.decode(data.train, progress)
     clock["decoding"] = time.perf_counter()
     rows = [("random scores", _chance(test))]
     rows.append(("before training", evaluation.evaluate(untrained, test, configs["pretrain"], device)))

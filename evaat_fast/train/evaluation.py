@@ -1,6 +1,7 @@
 """What a model retrieves: the EK-100 metrics of a test split, and how often the verb is right."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, overload
 
 import torch
@@ -128,3 +129,22 @@ def summary(metrics: Mapping[str, float]) -> str:
     """One line."""
     verbs = f"  verbs {metrics['verb_accuracy']:.1f} %" if "verb_accuracy" in metrics else ""
     return f"mAP {metrics['mAP']:.1f}  nDCG {metrics['nDCG']:.1f}{verbs}"
+
+
+def lines(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """A table of both directions of the metrics, with averages where there are any; verbs, and what mAP leaves out."""
+
+    def shown(name: str, width: int) -> str:
+        value = metrics.get(name, math.nan)
+        return f"{value:>{width}.2f}" if math.isfinite(value) else f"{'-':>{width}}"
+
+    average = any(name in metrics for name in names)
+    found = [f"{'':<6}{'video->text':>13}{'text->video':>13}" + f"{'average':>9}" * average]
+    for name in names:
+        found.append(f"{name:<6}{shown(f'{name}_v2t', 13)}{shown(f'{name}_t2v', 13)}" + shown(name, 9) * average)
+    if "verb_accuracy" in metrics:
+        found.append(f"verb accuracy of the caption retrieved first: {shown('verb_accuracy', 0)} %")
+    clips, captions = (int(metrics.get(f"excluded_{way}", 0)) for way in ("v2t", "t2v"))
+    if clips or captions:
+        found.append(f"left out of mAP, for nothing matches them exactly: {clips} clips, {captions} captions")
+    return found

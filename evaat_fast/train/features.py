@@ -99,8 +99,7 @@ def write(
     for name, count in (("clips", len(data)), ("texts", len(texts))):
         parts = range(0, count, rows)
         paths = [out / f"{name}-{i:05}-of-{len(parts):05}.{form}" for i in range(len(parts))]
-        progress = Progress(count, name)
-        try:
+        with Progress(count, name) as progress:
             for first, path in zip(parts, paths, strict=True):
                 some = range(first, min(first + rows, count))
                 if path.exists():
@@ -116,8 +115,6 @@ def write(
                     _save(path, {"text": texts[first : some.stop], "embedding": found.numpy()}, record)
                 for _ in some:
                     progress.step()
-        finally:
-            progress.close()
         there = f", {kept[name]} of them there already" if name in kept else ""
         said.append(f"{count:,} {name} in {len(paths)} {form} files{there}")
     if left:

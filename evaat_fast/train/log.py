@@ -61,7 +61,14 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:
                 raise ImportError("the progress bar needs tqdm: pip install 'evaat-fast[train]'") from None
-            self.bar = tqdm(total=total, desc=label, leave=False, dynamic_ncols=True)
+            scale = total > 1 << 24  # of bytes
+            self.bar = tqdm(total=total, desc=label, leave=False, dynamic_ncols=True, unit_scale=scale)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def step(self, **values: float) -> None:
         if self.bar is not None:

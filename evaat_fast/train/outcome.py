@@ -21,7 +21,7 @@ from evaat_fast.data.check import check
 from evaat_fast.data.choices import Frames
 from evaat_fast.eval import paper, tricks
 from evaat_fast.model import EVA02AT
-from evaat_fast.train import embedding, inputs, trainer
+from evaat_fast.train import embedding, evaluation, inputs, trainer
 from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Progress
 from evaat_fast.train.tasks import Options, Task, open_task
@@ -133,8 +133,7 @@ def similarities(
     clips, kept = torch.zeros(len(task.data), model.config.embed_dim), torch.zeros(len(task.data), dtype=torch.bool)
     views = [view for view in options.tricks if view in embedding.VIEWS]
     unreadable: dict[int, str] = {}
-    progress = Progress(len(rows), task.name)
-    try:
+    with Progress(len(rows), task.name) as progress:
         for batch in embedding.of_clips(
             model, task.data, config, device, rows=rows, views=views, normalize=task.normalize or bool(views)
         ):
@@ -144,8 +143,6 @@ def similarities(
             clips[batch.rows], kept[batch.rows] = batch.embeddings, True
             for _ in batch.rows:
                 progress.step()
-    finally:
-        progress.close()
     if not kept.any():
         raise Incomplete(f"none of the {len(kept)} clips can be read, the first: {next(iter(unreadable.values()), 'missing')}")
     return task.compare(clips, texts), kept, unreadable
@@ -179,7 +176,8 @@ def text(record: Mapping[str, Any]) -> str:
         counts = ", ".join(f"{number:,} {what}" for what, number in paper.COUNTS[name].items())
         lines.append(f"not the published test set{f', which has {counts}' if counts else ''}: not comparable with the paper's")
     if name == "ek100-mir":
-        lines += _retrieval(record)
+        lines.append(f"{record['clips']} clips, {record['captions']} captions")
+        lines += evaluation.lines(metrics, ("R@1", "R@5", "R@10", "MedR"))
     elif name == "egomcq":
         lines.append(f"inter: {record['inter_questions']} questions of type 1, intra: {record['intra_questions']} of type 2")
     else:
@@ -193,19 +191,6 @@ def write(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes the record as JSON, all at once."""
     content = json.dumps(record, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(content.encode()))
-
-
-def _retrieval(record):
-    shown = lambda name: f"{record[name]:.2f}" if record.get(name) is not None else "-"  # noqa: E731
-    lines = [f"{record['clips']} clips, {record['captions']} captions", f"{'':<6}{'video->text':>13}{'text->video':>13}"]
-    for name in ("R@1", "R@5", "R@10", "MedR"):
-        lines.append(f"{name:<6}{shown(f'{name}_v2t'):>13}{shown(f'{name}_t2v'):>13}")
-    if "verb_accuracy" in record:
-        lines.append(f"verb accuracy of the caption retrieved first: {shown('verb_accuracy')} %")
-    if record["excluded_v2t"] or record["excluded_t2v"]:
-        left = f"{record['excluded_v2t']} clips, {record['excluded_t2v']} captions"
-        lines.append(f"left out of mAP, for nothing matches them exactly: {left}")
-    return lines
 
 
 def guess_stage(task: str, stored: Mapping[str, Any]) -> str:

@@ -91,9 +91,8 @@ def train(
     write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
     log = Log(out / "log.jsonl", keep=done)
     if config.data.cache and not datasets and not config.data.workers:
-        reading = Progress(len(data), "decoding", quiet)
-        inputs.decode(data, reading)
-        reading.close()
+        with Progress(len(data), "decoding", quiet) as reading:
+            inputs.decode(data, reading)
     count = config.train.epochs * len(sampler)
     progress = Progress(count - done * len(sampler), out.name, quiet)
     metrics: dict[str, float] | None = None if test is not None else {}

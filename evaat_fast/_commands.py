@@ -1,0 +1,267 @@
+"""What each command of `evaat-fast` does with its parsed arguments. Imports are in the functions, so that no command waits for
+what another one needs. A function returns the exit status, or None for 0."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class Mistake(Exception):
+    """Another error whose message is all that the user needs."""
+
+
+@contextlib.contextmanager
+def _mistakes(*kinds):
+    try:
+        yield
+    except (ValueError, *kinds) as error:
+        raise Mistake(error) from None
+
+
+def doctor(arguments):
+    from evaat_fast import doctor
+
+    print(doctor.report(), flush=True)
+    return 0 if doctor.healthy() else 1
+
+
+def demo(arguments):
+    from evaat_fast.train import demo
+
+    demo.run(arguments.out, seed=arguments.seed, quick=arguments.quick, overrides=arguments.overrides)
+
+
+def train(arguments):
+    from evaat_fast.train import Diverged, evaluation, load, train
+
+    if arguments.keys:
+        from evaat_fast.train.config import template
+
+        print(template())
+        return
+    config = load(arguments.config, arguments.overrides)
+    with _mistakes(Diverged):
+        result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if result["metrics"]:  # not every corpus has a retrieval test
+        print("\n".join(evaluation.lines(result["metrics"], ("mAP", "nDCG"))))
+    print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
+
+
+def check(arguments):
+    from evaat_fast._files import write_atomically
+    from evaat_fast.data.check import check as check_clips
+    from evaat_fast.train import inputs, load, packages
+    from evaat_fast.train.log import Progress
+
+    config = load(arguments.config, arguments.overrides, training=False)
+    packages.require("the check", *packages.of_data(config), *packages.of_progress())
+    if arguments.json:
+        _check_file(arguments.json)
+    with _mistakes():
+        splits = inputs.splits(config, missing="broken")
+    record, wrong = {}, False
+    for name, data, allowed in (("train", splits.train, config.data.max_broken), ("test", splits.test, 0.0)):
+        if data is None:
+            continue
+        with Progress(0, f"{name}: headers") as progress:
+            report = check_clips(data, files="all" if arguments.all else "ends", progress=progress.to)
+        print(f"{name}: {report}")
+        record[name] = report.to_dict(data.table)
+        if report.share > allowed:
+            wrong = True
+            print(f"  {len(report.broken)} clips ({100 * report.share:.3g} %) cannot be used, more than {100 * allowed:g} %")
+    if arguments.json:
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(arguments.json, lambda file: file.write(text.encode()))
+    return 1 if wrong else 0
+
+
+def evaluate(arguments):
+    from evaat_fast.train import ConfigError, outcome, packages, tasks, trainer
+
+    config = _config(arguments)
+    if config.data.kind != arguments.task and not arguments.annotations:
+        raise ConfigError(
+            f"--task {arguments.task}: the configuration's data are {config.data.kind!r}; give the task's own files by "
+            "--annotations and --videos"
+        )
+    if arguments.task == "ek100-mir":
+        config.data.kind = "ek100-mir"
+    packages.require("evaluation", *packages.of_data(config), *packages.of_progress())
+    if arguments.json:
+        _check_file(arguments.json)
+    options = tasks.Options(
+        scores=arguments.scores,
+        prompt=arguments.prompt,
+        tricks=tuple(dict.fromkeys(arguments.trick)),
+        temperature=config.loss.temperature,
+        partial=arguments.allow_partial,
+    )
+    with _mistakes():
+        record = outcome.run(
+            arguments.task,
+            config,
+            arguments.checkpoint,
+            trainer.choose_device(config),
+            stage=arguments.stage,
+            frames=arguments.frames,
+            options=options,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    print(outcome.text(record))
+    if arguments.json:
+        outcome.write(record, arguments.json)
+
+
+def features(arguments):
+    from evaat_fast.train import ConfigError, features, packages, trainer
+
+    if len(arguments.checkpoint) > 1:
+        raise ConfigError("--checkpoint: features are of one model; give it once")
+    config = _config(arguments)
+    packages.require("features", *packages.of_data(config), *packages.of_progress())
+    trainer.check_folder(arguments.out, "--out")
+    with _mistakes():
+        report = features.write(
+            config,
+            arguments.checkpoint[0],
+            arguments.out,
+            trainer.choose_device(config),
+            split=arguments.split,
+            form=arguments.format,
+            rows=arguments.rows,
+            partial=arguments.allow_partial,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    print(report)
+
+
+def _config(arguments):
+    """The configuration of `eval` and `features`: a file's, or the one that a run's checkpoint holds."""
+    from evaat_fast.train.config import ConfigError, load, of
+    from evaat_fast.train.outcome import run_of
+
+    places = {"annotations": arguments.annotations, "videos": arguments.videos}
+    overrides = [f"data.{name}={json.dumps(os.path.abspath(path))}" for name, path in places.items() if path]
+    overrides = [*arguments.overrides, *overrides]
+    if arguments.config:
+        config = load(arguments.config, overrides, training=False)
+    for path in arguments.checkpoint:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--checkpoint: there is no file {path!r}")
+    if not arguments.config:
+        stored = run_of(arguments.checkpoint[0]).get("config")
+        if not stored:
+            raise ConfigError(f"CONFIG.toml: {arguments.checkpoint[0]!r} is of no run, and does not say how clips are read")
+        # The run may have had a GPU that is not here.
+        stored = {section: dict(values) for section, values in stored.items()}
+        stored["train"] = {**stored["train"], "device": "auto"}
+        config = of(stored, arguments.checkpoint[0], overrides, training=False)
+    return config
+
+
+def _check_file(path):
+    """Proves that the file of --json can be written to."""
+    from evaat_fast.train.config import ConfigError
+    from evaat_fast.train.trainer import check_folder
+
+    check_folder(Path(path).parent, "--json")
+    if Path(path).is_dir():
+        raise ConfigError(f"--json: {path!r} is a folder; expected a file to write")
+
+
+def prepare(arguments):
+    from evaat_fast.data import prepare
+    from evaat_fast.train import packages
+    from evaat_fast.train.log import Progress
+    from evaat_fast.train.trainer import check_folder
+
+    if arguments.dataset not in prepare.DATASETS:
+        raise Mistake(f"DATASET: expected one of {', '.join(prepare.DATASETS)}, got {arguments.dataset!r}")
+    check_folder(arguments.out, "--out")
+    packages.require("evaat-fast prepare", "pyarrow", *packages.of_progress())
+    bars: dict[str, Progress] = {}
+    with contextlib.ExitStack() as opened:
+
+        def advance(what, done, of):
+            if what not in bars:
+                bars[what] = opened.enter_context(Progress(of, what))
+            bars[what].to(done, of)
+
+        with _mistakes():
+            report = prepare.prepare(
+                arguments.dataset,
+                arguments.source,
+                arguments.out,
+                videos=arguments.videos,
+                force=arguments.force,
+                progress=advance,
+            )
+    print(report)
+    if arguments.chunk:
+        with _mistakes():
+            return _chunk(arguments, report)
+    print(f"next: {report.next}")
+    return 0 if report.complete else 1
+
+
+def _chunk(arguments, report):
+    """Re-encodes the videos that the data set's tables name, of those that are whole files."""
+    from evaat_fast.data import ClipTable, chunks, layout
+    from evaat_fast.train.trainer import check_folder
+
+    if not arguments.videos:
+        raise Mistake("--chunk: of which videos? give their folder as --videos")
+    check_folder(arguments.chunk, "--chunk")
+    names = dict.fromkeys(name for path in report.tables.values() for name in ClipTable.open(path).videos())
+    found = layout.find(arguments.videos, names, missing="skip")
+    whole = {name: source for name, source in found.items() if source.kind == "whole"}
+    if not whole:
+        raise Mistake(f"--chunk: expected whole videos in {arguments.videos!r}; found {len(found)} of {len(names)}, in chunks")
+    given = {name: getattr(arguments, name) for name in ("seconds", "short_side", "crf")}
+    settings = chunks.Settings(**{name: value for name, value in given.items() if value is not None})
+    cost = chunks.estimate(whole, arguments.chunk, settings, arguments.workers)
+    print(f"chunks of {settings.seconds} s in {arguments.chunk}: {cost}")
+    if arguments.dry_run:
+        return 0
+    if cost.bytes > cost.free:
+        print("there is not enough room; --short-side and --crf make chunks smaller")
+        return 1
+
+    def report_video(name, done, of):
+        print(f"{done} of {of}: {name}", flush=True)
+
+    failed = chunks.write(whole, arguments.chunk, settings, workers=arguments.workers, progress=report_video)
+    for name, why in failed.items():
+        print(f"not written: {name}: {why}")
+    return 1 if failed else 0
+
+
+def make_kitchen(arguments):
+    from evaat_fast.data import kitchen
+    from evaat_fast.train import packages
+    from evaat_fast.train.demo import video_progress
+    from evaat_fast.train.trainer import check_folder
+
+    check_folder(arguments.dir, "DIR")
+    packages.require("the toy kitchen", "av", *packages.of_progress())
+    with _mistakes():
+        with video_progress() as progress:
+            corpus = kitchen.generate(
+                arguments.dir,
+                train_clips=arguments.train_clips,
+                test_clips=arguments.test_clips,
+                seed=arguments.seed,
+                progress=progress,
+            )
+        if arguments.formats == "all":
+            from evaat_fast.data.kitchen_formats import write_all
+
+            with video_progress() as progress:
+                write_all(corpus, progress=progress)
+    print(f"annotations {corpus.annotations}\nvideos      {corpus.videos}")
+    if arguments.formats == "all":
+        print(f"formats     {corpus.root / 'formats'}")
+    print("in a TOML file: [data] annotations = ..., videos = ...; evaat-fast train --keys prints one to start from")
