@@ -217,7 +217,7 @@ def _chunk(arguments, report):
     check_folder(arguments.chunk, "--chunk")
     names = dict.fromkeys(name for path in report.tables.values() for name in ClipTable.open(path).videos())
     found = layout.find(arguments.videos, names, missing="skip")
-    whole = {name: source for name, source in found.items() if source.kind == "whole"}
+    whole = {name: source for name, source in found.items() if source.layout == "whole"}
     if not whole:
         raise Mistake(f"--chunk: expected whole videos in {arguments.videos!r}; found {len(found)} of {len(names)}, in chunks")
     given = {name: getattr(arguments, name) for name in ("seconds", "short_side", "crf")}

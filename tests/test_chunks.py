@@ -35,7 +35,7 @@ def test_chunks_show_what_the_video_shows(tmp_path, times, how, begin):
     assert list(videos) == ["P01/v"]
     assert chunks.write(videos, tmp_path / "out", SMALL, workers=1) == {}
     source = layout.find(tmp_path / "out", videos)["P01/v"]
-    assert (source.kind, source.starts) == ("chunks", (0.0, 2.0, 4.0) if not begin else (0.0, 2.0))
+    assert (source.layout, source.starts) == ("chunks", (0.0, 2.0, 4.0) if not begin else (0.0, 2.0))
     assert video.probe(source.files[0]).fps == pytest.approx(video.probe(videos["P01/v"].files[0]).fps, abs=0.1)
     frames = (np.arange(1, 105, 7) + 0.5) / 30
     clip = [video.read_clip(source, t - 0.5 / 30, t, 1).numpy()[0] for t in frames]

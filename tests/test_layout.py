@@ -67,7 +67,7 @@ def test_chunks_named_by_their_first_second(tmp_path, folder):
     for start, length in ((0, 3), (3, 3), (9, 1)):  # the chunk of second 6 is not there
         seconds(tmp_path / folder / f"{start}.mp4", length)
     source = layout.find(tmp_path, ["v"])["v"]
-    assert (source.kind, source.starts) == ("chunks", (0.0, 3.0, 9.0))
+    assert (source.layout, source.starts) == ("chunks", (0.0, 3.0, 9.0))
     assert layout.of_path(tmp_path / folder) == source
 
 
@@ -75,7 +75,7 @@ def test_chunks_of_one_second(tmp_path):
     for start in range(3):
         seconds(tmp_path / "v" / f"{start}.mp4", 1)
     source = layout.find(tmp_path, ["v"])["v"]
-    assert (source.kind, source.starts) == ("chunks", (0.0, 1.0, 2.0))
+    assert (source.layout, source.starts) == ("chunks", (0.0, 1.0, 2.0))
 
 
 def test_numbered_chunks(tmp_path):
@@ -83,7 +83,7 @@ def test_numbered_chunks(tmp_path):
         seconds(tmp_path / "uid" / f"{number}.mp4", length)
     seconds(tmp_path / "other" / "0.mp4", 4)  # alone it could be either
     found = layout.find(tmp_path, ["uid", "other"])
-    assert (found["uid"].kind, found["uid"].starts) == ("indexed", (0.0, 6.0, 12.0))
+    assert (found["uid"].layout, found["uid"].starts) == ("indexed", (0.0, 6.0, 12.0))
     assert found["other"].starts == (0.0,)
     assert numbers(video.read_clip(found["uid"], 6.0, 7.0, 2).numpy()) == [2, 7]
     assert numbers(video.read_clip(tmp_path / "uid", 12.0, 13.0, 2).numpy()) == [2, 7]
@@ -93,7 +93,7 @@ def test_a_missing_numbered_chunk_is_a_gap(tmp_path):
     for number in (0, 1, 3):
         seconds(tmp_path / "uid" / f"{number}.mp4", 6)
     source = layout.find(tmp_path, ["uid"])["uid"]
-    assert (source.kind, source.starts) == ("indexed", (0.0, 6.0, 18.0))
+    assert (source.layout, source.starts) == ("indexed", (0.0, 6.0, 18.0))
     assert numbers(video.read_clip(source, 18.0, 19.0, 2).numpy()) == [2, 7]
     with pytest.raises(video.OutsideError, match="a chunk that is missing"):
         video.read_clip(source, 12.5, 14.0, 2)
@@ -112,7 +112,7 @@ def test_a_broken_chunk_does_not_hide_what_names_mean(tmp_path):
         seconds(tmp_path / "v" / f"{start}.mp4", 3)
     (tmp_path / "v" / "0.mp4").write_bytes(b"broken")
     source = layout.find(tmp_path, ["v"])["v"]
-    assert source.kind == "chunks"
+    assert source.layout == "chunks"
     assert numbers(video.read_clip(source, 3, 4, 2).numpy()) == [2, 7]
     with pytest.raises(video.VideoError, match="0.mp4: "):
         video.read_clip(source, 0, 1, 2)
@@ -124,7 +124,7 @@ def test_cut_clips(tmp_path, folder):
         seconds(tmp_path / folder / f"P01_01_{n}.mp4", 1 + n)
     ids, videos, starts = ["P01_01_0", "P01_01_1"], ["P01/P01_01"] * 2, [30.25, 31.5]
     one, two = layout.find_clips(tmp_path, ids, videos, starts).values()
-    assert (one.kind, one.starts, two.starts) == ("clips", (30.25,), (31.5,))
+    assert (one.layout, one.starts, two.starts) == ("clips", (30.25,), (31.5,))
     assert numbers(video.read_clip(two, 31.5, 33.5, 4).numpy()) == [2, 7, 12, 17]
     with pytest.raises(FileNotFoundError, match="1 of 3 clips are not in .*P01_01_2"):
         layout.find_clips(tmp_path, [*ids, "P01_01_2"], ["P01/P01_01"] * 3, [*starts, 40.0])

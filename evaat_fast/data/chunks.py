@@ -166,8 +166,8 @@ def write(
     _need_av()
     settings, out, workers = settings or Settings(), Path(out), _checked(workers)
     for name, source in videos.items():
-        if source.kind != "whole":
-            raise ValueError(f"videos: {name!r} is not one whole file but of the layout {source.kind!r}")
+        if source.layout != "whole":
+            raise ValueError(f"videos: {name!r} is not one whole file but of the layout {source.layout!r}")
     _same_settings(out, settings)
     waiting = [name for name in videos if not _finished(out, name).is_dir()]
     done, failed = len(videos) - len(waiting), {}

@@ -5,7 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from evaat_fast.data.kitchen_render import _finish, _open
+from evaat_fast.data.kitchen_render import finish, open_film
 
 __all__ = ["cut", "whole"]
 
@@ -54,17 +54,17 @@ def cut(source: Path, pieces: Mapping[Path, tuple[float, float]]) -> None:
                 while rest and rest[0][1][0] <= shown:
                     path, (_, stop) = rest.pop(0)
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    open_[path] = (stop, _open(av, path, frame.width, rate))
+                    open_[path] = (stop, open_film(av, path, frame.width, rate))
                 if not open_:
                     continue
                 picture: Any = frame.to_ndarray(format="rgb24")
                 for path, (stop, container) in list(open_.items()):
                     if shown >= stop:
-                        _finish(open_.pop(path)[1])
+                        finish(open_.pop(path)[1])
                     else:
                         container[0].mux(container[1].encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
     finally:
         for _, container in open_.values():
-            _finish(container)
+            finish(container)
     if rest:
         raise ValueError(f"{source}: ends before {rest[0][1][0]:g} s, where {rest[0][0].name} begins")

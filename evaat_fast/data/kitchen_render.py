@@ -201,18 +201,18 @@ def encode_video(
         for frames in render_video(segments, size, fps, seed):
             for frame in frames:
                 if container is None or (per_chunk and at % per_chunk == 0):
-                    _finish(container)
+                    finish(container)
                     path = target / f"{at // fps}.MP4" if chunk_seconds else target
-                    container = _open(av, path, size, fps)
+                    container = open_film(av, path, size, fps)
                 if not (short_chunk and at == per_chunk - 1):
                     picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
                     container[0].mux(container[1].encode(picture))
                 at += 1
     finally:
-        _finish(container)
+        finish(container)
 
 
-def _open(av, path, size, fps):
+def open_film(av, path, size, fps):
     container = av.open(str(path), "w", format="mp4")
     stream = container.add_stream("libx264", rate=Fraction(fps))
     stream.width = stream.height = size
@@ -225,7 +225,7 @@ def _open(av, path, size, fps):
     return container, stream
 
 
-def _finish(container):
+def finish(container):
     if container is not None:
         container[0].mux(container[1].encode(None))
         container[0].close()

@@ -21,12 +21,12 @@ from typing import Literal
 
 from evaat_fast.data.decode import OutsideError, VideoError, probe
 
-Kind = Literal["whole", "clips", "chunks", "indexed"]
+Layout = Literal["whole", "clips", "chunks", "indexed"]
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 _PLACES = ("", "videos", "clips")  # folders that a download brings with it
 _SAMPLED = 8  # videos whose durations decide what a chunk's name means
 
-__all__ = ["SUFFIXES", "Kind", "Source", "find", "find_clips", "of_path"]
+__all__ = ["SUFFIXES", "Layout", "Source", "find", "find_clips", "of_path"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Source:
     """Where a video lies.
 
     files: one, or chunks in order of time. starts: the second of the video at which each begins; of a cut clip, at which the
-    clip does. kind: the layout.
+    clip does. layout: which of those above.
     """
 
     files: tuple[Path, ...]
     starts: tuple[float, ...]
-    kind: Kind
+    layout: Layout
 
 
 def find(root: str | os.PathLike[str], videos: Iterable[str], missing: Literal["raise", "skip"] = "raise") -> dict[str, Source]:

@@ -45,7 +45,7 @@ Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Table:
     """A table to be made: `read` makes it of `files`; `extra` writes what belongs to it, and returns what to say of it."""
 
     name: str
@@ -251,14 +251,14 @@ def _ek100_task(folder, split, files, count):
         found = ek100.check_relevancy(folder, split, table, rows)
         return f"{len(rows):,} captions; {found or 'relevancy from the classes'}"
 
-    return _Task(split, files, lambda: ek100.read(folder, split), extra, count)
+    return _Table(split, files, lambda: ek100.read(folder, split), extra, count)
 
 
 def _ek100_clips(source):
     annotations, tasks = source / "epic-kitchens-100-annotations", []
     for split, name in (("train", "EPIC_100_train.csv"), ("test", "EPIC_100_validation.csv")):
         read = _bound(ek100_clips.read, source, split)
-        tasks.append(_Task(split, (annotations / name, source / "clips"), read, lambda table, _: _outside(table)))
+        tasks.append(_Table(split, (annotations / name, source / "clips"), read, lambda table, _: _outside(table)))
     return tasks
 
 
@@ -269,16 +269,16 @@ def _outside(table):
 
 def _egoclip(source):
     path = source / "egoclip.csv" if source.is_dir() else source
-    return [_Task("train", (path,), lambda: egoclip.read(path), None, 3847723)]
+    return [_Table("train", (path,), lambda: egoclip.read(path), None, 3847723)]
 
 
 def _egoclip_plus(source):
     names = egoclip_plus.FILES
     both = tuple(source / names[kind] for kind in egoclip_plus.PRETRAINING)
-    tasks = [_Task("train", both, lambda: egoclip_plus.read(source, "train"))]
+    tasks = [_Table("train", both, lambda: egoclip_plus.read(source, "train"))]
     for kind, split in (("train", "train"), ("uncovered", "train"), ("val", "val")):
         task = "human" if kind == "train" else kind
-        tasks.append(_Task(task, (source / names[kind],), _bound(egoclip_plus.read, source / names[kind], split)))
+        tasks.append(_Table(task, (source / names[kind],), _bound(egoclip_plus.read, source / names[kind], split)))
     return tasks
 
 
@@ -291,7 +291,7 @@ def _egomcq(source):
         inter = int((found.types == egomcq.INTER).sum())
         return f"{len(found):,} questions, {inter:,} inter-video (type 1) and {len(found) - inter:,} intra-video (type 2)"
 
-    return [_Task("test", (path,), lambda: egomcq.read(path), extra)]
+    return [_Table("test", (path,), lambda: egomcq.read(path), extra)]
 
 
 def _charades(source):
@@ -303,14 +303,14 @@ def _charades(source):
         bare = sum(len(labels) == 0 for labels in table.column("labels"))
         return f"157 classes; {bare:,} videos have none" if bare else "157 classes"
 
-    tasks = [_Task("test", (source / "CharadesEgo_v1_test_only1st.csv", names), _bound(charades.read, source, "test"), extra)]
+    tasks = [_Table("test", (source / "CharadesEgo_v1_test_only1st.csv", names), _bound(charades.read, source, "test"), extra)]
     for split, csv in (("train", "train"), ("val", "test")):
         files = [source / f"metadata_filtered_{split}.pkl"]
         if not files[0].is_file():
             files = [source / "metadata_train.csv"] if split == "train" else []
         if not files or not files[0].is_file():
             files = [source / f"CharadesEgo_v1_{csv}_only1st.csv"]
-        tasks.append(_Task(split, (*files, names), _bound(charades.read, source, split)))
+        tasks.append(_Table(split, (*files, names), _bound(charades.read, source, split)))
     return tasks
 
 
@@ -318,7 +318,7 @@ def _bound(read, *arguments):
     return lambda: read(*arguments)
 
 
-DATASETS: dict[str, Callable[[Path], list[_Task]]] = {
+DATASETS: dict[str, Callable[[Path], list[_Table]]] = {
     "ek100-mir": _ek100,
     "ek100-clips": _ek100_clips,
     "egoclip": _egoclip,

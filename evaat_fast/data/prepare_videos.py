@@ -158,10 +158,10 @@ def check(
 
 def _gap(source, seconds):
     """The name of the first chunk that is not there, before the last that is; None. seconds: of each file, or None."""
-    if source.kind not in ("chunks", "indexed"):
+    if source.layout not in ("chunks", "indexed"):
         return None
     numbers, step = [int(path.stem) for path in source.files], 1
-    if source.kind == "chunks":
+    if source.layout == "chunks":
         step = min(np.diff([0, *numbers]).tolist()[1 if numbers[0] == 0 else 0 :], default=1)
         longest = max((length for length in seconds[:-1] if length), default=step)
         if step > 1.5 * longest:  # every other one is gone

@@ -106,14 +106,14 @@ def read_clip(
         raise ValueError(f"stop: expected a time not before start={start!r}, got {stop!r}")
     reader_of(decoder)  # before any file is looked at
     source = path if isinstance(path, Source) else of_path(path)
-    begins = np.array(source.starts if source.kind != "clips" else [0.0])
-    if source.kind == "clips" and not entire:
+    begins = np.array(source.starts if source.layout != "clips" else [0.0])
+    if source.layout == "clips" and not entire:
         # On the grid of the cut file, whose first frame is the clip's.
         start, stop = max(0.0, start - source.starts[0]), max(0.0, stop - source.starts[0])
     if entire:
         with open_video(source.files[-1], decoder) as reader:
             start, stop = float(begins[0]), float(begins[-1] + reader.end)
-    current = home(source, start) if source.kind != "clips" else 0
+    current = home(source, start) if source.layout != "clips" else 0
     with contextlib.ExitStack() as opened:
         reader = opened.enter_context(open_video(source.files[current], decoder))
         fps = reader.fps

@@ -167,7 +167,7 @@ def _lavila_row(path, place, row):
         raise ValueError(f"{what}, got a string that is not UTF-8") from None
     times = [float(t) if type(t) in (int, float) and abs(t) < float("inf") else None for t in (start, stop)]
     if not name or not words or None in times:
-        raise ValueError(f"{what} of two strings and two finite numbers, got {text._short((name, start, stop, words))}")
+        raise ValueError(f"{what} of two strings and two finite numbers, got {text.short((name, start, stop, words))}")
     return name, times[0], times[1], words
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from evaat_fast.data.readers.text import _short, content, number
+from evaat_fast.data.readers.text import content, number, short
 from evaat_fast.data.table import ClipTable
 
 __all__ = ["INTER", "INTRA", "Questions", "read"]
@@ -63,7 +63,7 @@ def read(path: str | os.PathLike[str]) -> Questions:
             f"{path}: {error if isinstance(error, ValueError) else 'lists within lists, deeper than data is'}"
         ) from None
     if not isinstance(data, dict) or not data:
-        raise ValueError(f"{path}: expected an object with the questions '0', '1', ..., got {_short(data)}")
+        raise ValueError(f"{path}: expected an object with the questions '0', '1', ..., got {short(data)}")
     absent = next((str(i) for i in range(len(data)) if str(i) not in data), None)
     if absent is not None:
         raise ValueError(f"{path}: expected the questions '0' to '{len(data) - 1}', of which {absent!r} is missing")
@@ -130,7 +130,7 @@ class _Fault:
         self.path, self.where = path, where
 
     def error(self, key: str, expected: str, got: Any) -> ValueError:
-        return ValueError(f"{self.path}: {self.where}: {key}: expected {expected}, got {_short(got)}")
+        return ValueError(f"{self.path}: {self.where}: {key}: expected {expected}, got {short(got)}")
 
     def object(self, value: Any, key: str) -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -31,7 +31,7 @@ from evaat_fast.data.kinds import kinds_of, kinds_relevancy
 from evaat_fast.data.readers import pickles, text
 from evaat_fast.data.table import ClipTable
 
-__all__ = ["Clip", "Relevancy", "captions", "check_relevancy", "clips", "read", "sentences"]
+__all__ = ["Annotation", "Relevancy", "captions", "check_relevancy", "clips", "read", "sentences"]
 
 COLUMNS = (
     "narration_id",
@@ -45,7 +45,7 @@ COLUMNS = (
 )
 
 
-class Clip(TypedDict):
+class Annotation(TypedDict):
     """A row of the clips' file. start, stop: seconds. verb, nouns: classes."""
 
     id: str
@@ -58,7 +58,7 @@ class Clip(TypedDict):
     nouns: frozenset[int]
 
 
-def clips(path: str | os.PathLike[str]) -> list[Clip]:
+def clips(path: str | os.PathLike[str]) -> list[Annotation]:
     """The rows of a file with the columns of EPIC_100_train.csv, EPIC_100_validation.csv or their retrieval versions.
 
     Raises:
@@ -66,7 +66,7 @@ def clips(path: str | os.PathLike[str]) -> list[Clip]:
     """
     unique, found = text.Unique("narration_id"), []
     for row in text.rows(path, COLUMNS):
-        clip: Clip = {
+        clip: Annotation = {
             "id": row.text("narration_id"),
             "participant": row.text("participant_id"),
             "video": row.text("video_id"),
@@ -101,7 +101,7 @@ def read(folder: str | os.PathLike[str], split: Split) -> ClipTable:
     return table(clips(path), dataset="ek100-mir", split=split, source=[path.name])
 
 
-def table(rows: Sequence[Clip], *, cut: bool = False, **metadata: Any) -> ClipTable:
+def table(rows: Sequence[Annotation], *, cut: bool = False, **metadata: Any) -> ClipTable:
     """The table of such rows. cut: each clip is a video of its own, all of it: "P01/P01_102_0"."""
     columns: dict[str, Any] = {
         "id": [c["id"] for c in rows],

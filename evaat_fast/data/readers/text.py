@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["Row", "Unique", "content", "rows"]
+__all__ = ["Row", "Unique", "class_list", "content", "number", "rows", "short"]
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _CLOCK = re.compile(r"(\d{1,4}):(\d{1,2}):(\d{1,2}(?:\.\d+)?)", re.ASCII)
@@ -36,7 +36,7 @@ class Row:
         return self.values[column]
 
     def fail(self, column: str, expected: str) -> NoReturn:
-        raise self.error(f"{column}: expected {expected}, got {_short(self.values[column])}")
+        raise self.error(f"{column}: expected {expected}, got {short(self.values[column])}")
 
     def error(self, message: str) -> ValueError:
         """The ValueError of this line: for the caller to raise."""
@@ -96,7 +96,7 @@ class Unique:
     def add(self, row: Row, value: str) -> None:
         first = self.lines.setdefault(value, row.line)
         if first != row.line:
-            raise row.error(f"{self.column}: {_short(value)} was already given in line {first}; expected each once")
+            raise row.error(f"{self.column}: {short(value)} was already given in line {first}; expected each once")
 
 
 def content(path: str | os.PathLike[str], what: str = "annotations") -> tuple[Path, str]:
@@ -181,6 +181,7 @@ def _misfit(path, line, expected, got, text, end):
     return f"{path}: line {line} cannot be read: expected {expected} fields, got {got}{cut}"
 
 
-def _short(value):
+def short(value: object) -> str:
+    """A value for a message, 60 letters at most."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
