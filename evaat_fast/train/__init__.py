@@ -27,6 +27,7 @@ _SUBMODULES = (
     "report",
     "sampler",
     "schedules",
+    "sections",
     "steps",
     "tasks",
     "trainer",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import report as report
     from evaat_fast.train import sampler as sampler
     from evaat_fast.train import schedules as schedules
+    from evaat_fast.train import sections as sections
     from evaat_fast.train import steps as steps
     from evaat_fast.train import tasks as tasks
     from evaat_fast.train import trainer as trainer
