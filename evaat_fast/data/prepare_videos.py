@@ -9,11 +9,11 @@ short do not, and its movie header says how long it is. Of other containers only
 import os
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,10 +29,19 @@ _BATCH, _KEEP = 512, 10.0  # files, seconds
 _SLACK = 1.0  # s: annotators' last clips end a little after their video
 
 
+class Fact(NamedTuple):
+    """What is known of a file, as JSON keeps it: its seconds, or None where its header does not say; what is wrong, or None."""
+
+    size: int
+    mtime: int
+    seconds: float | None
+    why: str | None
+
+
 @dataclass(frozen=True)
 class Videos:
     """What was found. missing: keys of videos. damaged: {file: why}. outside: ids of clips that begin after their video ends.
-    lost: clips of videos that are missing or damaged. known: {file: [size, mtime, seconds or None, why or None]}."""
+    lost: clips of videos that are missing or damaged. known: {file: its Fact}."""
 
     count: int
     files: int
@@ -40,7 +49,7 @@ class Videos:
     damaged: dict[str, str]
     outside: list[str]
     lost: int
-    known: dict[str, list[Any]] = field(repr=False)
+    known: dict[str, Fact] = field(repr=False)
 
     @property
     def complete(self) -> bool:
@@ -96,9 +105,9 @@ def check(
     table: ClipTable,
     root: str | os.PathLike[str],
     *,
-    known: Mapping[str, list[Any]] | None = None,
+    known: Mapping[str, Sequence[Any]] | None = None,
     progress: Callable[[int, int], object] | None = None,
-    keep: Callable[[dict[str, list[Any]]], object] | None = None,
+    keep: Callable[[dict[str, Fact]], object] | None = None,
 ) -> Videos:
     """Looks for the table's videos under root and at the headers of their files.
 
@@ -113,16 +122,16 @@ def check(
     root, known, names = Path(root), known or {}, table.videos()
     found = layout.find(root, names, "skip")
     paths = [path for source in found.values() for path in source.files]
-    facts: dict[str, list[Any]] = {}
+    facts: dict[str, Fact] = {}
 
     def look(path):
-        stamp = [0, 0]
+        stamp = 0, 0
         try:
             status, before = path.stat(), known.get(str(path))
-            stamp = [status.st_size, status.st_mtime_ns]
-            return str(path), before if before and before[:2] == stamp else [*stamp, *header(path)]
+            stamp = status.st_size, status.st_mtime_ns
+            return str(path), Fact(*before) if before and tuple(before[:2]) == stamp else Fact(*stamp, *header(path))
         except OSError as error:
-            return str(path), [*stamp, None, str(error)]
+            return str(path), Fact(*stamp, None, str(error))
 
     kept = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
@@ -133,7 +142,7 @@ def check(
             if keep is not None and time.monotonic() - kept > _KEEP:
                 keep(facts)
                 kept = time.monotonic()
-    damaged = {str(Path(name).relative_to(root)): fact[3] for name, fact in facts.items() if fact[3]}
+    damaged = {str(Path(name).relative_to(root)): fact.why for name, fact in facts.items() if fact.why}
     ends, lost = {}, set()
     missing = [video for video in names if video not in found]
     lost |= set(missing)
@@ -141,9 +150,9 @@ def check(
         gap = _gap(source, [facts[str(path)][2] for path in source.files])
         if gap:
             damaged[str(source.files[0].parent.relative_to(root))] = f"its chunk {gap} is missing"
-        if gap or any(facts[str(path)][3] for path in source.files):
+        if gap or any(facts[str(path)].why for path in source.files):
             lost.add(video)
-        elif (seconds := facts[str(source.files[-1])][2]) is not None:
+        elif (seconds := facts[str(source.files[-1])].seconds) is not None:
             ends[video] = source.starts[-1] + seconds
     outside, gone = [], 0
     if lost or ends:
