@@ -71,7 +71,7 @@ def test_a_missing_video(copy):
 
 
 def test_a_missing_chunk_in_the_middle(copy):
-    """Its clips became four copies of the last frame before it."""
+    """Else its clips would be four copies of the last frame before it."""
     (copy.videos / "P01" / "P01_00.MP4" / "15.MP4").unlink()
     data = split(copy)
     touched = [i for i, c in enumerate(data.table) if c.stop > 15.5 and c.start < 30]

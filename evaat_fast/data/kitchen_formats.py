@@ -196,15 +196,14 @@ def _renamed(video, name):
 
 
 def _relevancy(folder, rows):
-    from evaat_fast.data.kinds import kinds_relevancy
+    from evaat_fast.data.kinds import kinds_of, kinds_relevancy
     from evaat_fast.data.readers import ek100
 
     (folder / "relevancy").mkdir()
     for split, clips in rows.items():
-        captions = ek100.captions(folder, split, [c["id"] for c in clips])
-        kinds: dict[Any, int] = {}
-        kind = np.array([kinds.setdefault((c["verb"], c["nouns"]), len(kinds)) for c in clips])
-        matrix = kinds_relevancy(list(kinds)).double().numpy()[kind][:, kind[captions]]
+        table = ek100.table(clips)
+        kinds, kind = kinds_of(table)
+        matrix = kinds_relevancy(kinds)[kind][:, kind[ek100.captions(folder, split, table)]].double().numpy()
         with open(folder / "relevancy" / f"caption_relevancy_EPIC_100_retrieval_{split}.pkl", "wb") as file:
             pickle.dump(matrix, file)
 

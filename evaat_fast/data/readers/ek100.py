@@ -128,19 +128,18 @@ def sentences(folder: str | os.PathLike[str], split: Split) -> list[str]:
     return found
 
 
-def captions(folder: str | os.PathLike[str], split: Split, table: ClipTable | Sequence[str]) -> np.ndarray:
+def captions(folder: str | os.PathLike[str], split: Split, table: ClipTable) -> np.ndarray:
     """int64 [captions]: for each row of the sentence file the number of the clip that it is the narration of.
 
     Args:
-        folder, split: as of `read`. table: its table, or the clips' ids.
+        folder, split: as of `read`. table: its table.
 
     Raises:
         FileNotFoundError: no such file. ValueError: as `sentences`, or an id that no clip has.
     """
     if (prepared := Path(folder) / f"{split}-relevancy.npz").is_file():
         return np.load(prepared)["caption_clip"]
-    names = table.column("id").tolist() if isinstance(table, ClipTable) else table
-    row_of = {name: row for row, name in enumerate(names)}
+    row_of = {name: row for row, name in enumerate(table.column("id"))}
     found = sentences(folder, split)
     unknown = [name for name in found if name not in row_of]
     if unknown:
