@@ -12,6 +12,7 @@ from corpus import configuration, corpus
 
 from evaat_fast._files import sha256
 from evaat_fast.cli import main
+from evaat_fast.data import corpora
 from evaat_fast.eval import mcq, mir, paper
 from evaat_fast.train import checkpoint, inputs, masters, outcome, steps, tasks, trainer
 from evaat_fast.train.config import ConfigError
@@ -199,7 +200,7 @@ def test_questions_are_scored_by_their_own_clips(run):
     made = formats()
     config.data.annotations, config.data.videos = str(made.egomcq), str(made.ego4d_videos["full_scale"])
     task = tasks.open_task("egomcq", config, tasks.Options())
-    questions = tasks.egomcq_files.read(made.egomcq)
+    questions = corpora.read_questions(made.egomcq)
     clips, texts = torch.randn(len(task.data), 8), torch.randn(len(task.texts), 8)
     sim = task.compare(clips, texts)
     for q in (0, len(questions) - 1):

@@ -3,20 +3,23 @@
 data = open_corpus("ek100-mir", "annotations", "videos", "train", num_frames=4)
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from evaat_fast.data.choices import CORPORA, LABELLED, Corpus, Split, check_choice
 from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.labels import ActionClips, LabelledClips
-from evaat_fast.data.readers import charades, egoclip, egoclip_plus, ek100_clips
+from evaat_fast.data.readers import charades, egoclip, egoclip_plus, egomcq, ek100, ek100_clips
 from evaat_fast.data.table import ClipTable
 
 _MADE: dict[Corpus, type[ClipDataset]] = dict(zip(LABELLED, (EK100, LabelledClips, ActionClips), strict=True))
 
-__all__ = ["open_corpus", "read_table"]
+__all__ = ["open_corpus", "read_actions", "read_questions", "read_table"]
 
 
 def open_corpus(
@@ -55,6 +58,8 @@ def read_table(kind: Corpus, annotations: str | os.PathLike[str], split: Split) 
         path = path / f"{split}.arrow"
     if kind == "clips" or path.suffix in (".arrow", ".parquet"):
         return ClipTable.open(path)
+    if kind == "ek100-mir":
+        return ek100.read(path, split)
     if kind == "ek100-clips":
         return ek100_clips.read(path, split)
     if kind == "charades-ego":
@@ -64,3 +69,36 @@ def read_table(kind: Corpus, annotations: str | os.PathLike[str], split: Split) 
     if kind == "egoclip":
         return egoclip.read(path / "egoclip.csv" if path.is_dir() else path)
     return egoclip_plus.read(path)
+
+
+def read_questions(annotations: str | os.PathLike[str]) -> egomcq.Questions:
+    """EgoMCQ, from egomcq.json, its folder, what `evaat-fast prepare` made of it or the folder of that.
+
+    Raises:
+        FileNotFoundError, ValueError: as `egomcq.read`.
+    """
+    path = Path(annotations)
+    prepared = _prepared(path, "egomcq")
+    if (prepared / "test-questions.npz").is_file():
+        with np.load(prepared / "test-questions.npz", allow_pickle=False) as found:
+            texts, choices, answers, types = (found[name] for name in ("texts", "choices", "answers", "types"))
+        return egomcq.Questions(texts.tolist(), choices, answers, types, ClipTable.open(prepared / "test.arrow"))
+    return egomcq.read(path / "egomcq.json" if path.is_dir() else path)
+
+
+def read_actions(annotations: str | os.PathLike[str]) -> tuple[ClipTable, list[str]]:
+    """Charades-Ego's whole test videos and the names of its classes, from its folder, what `evaat-fast prepare` made of it or
+    the folder of that.
+
+    Raises:
+        FileNotFoundError, ValueError: as `charades.read`.
+    """
+    path = Path(annotations)
+    prepared = _prepared(path, "charades-ego")
+    if (prepared / "test-classes.json").is_file():
+        return ClipTable.open(prepared / "test.arrow"), json.loads((prepared / "test-classes.json").read_text())
+    return charades.read(path, "test"), charades.classes(path)
+
+
+def _prepared(path, name):
+    return path / name if (path / name).is_dir() else path

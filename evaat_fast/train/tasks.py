@@ -7,20 +7,16 @@
 | charades-ego | whole test videos | the 157 class names | `charades` |
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evaat_fast.data import corpora
 from evaat_fast.data.dataset import ClipDataset
-from evaat_fast.data.readers import charades as charades_files
-from evaat_fast.data.readers import egomcq as egomcq_files
-from evaat_fast.data.table import ClipTable
 from evaat_fast.data.transforms import eval_transform
 from evaat_fast.eval import Result, charades, mcq, paper, tricks
 from evaat_fast.train import embedding, evaluation, inputs
@@ -102,7 +98,7 @@ def _ek100(config: Config, options: Options) -> Task:
 
 
 def _egomcq(config: Config, options: Options) -> Task:
-    questions = _questions(Path(config.data.annotations))
+    questions = corpora.read_questions(config.data.annotations)
     data = ClipDataset(questions.clips, config.data.videos, **inputs.of_evaluation(config, options.missing))
     choices, normalize = torch.from_numpy(np.asarray(questions.choices)), options.scores == "cosine"
     # Questions share texts, and clips.
@@ -124,23 +120,8 @@ def _egomcq(config: Config, options: Options) -> Task:
     return Task("egomcq", data, list(number), compare, judge, normalize, {"scores": scores})
 
 
-def _questions(path: Path) -> egomcq_files.Questions:
-    """From egomcq.json, its folder, or what `prepare` made of it."""
-    prepared = path / "egomcq" if (path / "egomcq").is_dir() else path
-    if (prepared / "test-questions.npz").is_file():
-        with np.load(prepared / "test-questions.npz", allow_pickle=False) as found:
-            texts, choices, answers, types = (found[name] for name in ("texts", "choices", "answers", "types"))
-        return egomcq_files.Questions(texts.tolist(), choices, answers, types, ClipTable.open(prepared / "test.arrow"))
-    return egomcq_files.read(path / "egomcq.json" if path.is_dir() else path)
-
-
 def _charades(config: Config, options: Options) -> Task:
-    path = Path(config.data.annotations)
-    prepared = path / "charades-ego" if (path / "charades-ego").is_dir() else path
-    if (prepared / "test-classes.json").is_file():
-        table, names = ClipTable.open(prepared / "test.arrow"), json.loads((prepared / "test-classes.json").read_text())
-    else:
-        table, names = charades_files.read(path, "test"), charades_files.classes(path)
+    table, names = corpora.read_actions(config.data.annotations)
     data = ClipDataset(table, config.data.videos, **inputs.of_evaluation(config, options.missing))
     labels = torch.zeros(len(table), len(names), dtype=torch.bool)
     for row, classes in zip(labels, table.column("labels"), strict=True):
