@@ -5,13 +5,14 @@ import os
 import pickle
 import pickletools
 import random
+import signal
 import struct
 
 import formats
 import numpy as np
 import pytest
 
-from evaat_fast.data.readers import pickles
+from evaat_fast.data.readers import egoclip_plus, pickles
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 SHARED = ["the same list"]
@@ -189,3 +190,39 @@ def test_damaged_pickles_are_errors_or_data(tmp_path, seed):
                 read(path)
             except ValueError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
+
+
+def doubled(levels):
+    """A list of two references to a list of two references, and so on: a few hundred bytes, 2^levels leaves."""
+    value = ["leaf"]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def test_what_is_referred_to_twice_is_made_once(tmp_path):
+    path = tmp_path / "twice.pkl"
+    path.write_bytes(pickle.dumps(doubled(20)))
+    value = pickles.load(path)
+    for _ in range(20):
+        assert value[0] is value[1]
+        value = value[0]
+    assert value == ["leaf"]
+
+
+@pytest.mark.parametrize("row", [("u", doubled(60), 1.0, ["x"]), ("u", 0.0, 1.0, doubled(60))], ids=["time", "texts"])
+def test_a_message_of_it_ends(tmp_path, row):
+    path = tmp_path / "twice.pkl"
+    path.write_bytes(pickle.dumps([row]))
+
+    def give_up(*_):
+        raise AssertionError("the message of a few hundred bytes takes seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(10)
+    try:
+        with pytest.raises(ValueError, match="1 of 1 rows cannot be read"):
+            egoclip_plus.read(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

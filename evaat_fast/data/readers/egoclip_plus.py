@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from evaat_fast.data.readers import pickles
+from evaat_fast.data.readers import pickles, text
 from evaat_fast.data.readers.large import Skipped, check_units, joined, table_of
 from evaat_fast.data.table import ClipTable
 
@@ -244,5 +244,5 @@ def _fault(row):
         (row[3], type(texts) is list and texts and {*map(type, texts)} == {bytes}, "rows whose texts are no list of strings"),
     ):
         if not good:
-            return what, repr(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)[:60]
+            return what, text.short(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
     return None

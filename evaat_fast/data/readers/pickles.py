@@ -326,18 +326,23 @@ def _pairs(target, items):
     return target
 
 
-def _text(value):
-    """Strings for bytes, and arrays, throughout."""
+def _text(value, done=None):
+    """Strings for bytes, and arrays, throughout. `done`: what was made of lists and tuples by their ids, for a file of a few
+    bytes can refer to each of them twice from the next, 2^50 times in all."""
+    done = {} if done is None else done
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, Array):
         return value.numpy()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_text, value))
-    if isinstance(value, dict):
-        return {_text(k): _text(v) for k, v in value.items()}
     if isinstance(value, memoryview):
         return bytes(value)
     if isinstance(value, (Global, Dtype)):
         raise Fault(f"expected data, got {kind_of(value)}")
-    return value
+    if not isinstance(value, (list, tuple, dict)):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {_text(k, done): _text(v, done) for k, v in value.items()}
+        else:
+            done[id(value)] = type(value)(_text(item, done) for item in value)
+    return done[id(value)]

@@ -11,6 +11,7 @@ import csv
 import io
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,9 @@ _CLOCK = re.compile(r"(\d{1,4}):(\d{1,2}):(\d{1,2}(?:\.\d+)?)", re.ASCII)
 _CLASSES = re.compile(r"\[\s*(?:\d+(?:\s*,\s*\d+)*\s*,?\s*)?\]", re.ASCII)
 _DELIMITERS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 _LARGEST = 2**31 - 1  # class numbers are int32
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 5, 5, 5
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200  # `short` cuts at 60
 
 
 class Row:
@@ -182,6 +186,7 @@ def _misfit(path, line, expected, got, text, end):
 
 
 def short(value: object) -> str:
-    """A value for a message, 60 letters at most."""
-    text = repr(value)
+    """A value as a message shows it. Lists within lists are cut: what refers to itself twice at each of fifty levels has no
+    end."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
