@@ -81,6 +81,13 @@ def test_equals_the_formulas(scores, dtype):
         assert mir.ndcg(some, labels) == pytest.approx(gain, rel=1e-12)
 
 
+def test_class_numbers_of_any_size():
+    """Relevancy is of which classes are the same: a number, which a file may have up to 2^31, is no width of a matrix."""
+    kinds = [(0, frozenset({1, 2})), (2**31 - 1, frozenset({2})), (0, frozenset())]
+    far = [(verb, frozenset(2**31 - n for n in nouns)) for verb, nouns in kinds]
+    assert torch.equal(kinds_relevancy(far), kinds_relevancy(kinds))
+
+
 def test_ties_count_first_to_last_in_one_metric_and_last_to_first_in_the_other():
     sim, relevancy = torch.tensor([[-0.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
     assert mir.mean_average_precision(sim, relevancy) == 1

@@ -23,10 +23,10 @@ def kinds_relevancy(kinds: Sequence[tuple[int, frozenset[int]]]) -> Tensor:
     if any(n < 0 for _, nouns in kinds for n in nouns):
         raise ValueError("kinds: expected noun classes from 0")
     verbs = torch.tensor([verb for verb, _ in kinds])
-    width = 1 + max((n for _, nouns in kinds for n in nouns), default=0)
-    hot = torch.zeros(len(kinds), width)
+    column = {n: i for i, n in enumerate(sorted({n for _, nouns in kinds for n in nouns}))}  # numbers may be of any size
+    hot = torch.zeros(len(kinds), len(column))
     for row, (_, nouns) in zip(hot, kinds, strict=True):
-        row[list(nouns)] = 1
+        row[[column[n] for n in nouns]] = 1
     common, size = hot @ hot.T, hot.sum(1)
     union = size[:, None] + size - common
     # Two clips without nouns name the same (empty) set.
