@@ -69,6 +69,7 @@ def test_wrong_rows_are_refused(table):
         ({"id": ["a", "c", "a"]}, "id: 'a' occurs 2 times, in rows 0 and 2"),
         ({"id": ["a", "b"]}, "expected one length"),
         ({"video": ["v", None, "v"]}, "video: 1 values are missing"),
+        ({"texts": [["ab"], [None, "c"], ["d"]]}, "texts: 1 values are missing"),
         ({"texts": ["ab", "c", "d"]}, "texts: expected a list a clip, got a string"),
         ({"verbs": [[2**31], [], []]}, "verbs: expected list<item: int32>"),
         ({"start": ["0:01", "0:02", "0:03"]}, "start: expected double"),
@@ -115,6 +116,41 @@ def test_tables_of_other_tools_are_read(tmp_path):
     )
     pyarrow.parquet.write_table(other, tmp_path / "other.parquet")
     assert same(ClipTable.open(tmp_path / "other.parquet")[0], Clip("a", "v", 1.0, 2.5, ("t",), (1,), (), ()))
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
+@pytest.mark.parametrize(
+    "name, values, message",
+    [
+        ("id", ["a", "c", "a"], "id: 'a' occurs 2 times, in rows 0 and 2"),
+        ("video", ["v", None, "v"], "video: 1 values are missing"),
+        ("start", [0.5, None, 1.0], "start: 1 values are missing"),  # which is not NaN, all of the video
+        ("texts", [["x"], None, ["y"]], "texts: 1 values are missing"),
+        ("texts", [["x"], [None, None], ["y"]], "texts: 2 values are missing"),
+    ],
+)
+def test_what_other_tools_leave_out_is_refused(tmp_path, suffix, name, values, message):
+    import pyarrow.parquet
+
+    arrow = ClipTable.of(columns()).arrow.replace_schema_metadata(None)
+    place = arrow.column_names.index(name)
+    arrow = arrow.set_column(place, name, pa.array(values, arrow.schema.field(name).type))
+    path = tmp_path / f"other{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(arrow, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, arrow.schema) as writer:
+            writer.write_table(arrow)
+    with pytest.raises(ValueError, match=f"not a table of clips: columns: {message}"):
+        ClipTable.open(path)
+
+
+def test_a_table_is_found_from_another_folder(tmp_path, monkeypatch):
+    ClipTable.of(columns()).save(tmp_path / "clips.arrow")
+    monkeypatch.chdir(tmp_path)
+    pickled = pickle.dumps(ClipTable.open("clips.arrow"))
+    monkeypatch.chdir("/")
+    assert len(pickle.loads(pickled)) == 3
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path):

@@ -62,6 +62,8 @@ class ClipTable:
     def __init__(self, arrow: "pyarrow.Table", path: Path | None = None):
         self.arrow, self.path = arrow, path
         self.metadata: dict[str, Any] = json.loads((arrow.schema.metadata or {}).get(_KEY, b"{}"))
+        if not isinstance(self.metadata, dict):
+            raise ValueError(f"metadata: expected an object, got {self.metadata!r}")
         self.dataset: str = self.metadata.get("dataset", "")
         self.split: str = self.metadata.get("split", "")
         # One chunk a column, whatever was read: an element is then found without a search, and numbers without a copy.
@@ -103,8 +105,7 @@ class ClipTable:
                 arrays.append(_empty_lists(pa, field.type, count) if values is None else pa.array(values, field.type))
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
                 raise ValueError(f"columns: {field.name}: expected {field.type}: {error}") from None
-            if arrays[-1].null_count:
-                raise ValueError(f"columns: {field.name}: {arrays[-1].null_count} values are missing")
+            _complete(field.name, arrays[-1])
         known = {**metadata, "dataset": dataset, "split": split, "version": _VERSION}
         table = cls(pa.table(arrays, schema=_schema(pa).with_metadata({_KEY: json.dumps(known).encode()})))
         table._check_ids()
@@ -136,7 +137,14 @@ class ClipTable:
             arrow = arrow.select(COLUMNS)
             if not arrow.schema.equals(_schema(pa)):
                 arrow = arrow.cast(_schema(pa).with_metadata(arrow.schema.metadata))
-            return cls(arrow, path if path.suffix != ".parquet" else None)
+            for name in COLUMNS:
+                for chunk in arrow.column(name).chunks:
+                    _complete(name, chunk)
+            # Absolute, as a worker may start in another folder.
+            table = cls(arrow, path.absolute() if path.suffix != ".parquet" else None)
+            if table.path is None or "version" not in table.metadata:  # another program may have written it
+                table._check_ids()
+            return table
         except (pa.ArrowException, ValueError, OSError) as error:
             raise ValueError(f"{path}: not a table of clips: {str(error).splitlines()[0]}") from None
 
@@ -247,6 +255,13 @@ class ClipTable:
             twice = next(c["values"].as_py() for c in counts if c["counts"].as_py() > 1)
             rows = [i for i, name in enumerate(ids.to_pylist()) if name == twice]
             raise ValueError(f"columns: id: {twice!r} occurs {len(rows)} times, in rows {rows[0]} and {rows[1]}")
+
+
+def _complete(name: str, array: Any) -> None:
+    """Refuses values that are missing, in the lists too. Arrow has counted them."""
+    inner = array.flatten().null_count if array.type.num_fields else 0
+    if missing := array.null_count + inner:
+        raise ValueError(f"columns: {name}: {missing} values are missing")
 
 
 def _pyarrow() -> Any:
