@@ -117,6 +117,8 @@ for name in {sorted(names)} + ["evaat_fast.kernels"]:
 def test_lazy_packages_list_their_names_and_name_what_is_missing(name):
     package = importlib.import_module(name)
     assert set(package.__all__) <= set(dir(package)) and "__doc__" in dir(package)
+    for listed in package.__all__:
+        getattr(package, listed)
     with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nothing'"):
         package.nothing  # noqa: B018
 
