@@ -1,6 +1,7 @@
 """Embeddings in files: what other programs read is what the model gives, whether or not the run was interrupted."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -68,3 +69,36 @@ def test_another_model_s_folder_is_refused(run, tmp_path, capsys):  # noqa: F811
     assert "holds features of another rows (8192, here 3); give another folder" in capsys.readouterr().err
     assert main([*arguments, "--split", "val"]) == 2 and "--split: expected train or test" in capsys.readouterr().err
     assert main([*arguments, "--checkpoint", weights]) == 2 and "features are of one model" in capsys.readouterr().err
+
+
+def test_what_was_left_out_is_made_up_for(run, tmp_path, capsys):  # noqa: F811
+    """A file that lacks clips is no file of all of them: not to a later run to which the videos are there."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    config, weights, toml = run
+    shutil.copytree(config.data.videos, tmp_path / "videos")
+    data = inputs.test_split(config)
+    chunk = tmp_path / "videos" / f"{data.table.video(0)}.MP4" / "15.MP4"
+    chunk.rename(tmp_path / "15.MP4")
+    arguments = ["features", toml, "--checkpoint", weights, "--rows", "6", "--out", str(tmp_path / "f")]
+    arguments += ["--videos", str(tmp_path / "videos")]
+    assert main([*arguments, "--allow-partial"]) == 0
+    first = capsys.readouterr().out
+    assert main([*arguments, "--allow-partial"]) == 0
+    again = capsys.readouterr().out
+    assert "clips left out" in first and first.split(";")[-1] == again.split(";")[-1]
+    assert main(arguments) == 2 and "--allow-partial" in capsys.readouterr().err
+    (tmp_path / "15.MP4").rename(chunk)
+    assert main(arguments) == 0 and "left out" not in capsys.readouterr().out
+    ids = [i for path in sorted((tmp_path / "f").glob("clips-*")) for i in parquet.read_table(path).column("id").to_pylist()]
+    assert ids == data.table.column("id").tolist()
+
+
+def test_another_table_s_folder_is_refused(run, tmp_path, capsys):  # noqa: F811
+    config, weights, toml = run
+    arguments = ["features", toml, "--checkpoint", weights, "--out", str(tmp_path / "features"), "--annotations"]
+    shutil.copytree(config.data.annotations, tmp_path / "annotations")
+    assert main([*arguments, str(tmp_path / "annotations")]) == 0
+    path = tmp_path / "annotations" / "EPIC_100_retrieval_test.csv"
+    path.write_text(path.read_text().replace("00:00:00.", "00:00:00.1"))
+    assert main([*arguments, str(tmp_path / "annotations")]) == 2
+    assert "holds features of another table" in capsys.readouterr().err

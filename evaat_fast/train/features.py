@@ -5,13 +5,16 @@
     DIR/texts-00000-of-00001.parquet        text, embedding
 
 A file is written as soon as it is full, so memory stays flat, and what is there already stays: an interrupted run goes on.
+Only a file that lacks clips, left out by an earlier run, is made anew by one that leaves none out.
 Texts are the captions of the clips, or those to be retrieved, each once, in order of appearance. An npz has the same columns
 as arrays, strings as Unicode ones.
 """
 
+import hashlib
 import json
 import os
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,7 @@ def write(
         "rows": rows,
         "dataset": config.data.kind,
         "split": split,
+        "table_sha256": _identity(data, texts),
         "checkpoint_sha256": sha256(checkpoint),
         "model": model.config.__dict__,
         "preprocessing": {
@@ -94,19 +98,20 @@ def write(
     }
     _claim(out, record, config)
     kept: dict[str, int] = {}
-    left: list[str] = []
-    said: list[str] = []
+    left, said = 0, []  # type: int, list[str]
     for name, count in (("clips", len(data)), ("texts", len(texts))):
         parts = range(0, count, rows)
         paths = [out / f"{name}-{i:05}-of-{len(parts):05}.{form}" for i in range(len(parts))]
         with Progress(count, name) as progress:
             for first, path in zip(parts, paths, strict=True):
                 some = range(first, min(first + rows, count))
-                if path.exists():
+                there = _rows(path, name)
+                if there == len(some) or (there is not None and partial):
                     kept[name] = kept.get(name, 0) + 1
+                    left += len(some) - there
                 elif name == "clips":
                     columns, broken = _clips(model, data, some, config, device, partial)
-                    left += broken
+                    left += len(broken)
                     for line in broken[:3]:
                         say(f"left out: {line}")
                     _save(path, columns, record)
@@ -115,10 +120,10 @@ def write(
                     _save(path, {"text": texts[first : some.stop], "embedding": found.numpy()}, record)
                 for _ in some:
                     progress.step()
-        there = f", {kept[name]} of them there already" if name in kept else ""
-        said.append(f"{count:,} {name} in {len(paths)} {form} files{there}")
+        already = f", {kept[name]} of them there already" if name in kept else ""
+        said.append(f"{count:,} {name} in {len(paths)} {form} files{already}")
     if left:
-        said.append(f"{len(left):,} clips left out, as they cannot be read")
+        said.append(f"{left:,} clips left out, as they cannot be read")
     return f"{out}: " + "; ".join(said)
 
 
@@ -127,6 +132,31 @@ def _texts(data: ClipDataset) -> list[str]:
     given = getattr(data, "captions", None) if not data.training else None
     found = given if given is not None else (text for row in range(len(data)) for text in captions(data.table, row))
     return list(dict.fromkeys(found))
+
+
+def _identity(data: ClipDataset, texts: list[str]) -> str:
+    """A hash of what is embedded: files of other clips may be as many."""
+    digest = hashlib.sha256()
+    for values in (data.table.column("id"), data.table.column("video"), texts):
+        digest.update("\0".join(values).encode() + b"\0\0")
+    for name in ("start", "stop"):
+        digest.update(np.ascontiguousarray(data.table.column(name)).tobytes())
+    return digest.hexdigest()
+
+
+def _rows(path: Path, name: str) -> int | None:
+    """How many rows a file of clips or texts has; None where there is none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as found:
+                return len(found["id" if name == "clips" else "text"])
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def _clips(model, data, some, config, device, partial):
@@ -157,7 +187,8 @@ def _save(path: Path, columns: dict[str, Any], record: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    arrays = {name: pa.array(values) for name, values in columns.items() if name != "embedding"}
+    kinds = {"start": pa.float64(), "stop": pa.float64()}  # said, as a file in which all clips are left out has no values
+    arrays = {name: pa.array(values, kinds.get(name, pa.string())) for name, values in columns.items() if name != "embedding"}
     numbers = np.ascontiguousarray(columns["embedding"], np.float32)
     arrays["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), numbers.shape[1])
     table = pa.table(arrays).replace_schema_metadata({"evaat_fast": json.dumps(record)})
