@@ -241,3 +241,17 @@ def test_what_headers_do_not_show_is_replaced_counted_and_stops_a_run(copy, tmp_
         and "15.MP4" in message
         and "clip P01_00_" in message
     )
+
+
+@pytest.mark.parametrize("fault", ["missing", "spoilt"])
+def test_a_cache_is_filled_with_what_can_be_used(copy, tmp_path, fault):
+    """The clips of a broken video are neighbours: read in their order they were more than any share of those read so far."""
+    times = {"start_timestamp": clock(40.0), "stop_timestamp": clock(41.0)}
+    rewrite(copy, lambda number, row: row.update(times if number < 18 else {}))
+    (last,) = (copy.videos / "P01").glob("*/30.MP4")
+    last.unlink() if fault == "missing" else spoil(last)
+    config = configuration(
+        tmp_path, f"data.videos={json.dumps(str(copy.videos))}", "data.max_broken=0.7", "train.epochs=1", "train.batch_size=16"
+    )
+    config.data.annotations = str(copy.annotations)
+    train(config, quiet=True)

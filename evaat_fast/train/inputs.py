@@ -127,16 +127,19 @@ def sampler(config: Config, data: ClipDataset, rows: np.ndarray | None = None) -
     return EpochSampler(kinds, config.train.batch_size, config.train.seed, config.train.distinct, usable)
 
 
-def decode(data: ClipDataset, progress: Progress) -> None:
-    """Fills a data set's cache with all of its clips, on as many threads as there are cores.
+def decode(data: ClipDataset, progress: Progress, rows: np.ndarray | None = None) -> None:
+    """Fills a data set's cache, on as many threads as there are cores.
 
     Args:
-        data: a ClipDataset. progress: a Progress, stepped once a clip.
+        data: a ClipDataset. progress: a Progress, stepped once a clip. rows: of the clips; None for all of them.
     """
     data.set_epoch(0)
-    data[0]  # makes the cache, which threads must not race for
+    rows = np.arange(len(data)) if rows is None else rows
+    # Not in their order: the clips of a damaged file follow one another, and so many at once would be too many of the first.
+    order = np.random.default_rng(0).permutation(rows).tolist()
+    data[order[0]]  # makes the cache, which threads must not race for
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(data.__getitem__, range(len(data))):
+        for _ in pool.map(data.__getitem__, order):
             progress.step()
 
 

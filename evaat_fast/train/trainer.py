@@ -91,8 +91,8 @@ def train(
     write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
     log = Log(out / "log.jsonl", keep=done)
     if config.data.cache and not datasets and not config.data.workers:
-        with Progress(len(data), "decoding", quiet) as reading:
-            inputs.decode(data, reading)
+        with Progress(len(usable), "decoding", quiet) as reading:
+            inputs.decode(data, reading, usable)
     count = config.train.epochs * len(sampler)
     progress = Progress(count - done * len(sampler), out.name, quiet)
     metrics: dict[str, float] | None = None if test is not None else {}
