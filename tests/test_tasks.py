@@ -12,7 +12,8 @@ from corpus import configuration, corpus
 
 from evaat_fast._files import sha256
 from evaat_fast.cli import main
-from evaat_fast.data import corpora
+from evaat_fast.data import EK100, corpora
+from evaat_fast.data.video import VideoError
 from evaat_fast.eval import mcq, mir, paper
 from evaat_fast.train import checkpoint, inputs, masters, outcome, steps, tasks, trainer
 from evaat_fast.train.config import ConfigError
@@ -193,6 +194,30 @@ def test_an_ensemble_is_the_mean_and_views_are_averaged(run):
     twice = outcome.run("ek100-mir", config, [weights, weights], CPU)
     once = outcome.run("ek100-mir", config, [weights], CPU)
     assert twice["mAP"] == pytest.approx(once["mAP"]) and twice["protocol"]["tricks"] == ["ensemble"]
+
+
+def test_an_ensemble_is_of_clips_that_all_could_read(run, monkeypatch):
+    """A file that only one of two passes could read, as over a network that fails now and then."""
+    config, weights, _ = run
+    read, calls = EK100.__getitem__, []
+
+    def flaky(self, index):
+        calls.append(index)
+        if len(calls) == 3:
+            raise VideoError("gone for a moment")
+        return read(self, index)
+
+    monkeypatch.setattr(EK100, "__getitem__", flaky)
+    record = outcome.run("ek100-mir", config, [weights, weights], CPU, options=tasks.Options(partial=True))
+    assert len(calls) == 32 and record["partial"] and record["left_out"] == 1 and record["clips"] == 15
+
+
+def test_a_prompt_may_hold_braces(run):
+    config, _, _ = run
+    made = formats()
+    config.data.annotations, config.data.videos = str(made.charades), str(made.charades_videos)
+    task = tasks.open_task("charades-ego", config, tasks.Options(prompt="a {video} of {}"))
+    assert task.texts[0].startswith("a {video} of ") and "{}" not in task.texts[0]
 
 
 def test_questions_are_scored_by_their_own_clips(run):

@@ -77,11 +77,14 @@ def run(
     for path in checkpoints:
         config.train.init = os.fspath(path)
         model = trainer.build_model(config).to(device).eval()
-        sim, kept, unreadable = similarities(task, model, config, device, usable, options)
+        sim, read, failed = similarities(task, model, config, device, usable, options)
         sims.append(sim)
+        kept, unreadable = kept & read, unreadable | failed  # a clip that only one of them could read has no mean
     assert model is not None
     for row, why in list(unreadable.items())[:3]:
         say(f"left out: {task.data.table.id(row)}: {why}")
+    if not kept.any():
+        raise Incomplete(f"no clip could be read for each of the {len(checkpoints)} checkpoints")
     result = task.judge(tricks.ensemble(sims) if len(sims) > 1 else sims[0], kept)
     protocol = {
         "num_frames": model.config.num_frames,

@@ -132,5 +132,5 @@ def _charades(config: Config, options: Options) -> Task:
         return charades.report(sim[kept], labels[kept], softmax)
 
     protocol = {"scores": "softmax over classes (LaViLa, fine-tuned)" if softmax else "cosine", "prompt": options.prompt}
-    texts = [options.prompt.format(name) for name in names]
+    texts = [options.prompt.replace("{}", name) for name in names]
     return Task("charades-ego", data, texts, embedding.similarity, judge, protocol=protocol)
