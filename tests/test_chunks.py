@@ -2,6 +2,7 @@
 
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -90,6 +91,20 @@ def test_work_goes_on_where_it_was(tmp_path, options):
         one, two = (video.read_clip(f / "v.mp4" / name, 0, 0.3, 4) for f in (tmp_path / "whole", tmp_path / "out"))
         assert (one == two).all()
     assert chunks.write(videos, tmp_path / "out", SMALL, workers=1) == {}
+
+
+def test_several_runs_into_one_folder(tmp_path):
+    for name in "abc":
+        film(tmp_path / "in" / f"{name}.mp4", EVEN)
+    videos = chunks.discover(tmp_path / "in")
+    chunks.write(videos, tmp_path / "whole", SMALL, workers=1)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(chunks.write, videos, tmp_path / "out", SMALL, workers=1) for _ in range(3)]
+        assert [run.result() for run in runs] == [{}] * 3
+    found = [
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tmp_path / "whole", tmp_path / "out")
+    ]
+    assert found[0] == found[1]
 
 
 def test_what_cannot_be_read_is_told(tmp_path):

@@ -7,10 +7,11 @@ fast (`python bench/decode.py`). Pictures are stored upright, at an even rate, t
     cost = chunks.estimate(videos, "EK100-chunks")
     failed = chunks.write(videos, "EK100-chunks", workers=8, progress=print)
 
-Work can be stopped at any moment and begun again: a chunk appears under its name when it is complete, a video when all of its
-chunks are.
+Work can be stopped at any moment and begun again, or be done by several processes at once: a chunk appears under its name when
+it is complete, a video when all of its chunks are.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -190,14 +191,51 @@ def write(
 def _write_video(path, folder, settings):
     """In a worker: None, or why not."""
     unfinished = folder.with_name(folder.name + _UNFINISHED)
-    there = {int(p.stem) for p in unfinished.glob("*.mp4") if p.stem.isdigit()}
-    begin = next(n for n in range(len(there) + 1) if n * settings.seconds not in there) * settings.seconds
+    with _alone(unfinished):
+        if folder.is_dir():  # another run was faster
+            unfinished.rmdir()
+            return None
+        there = {int(p.stem) for p in unfinished.glob("*.mp4") if p.stem.isdigit()}
+        begin = next(n for n in range(len(there) + 1) if n * settings.seconds not in there) * settings.seconds
+        try:
+            _encode(path, unfinished, settings, float(begin))
+        except VideoError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return str(error)
+        os.replace(unfinished, folder)
+    return None
+
+
+@contextlib.contextmanager
+def _alone(folder):
+    """Makes a folder and holds it. Two runs into one place take turns, and so do a run and workers of one that was killed."""
+    handle = None
+    while handle is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _held(folder)
     try:
-        _encode(path, unfinished, settings, float(begin))
-    except VideoError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return str(error)
-    os.replace(unfinished, folder)
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _held(folder):
+    """A handle that locks a folder, -1 where there are no locks; None if it was renamed or removed in the meantime."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return -1
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+    os.close(handle)
     return None
 
 
