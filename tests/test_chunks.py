@@ -2,6 +2,9 @@
 
 import random
 import re
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -105,6 +108,24 @@ def test_several_runs_into_one_folder(tmp_path):
         {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tmp_path / "whole", tmp_path / "out")
     ]
     assert found[0] == found[1]
+
+
+def test_workers_end_with_a_run_that_was_killed(tmp_path):
+    for name in "abcd":
+        film(tmp_path / "in" / f"{name}.mp4", EVEN)
+    code = f"""
+from evaat_fast.data import chunks
+chunks.write(chunks.discover({str(tmp_path / "in")!r}), {str(tmp_path / "out")!r}, chunks.Settings(seconds=2), workers=2)
+"""
+    # All of them hold its output open, which ends with the last.
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "out").glob("*.part")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.kill()
+    assert run.communicate(timeout=20) == (b"", None)
+    videos = chunks.discover(tmp_path / "in")
+    assert chunks.write(videos, tmp_path / "out", chunks.Settings(seconds=2), workers=1) == {}
 
 
 def test_what_cannot_be_read_is_told(tmp_path):

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -172,7 +173,7 @@ def write(
     _same_settings(out, settings)
     waiting = [name for name in videos if not _finished(out, name).is_dir()]
     done, failed = len(videos) - len(waiting), {}
-    with ProcessPoolExecutor(min(workers, max(1, len(waiting)))) as pool:
+    with ProcessPoolExecutor(min(workers, max(1, len(waiting))), initializer=_follow, initargs=(os.getpid(),)) as pool:
         running = {pool.submit(_write_video, videos[n].files[0], _finished(out, n), settings): n for n in waiting}
         for future in as_completed(running):
             name = running[future]
@@ -186,6 +187,17 @@ def write(
             if progress is not None:
                 progress(name, done, len(videos))
     return failed
+
+
+def _follow(parent):
+    """In a worker: ends it with the process that started it. One that is killed cannot, and its workers would wait forever."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_video(path, folder, settings):
