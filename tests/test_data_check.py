@@ -212,6 +212,20 @@ def test_the_command(copy, tmp_path, capsys):
     assert len(record["test"]["findings"][0]["clips"]) == 16
 
 
+def test_an_evaluation_that_fails_costs_no_epoch(copy, tmp_path, capsys):
+    path = next((copy.videos / "P02").glob("*/0.MP4"))
+    whole = path.read_bytes()
+    spoil(path)
+    configuration(tmp_path)
+    arguments = ["train", str(tmp_path / "run.toml"), "--set", f"data.videos={json.dumps(str(copy.videos))}"]
+    assert main([*arguments, "--set", "train.epochs=1"]) == 2
+    assert "0.MP4" in capsys.readouterr().err
+    path.write_bytes(whole)
+    assert main([*arguments, "--set", "train.epochs=1", "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert "nDCG" in printed and "epoch 1/1" not in printed
+
+
 def spoil(path):
     """Leaves a file's headers and time stamps, and puts noise where its pictures are."""
     content = bytearray(path.read_bytes())

@@ -127,12 +127,13 @@ def train(
             line = f"{out.name}: epoch {epoch + 1}/{config.train.epochs}  loss {loss:.4f}  {seconds:.1f} s"
             line += f"  {data.replaced - replaced} clips replaced" if data.replaced > replaced else ""
             replaced = data.replaced
+            # Before the evaluation, which a test clip that cannot be decoded ends.
+            if finished or (epoch + 1) % config.train.save_every == 0:
+                checkpoint.save(last, masters, optimizer, epoch + 1, config)
             if test is not None and (finished or (config.eval.every and (epoch + 1) % config.eval.every == 0)):
                 metrics = evaluation.evaluate(model, test, config, device)
                 log.write("eval", epoch + 1, **metrics)
                 line += f"  {evaluation.summary(metrics)}"
-            if finished or (epoch + 1) % config.train.save_every == 0:
-                checkpoint.save(last, masters, optimizer, epoch + 1, config)
             progress.say(line)
         if metrics is None and test is not None:  # resumed after the last epoch
             metrics = evaluation.evaluate(model, test, config, device)
