@@ -58,6 +58,7 @@ def test_every_data_set(dataset, tmp_path, capsys):
         "INCOMPLETE" not in said
         and "complete" in said
         and f"next: evaat-fast {'eval' if dataset in ('egomcq', 'charades-ego') else 'train'}" in said
+        and ("next: evaat-fast eval" in said or f'data.kind = "{dataset}"' in said)
         and "left out" not in said
     )
     folder = tmp_path / dataset

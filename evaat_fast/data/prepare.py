@@ -75,7 +75,7 @@ class Report:
         place = f"--annotations {self.out} --videos {self.videos or 'DIR'}"
         if self.dataset in ("egomcq", "charades-ego"):
             return f"evaat-fast eval --task {self.dataset} --checkpoint RUN/last.pt {place}"
-        keys = f'data.annotations = "{self.out}", data.videos = "{self.videos or "DIR"}"'
+        keys = f'data.kind = "{self.dataset}", data.annotations = "{self.out}", data.videos = "{self.videos or "DIR"}"'
         return f"evaat-fast train --keys > run.toml; there {keys}; then evaat-fast train run.toml"
 
     def __str__(self) -> str:
