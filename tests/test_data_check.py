@@ -100,6 +100,24 @@ def test_a_chunk_that_is_no_file(copy, kind):
     assert "15.MP4: no such video" in findings(report)["files that cannot be read"].examples[0] and report.share > 0
 
 
+def test_a_file_that_was_cut_short_behind_its_index(copy, tmp_path):
+    import av
+
+    path = next((copy.videos / "P01").glob("*/0.MP4"))
+    with av.open(str(path)) as old, av.open(str(tmp_path / "fast.mp4"), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    content = (tmp_path / "fast.mp4").read_bytes()
+    path.write_bytes(content)
+    assert not check(split(copy)).findings
+    path.write_bytes(content[: len(content) * 2 // 3])
+    found = findings(check(split(copy)))["files that cannot be read"]
+    assert len(found.rows) == 48 and "0.MP4: cut short: " in found.examples[0]
+
+
 def test_a_wrong_unit_of_time(copy):
     def in_minutes(number, row):
         for name in ("start_timestamp", "stop_timestamp"):

@@ -192,10 +192,12 @@ def _spans(
 
 def _length(path: Path) -> float | str:
     try:
-        length = videos.probe(path).duration
-        return math.inf if length is None else length  # some containers do not say
+        info = videos.probe(path)
     except videos.VideoError as error:
         return str(error)
+    if info.missing_bytes:  # an index before the pictures survives a copy that was cut short
+        return f"{path}: cut short: {info.missing_bytes:,} bytes are missing"
+    return math.inf if info.duration is None else info.duration  # some containers do not say
 
 
 def _in_gaps(names, video, start, stop, spans, inside):
