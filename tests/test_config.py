@@ -170,3 +170,8 @@ def test_warmup_and_cosine():
     assert all(b < a for a, b in zip(rates[10:], rates[11:], strict=False))
     assert {warmup(s, **args | dict(name="constant")) for s in range(10, 110)} == {1.0}
     assert warmup(0, lr=1.0, steps=1, warmup_steps=0) == 1.0
+
+
+def test_a_byte_order_mark_is_no_key(tmp_path):
+    (tmp_path / "run.toml").write_text('[data]\nannotations = "a"\nvideos = "v"\n[train]\nout = "r"\n', encoding="utf-8-sig")
+    assert load(tmp_path / "run.toml").data.annotations == str(tmp_path / "a")

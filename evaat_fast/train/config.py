@@ -58,7 +58,7 @@ def load(
     """
     path = Path(path)
     try:
-        content = _toml().loads(path.read_text(encoding="utf-8"))
+        content = _toml().loads(path.read_text(encoding="utf-8-sig"))  # Notepad writes a mark
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {str(path)!r}") from None
     except OSError as error:
