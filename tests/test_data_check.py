@@ -147,6 +147,12 @@ def test_times_that_cannot_be():
         data[2]
 
 
+def test_no_captions_at_all():
+    columns = {"id": ["a", "b"], "video": ["P01/P01_00"] * 2, "texts": [[], []], "start": [0.0, 1.0], "stop": [1.0, 2.0]}
+    data = ClipDataset(ClipTable.of(columns), corpus().videos, num_frames=2)
+    assert len(data.caption_kinds()) == 2 and check(data).share == 1
+
+
 def test_one_clip_that_begins_or_ends_too_late(copy):
     def late(number, row):
         if number in (3, 5):

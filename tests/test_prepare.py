@@ -194,6 +194,19 @@ def test_a_missing_chunk_is_named(names, lost, tmp_path):
     assert found.damaged == {"v": f"its chunk {lost} is missing"} and not found.complete
 
 
+@pytest.mark.parametrize("fault", ["empty", "cut short", "another split's"])
+def test_a_relevancy_file_that_is_not_the_table_s_is_refused(tmp_path, fault, capsys):
+    source, videos = place("ek100-mir")
+    folder = prepare("ek100-mir", source, tmp_path).out
+    path = folder / "test-relevancy.npz"
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut short": whole[:500]}.get(fault, (folder / "train-relevancy.npz").read_bytes()))
+    with pytest.raises(ValueError, match="test-relevancy.npz: (cannot be read|of another table).*prepare --force"):
+        EK100(folder, videos, "test", num_frames=2)
+    assert cli.main(["prepare", "ek100-mir", str(source), "--out", str(tmp_path), "--force"]) == 0
+    assert path.read_bytes() == whole and len(EK100(folder, videos, "test", num_frames=2)) > 0
+
+
 def test_clips_beyond_their_video_are_named(videos):
     table, root = videos
     last = sorted(next((root / "P02").iterdir()).iterdir(), key=lambda p: int(p.stem))[-1]

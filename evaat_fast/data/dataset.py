@@ -174,12 +174,15 @@ class ClipDataset(Dataset):
         return {"text": texts[int(torch.randint(len(texts), (), generator=generator))]}
 
     def caption_kinds(self) -> Tensor:
-        """int64 [clips]: the number of each clip's first caption, equal for equal ones. For corpora without labels."""
+        """int64 [clips]: the number of each clip's first caption, equal for equal ones. For corpora without labels. Of clips
+        without one it is any."""
         import pyarrow.compute as pc
 
         texts = self.table.arrow.column("texts").combine_chunks()
+        if not len(texts.values):
+            return torch.zeros(len(texts), dtype=torch.int64)
         ends = texts.offsets.to_numpy()
-        first = pc.take(texts.values, np.minimum(ends[:-1], max(len(texts.values) - 1, 0)))
+        first = pc.take(texts.values, np.minimum(ends[:-1], len(texts.values) - 1))
         return torch.from_numpy(first.dictionary_encode().indices.to_numpy().astype(np.int64))
 
     def _found(self, missing: Literal["raise", "skip"]) -> tuple[bool, dict[str, layout.Source]]:

@@ -19,6 +19,7 @@ BY-NC 4.0).
 """
 
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,10 +136,11 @@ def captions(folder: str | os.PathLike[str], split: Split, table: ClipTable) -> 
         folder, split: as of `read`. table: its table.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: as `sentences`, or an id that no clip has.
+        FileNotFoundError: no such file. ValueError: as `sentences`, an id that no clip has, or a prepared file that is damaged
+        or of another table.
     """
     if (prepared := Path(folder) / f"{split}-relevancy.npz").is_file():
-        return np.load(prepared)["caption_clip"]
+        return _prepared_captions(prepared, table)
     row_of = {name: row for row, name in enumerate(table.column("id"))}
     found = sentences(folder, split)
     unknown = [name for name in found if name not in row_of]
@@ -147,6 +149,20 @@ def captions(folder: str | os.PathLike[str], split: Split, table: ClipTable) -> 
         clips_file = f"is EPIC_100_retrieval_{split}.csv whole?"
         raise ValueError(f"{path}: {len(unknown)} narration ids are not in the clips' file, first {unknown[0]!r}; {clips_file}")
     return np.array([row_of[name] for name in found], np.int64)
+
+
+def _prepared_captions(path, table):
+    again = "evaat-fast prepare --force makes it anew"
+    try:
+        with np.load(path) as found:
+            rows, kinds = found["caption_clip"], found["clip_kind"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}); {again}") from None
+    # Of a run that was killed between the two, or of files that were copied one by one.
+    other = len(kinds) != len(table) or (isinstance(table, ClipTable) and (kinds != kinds_of(table)[1].numpy()).any())
+    if other or rows.min(initial=0) < 0 or rows.max(initial=0) >= len(table):
+        raise ValueError(f"{path}: of another table than the one beside it; {again}")
+    return rows
 
 
 @dataclass(frozen=True)
