@@ -55,6 +55,14 @@ def test_what_is_no_file_is_not_there(tmp_path):
     assert layout.find_clips(tmp_path, ["gone"], ["v"], [0.0]) == {}
 
 
+def test_a_name_does_not_lead_out_of_the_folder(tmp_path):
+    seconds(tmp_path / "a.mp4", 1)
+    (tmp_path / "videos").mkdir()
+    names = ["../a", str(tmp_path / "a"), "x/../../a", ".."]
+    assert layout.find(tmp_path / "videos", names, "skip") == {}
+    assert list(layout.find(tmp_path, ["a"])) == ["a"]
+
+
 def test_two_files_of_one_video_are_an_error(tmp_path):
     for name in ("a.mp4", "a.webm"):
         (tmp_path / name).write_bytes(b"")

@@ -205,6 +205,8 @@ class _Folders:
 
     def find(self, name):
         """The file or folder of a video or clip, or None."""
+        if name.startswith("/") or ".." in name.split("/"):
+            return None  # outside the folder, where a table's names have no business
         parent, _, stem = name.rpartition("/")
         inside = [parent] if not parent else [parent, ""]
         for first in _PLACES:
