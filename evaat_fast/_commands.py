@@ -1,6 +1,7 @@
 """What each command of `evaat-fast` does with its parsed arguments. Imports are in the functions, so that no command waits for
 what another one needs. A function returns the exit status, or None for 0."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -20,20 +21,20 @@ def _mistakes(*kinds):
         raise Mistake(error) from None
 
 
-def doctor(arguments):
+def doctor(arguments: argparse.Namespace) -> int | None:
     from evaat_fast import doctor
 
     print(doctor.report(), flush=True)
     return 0 if doctor.healthy() else 1
 
 
-def demo(arguments):
+def demo(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import demo
 
     demo.run(arguments.out, seed=arguments.seed, quick=arguments.quick, overrides=arguments.overrides)
 
 
-def train(arguments):
+def train(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import Diverged, evaluation, load, train
 
     if arguments.keys:
@@ -49,7 +50,7 @@ def train(arguments):
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
 
 
-def check(arguments):
+def check(arguments: argparse.Namespace) -> int | None:
     from evaat_fast._files import write_atomically
     from evaat_fast.data.check import check as check_clips
     from evaat_fast.train import inputs, load, packages
@@ -78,7 +79,7 @@ def check(arguments):
     return 1 if wrong else 0
 
 
-def evaluate(arguments):
+def evaluate(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import ConfigError, outcome, packages, tasks, trainer
 
     config = _config(arguments)
@@ -115,7 +116,7 @@ def evaluate(arguments):
         outcome.write(record, arguments.json)
 
 
-def features(arguments):
+def features(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import ConfigError, features, packages, trainer
 
     if len(arguments.checkpoint) > 1:
@@ -172,7 +173,7 @@ def _check_file(path):
         raise ConfigError(f"--json: {path!r} is a folder; expected a file to write")
 
 
-def prepare(arguments):
+def prepare(arguments: argparse.Namespace) -> int | None:
     from evaat_fast.data import prepare
     from evaat_fast.train import packages
     from evaat_fast.train.log import Progress
@@ -239,7 +240,7 @@ def _chunk(arguments, report):
     return 1 if failed else 0
 
 
-def make_kitchen(arguments):
+def make_kitchen(arguments: argparse.Namespace) -> None:
     from evaat_fast.data import kitchen
     from evaat_fast.train import packages
     from evaat_fast.train.demo import video_progress

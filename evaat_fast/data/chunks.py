@@ -223,7 +223,8 @@ def _alone(folder):
     """Makes a folder and holds it. Two runs into one place take turns, and so do a run and workers of one that was killed."""
     handle = None
     while handle is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # it was there, and by now another run has given it its final name
+            folder.mkdir(parents=True, exist_ok=True)
         handle = _held(folder)
     try:
         yield

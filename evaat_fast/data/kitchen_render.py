@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -212,7 +213,7 @@ def encode_video(
         finish(container)
 
 
-def open_film(av, path, size, fps):
+def open_film(av: Any, path: Path, size: int, fps: float) -> tuple[Any, Any]:
     container = av.open(str(path), "w", format="mp4")
     stream = container.add_stream("libx264", rate=Fraction(fps))
     stream.width = stream.height = size
@@ -225,7 +226,7 @@ def open_film(av, path, size, fps):
     return container, stream
 
 
-def finish(container):
+def finish(container: tuple[Any, Any] | None) -> None:
     if container is not None:
         container[0].mux(container[1].encode(None))
         container[0].close()
