@@ -94,7 +94,7 @@ def test_bad_overrides(text):
         ("train.batch_size=1", "train.batch_size: expected a value of at least 2, got 1"),
         ("loss.name=smss", r"loss.name: expected one of clip, sms, got 'smss'; did you mean 'sms'\?"),
         ("eval.frames=frosen", r"eval.frames: expected one of .*; did you mean 'frozen'\?"),
-        ("train.processes=2", "train.processes: training on several GPUs is not built yet"),
+        ("train.processes=2", "train.processes: torchrun starts several"),
         ("schedule.warmup_epochs=2", "schedule.warmup_epochs: expected at most train.epochs=1"),
         ("schedule.end_lr=2", "schedule.end_lr: expected at most optim.lr=1.0"),
         ("model.name=eva02_at_tiny", r"model.name: .*did you mean 'eva02_at_tiny_patch16_64'"),

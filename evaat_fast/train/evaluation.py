@@ -14,6 +14,7 @@ from evaat_fast.eval import Result, mir, recall
 from evaat_fast.model import EVA02AT
 from evaat_fast.train import embedding
 from evaat_fast.train.config import Config
+from evaat_fast.train.ranks import Ranks, in_order, interleaved
 
 
 @overload
@@ -24,6 +25,7 @@ def evaluate(
     device: torch.device,
     *,
     frames: Frames | None = None,
+    ranks: Ranks | None = None,
     return_similarity: Literal[False] = False,
 ) -> dict[str, float]: ...
 
@@ -36,6 +38,7 @@ def evaluate(
     device: torch.device,
     *,
     frames: Frames | None = None,
+    ranks: Ranks | None = None,
     return_similarity: Literal[True],
 ) -> tuple[dict[str, float], Tensor]: ...
 
@@ -47,6 +50,7 @@ def evaluate(
     device: torch.device,
     *,
     frames: Frames | None = None,
+    ranks: Ranks | None = None,
     return_similarity: bool = False,
 ) -> dict[str, float] | tuple[dict[str, float], Tensor]:
     """The metrics of `model` on a test split.
@@ -55,12 +59,13 @@ def evaluate(
         model: an EVA02AT. data: a test split. config: a Config. device: where the model is.
         frames: instead of config.eval.frames, what the model is shown of each clip: "ordered", "shuffled", "reversed"
             or "frozen" (one frame, repeated); see EK100.
+        ranks: the processes that share the work; each returns all of it.
         return_similarity: also return the float32 cosine similarities [clips, captions].
 
     Returns:
         A dict of percentages: what `measure` gives.
     """
-    similarity = embed(model, data, config, device, frames or config.eval.frames)
+    similarity = embed(model, data, config, device, frames or config.eval.frames, ranks)
     metrics = measure(similarity, data)
     return (metrics, similarity) if return_similarity else metrics
 
@@ -106,23 +111,32 @@ def exact_relevancy(data: EK100) -> Tensor:
 
 
 @torch.inference_mode()
-def embed(model: EVA02AT, data: EK100, config: Config, device: torch.device, frames: Frames = "ordered") -> Tensor:
-    """float32 cosine similarities [clips, captions], on the CPU.
+def embed(
+    model: EVA02AT, data: EK100, config: Config, device: torch.device, frames: Frames = "ordered", ranks: Ranks | None = None
+) -> Tensor:
+    """float32 cosine similarities [clips, captions], on the CPU. With `ranks`, each process embeds its share, and all have all.
 
     Raises:
-        VideoError: a clip that cannot be read.
+        VideoError: a clip that cannot be read, on every rank.
     """
-    was_training = model.training
+    ranks, was_training = ranks or Ranks(), model.training
     model.eval()
     data.frames = frames
-    texts = torch.cat(list(embedding.of_texts(model, data.captions, config, device)))
-    clips = []
-    for batch in embedding.of_clips(model, data, config, device):
-        if batch.unreadable:
-            raise VideoError(next(iter(batch.unreadable.values())))
+    mine = interleaved(len(data.captions), ranks)
+    texts = list(embedding.of_texts(model, [data.captions[i] for i in mine], config, device))
+    clips, problem = [], None
+    for batch in embedding.of_clips(model, data, config, device, rows=interleaved(len(data), ranks)):
+        problem = problem or next(iter(batch.unreadable.values()), None)
         clips.append(batch.embeddings)
     model.train(was_training)
-    return torch.cat(clips) @ texts.T
+    none = torch.zeros(0, model.config.embed_dim)
+    # A rank that raised alone would leave the others waiting for it.
+    parts = ranks.gather((torch.cat([none, *clips]), torch.cat([none, *texts]), problem))
+    for *_, problem in parts:
+        if problem:
+            raise VideoError(problem)
+    of_clips, of_texts = (in_order([part[i] for part in parts]) for i in range(2))
+    return of_clips @ of_texts.T
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from evaat_fast.data.transforms import eval_transform, train_transform
 from evaat_fast.model import EVA02AT, CLIPTokenizer, ModelConfig, draw_patches, get_config, trim
 from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Progress
+from evaat_fast.train.ranks import Ranks
 from evaat_fast.train.sampler import EpochSampler
 
 TEXT_STEP = 16  # captions of a CUDA graph are padded to a multiple of it, or their lengths would make dozens of graphs
@@ -144,16 +145,27 @@ def decode(data: ClipDataset, progress: Progress, rows: np.ndarray | None = None
 
 
 def loader(
-    config: Config, data: ClipDataset, batches: EpochSampler, tokenize: CLIPTokenizer, device: torch.device
+    config: Config,
+    data: ClipDataset,
+    batches: EpochSampler,
+    tokenize: CLIPTokenizer,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> DataLoader[Any]:
     """The batches of an epoch: dict(video uint8 [B, T, H, W, 3], text int64 [B, L]), of a corpus with labels also kind [B] and
-    text_kind [B], and with model.patch_dropout patches int64 [B, N'], drawn from the seed, the epoch and the batch's clips.
+    text_kind [B], and with model.patch_dropout patches int64 [B, N'], drawn from the seed, the epoch and each clip.
 
     Args:
         config: a Config. data: the training split. batches: an EpochSampler. tokenize: from `tokenizer`.
-        device: where the batches will go.
+        device: where the batches will go. ranks: the processes that share each batch; None: this one has all of it.
     """
     model, dropped = model_config(config), config.model.patch_dropout
+
+    def patches(index):
+        # Of the clip alone: which other clips are in this process's part must not matter.
+        seed = np.random.SeedSequence((config.train.seed, batches.epoch, index))
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        return draw_patches(1, model.grid, dropped, generator)
 
     def collate(samples):
         batch = {name: torch.tensor([s[name] for s in samples]) for name in ("kind", "text_kind") if name in samples[0]}
@@ -165,19 +177,30 @@ def loader(
             text = torch.nn.functional.pad(text, (0, length - text.shape[1]))
         batch["text"] = text
         if dropped:
-            seed = np.random.SeedSequence((config.train.seed, batches.epoch, *(s["index"] for s in samples)))
-            generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-            batch["patches"] = draw_patches(len(samples), model.grid, dropped, generator)
+            batch["patches"] = torch.cat([patches(s["index"]) for s in samples])
         return batch
 
     return DataLoader(
         data,
-        batch_sampler=batches,
+        batch_sampler=_Shares(batches, ranks or Ranks()),
         num_workers=config.data.workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if config.data.workers else None,
     )
+
+
+class _Shares:
+    """The parts of an epoch's batches that are this process's."""
+
+    def __init__(self, batches: EpochSampler, ranks: Ranks):
+        self.batches, self.ranks = batches, ranks
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.ranks.share, self.batches)
 
 
 def tokenizer(config: Config) -> CLIPTokenizer:

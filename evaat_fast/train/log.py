@@ -14,23 +14,29 @@ class Log:
     """One JSON object a line. Every record has "event" ("start", "step", "epoch" or "eval") and "epoch".
 
     Args:
-        path: the file. keep: how many epochs of an earlier run stay; what it logged after them is dropped, so that the
-            log of a run that was resumed is that of a run that was not.
+        path: the file; None: nothing is written, as by all processes but the first. keep: how many epochs of an earlier run
+            stay; what it logged after them is dropped, so that the log of a run that was resumed is that of a run that was not.
     """
 
-    def __init__(self, path: str | os.PathLike[str], keep: int = 0):
+    def __init__(self, path: str | os.PathLike[str] | None, keep: int = 0):
+        self._file: Any = None
+        if path is None:
+            return
         kept = [json.dumps(r) + "\n" for r in read(path) if r["epoch"] <= keep] if keep else []
         write_atomically(path, lambda file: file.write("".join(kept).encode()))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
 
     def write(self, event: str, epoch: int, **values: Any) -> None:
+        if self._file is None:
+            return
         # JSON has no NaN, which a metric is where labels leave nothing to measure.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"event": event, "epoch": epoch, **finite}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

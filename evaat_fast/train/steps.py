@@ -16,6 +16,7 @@ from evaat_fast.model import EVA02AT
 from evaat_fast.train import inputs
 from evaat_fast.train.config import Config
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.ranks import Ranks
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
 
@@ -25,14 +26,27 @@ class Steps:
 
     Args:
         masters: of an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
-        config: a Config. device: where the model is.
+        config: a Config. device: where the model is. ranks: the processes that share each batch; with several, the batch is
+            this one's part, the loss is of all, and gradients are averaged by DistributedDataParallel.
     """
 
     def __init__(
-        self, masters: Masters, optimizer: torch.optim.Optimizer, table: Tensor, config: Config, device: torch.device
+        self,
+        masters: Masters,
+        optimizer: torch.optim.Optimizer,
+        table: Tensor,
+        config: Config,
+        device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         self.masters, self.optimizer, self.config, self.device = masters, optimizer, config, device
-        self.model = masters.model
+        self.model, self.ranks = masters.model, ranks or Ranks()
+        self.towers: torch.nn.Module = Towers(self.model)
+        if self.ranks.group is not None:
+            # Checkpointed blocks run again in the backward pass, which DDP allows where the graph is always the same.
+            self.towers = torch.nn.parallel.DistributedDataParallel(
+                self.towers, process_group=self.ranks.group, broadcast_buffers=False, static_graph=True
+            )
         self.table = table.to(device)
         # A batch is copied to a GPU on a stream of its own, beside the step before it.
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -88,7 +102,7 @@ class Steps:
         return moved
 
     def _run(self, batch: Mapping[str, Tensor]) -> Tensor:
-        loss = batch_loss(self.model, batch, self.table, self.config, self.device)
+        loss = batch_loss(self.model, batch, self.table, self.config, self.device, self.towers, self.ranks)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.masters.take_gradients()
@@ -116,18 +130,42 @@ def later(x: Tensor) -> Callable[[], float]:
     return value
 
 
-def batch_loss(model: EVA02AT, batch: Mapping[str, Tensor], table: Tensor, config: Config, device: torch.device) -> Tensor:
-    """The loss of one batch on `device`, a scalar. `table` [K, K]: the relevancy between kinds."""
+class Towers(torch.nn.Module):
+    """Both towers of a model as one module, for what wraps modules: (video, text, patches) -> (their embeddings, the multiplier
+    of the logits)."""
+
+    def __init__(self, model: EVA02AT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, video: Tensor, text: Tensor, patches: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        model = self.model
+        return model.encode_video(video, patches=patches), model.encode_text(text), model.logit_scale.exp()
+
+
+def batch_loss(
+    model: EVA02AT,
+    batch: Mapping[str, Tensor],
+    table: Tensor,
+    config: Config,
+    device: torch.device,
+    towers: torch.nn.Module,
+    ranks: Ranks,
+) -> Tensor:
+    """The loss of one batch, a scalar, the same on all ranks.
+
+    Args:
+        batch: this rank's part of it, on `device`. table: float32 [K, K], the relevancy between kinds. towers: `Towers` of the
+            model, or what wraps them.
+    """
     with inputs.autocast(config, device, model):
-        video = model.encode_video(batch["video"], patches=batch.get("patches"))
-        text = model.encode_text(batch["text"])
+        video, text, scale = towers(batch["video"], batch["text"], batch.get("patches"))
+    group: dict[str, Any] = {} if ranks.group is None else {"group": ranks.group, "grad_mode": "ddp"}
     if config.loss.name == "clip":
-        video, text = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (video, text))
-        return ops.clip_loss(video, text, model.logit_scale.exp())
-    relevancy = ops.IndexedRelevancy(table, batch["kind"], batch["text_kind"])
-    return ops.sms_loss(
-        video, text, relevancy, margin=config.loss.margin, relaxation=config.loss.relaxation, rule=config.loss.rule
-    )
+        video, text = (torch.nn.functional.normalize(x.to(scale.dtype), dim=-1) for x in (video, text))
+        return ops.clip_loss(video, text, scale, **group)
+    relevancy, loss = ops.IndexedRelevancy(table, batch["kind"], batch["text_kind"]), config.loss
+    return ops.sms_loss(video, text, relevancy, margin=loss.margin, relaxation=loss.relaxation, rule=loss.rule, **group)
 
 
 def build_optimizer(model: EVA02AT, config: Config, masters: Masters | None = None) -> torch.optim.AdamW:

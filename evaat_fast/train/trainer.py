@@ -1,4 +1,4 @@
-"""The training loop: one process, one device.
+"""The training loop: one process, or several that share each batch, a device each.
 
     result = train(load("run.toml"))
 
@@ -26,6 +26,7 @@ from evaat_fast.train import checkpoint, evaluation, inputs, packages
 from evaat_fast.train.config import KEYS, Config, ConfigError
 from evaat_fast.train.log import Log, Progress
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.ranks import Ranks, started
 from evaat_fast.train.sampler import EpochSampler
 from evaat_fast.train.schedules import warmup
 from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer, later
@@ -61,6 +62,19 @@ def train(
     """
     device = choose_device(config)
     packages.require("training", *packages.of_data(config), *packages.of_progress(quiet))
+    with started(config, device) as ranks:
+        return _train(config, device, ranks, resume, overwrite, quiet or not ranks.main, datasets)
+
+
+def _train(
+    config: Config,
+    device: torch.device,
+    ranks: Ranks,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+    datasets: inputs.Splits | None,
+) -> dict[str, Any]:
     out = check_folder(config.train.out)
     last = out / checkpoint.LAST
     if last.exists() and not (resume or overwrite):
@@ -82,21 +96,22 @@ def train(
         checkpoint.restore(stored, masters, optimizer, last)
     fit_optimizer(optimizer, config, device)
     table = torch.zeros(0, 0) if data.relevancy_table is None else data.relevancy_table
-    steps = Steps(masters, optimizer, table, config, device)
+    steps = Steps(masters, optimizer, table, config, device, ranks)
     if config.train.compile:
         model.compile_blocks()
 
     # An old last.pt stands until the new run's first one takes its place.
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
-    log = Log(out / "log.jsonl", keep=done)
+    if ranks.main:
+        write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
+    log = Log(out / "log.jsonl" if ranks.main else None, keep=done)
     if config.data.cache and not datasets and not config.data.workers:
         with Progress(len(usable), "decoding", quiet) as reading:
             inputs.decode(data, reading, usable)
     count = config.train.epochs * len(sampler)
     progress = Progress(count - done * len(sampler), out.name, quiet)
     metrics: dict[str, float] | None = None if test is not None else {}
-    replaced = data.replaced
+    replaced = sum(ranks.gather(data.replaced))
     try:
         if not stored:
             parameters = sum(p.numel() for p in model.parameters())
@@ -111,10 +126,11 @@ def train(
             )
             progress.say(
                 f"{out.name}: {parameters / 1e6:.2f} M parameters, {len(usable)} clips, {config.train.epochs} epochs of "
-                f"{len(sampler)} steps on {device}"
+                f"{len(sampler)} steps on {device}" + f" and {ranks.world - 1} more" * (ranks.world > 1)
             )
         for epoch in range(done, config.train.epochs):
             loss, seconds = run_epoch(steps, data, sampler, tokenize, epoch, config, device, log, progress)
+            replaced, before = sum(ranks.gather(data.replaced)), replaced
             finished = epoch + 1 == config.train.epochs
             log.write(
                 "epoch",
@@ -122,21 +138,20 @@ def train(
                 loss=loss,
                 seconds=seconds,
                 clips_per_second=len(sampler) * config.train.batch_size / seconds,
-                replaced=data.replaced - replaced,
+                replaced=replaced - before,
             )
             line = f"{out.name}: epoch {epoch + 1}/{config.train.epochs}  loss {loss:.4f}  {seconds:.1f} s"
-            line += f"  {data.replaced - replaced} clips replaced" if data.replaced > replaced else ""
-            replaced = data.replaced
+            line += f"  {replaced - before} clips replaced" if replaced > before else ""
             # Before the evaluation, which a test clip that cannot be decoded ends.
-            if finished or (epoch + 1) % config.train.save_every == 0:
+            if ranks.main and (finished or (epoch + 1) % config.train.save_every == 0):
                 checkpoint.save(last, masters, optimizer, epoch + 1, config)
             if test is not None and (finished or (config.eval.every and (epoch + 1) % config.eval.every == 0)):
-                metrics = evaluation.evaluate(model, test, config, device)
+                metrics = evaluation.evaluate(model, test, config, device, ranks=ranks)
                 log.write("eval", epoch + 1, **metrics)
                 line += f"  {evaluation.summary(metrics)}"
             progress.say(line)
         if metrics is None and test is not None:  # resumed after the last epoch
-            metrics = evaluation.evaluate(model, test, config, device)
+            metrics = evaluation.evaluate(model, test, config, device, ranks=ranks)
     finally:
         progress.close()
         log.close()
@@ -183,7 +198,7 @@ def run_epoch(
         log.write("step", epoch + 1, step=step + 1, loss=value, lr=lr)
         progress.step(epoch=epoch + 1, loss=value)
 
-    for i, batch in enumerate(inputs.loader(config, data, sampler, tokenize, device)):
+    for i, batch in enumerate(inputs.loader(config, data, sampler, tokenize, device, steps.ranks)):
         step = epoch * len(sampler) + i
         lr = warmup(step, **scheduled)
         steps.set_lr(lr)
@@ -200,13 +215,13 @@ def choose_device(config: Config) -> torch.device:
     """The torch.device that config.train.device names.
 
     Raises:
-        ConfigError: an unknown device, one that is not here, or a launch as one of several processes.
+        ConfigError: an unknown device, or one that is not here.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training on several GPUs is not built yet: start one process, without torchrun")
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes each has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
