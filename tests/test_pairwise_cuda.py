@@ -12,6 +12,7 @@ from pairwise_oracle import gradients
 
 from evaat_fast import ops
 from evaat_fast.ops.pairwise import step
+from evaat_fast.ops.pairwise.check import Batch
 from evaat_fast.ops.pairwise.reference import sms_loss_reference
 from evaat_fast.ops.pairwise.relevancy import Labels
 
@@ -129,7 +130,7 @@ def of_quarters(kind, N):
     elif kind == "indexed":
         rows, columns = torch.randint(0, N, (2, N))
         source, matrix = ops.IndexedRelevancy(matrix, rows, columns.int()), matrix[rows[:, None], columns]
-    return source.labels(N, matrix.device, True, None)[0], matrix
+    return source.labels(Batch(N, matrix.device, None), True, None)[0], matrix
 
 
 @pytest.mark.sample(2)

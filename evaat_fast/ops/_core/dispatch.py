@@ -45,6 +45,9 @@ _ALL = (*FLOATS, "float64")
 # A need of a call of rope3d.
 LEARNED = "a gradient of freqs"
 
+# A need of a call of the losses.
+GROUP = "a group of ranks"
+
 # Needs of a call of joint_attention.
 LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
@@ -69,7 +72,8 @@ _NORM = {
 }
 
 _LOSS = {"triton": Support(FLOATS, note=_RUN_BEFORE), "cpu": Support(_ALL), "reference": Support(_ALL)}
-_MAX_MARGIN = {"cuda": Support(("bfloat16", "float16"), note="by name, for no GPU has run it yet"), **_LOSS}
+_NO_GROUP = {GROUP: "it reads whole batches alone; for a group there are triton, cpu and reference"}
+_MAX_MARGIN = {"cuda": Support(("bfloat16", "float16"), lacks=_NO_GROUP, note="by name, for no GPU has run it yet"), **_LOSS}
 SUPPORT = {
     "rope3d": {
         "triton": Support(FLOATS, note=_RIGHT),
@@ -137,11 +141,6 @@ def _constant(function):
     torch.compiler.assume_constant_result, after the two seconds that importing Dynamo takes."""
     function._dynamo_marked_constant = True
     return function
-
-
-def not_built(name: str, detail: str) -> NotImplementedError:
-    """The error of a public argument whose implementation comes with a later release."""
-    return NotImplementedError(f"{name} is part of the public contract but not built yet: {detail}")
 
 
 @functools.cache

@@ -91,9 +91,9 @@ def contrast(
 
     def plan(call):
         normalise = op == "ego_nce_loss"
-        pairs = as_positives(positives, call.N, call.device) if normalise else Positives()
+        pairs = as_positives(positives, call) if normalise else Positives()
 
-        def reference(video, text, multiplier):
+        def reference(video, text, multiplier, pairs=pairs):
             if normalise:
                 return ego_nce_loss_reference(video, text, pairs.matrix(), 1 / scale, options.reduction)
             return clip_loss_reference(video, text, multiplier, options.reduction)
@@ -101,7 +101,7 @@ def contrast(
         multiplier = _check_scale(scale, call.device, call.dtype)
         return functools.partial(step.ContrastSettings, pairs, normalise), reference, multiplier
 
-    return step.loss(op, step.contrast_step, video, text, options, plan)
+    return step.loss(op, step.contrast_step, video, text, options, plan, {"scale": scale, "positives": positives})
 
 
 def _check_scale(scale, device, dtype):

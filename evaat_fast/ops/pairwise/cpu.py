@@ -42,14 +42,18 @@ class _Cpu(Step):
 
     def normalise(self, video: bool, text: bool) -> None:
         """Norms, each pair's own cosine, and the unit rows that are asked for, in the dtype of the panel."""
-        self.norms = torch.empty((3, self.N), dtype=self.wide)
-        dtype, shape, strides = self.panel.dtype, (self.N, self.E), (self.video.stride(0), self.text.stride(0))
+        norms = torch.empty((3, self.n), dtype=self.wide)
+        dtype, shape, strides = self.panel.dtype, (self.n, self.E), (self.video.stride(0), self.text.stride(0))
         self.unit_video, self.unit_text = (torch.empty(shape, dtype=dtype) if x else None for x in (video, text))
         features = {"video": self.video, "text": self.text, "video_stride": strides[0], "text_stride": strides[1]}
         codes = {"dtype": _CODES[self.dtype], "wide": _CODES[self.wide]}
-        self.pairs = _cpu.PairFeatures(N=self.N, E=self.E, norms=self.norms, **codes, **features)
+        self.pairs = _cpu.PairFeatures(N=self.n, E=self.E, norms=norms, **codes, **features)
         units = pointer(self.unit_video), pointer(self.unit_text)
         _done(_cpu.pair_prepare(self.pairs, *units, dtype != self.wide, self.threads))
+        self.norms, self.of_panel = norms, self.pairs
+        if self.ranks is not None:
+            self.norms, self.unit_text = self.ranks.vectors(norms), self.of_all(self.unit_text)
+            self.of_panel = _cpu.PairFeatures(N=self.N, E=self.E, norms=self.norms, **codes)
 
     def through_norms(self, slope: Tensor, factor: float) -> None:
         """In place: factor * (gradients of the unit rows + slope * the pair's other one), through the normalisation."""
@@ -81,18 +85,18 @@ class Sms(_Cpu):
         self.begin(torch.bfloat16 if low else wide)
         # In bfloat16 the raw rows are multiplied and the products scaled: rounding the unit rows costs five times the error.
         self.normalise(video=work.need_text or not low, text=work.need_video or not low)
-        self.factors: Any = (self.video, self.text) if low else (self.unit_video, self.unit_text)
+        self.factors: Any = (self.video, self.of_all(self.text)) if low else (self.unit_video, self.unit_text)
         scales = self.norms[:2].clamp_min(1e-8).reciprocal() if low else None
         if low and self.learns:
             self.part = torch.empty((N if work.need_text else self.rows, self.E), dtype=torch.bfloat16)
         mode = "each" if work.each else "weighted" if weight is not None else "slopes" if self.learns else "loss"
-        self.weight = None if weight is None else weight.to(wide)
+        self.weight = None if weight is None else self.of_all(weight.to(wide))
         self.losses = torch.zeros((1 + self.threads if work.each else 1, N), dtype=torch.float64)
         self.sums = torch.zeros((1 + self.threads, N), dtype=torch.int32)
         how = {"dtype": _CODES[self.panel.dtype], "mode": _cpu.SMS_MODES[mode], "penalty": _penalty(self.settings.penalty)}
         known = {"own": self.settings.own.to(wide).contiguous(), "labels": _labels(self.settings.labels, wide)}
         out = {"losses": self.losses, "sums": self.sums}
-        self.step = _cpu.SmsStep(pairs=self.pairs, scales=scales, weight=self.weight, **how, **known, **out)
+        self.step = _cpu.SmsStep(pairs=self.of_panel, scales=scales, weight=self.weight, **how, **known, **out)
 
     def sweeps(self):
         return (self.slopes,)
@@ -104,12 +108,14 @@ class Sms(_Cpu):
     def finish(self):
         N, weight = self.N, self.weight
         if self.learns:
-            slope = -self.sums.sum(0, dtype=torch.int32).to(self.wide)
-            slope = slope if weight is None else slope * weight
+            slope = -self.of_own(self.sums).sum(0, dtype=torch.int32).to(self.wide)
+            slope = slope if weight is None else slope * weight[: self.n]
             self.through_norms(slope, 1 / (2 * (N - 1) * (N if weight is None else 1)))
         if self.work.each:
-            return ((self.losses[0] + self.losses[1:].sum(0)) / (2 * (N - 1))).to(self.wide), *self.gradients
-        return (self.losses.sum() / (2 * N * (N - 1))).to(self.wide), *self.gradients
+            losses = self.of_own(self.losses)
+            return ((losses[0] + losses[1:].sum(0)) / (2 * (N - 1))).to(self.wide), *self.gradients
+        (loss,) = self.total(self.losses.sum())
+        return (loss / (2 * N * (N - 1))).to(self.wide), *self.gradients
 
 
 @functools.lru_cache(maxsize=64)
@@ -139,16 +145,21 @@ class Contrast(_Cpu):
         if self.settings.normalise:
             self.normalise(video=True, text=True)
         else:
-            self.unit_video, self.unit_text = self.video.to(wide), self.text.to(wide)
+            self.unit_video, self.unit_text = self.video.to(wide), self.of_all(self.text).to(wide)
         self.totals, self.row_slope = torch.zeros((4, 2, N), dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
         self.totals[:, 0].fill_(-torch.inf)
-        self.weight = None if self.weight is None else self.weight.double()
-        known = {"scale": float(self.scale), "positives": _positives(self.settings.positives, self.rows, N)}
+        self.weight = None if self.weight is None else self.of_all(self.weight.double())
+        of = self.settings.positives
+        self.many = of.dense is not None or of.verbs is not None
+        known = {"scale": float(self.scale), "positives": _positives(of, self.rows, N)}
         out = {"totals": self.totals, "row_slope": self.row_slope}
         self.step = _cpu.ContrastStep(wide=_CODES[wide], N=N, weight=self.weight, **known, **out)
 
     def sweeps(self):
         yield self.stats
+        if self.ranks is not None:
+            of = self.totals[1 : 4 if self.many else 2 : 2]  # of the columns; a positive that is alone has its rank's
+            of[:, 0], of[:, 1] = self.ranks.log_sum_exp(of[:, 0], of[:, 1])
         if self.learns:
             yield self.slopes
 
@@ -156,21 +167,22 @@ class Contrast(_Cpu):
         self.on_panel(_cpu.contrast_stats, self.step, self.multiply(self.unit_video, self.unit_text, first, last), first, last)
 
     def slopes(self, first, last):
-        s = self.panel if self.rows >= self.N else self.multiply(self.unit_video, self.unit_text, first, last)
+        s = self.panel if self.rows >= self.n else self.multiply(self.unit_video, self.unit_text, first, last)
         return self.on_panel(_cpu.contrast_slopes, self.step, s, first, last)
 
     def finish(self):
-        row, column, positive_row, positive_column = self.totals[:, 0] + self.totals[:, 1].log()
+        row, column, positive_row, positive_column = (self.totals[:, 0] + self.totals[:, 1].log())[:, : self.n]
         share = 1.0 if self.settings.normalise else 0.5
         entries = share * ((row - positive_row) + (column - positive_column))
-        loss = (entries if self.work.each else entries.sum() / self.N).to(self.wide)
+        loss, of_scale = self.total(entries.sum(), self.row_slope[: self.n].sum())
+        loss = (entries if self.work.each else loss / self.N).to(self.wide)
         share = share if self.weight is not None else share / self.N
         if self.learns and self.settings.normalise:
-            self.through_norms(torch.zeros(self.N, dtype=self.wide), float(self.scale) * share)
+            self.through_norms(torch.zeros(self.n, dtype=self.wide), float(self.scale) * share)
         elif self.learns:
             for grad in self.gradients:
                 grad.mul_(float(self.scale) * share)
-        return loss, *self.gradients, (self.row_slope.sum() * share).to(self.wide)
+        return loss, *self.gradients, (of_scale * share).to(self.wide)
 
 
 def _positives(positives, rows, N):

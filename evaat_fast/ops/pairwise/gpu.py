@@ -33,15 +33,15 @@ class Gpu(Step):
     inverses: Any
 
     def prepare(self) -> None:
-        self.weight = None if self.weight is None else self.weight.float()
+        self.weight = None if self.weight is None else self.of_all(self.weight.float())
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def unit_rows(self) -> tuple[Tensor, Tensor]:
         """Room for them, in the features' dtype, and for norms and inverses."""
-        self.norms, self.inverses = self.empty(2, 2, self.N)
-        self.unit_video, self.unit_text = self.empty(2, self.N, self.E, dtype=self.dtype)
+        self.norms, self.inverses = self.empty(2, 2, self.n)
+        self.unit_video, self.unit_text = self.empty(2, self.n, self.E, dtype=self.dtype)
         return self.unit_video, self.unit_text
 
     def begin(self) -> None:
@@ -78,12 +78,12 @@ class Sms(Gpu):
         super().prepare()
         N, each = self.N, self.work.each
         self.sums = torch.empty((2, N), dtype=torch.int32, device=self.device)
-        self.normalise(self.sums)
+        self.normalise(self.sums if self.ranks is None else self.sums.zero_())
         self.begin()
         self.block = self.given()
         down, across = self.tiles(self.rows)
         self.losses: Any = torch.zeros((2, N), dtype=torch.float64, device=self.device) if each else None
-        self.part = self.empty(across * self.rows if each else self.tiles_before(N))
+        self.part = self.empty(across * self.rows if each else self.tiles_before(self.n))
         self.part_col: Any = self.empty(down, N) if each else None
 
     def tiles(self, rows):
@@ -106,6 +106,7 @@ class Sms(Gpu):
     def finish(self):
         over = 2 * (self.N - 1)
         if self.work.each:
-            return (self.losses.sum(0) / over).float(), *self.gradients
-        loss, _ = self.end(self.part, None, over * (self.N if self.weight is None else 1), self.sums)
+            return (self.of_own(self.losses).sum(0) / over).float(), *self.gradients
+        sums = self.of_own(self.sums) if self.learns else self.sums
+        loss, _ = self.end(self.part, None, over * (self.N if self.weight is None else 1), sums)
         return loss, *self.gradients

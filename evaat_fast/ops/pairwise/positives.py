@@ -1,11 +1,13 @@
 """Which pairs of a batch count as positive for EgoNCE: a matrix, or what the captions speak of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from evaat_fast.ops._core.tensor import check_device, kind, memory_of
+from evaat_fast.ops.pairwise.check import Batch
+from evaat_fast.ops.pairwise.ranks import Ranks
 
 
 class VerbNounPositives:
@@ -27,6 +29,9 @@ class VerbNounPositives:
         if self.verbs.shape[0] != self.nouns.shape[0]:
             raise ValueError(f"nouns: expected {self.verbs.shape[0]} entries as verbs, got {self.nouns.shape[0]}")
         check_device("nouns", self.nouns.device, self.verbs.device, "verbs'")
+        # What a group of ranks is told: ids, whose bits depend on the batch, or as many bits as there are classes.
+        self.given = tuple(x if x.ndim == 1 else bits for x, bits in ((verbs, self.verbs), (nouns, self.nouns)))
+        self.classes = ["ids" if x.ndim == 1 else f"{x.shape[1]} classes" for x in (verbs, nouns)]
 
 
 def _bits(name, x):
@@ -50,7 +55,8 @@ def _bits(name, x):
 
 @dataclass(frozen=True)
 class Positives:
-    """What the kernels are given: bool [N, N], or the verb and the noun bits int32 [N, words]; none: each pair alone."""
+    """What the kernels are given: bool [N, N], or the verb and the noun bits int32 [N, words]; none: each pair alone.
+    Of a rank, until they are known `across` all, its rows of these, or class ids [n]."""
 
     dense: Tensor | None = None
     verbs: Tensor | None = None
@@ -64,20 +70,29 @@ class Positives:
         shares = (torch.stack([(w[:, None] & w) != 0 for w in bits.unbind(1)]).any(0) for bits in (self.verbs, self.nouns))
         return torch.logical_and(*shares)
 
+    def across(self, ranks: Ranks) -> "Positives":
+        """These with the columns of all ranks; in_order: with all rows too."""
+        if self.dense is not None:
+            return replace(self, dense=ranks.gather(self.dense) if ranks.in_order else ranks.columns(self.dense))
+        if self.verbs is None or self.nouns is None:
+            return self
+        every = ((bits, ranks.gather(bits.long() if bits.ndim == 1 else bits)) for bits in (self.verbs, self.nouns))
+        return Positives(None, *(_bits("positives", x) if bits.ndim == 1 else x for bits, x in every))
 
-def as_positives(positives: Tensor | VerbNounPositives | None, N: int, device: torch.device) -> Positives:
+
+def as_positives(positives: Tensor | VerbNounPositives | None, call: Batch) -> Positives:
     """Checks the `positives` argument of a loss."""
     if isinstance(positives, VerbNounPositives):
-        result = Positives(None, positives.verbs, positives.nouns)
+        result = Positives(None, *((positives.verbs, positives.nouns) if call.ranks is None else positives.given))
         of = positives.verbs
-        if len(of) != N:
-            raise ValueError(f"positives.verbs: expected {N} entries, one for each pair, got {len(of)}")
+        if len(of) != call.n:
+            raise ValueError(f"positives.verbs: expected {call.n} entries, one for each pair, got {len(of)}")
     elif isinstance(positives, Tensor) and positives.dtype == torch.bool:
-        if positives.shape != (N, N):
-            raise ValueError(f"positives: expected the shape [{N}, {N}], got {list(positives.shape)}")
+        if positives.shape != (call.n, call.N):
+            raise ValueError(f"positives: expected the shape [{call.n}, {call.N}], got {list(positives.shape)}")
         of = memory_of("ego_nce_loss", "positives", positives)
         result = Positives(of)
     else:
-        raise TypeError(f"positives: expected a bool tensor [{N}, {N}] or a VerbNounPositives, got {kind(positives)}")
-    check_device("positives", of.device, device, "the features'")
+        raise TypeError(f"positives: expected a bool tensor [{call.n}, {call.N}] or a VerbNounPositives, got {kind(positives)}")
+    check_device("positives", of.device, call.device, "the features'")
     return result

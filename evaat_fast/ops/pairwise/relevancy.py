@@ -4,7 +4,7 @@ A loss takes any of them as `relevancy` and reads the same number for the same p
 to float32 (float64 for float64 features) before anything is computed with them, so equal values give equal bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import check_device, dense, kind, memory_of, number
-from evaat_fast.ops.pairwise.check import FLOATS, no_gradient
+from evaat_fast.ops.pairwise.check import FLOATS, Batch, no_gradient
+from evaat_fast.ops.pairwise.ranks import Ranks
 
 
 class DenseRelevancy:
@@ -36,10 +37,10 @@ class DenseRelevancy:
             raise ValueError(f"codes: expected the shape [N, N], got {list(codes.shape)}")
         self.values = _values(scale, codes.device)
 
-    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
-        """Those of a batch of N pairs, and in the dtype `own` each pair's own; check: wait for the device to see whether all
-        indices lie in the table."""
-        return _fitting(Labels(self.codes, values=self.values), N, device, check, own, "codes", "codes")
+    def labels(self, call: Batch, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
+        """Those of a batch, and in the dtype `own` each pair's own; check: wait for the device to see whether all indices
+        lie in the table."""
+        return _fitting(Labels(self.codes, values=self.values), call, check, own, "codes", "codes")
 
 
 class IndexedRelevancy:
@@ -72,10 +73,10 @@ class IndexedRelevancy:
         self.table, self.video_index, self.caption_index = table, video_index, caption_index
         self.values = None if scale is None else _values(scale, table.device)
 
-    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
+    def labels(self, call: Batch, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
         """As `DenseRelevancy.labels`."""
         labels = Labels(self.table, self.video_index, self.caption_index, None, self.values)
-        return _fitting(labels, N, device, check, own, "table", "video_index")
+        return _fitting(labels, call, check, own, "table", "video_index")
 
 
 class VerbNounRelevancy:
@@ -107,10 +108,10 @@ class VerbNounRelevancy:
         self.verb, self.noun_set = verb.view(-1) if verb is noun_set else verb, noun_set  # torch.compile takes no tensor twice
         self.table, self.values = _verb_noun_table(noun_iou)
 
-    def labels(self, N: int, device: torch.device, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
+    def labels(self, call: Batch, check: bool, own: torch.dtype | None) -> tuple["Labels", Tensor | None]:
         """As `DenseRelevancy.labels`."""
         labels = Labels(self.table, self.noun_set, self.noun_set.view(-1), self.verb, self.values)
-        return _fitting(labels, N, device, check, own, "noun_iou", "noun_set")
+        return _fitting(labels, call, check, own, "noun_iou", "noun_set")
 
 
 _VERB_NOUN = WeakIdKeyDictionary()
@@ -190,12 +191,25 @@ class Labels:
         same = None if self.verb is None else self.verb[:, None] == self.verb
         return self._pick(self.video_index[:, None], self.caption_index[None, :], same, dtype).contiguous()
 
-    def diagonal(self, dtype: torch.dtype) -> Tensor:
-        """[N] in `dtype`: each pair's own label."""
+    def diagonal(self, dtype: torch.dtype, first: int = 0) -> Tensor:
+        """In `dtype`: each pair's own label, where the first row's own is in column `first`."""
         if self.video_index is None:
-            return self._decode(self.table.diagonal(), dtype)
+            return self._decode(self.table.diagonal(first), dtype)
         same = None if self.verb is None else torch.ones_like(self.verb, dtype=torch.bool)
         return self._pick(self.video_index, self.caption_index, same, dtype)
+
+    def across(self, ranks: Ranks, dtype: torch.dtype) -> "Labels":
+        """These, of a rank's rows, with what kernels read of its rows and the columns of all; in_order: with all rows too."""
+        if self.video_index is not None:
+            names = [name for name in ("video_index", "caption_index", "verb") if getattr(self, name) is not None]
+            indices = ranks.vectors(torch.stack([getattr(self, name).long() for name in names]))
+            return replace(self, **dict(zip(names, indices, strict=True)))
+        if ranks.in_order:
+            return Labels(ranks.gather(self.matrix(dtype)))
+        if self.table.stride(1) == 0:  # the same in every column
+            return self
+        columns = torch.arange(self.table.shape[1], device=self.table.device)
+        return replace(self, caption_index=ranks.columns(columns))
 
     def check_indices(self) -> None:
         """IndexError naming the index that does not fit the table. Waits for the device."""
@@ -233,26 +247,27 @@ def _values(scale, device):
     return memory_of("the labels", "scale", scale).to(device)
 
 
-def _fitting(labels, N, device, check, own, table, index):
+def _fitting(labels, call, check, own, table, index):
     """labels, checked against the batch; table, index: what the source calls them."""
     # Once more: the parts of a source are public, and may have been exchanged or resized since it was made.
     second = "caption_index" if labels.verb is None else index
     for name, x in ((index, labels.video_index), (second, labels.caption_index), ("verb", labels.verb)):
-        if x is not None and x.shape != (N,):
+        if x is not None and x.shape != (call.n,):
             raise ValueError(
-                f"relevancy.{name}: expected {N} entries, one for each pair, got {len(x) if x.ndim == 1 else list(x.shape)}"
+                f"relevancy.{name}: expected {call.n} entries, one for each pair, "
+                f"got {len(x) if x.ndim == 1 else list(x.shape)}"
             )
         if x is not None and (x.dtype not in (torch.int64, torch.int32) or x.device != labels.table.device):
             raise TypeError(f"relevancy.{name}: expected int64 or int32 on {labels.table.device}, got {x.dtype} on {x.device}")
     if labels.values is not None and labels.table.dtype != torch.uint8:
         raise TypeError(f"relevancy.{table}: expected uint8 codes beside their values, got {labels.table.dtype}")
-    if labels.video_index is None and labels.table.shape != (N, N):
-        raise ValueError(f"relevancy.{table}: expected the shape [{N}, {N}], got {list(labels.table.shape)}")
-    check_device(f"relevancy.{table}", labels.table.device, device, "the features'")
+    if labels.video_index is None and labels.table.shape != (call.n, call.N):
+        raise ValueError(f"relevancy.{table}: expected the shape [{call.n}, {call.N}], got {list(labels.table.shape)}")
+    check_device(f"relevancy.{table}", labels.table.device, call.device, "the features'")
     no_gradient(f"relevancy.{table}", labels.table.requires_grad)
     if check:
         labels.check_indices()
-    return labels, None if own is None else labels.diagonal(own)
+    return labels, None if own is None else labels.diagonal(own, call.first)
 
 
 def _check_ids(op, device, **ids):

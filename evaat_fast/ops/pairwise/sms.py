@@ -15,7 +15,7 @@ from evaat_fast.ops.pairwise.reference import Penalty, Rule, sms_loss_reference
 from evaat_fast.ops.pairwise.relevancy import DenseRelevancy, IndexedRelevancy, Labels, VerbNounRelevancy
 
 Relevancy = Tensor | DenseRelevancy | IndexedRelevancy | VerbNounRelevancy
-_SOURCES = "[{N}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy"
+_SOURCES = "[{n}, {N}], IndexedRelevancy, VerbNounRelevancy or DenseRelevancy"
 _EPS = {"code": 1.1 / 240, "paper": 0.1, "charades": 0.1}
 
 
@@ -79,7 +79,7 @@ def sms_loss(
     costs = Penalty(number("margin", margin), relaxation, _EPS[rule] if eps is None else number("eps", eps), rule)
     options = Options(reduction, group, grad_mode, backend, validate)
     if relevancy is None:
-        raise TypeError(f"relevancy: expected a float tensor {_SOURCES.format(N='N')}, got NoneType")
+        raise TypeError(f"relevancy: expected a float tensor {_SOURCES.format(n='N', N='N')}, got NoneType")
     return max_margin("sms_loss", video, text, relevancy, self_relevancy, costs, options)
 
 
@@ -144,32 +144,34 @@ def max_margin(
     """relevancy None: nothing between pairs, and 1 of each itself."""
 
     def plan(call):
-        N, dtype, device = call.N, call.dtype, call.device
+        n, N, dtype, device = call.n, call.N, call.dtype, call.device
         # C++ would read outside of the table, so its indices are checked whatever `validate` says: here, or where a compiler or
         # a mode hides the numbers, in the operator.
         as_asked = options.validate is None or call.backend != "reference"
         checked = bool(options.validate) or (device.type == "cpu" and not call.hidden and as_asked)
-        in_kernel = call.backend == "triton"  # reads each pair's own label with the others
+        in_kernel = call.backend == "triton" and call.ranks is None  # reads each pair's own label with the others
         own: Tensor | None
         if relevancy is None:
-            labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(N, N)), video.new_ones(1, dtype=dtype).expand(N)
+            labels, own = Labels(video.new_zeros((1, 1), dtype=dtype).expand(n, N)), video.new_ones(1, dtype=dtype).expand(n)
         elif isinstance(relevancy, (DenseRelevancy, IndexedRelevancy, VerbNounRelevancy)):
-            labels, own = relevancy.labels(N, device, checked, None if in_kernel or self_relevancy is not None else dtype)
+            labels, own = relevancy.labels(call, checked, None if in_kernel or self_relevancy is not None else dtype)
         else:
-            labels = Labels(_floats("relevancy", relevancy, (N, N), device, _SOURCES.format(N=N)))
-            own = None if in_kernel else labels.table.diagonal()
+            labels = Labels(_floats("relevancy", relevancy, (n, N), device, _SOURCES.format(n=n, N=N)))
+            own = None if in_kernel else labels.table.diagonal(call.first)
         if self_relevancy is not None:
-            own = _floats("self_relevancy", self_relevancy, (N,), device, f"[{N}]")
+            own = _floats("self_relevancy", self_relevancy, (n,), device, f"[{n}]")
         assert in_kernel or own is not None
+        own = own if call.ranks is None or own is None else own.to(dtype)  # as every rank's
 
-        def reference(video, text):
+        def reference(video, text, labels=labels, own=own):
             assert own is not None
             of_all = labels.matrix(dtype), own.to(dtype)
             return sms_loss_reference(video, text, *of_all, **vars(costs), reduction=options.reduction)
 
         return functools.partial(step.SmsSettings, labels, own, costs, checked), reference
 
-    return step.loss(op, step.sms_step, video, text, options, plan)
+    known = {"relevancy": relevancy, "self_relevancy": self_relevancy, "penalty": costs}
+    return step.loss(op, step.sms_step, video, text, options, plan, known)
 
 
 def _floats(name, x, shape, device, expected):

@@ -1,7 +1,7 @@
 """A step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import Operator, register, traced
-from evaat_fast.ops._core.tensor import check_device, dense
-from evaat_fast.ops.pairwise.check import FLOATS, Options, no_autocast
+from evaat_fast.ops._core.tensor import check_device, dense, keeps_numbers_elsewhere
+from evaat_fast.ops.pairwise.check import FLOATS, Batch, Options, no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
+from evaat_fast.ops.pairwise.ranks import Across, Ranks, across, eager, reference_across
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
 
@@ -46,6 +47,14 @@ class SmsSettings:
     checked: bool
     work: Work
 
+    def known(self) -> tuple:
+        return self.labels, self.own
+
+    def across(self, ranks: Ranks) -> "SmsSettings":
+        """With what the other ranks know."""
+        assert self.own is not None
+        return replace(self, labels=self.labels.across(ranks, self.own.dtype), own=ranks.gather(self.own))
+
 
 @dataclass(frozen=True)
 class ContrastSettings:
@@ -56,32 +65,57 @@ class ContrastSettings:
     normalise: bool
     work: Work
 
+    def known(self) -> tuple:
+        return (self.positives,)
+
+    def across(self, ranks: Ranks) -> "ContrastSettings":
+        """As of `SmsSettings`."""
+        return replace(self, positives=self.positives.across(ranks))
+
 
 class Step:
     """One step on one backend: what it is given, and room for the gradients.
 
     A backend's class adds what `_run` calls: prepare(); sweeps(), functions of (first, last) that read those rows of the
     similarities and return their slopes or None; product(a, b, out, add), out (+)= a @ b; finish(), the loss and all gradients.
+    Over ranks features, norms and gradients are of this rank's n pairs, the first of N, until `of_all` gathers them.
     """
 
     panel: Any
     unit_video: Any
     unit_text: Any
 
-    def __init__(self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any):
-        self.N, self.E = video.shape
+    def __init__(
+        self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any, ranks: Ranks | None
+    ):
+        self.n, self.E = video.shape
+        self.N, self.ranks = self.n * (1 if ranks is None else ranks.W), ranks
         self.video, self.text = (x if x.stride(1) == 1 or self.E == 1 else x.contiguous() for x in (video, text))
         self.scale: Any = scale
         self.weight, self.settings, self.work = weight, settings, settings.work
         self.dtype, self.wide, self.device = video.dtype, wide(video.dtype), video.device
         needs = self.work.needs()
-        self.gradients = [torch.empty((self.N, self.E) if x else 0, dtype=self.wide, device=self.device) for x in needs[:2]]
+        shapes = ((rows, self.E) if need else 0 for rows, need in zip((self.n, self.N), needs, strict=False))
+        self.gradients = [torch.empty(shape, dtype=self.wide, device=self.device) for shape in shapes]
         self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=False))
         self.learns = any(needs)
 
     def panel_rows(self, size: int, most: int, least: int, multiple: int) -> int:
         """Rows of a panel of `most` bytes whose elements have `size`, a multiple and at least so many."""
-        return min(self.N, self.work.panel_rows or max(least, most // (self.N * size) // multiple * multiple))
+        return min(self.n, self.work.panel_rows or max(least, most // (self.N * size) // multiple * multiple))
+
+    def of_all(self, x: Any) -> Any:
+        """[n, ...] of this rank as [N, ...] of all."""
+        return x if self.ranks is None or x is None else self.ranks.gather(x)
+
+    def of_own(self, parts: Tensor) -> Tensor:
+        """What rows [0] and columns [1:] of N pairs add up to, of this rank's n."""
+        if self.ranks is None:
+            return parts
+        return torch.stack((parts[0, : self.n], self.ranks.scatter(parts[1:].sum(0, dtype=parts.dtype))))
+
+    def total(self, *numbers: Tensor) -> Any:
+        return numbers if self.ranks is None else self.ranks.total(*numbers)
 
 
 def _outputs(inputs, work):
@@ -92,9 +126,9 @@ def _outputs(inputs, work):
     return loss, *(x.new_empty(x.shape if need or x.ndim == 0 else (0,), dtype=dtype) for x, need in asked)
 
 
-def _run(name, inputs, weight, settings):
+def _run(name, inputs, weight, settings, ranks):
     video, work = inputs[0], settings.work
-    if video.shape[0] < 2:  # no pair: the softmax of one is one, whatever the logit
+    if video.shape[0] < (2 if ranks is None else 1):  # no pair: the softmax of one is one, whatever the logit
         return tuple(x.zero_() for x in _outputs(inputs, work))
     backend: Any
     if work.backend == "triton":
@@ -105,19 +139,21 @@ def _run(name, inputs, weight, settings):
         from evaat_fast.ops.pairwise import cpu as backend
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     with no_autocast(video.device.type):
-        step = getattr(backend, name)(video, text, scale, weight, settings)
+        step = getattr(backend, name)(video, text, scale, weight, settings, ranks)
         step.prepare()
         # Memory is linear in N: a sweep reads a panel, some videos times all captions, and may turn it into slopes. The
         # max-margin losses need one sweep, as their slopes depend on nothing but the diagonal of the similarities; the
         # contrastive ones two, for the totals come first.
         for sweep in step.sweeps():
-            for first in range(0, step.N, step.rows):
-                last = min(first + step.rows, step.N)
+            for first in range(0, step.n, step.rows):
+                last = min(first + step.rows, step.n)
                 slopes = sweep(first, last)
                 if slopes is not None and step.grad_video is not None:
                     step.product(slopes, step.unit_text, step.grad_video[first:last])
                 if slopes is not None and step.grad_text is not None:
                     step.product(slopes.T, step.unit_video[first:last], step.grad_text, add=first > 0)
+        if ranks is not None and step.grad_text is not None:
+            step.grad_text = step.gradients[1] = ranks.scatter(step.grad_text)
         return step.finish()
 
 
@@ -126,14 +162,14 @@ def _run(name, inputs, weight, settings):
     lambda video, text, weight, settings: _outputs((video, text), settings.work),
     SmsSettings,
 )
-def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSettings) -> tuple:
+def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSettings, ranks: Ranks | None = None) -> tuple:
     """(loss, gradients asked for, empty otherwise), in float32, or float64 for float64 features.
 
     weight [N]: the gradients are those of the sum of weight * entries, else of the mean.
     """
     if video.is_cpu and not (settings.checked and weight is None):  # a backward pass: what they lie in may have changed
         settings.labels.check_indices()
-    return _run("Sms", (video, text), weight, settings)
+    return _run("Sms", (video, text), weight, settings, ranks)
 
 
 @register(
@@ -141,9 +177,16 @@ def sms_step(video: Tensor, text: Tensor, weight: Tensor | None, settings: SmsSe
     lambda video, text, scale, weight, settings: _outputs((video, text, scale), settings.work),
     ContrastSettings,
 )
-def contrast_step(video: Tensor, text: Tensor, scale: Tensor, weight: Tensor | None, settings: ContrastSettings) -> tuple:
+def contrast_step(
+    video: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    settings: ContrastSettings,
+    ranks: Ranks | None = None,
+) -> tuple:
     """As `sms_step`, with the gradient of scale, [] in the dtype of the computation."""
-    return _run("Contrast", (video, text, scale), weight, settings)
+    return _run("Contrast", (video, text, scale), weight, settings, ranks)
 
 
 def _call(step, inputs, weight, settings):
@@ -211,42 +254,90 @@ class Each(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a loss plans by: N pairs, where they are, the dtype of the computation, the backend, and whether a compiler, a mode
-    or a wrapper may hide the numbers."""
+class Call(Batch):
+    """What a loss plans by: the batch, the dtype of the computation, the backend, and whether a compiler, a mode or a wrapper
+    may hide the numbers."""
 
-    N: int
-    device: torch.device
     dtype: torch.dtype
     backend: str
     hidden: bool
 
 
-def loss(op: str, step: Operator, video: Tensor, text: Tensor, options: Options, plan: Callable[[Call], tuple]) -> Tensor:
+def loss(
+    op: str,
+    step: Operator,
+    video: Tensor,
+    text: Tensor,
+    options: Options,
+    plan: Callable[[Call], tuple],
+    known: Mapping[str, object],
+) -> Tensor:
     """Checks a call, plans it, and runs it.
 
     plan: returns the step's settings as a function of their work, the reference as one of the inputs, and what the inputs are
-    beside the features.
+    beside the features. known: what else must be the same on every rank.
     """
+    if options.group is not None:
+        return eager(_over_group)(op, step, video, text, options, plan, known)
+    return _served(step, options, _planned(op, video, text, options, plan, None), None)
+
+
+def _over_group(op, step, video, text, options, plan, known):
+    ranks = across(options.group)
+    if ranks is None:
+        return _served(step, options, _planned(op, video, text, options, plan, None), None)
+    planned: Any = None
+    error, found = None, {}
+    try:
+        planned = _planned(op, video, text, options, plan, ranks)
+        found = {"backend": planned[1], "gradients": _needs(planned[0])}
+    except Exception as raised:  # the others must not wait for this rank
+        error = raised
+    given = {"reduction": options.reduction, "grad_mode": options.grad_mode}
+    ranks.agree({"loss": op, "video": video, "text": text, **known, **given, **found}, error)
+    return _served(step, options, planned, ranks if len(video) else None)  # of no pair there is nothing more to say
+
+
+def _planned(op, video, text, options, plan, ranks):
+    """The inputs, the backend, whether numbers are hidden, and what the plan returns of settings and reference."""
     video, text = _features(op, "video", video), _features(op, "text", text)
     if text.dtype != video.dtype:
         raise TypeError(f"text: expected video's dtype {video.dtype}, got {text.dtype}")
     check_device("text", text.device, video.device, "video's")
     if text.shape != video.shape:
         raise ValueError(f"text: expected video's shape {list(video.shape)}, got {list(text.shape)}")
-    options.check(op)
-    N, device = video.shape[0], video.device
-    backend, hidden = dispatch.pick(op, device, video.dtype, options.backend), traced(type(video), type(text))
-    settings_of, reference, *scale = plan(Call(N, device, wide(video.dtype), backend, hidden))
+    options.check()
+    if ranks is not None and any(keeps_numbers_elsewhere(type(x)) for x in (video, text)):
+        raise NotImplementedError(f"group: {op} runs over a group on plain tensors alone, got {type(video).__name__}")
+    n, device = video.shape[0], video.device
+    needs = () if ranks is None else (dispatch.GROUP,)
+    backend, hidden = dispatch.pick(op, device, video.dtype, options.backend, needs), traced(type(video), type(text))
+    call = Call(n if ranks is None else n * ranks.W, device, ranks, wide(video.dtype), backend, hidden)
+    settings_of, reference, *scale = plan(call)
+    return (video, text, *scale), backend, hidden, settings_of, reference
+
+
+def _needs(inputs):
+    return [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+
+
+def _served(step, options, planned, ranks):
+    (video, text, *scale), backend, hidden, settings_of, reference = planned
+    inputs = video, text, *scale
+    each, mean, how = options.reduction == "none", options.grad_mode == "ddp", (backend, options.panel_rows)
+    if ranks is not None:
+        ranks.in_order = backend == "reference"
+        everyones = settings_of(Work(each, False, False, False, *how)).across(ranks)
+        step, settings_of = Across(step, ranks, mean), lambda work: replace(everyones, work=work)
     if backend == "reference":
-        given = [video, text, *scale]
-        if N == 1:  # there is no pair, so a NaN in the features must not reach loss or gradient
-            given = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in given]
-        with no_autocast(device.type):
-            return reference(*given)
+        with no_autocast(video.device.type):
+            if ranks is not None:
+                return reference_across(reference, everyones.known(), inputs, ranks, mean)
+            if video.shape[0] == 1:  # there is no pair, so a NaN in the features must not reach loss or gradient
+                inputs = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in inputs]
+            return reference(*inputs)
     inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    each, how = options.reduction == "none", (backend, options.panel_rows)
+    needs = _needs(inputs)
     if not any(needs):
         return step.at(hidden)(*inputs, None, settings_of(Work(each, False, False, False, *how)))[0]
     asked = settings_of(Work(False, needs[0], needs[1], needs[-1] and bool(scale), *how))
