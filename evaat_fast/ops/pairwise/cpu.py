@@ -171,10 +171,11 @@ class Contrast(_Cpu):
         return self.on_panel(_cpu.contrast_slopes, self.step, s, first, last)
 
     def finish(self):
-        row, column, positive_row, positive_column = (self.totals[:, 0] + self.totals[:, 1].log())[:, : self.n]
+        row, column, positive_row, positive_column = self.totals[:, 0] + self.totals[:, 1].log()
         share = 1.0 if self.settings.normalise else 0.5
         entries = share * ((row - positive_row) + (column - positive_column))
-        loss, of_scale = self.total(entries.sum(), self.row_slope[: self.n].sum())
+        entries = entries if self.ranks is None else entries[: self.n]
+        loss, of_scale = self.total(entries.sum(), self.row_slope.sum())
         loss = (entries if self.work.each else loss / self.N).to(self.wide)
         share = share if self.weight is not None else share / self.N
         if self.learns and self.settings.normalise:

@@ -169,7 +169,7 @@ class Across:
         return loss, video, text, *scale
 
 
-def reference_across(function: Callable, known: tuple, inputs: tuple, ranks: Ranks, mean: bool) -> Tensor:
+def reference_across(function: Callable, known: tuple, inputs: list[Tensor], ranks: Ranks, mean: bool) -> Tensor:
     """The specification over all features, computed by every rank; `known` is of all ranks."""
     whole = []
     for i, x in enumerate(inputs):

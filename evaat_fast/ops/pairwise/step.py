@@ -89,14 +89,14 @@ class Step:
         self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any, ranks: Ranks | None
     ):
         self.n, self.E = video.shape
-        self.N, self.ranks = self.n * (1 if ranks is None else ranks.W), ranks
+        self.N, self.ranks = self.n if ranks is None else self.n * ranks.W, ranks
         self.video, self.text = (x if x.stride(1) == 1 or self.E == 1 else x.contiguous() for x in (video, text))
         self.scale: Any = scale
         self.weight, self.settings, self.work = weight, settings, settings.work
         self.dtype, self.wide, self.device = video.dtype, wide(video.dtype), video.device
         needs = self.work.needs()
-        shapes = ((rows, self.E) if need else 0 for rows, need in zip((self.n, self.N), needs, strict=False))
-        self.gradients = [torch.empty(shape, dtype=self.wide, device=self.device) for shape in shapes]
+        rows = zip((self.n, self.N), needs, strict=False)
+        self.gradients = [torch.empty((m, self.E) if x else 0, dtype=self.wide, device=self.device) for m, x in rows]
         self.grad_video, self.grad_text = (g if x else None for g, x in zip(self.gradients, needs, strict=False))
         self.learns = any(needs)
 
@@ -310,9 +310,9 @@ def _planned(op, video, text, options, plan, ranks):
     if ranks is not None and any(keeps_numbers_elsewhere(type(x)) for x in (video, text)):
         raise NotImplementedError(f"group: {op} runs over a group on plain tensors alone, got {type(video).__name__}")
     n, device = video.shape[0], video.device
-    needs = () if ranks is None else (dispatch.GROUP,)
+    N, needs = (n, ()) if ranks is None else (n * ranks.W, (dispatch.GROUP,))
     backend, hidden = dispatch.pick(op, device, video.dtype, options.backend, needs), traced(type(video), type(text))
-    call = Call(n if ranks is None else n * ranks.W, device, ranks, wide(video.dtype), backend, hidden)
+    call = Call(N, device, ranks, wide(video.dtype), backend, hidden)
     settings_of, reference, *scale = plan(call)
     return (video, text, *scale), backend, hidden, settings_of, reference
 
@@ -323,19 +323,19 @@ def _needs(inputs):
 
 def _served(step, options, planned, ranks):
     (video, text, *scale), backend, hidden, settings_of, reference = planned
-    inputs = video, text, *scale
-    each, mean, how = options.reduction == "none", options.grad_mode == "ddp", (backend, options.panel_rows)
+    each, how = options.reduction == "none", (backend, options.panel_rows)
     if ranks is not None:
-        ranks.in_order = backend == "reference"
+        ranks.in_order, mean = backend == "reference", options.grad_mode == "ddp"
         everyones = settings_of(Work(each, False, False, False, *how)).across(ranks)
         step, settings_of = Across(step, ranks, mean), lambda work: replace(everyones, work=work)
     if backend == "reference":
+        given = [video, text, *scale]
         with no_autocast(video.device.type):
             if ranks is not None:
-                return reference_across(reference, everyones.known(), inputs, ranks, mean)
+                return reference_across(reference, everyones.known(), given, ranks, mean)
             if video.shape[0] == 1:  # there is no pair, so a NaN in the features must not reach loss or gradient
-                inputs = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in inputs]
-            return reference(*inputs)
+                given = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in given]
+            return reference(*given)
     inputs = (video, text.view_as(text) if text is video else text, *scale)  # torch.compile takes no tensor twice
     needs = _needs(inputs)
     if not any(needs):
