@@ -277,12 +277,6 @@ def test_a_gpu_that_is_not_there(configure):
         train(configure("train.device=cuda"))
 
 
-def test_torchrun_is_refused(configure, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="several GPUs is not built yet"):
-        train(configure())
-
-
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "last.pt"
     path.write_bytes(b"old")

@@ -44,9 +44,8 @@ class Steps:
         self.towers: torch.nn.Module = Towers(self.model)
         if self.ranks.group is not None:
             # Checkpointed blocks run again in the backward pass, which DDP allows where the graph is always the same.
-            self.towers = torch.nn.parallel.DistributedDataParallel(
-                self.towers, process_group=self.ranks.group, broadcast_buffers=False, static_graph=True
-            )
+            ddp = torch.nn.parallel.DistributedDataParallel
+            self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=True)
         self.table = table.to(device)
         # A batch is copied to a GPU on a stream of its own, beside the step before it.
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -1,0 +1,123 @@
+"""A run on several processes is the run on one: over gloo, from steps in float64 to what torchrun starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import configuration
+
+from evaat_fast.train import ranks
+from evaat_fast.train.config import ConfigError
+from evaat_fast.train.log import read
+
+pytest.importorskip("av")
+pytest.importorskip("pyarrow")
+pytest.importorskip("tokenizers")
+
+SCRIPT = Path(__file__).with_name("train_ranks.py")
+
+
+def environment():
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("worlds", [("2",), pytest.param(("3", "4"), marks=pytest.mark.slow)], ids="-".join)
+def test_steps_are_those_of_one_process(tmp_path, worlds):
+    """Losses of 20 steps, and the parameters after them, within 1e-10."""
+    configuration(tmp_path, "train.batch_size=24")
+    path = tmp_path / "run.toml"
+    path.write_text(path.read_text().replace("batch_size = 16", "batch_size = 24"))
+    command = [sys.executable, str(SCRIPT), str(path), str(tmp_path), *worlds]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("agrees") == sum(map(int, worlds))
+
+
+def torchrun(count, *arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run(
+        [*command, "-m", "evaat_fast", *arguments], capture_output=True, text=True, env=environment(), timeout=240, **options
+    )
+
+
+def alone(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "evaat_fast", *arguments], capture_output=True, text=True, env=environment(), timeout=240
+    )
+
+
+def logged(folder):
+    return [r for r in read(folder / "log.jsonl") if r["event"] in ("step", "eval")]
+
+
+def test_torchrun_trains_writes_once_and_is_continued_by_another_number_of_processes(tmp_path):
+    configuration(tmp_path)
+    toml, epochs = str(tmp_path / "run.toml"), ["--set", "train.epochs=3"]
+
+    def into(name):
+        return [*epochs, "--set", f"train.out={json.dumps(str(tmp_path / name))}"]
+
+    run = alone("train", toml, *into("one"))
+    assert run.returncode == 0, run.stderr[-2000:]
+    run = torchrun(2, "train", toml, *into("two"))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("epoch 3/3") == 1 and "on cpu and 1 more" in run.stdout
+    # Half-way on two processes, the rest on one.
+    run = torchrun(2, "train", toml, *into("both"), "--set", "train.save_every=2", "--set", "optim.lr=1e-3")
+    assert run.returncode == 0, run.stderr[-2000:]
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys() and a["event"] == b["event"]
+        assert a["event"] == "eval" or b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+
+
+def test_a_process_that_fails_ends_the_run(tmp_path):
+    """One that waits for it forever would be worse than any error."""
+    configuration(tmp_path)
+    code = """
+import os, sys
+from evaat_fast.train import inputs
+from evaat_fast.cli import main
+if os.environ["RANK"] == "1":
+    inputs.draw_patches = lambda *a: 1 / 0
+sys.exit(main(sys.argv[1:]))
+"""
+    (tmp_path / "fails.py").write_text(code)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "fails.py"),
+    ]
+    toml = [str(tmp_path / "run.toml"), "--set", "model.patch_dropout=0.5"]
+    run = subprocess.run([*command, "train", *toml], capture_output=True, text=True, env=environment(), timeout=90)
+    assert run.returncode != 0 and "ZeroDivisionError" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("train.batch_size=15", "train.batch_size: expected a multiple of the 2 processes, got 15"),
+        ("train.cuda_graph=true", "train.cuda_graph: one process only"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_said(tmp_path, monkeypatch, change, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=message), ranks.started(configuration(tmp_path, change), torch.device("cpu")):
+        pass
+
+
+def test_shares():
+    parts = [ranks.Ranks(rank, 3) for rank in range(3)]
+    assert [p.share(list(range(6))) for p in parts] == [[0, 1], [2, 3], [4, 5]]
+    whole = torch.arange(7)
+    assert torch.equal(ranks.in_order([whole[list(ranks.interleaved(7, p))] for p in parts]), whole)
+    assert ranks.in_order([torch.zeros(0, 4)] * 2).shape == (0, 4)

@@ -1,0 +1,62 @@
+"""Training on several processes against one, in float64: python train_ranks.py CONFIG FOLDER WORLD..., over gloo."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from evaat_fast.data.labels import LabelledClips
+from evaat_fast.train import inputs, load, steps, trainer
+from evaat_fast.train.masters import Masters
+from evaat_fast.train.ranks import Ranks
+
+STEPS = 20
+CASES = {
+    "clip": ["loss.name=clip", "loss.learnable_temperature=true", "optim.clip_norm=1.0"],
+    "sms": ["loss.name=sms", "data.positive=relevant"],
+    "dropped": ["loss.name=clip", "model.patch_dropout=0.5", "model.grad_checkpointing=selective"],
+}
+
+
+def trained(config, ranks):
+    """Losses of STEPS steps, and the parameters after them, all float64."""
+    device, data = torch.device("cpu"), inputs.splits(config).train
+    assert isinstance(data, LabelledClips)
+    model = trainer.build_model(config).double().train()
+    masters = Masters(model)
+    run = steps.Steps(masters, steps.build_optimizer(model, config, masters), data.relevancy_table, config, device, ranks)
+    sampler, losses = inputs.sampler(config, data), []
+    for epoch in range(STEPS):
+        data.set_epoch(epoch)
+        sampler.epoch = epoch
+        for batch in inputs.loader(config, data, sampler, inputs.tokenizer(config), device, ranks):
+            losses.append(run(batch).item())
+            if len(losses) == STEPS:
+                return losses, {name: p.detach().clone() for name, p in masters.parameters.items()}
+
+
+def main(rank, world, path, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
+    ranks = Ranks(rank, world, dist.group.WORLD)
+    for name, overrides in CASES.items():
+        losses, weights = trained(load(path, overrides), ranks)
+        alone, expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone), rtol=1e-10, atol=1e-12)
+        for key, value in weights.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+    print("rank", rank, "of", world, "agrees", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    path, folder, *worlds = sys.argv[1:]
+    os.environ.pop("WORLD_SIZE", None)
+    for name, overrides in CASES.items():
+        torch.save(trained(load(path, overrides), Ranks()), Path(folder) / f"{name}.pt")
+    for world in map(int, worlds):
+        mp.spawn(main, (world, path, folder), world)
