@@ -251,39 +251,33 @@ class Travelled(TorchDispatchMode):
 
 def costs(rank, groups, backends):
     """The bytes that evaat_fast/ops/pairwise/ranks.py states, and the multiplications."""
-    k = known()
+    k, triton = known(), backends == ["triton"]
+    dtype, backend, b = (torch.float32, "triton", 4) if triton else (torch.float64, "cpu", 8)
+    one, both = ("loss", True), (("loss", True), ("loss", False))
     for W, group in groups.items():
         part, n = slice(rank * N // W, (rank + 1) * N // W), N // W
-        for case, known_bytes, learns in (
-            ("sms", 0, True),
-            ("sms", 0, False),
-            ("indexed", 16 * N, True),
-            ("verb noun", 24 * N, True),
-            ("clip", 0, True),
-            ("clip", 0, False),
-            ("ego", 0, True),
-            ("ego ids", 16 * N, True),
-        ):
+        kinds = {"sms": (0, (*both, ("each", True))), "indexed": (16 * N, (one,)), "verb noun": (24 * N, (one,))}
+        kinds |= {"clip": (0, both), "ego": (0, both), "ego ids": (16 * N, (one,))}
+        for case, what, learns, labels in ((c, *how, labels) for c, (labels, ways) in kinds.items() for how in ways):
+            weight = torch.ones(N) if what == "each" else None
             with Travelled() as travelled, FlopCounterMode(display=False) as flops:
-                gradients(case, k, part, group=group, backend="cpu", learns=(learns,) * 3)
-            features, contrastive = 8 * N * E, case.startswith(("clip", "ego"))
-            gather = 1024 * W + features + known_bytes + (16 * W if contrastive else 8 * W)
-            gather += 0 if case == "clip" else 3 * 8 * N
-            gather += 0 if contrastive else 8 * N
+                options = {"dtype": dtype, "backend": backend, "weight": weight, "learns": (learns,) * 3}
+                gradients(case, k, part, group=group, **options)
+            captions, contrastive = N * E * b, case.startswith(("clip", "ego"))
+            vectors = {"clip": triton, "ego": 2 if triton else 3}.get(case.split()[0], 3) * N * b
+            step = captions + vectors + (captions if triton and learns and case != "clip" else 0)
+            gather = 1024 * W + labels + step + (16 if contrastive or triton else 8) * W + (0 if contrastive else N * b)
             want = {"_allgather_base_": gather}
             if learns:
-                want["_reduce_scatter_base_"] = features + (0 if contrastive else 4 * N)
+                want["_reduce_scatter_base_"] = captions + (0 if contrastive else 4 * N)
             if contrastive:
                 want["allreduce_"] = 2 * 8 * N * (1 if case == "clip" else 2)
-            assert travelled.bytes == (want if W > 1 else {}), (case, W, learns, travelled.bytes, want)
-            products = (6 if learns else 2) * n * N * E
-            assert W == 1 or flops.get_total_flops() == products, (
-                case,
-                W,
-                learns,
-                flops.get_flop_counts(),
-                products,
-            )  # one panel holds all products
+            if what == "each":  # a step forward, without gradients, and one back, with what each pair counts
+                want = {"_allgather_base_": gather + captions + vectors + N * b, "_reduce_scatter_base_": captions + 12 * N}
+            assert travelled.bytes == (want if W > 1 else {}), (case, W, learns, what, travelled.bytes, want)
+            if W > 1 and not triton:  # one panel holds all products
+                products = (6 if learns else 2) + (2 if what == "each" else 0)
+                assert flops.get_total_flops() == products * n * N * E, (case, W, learns, flops.get_flop_counts())
 
 
 def main(rank, path, checks, backends):

@@ -24,4 +24,4 @@ def test_wrapped_models_refusals_and_what_a_step_costs(tmp_path):
 
 @pytest.mark.interpret
 def test_triton_over_ranks(tmp_path):
-    run(tmp_path, "losses", ["triton"], TRITON_INTERPRET="1")
+    run(tmp_path, "losses,costs", ["triton"], TRITON_INTERPRET="1")

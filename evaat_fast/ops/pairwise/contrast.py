@@ -34,7 +34,9 @@ def clip_loss(
             the features' device, which may require a gradient.
         reduction: "mean", or "none": [N], entry i = half the sum of row i of text->video and column i of video->text; its
             backward pass computes the products again.
-        group: a torch.distributed group; not built yet. grad_mode: "ddp" or "sum", how gradients add up over it.
+        group: a torch.distributed process group, each of whose W ranks passes n of the N pairs, as in `sms_loss`.
+        grad_mode: "ddp" or "sum", of features as in `sms_loss`. All ranks share logit_scale: each gets the gradient of one
+            process by "ddp", so that the mean is right, and a W-th of it by "sum", so that the sum is.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -63,8 +65,8 @@ def ego_nce_loss(
 
     Args:
         video, text: [N, E], as `clip_loss`; normalised inside (eps 1e-8).
-        positives: bool [N, N], rows = videos and columns = captions, or a VerbNounPositives. Every pair is a positive of its
-            own, whatever they say.
+        positives: bool [N, N] (over a group [n, N], this rank's rows), rows = videos and columns = captions, or a
+            VerbNounPositives. Every pair is a positive of its own, whatever they say.
         temperature: > 0, divides the cosines.
         reduction: "mean", or "none": [N], entry i = row i of text->video plus column i of video->text.
         group, grad_mode, backend: as `clip_loss`.

@@ -54,7 +54,14 @@ def sms_loss(
             than the anchor's own do not count. The paper trains it with margin 0.3.
         reduction: "mean", or "none": [N], entry i = row i of text->video plus column i of video->text, scaled so that their
             mean is the loss; its backward pass computes the similarities again.
-        group: a torch.distributed group; not built yet. grad_mode: "ddp" or "sum", how gradients add up over it.
+        group: a torch.distributed process group. Each of its W ranks passes n of the N = W n pairs: features, indices, ids and
+            self_relevancy [n], of a dense relevancy its rows [n, N], the captions in the order of the ranks; tables and options
+            are the same everywhere. All get the loss of all N, the same bits, or with "none" their own [n] of it. Every rank
+            must call, and with "none" go backward. Not under torch.compile. None: this process alone.
+        grad_mode: over a group, gradients of a rank's rows are "sum": those of one process that has the N pairs, or "ddp": W
+            times those, so that the mean over the ranks that DDP and FSDP take of parameters is right. The factor that goes
+            back through the loss is each rank's own, and should be the same; what goes back through [n] counts as in one
+            process, so the mean of all is `entries.sum() / N`.
         validate: False skips the check of IndexedRelevancy's indices where that would wait for a GPU; None: check on CPU only.
         backend: "auto", "triton", "cuda" (16-bit features), "cpu" or "reference".
 
