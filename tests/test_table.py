@@ -182,3 +182,36 @@ def test_a_forked_worker_reads_on(tmp_path):
     worker.start()
     assert reader.poll(60) and reader.recv() == [repr(row) for row in ROWS]
     worker.join()
+
+
+def test_a_table_of_another_program_needs_three_columns(tmp_path):
+    import pyarrow.parquet
+
+    few = pa.table(
+        {"id": ["a", "b"], "video": ["v", "v"], "texts": [["t"], ["u", "w"]], "start": [0.5, 1.5], "stop": [1.0, 2.0]}
+    )
+    pyarrow.parquet.write_table(few, tmp_path / "few.parquet")
+    table = ClipTable.open(tmp_path / "few.parquet")
+    assert same(table[1], Clip("b", "v", 1.5, 2.0, ("u", "w"), (), (), ()))
+    pyarrow.parquet.write_table(few.select(["id", "video", "texts"]), tmp_path / "whole.parquet")
+    assert same(ClipTable.open(tmp_path / "whole.parquet")[0], Clip("a", "v", float("nan"), float("nan"), ("t",), (), (), ()))
+
+
+def test_damage_is_an_error_or_in_a_value(tmp_path):
+    """Offsets that lead anywhere made reading take forever."""
+    rows = [row._replace(id=f"{row.id}{n}") for n in range(40) for row in ROWS]
+    whole = tmp_path / "whole.arrow"
+    ClipTable.of(columns(rows)).save(whole)
+    content, random, refused = whole.read_bytes(), np.random.default_rng(0), 0
+    for n in range(200):
+        damaged = bytearray(content)
+        for place in random.integers(len(content), size=3):
+            damaged[place] = random.integers(256)
+        path = tmp_path / f"{n}.arrow"
+        path.write_bytes(damaged)
+        try:
+            assert len(list(ClipTable.open(path))) == len(rows)
+        except ValueError as error:
+            assert f"{n}.arrow: not a table of clips" in str(error)
+            refused += 1
+    assert refused > 20
