@@ -201,11 +201,13 @@ def prepare(arguments: argparse.Namespace) -> int | None:
                 progress=advance,
             )
     print(report)
+    status = 0 if report.complete else 1
     if arguments.chunk:
         with _mistakes():
-            return _chunk(arguments, report)
-    print(f"next: {report.next}")
-    return 0 if report.complete else 1
+            status = max(status, _chunk(arguments, report))
+    if not (arguments.chunk and report.complete):
+        print(f"next: {report.next}")
+    return status
 
 
 def _chunk(arguments, report):
@@ -215,6 +217,8 @@ def _chunk(arguments, report):
 
     if not arguments.videos:
         raise Mistake("--chunk: of which videos? give their folder as --videos")
+    if Path(arguments.videos).resolve() == Path(arguments.chunk).resolve():
+        raise Mistake(f"--chunk: expected another folder than --videos, got {str(arguments.chunk)!r} for both")
     check_folder(arguments.chunk, "--chunk")
     names = dict.fromkeys(name for path in report.tables.values() for name in ClipTable.open(path).videos())
     found = layout.find(arguments.videos, names, missing="skip")

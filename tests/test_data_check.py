@@ -293,3 +293,14 @@ def test_a_cache_is_filled_with_what_can_be_used(copy, tmp_path, fault):
     )
     config.data.annotations = str(copy.annotations)
     train(config, quiet=True)
+
+
+def test_a_run_is_not_continued_on_other_clips(copy, tmp_path):
+    """Their order would be another one, in silence."""
+    places = [f'data.annotations="{copy.annotations}"', f'data.videos="{copy.videos}"', "data.max_broken=1.0"]
+    train(configuration(tmp_path, *places, "train.epochs=1"), quiet=True)
+    config = configuration(tmp_path, *places, "train.epochs=1")
+    train(config, resume=True, quiet=True)
+    (copy.videos / "P01" / "P01_00.MP4" / "15.MP4").unlink()
+    with pytest.raises(ConfigError, match=r"last.pt was trained on 48 clips .* now others can, \d\d: "):
+        train(config, resume=True, quiet=True)

@@ -107,7 +107,10 @@ def check(
 
     def found(what: str, rows: np.ndarray, example: Callable[[int], str], usable: bool = False) -> None:
         if len(rows):
-            findings.append(Finding(what, rows, tuple(example(int(row)) for row in rows[:_SHOWN]), usable))
+            # One file may have all the first ones.
+            _, first = np.unique(video[rows], return_index=True)
+            shown = rows[np.sort(first)[:_SHOWN]]
+            findings.append(Finding(what, rows, tuple(example(int(row)) for row in shown), usable))
 
     def clip(row: int) -> str:
         return f"clip {table.id(row)}, {table.start(row):.2f} to {table.stop(row):.2f} s of {table.video(row)}"

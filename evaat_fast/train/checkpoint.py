@@ -6,10 +6,12 @@ The weights lie under "state_dict", the masters where a model holds rounded ones
 
 import dataclasses
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from evaat_fast._files import write_atomically
@@ -19,12 +21,19 @@ from evaat_fast.train.masters import Masters
 LAST = "last.pt"
 
 
-def save(path: str | os.PathLike[str], masters: Masters, optimizer: torch.optim.Optimizer, epoch: int, config: Config) -> None:
+def save(
+    path: str | os.PathLike[str],
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    config: Config,
+    clips: Mapping[str, int] | None = None,
+) -> None:
     """Writes a checkpoint atomically.
 
     Args:
         path: the file. masters: a model's. optimizer: theirs. epoch: how many epochs are done.
-        config: the run's Config.
+        config: the run's Config. clips: of `fingerprint`, what it was trained on.
     """
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -36,8 +45,14 @@ def save(path: str | os.PathLike[str], masters: Masters, optimizer: torch.optim.
         "epoch": epoch,
         "config": config.to_dict(),
         "rng": rng,
+        "clips": dict(clips or {}),
     }
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def fingerprint(rows: np.ndarray) -> dict[str, int]:
+    """Of the clips of a table that a run draws from, int64 rows: how many they are, and a sum that tells others from them."""
+    return {"count": len(rows), "crc32": zlib.crc32(np.ascontiguousarray(rows, np.int64).tobytes())}
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -87,6 +87,13 @@ def _train(
     splits = datasets or inputs.splits(config)
     data, test = splits.train, splits.test
     usable = inputs.inspect(config, splits, lambda text: None if quiet else print(text, file=sys.stderr)).usable
+    drawn = checkpoint.fingerprint(usable)
+    if stored and stored.get("clips") and stored["clips"] != drawn:
+        raise ConfigError(
+            f"{last} was trained on {stored['clips']['count']} clips of this corpus that could be used, and now others can, "
+            f"{drawn['count']}: the rest of the run would be of another order. Restore the files, or start another run from "
+            "its weights with train.init"
+        )
     sampler, tokenize = inputs.sampler(config, data, usable), inputs.tokenizer(config)
     model = build_model(config, weights=not stored)
     model.to(device)
@@ -144,7 +151,7 @@ def _train(
             line += f"  {replaced - before} clips replaced" if replaced > before else ""
             # Before the evaluation, which a test clip that cannot be decoded ends.
             if ranks.main and (finished or (epoch + 1) % config.train.save_every == 0):
-                checkpoint.save(last, masters, optimizer, epoch + 1, config)
+                checkpoint.save(last, masters, optimizer, epoch + 1, config, drawn)
             if test is not None and (finished or (config.eval.every and (epoch + 1) % config.eval.every == 0)):
                 metrics = evaluation.evaluate(model, test, config, device, ranks=ranks)
                 log.write("eval", epoch + 1, **metrics)
