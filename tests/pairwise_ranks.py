@@ -2,12 +2,15 @@
 
 Four ranks meet in FILE and make groups of 1 to 4 of themselves."""
 
+import copy
 import sys
 import warnings
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -154,31 +157,31 @@ class Embed(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.video, self.text = torch.nn.Linear(E, 5), torch.nn.Linear(E, 5)
-        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.scale = torch.nn.Parameter(torch.tensor([1.0, 0.5]))
 
     def forward(self, video, text):
-        return self.video(video), self.text(text) * self.scale.exp(), self.scale.exp()
+        return self.video(video), self.text(text) * self.scale[0].exp(), self.scale[1].exp()
 
 
 def wrapped(rank, groups, backends):
-    """Under DDP, which averages, and without it, added up by hand."""
+    """Under DDP and FSDP, which average, and without them, added up by hand."""
     k, (video, text) = known(), features(torch.float64)
     part = slice(rank * N // 4, (rank + 1) * N // 4)
     for backend, case in ((b, c) for b in backends for c in ("sms", "clip learned", "ego ids")):
-        torch.manual_seed(5)
-        alone, plain = Embed().double(), Embed().double()
-        plain.load_state_dict(alone.state_dict())
-        copy = Embed().double()
-        copy.load_state_dict(alone.state_dict())
-        ddp = DistributedDataParallel(copy)
+        alone = Embed().double()
+        for x in alone.parameters():
+            dist.broadcast(x.detach(), 0)
+        ddp, sharded, plain = (copy.deepcopy(alone) for _ in range(3))
+        ddp, sharded = DistributedDataParallel(ddp), fully_shard(sharded, mesh=init_device_mesh("cpu", (4,)))
         call(case, k, slice(None), *alone(video, text), backend=backend).backward()
-        for model, mode in ((ddp, "ddp"), (plain, "sum")):
+        for model, mode in ((ddp, "ddp"), (sharded, "ddp"), (plain, "sum")):
             loss = call(case, k, part, *model(video[part], text[part]), group=groups[4], grad_mode=mode, backend=backend)
             loss.backward()
             for a, b in zip(model.parameters(), alone.parameters(), strict=True):
                 if mode == "sum":
                     dist.all_reduce(a.grad)
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-15)
+                ours = a.grad.full_tensor() if model is sharded else a.grad
+                torch.testing.assert_close(ours, b.grad, rtol=1e-11, atol=1e-15)
 
 
 def refusals(rank, groups, backends):

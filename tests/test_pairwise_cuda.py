@@ -12,7 +12,7 @@ from pairwise_oracle import gradients
 
 from evaat_fast import ops
 from evaat_fast.ops.pairwise import step
-from evaat_fast.ops.pairwise.check import Batch
+from evaat_fast.ops.pairwise.ranks import Batch
 from evaat_fast.ops.pairwise.reference import sms_loss_reference
 from evaat_fast.ops.pairwise.relevancy import Labels
 

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 
 from evaat_fast.ops._core.autocast import autocast_dtype
-from evaat_fast.ops.pairwise.ranks import Ranks
 
 Reduction = Literal["mean", "none"]
 GradMode = Literal["ddp", "sum"]
@@ -30,24 +29,6 @@ class Options:
             raise ValueError(f'reduction: expected "mean" or "none", got {self.reduction!r}')
         if self.grad_mode not in ("ddp", "sum"):
             raise ValueError(f'grad_mode: expected "ddp" or "sum", got {self.grad_mode!r}')
-
-
-@dataclass(frozen=True)
-class Batch:
-    """N pairs, or n of them, a rank's own."""
-
-    N: int
-    device: torch.device
-    ranks: Ranks | None
-
-    @property
-    def n(self) -> int:
-        return self.N if self.ranks is None else self.N // self.ranks.W
-
-    @property
-    def first(self) -> int:
-        """The number of this rank's first pair."""
-        return 0 if self.ranks is None else self.ranks.rank * self.n
 
 
 def no_gradient(name: str, requires_grad: bool) -> None:

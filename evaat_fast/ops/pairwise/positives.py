@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core.tensor import check_device, kind, memory_of
-from evaat_fast.ops.pairwise.check import Batch
-from evaat_fast.ops.pairwise.ranks import Ranks
+from evaat_fast.ops.pairwise.ranks import Batch, Ranks
 
 
 class VerbNounPositives:

@@ -23,11 +23,14 @@ The reference gathers both features and all labels, and every rank computes the 
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from evaat_fast.ops.pairwise.check import no_autocast
+from evaat_fast.ops.pairwise.reference import wide
 
 BYTES = 1024  # in which a rank says what it was called with
 
@@ -117,6 +120,24 @@ class Ranks:
         raise ValueError(f"group: rank {failed} cannot take part: {calls[failed]['error']}")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """N pairs, or n of them, a rank's own."""
+
+    N: int
+    device: torch.device
+    ranks: Ranks | None
+
+    @property
+    def n(self) -> int:
+        return self.N if self.ranks is None else self.N // self.ranks.W
+
+    @property
+    def first(self) -> int:
+        """The number of this rank's first pair."""
+        return 0 if self.ranks is None else self.ranks.rank * self.n
+
+
 def eager(function: Callable) -> Callable:
     """The function, which no compiler is to see: torch.compile breaks its graph there, and is refused with fullgraph=True."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -150,18 +171,18 @@ def _brief(x):
 
 
 class Across:
-    """A step's operator over ranks. The gradients are those that add up over the ranks to the whole loss's, or, for grad_mode
-    "ddp", whose mean does: of features, this rank's rows of one process's, times W; of the scale, which all ranks share, one
-    process's over W, so that their sum is the true one, or itself, so that their mean is."""
+    """A step over ranks in an operator's place. The gradients are those that add up over the ranks to the whole loss's, or, for
+    grad_mode "ddp", whose mean does: of features, this rank's rows of one process's, times W; of the scale, which all ranks
+    share, one process's over W, so that their sum is the true one, or itself, so that their mean is."""
 
-    def __init__(self, step: Any, ranks: Ranks, mean: bool):
-        self.step, self.ranks, self.mean = step, ranks, mean
+    def __init__(self, body: Callable, ranks: Ranks, mean: bool):
+        self.body, self.ranks, self.mean = body, ranks, mean
 
     def at(self, traced: bool) -> Callable:
         return self.run
 
     def run(self, *arguments: Any) -> tuple:
-        loss, video, text, *scale = self.step.body(*arguments, ranks=self.ranks)
+        loss, video, text, *scale = self.body(*arguments, ranks=self.ranks)
         for x in (video, text) if self.mean else ():
             x *= self.ranks.W
         for x in () if self.mean else scale:
@@ -169,43 +190,16 @@ class Across:
         return loss, video, text, *scale
 
 
-def reference_across(function: Callable, known: tuple, inputs: list[Tensor], ranks: Ranks, mean: bool) -> Tensor:
-    """The specification over all features, computed by every rank; `known` is of all ranks."""
-    whole = []
-    for i, x in enumerate(inputs):
-        factor = ranks.W if mean else 1
-        if i == 2:  # the scale, of which every rank has the whole gradient
-            whole.append(_times(x, factor / ranks.W))
-            continue
-        every, first = ranks.gather(x), ranks.rank * len(x)
-        own = _times(x, factor)
-        whole.append(torch.cat((every[:first], own, every[first + len(x) :])))
-    return _Own.apply(function(*whole, *known), ranks)
-
-
-def _times(x, factor):
-    """x, whose gradient is multiplied."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x
-
-    def scaled(grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the losses have no double backward (create_graph=True) over a group")
-        return grad * factor
-
-    x = x.view_as(x)
-    x.register_hook(scaled)
-    return x
-
-
-class _Own(torch.autograd.Function):
-    """This rank's part of [N] entries; of the loss that all ranks have computed, what the first one has."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks, ctx.each = ranks, x.ndim > 0
-        return ranks._gathered(x)[0] if x.ndim == 0 else x.unflatten(0, (ranks.W, -1))[ranks.rank].clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return (ctx.ranks.gather(grad) if ctx.each else grad), None
+def reference_step(reference: Callable, *arguments: Any, ranks: Ranks) -> tuple:
+    """As a step: the specification, which every rank computes of all features, and this rank's part of its gradients."""
+    *inputs, weight, settings = arguments
+    n, needs = len(inputs[0]), settings.work.needs()[: len(inputs)]
+    own = slice(ranks.rank * n, (ranks.rank + 1) * n)
+    with torch.enable_grad(), no_autocast(inputs[0].device.type):
+        leaves = [(ranks.gather(x).to(wide(x.dtype)) if x.ndim else x.detach()).requires_grad_() for x in inputs]
+        loss = reference(*leaves, *settings.known())
+        total = loss if weight is None else (loss * ranks.gather(weight)).sum()
+        grads = torch.autograd.grad(total, leaves, materialize_grads=True) if any(needs) else [x.detach() for x in leaves]
+    parts = (g[own].contiguous() if g.ndim else g.clone() for g in grads)
+    loss = loss.detach()
+    return (loss[own].clone() if settings.work.each else ranks.total(loss)[0] / ranks.W if weight is None else loss, *parts)

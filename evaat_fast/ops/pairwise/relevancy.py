@@ -12,8 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from evaat_fast.ops._core.register import traced
 from evaat_fast.ops._core.tensor import check_device, dense, kind, memory_of, number
-from evaat_fast.ops.pairwise.check import FLOATS, Batch, no_gradient
-from evaat_fast.ops.pairwise.ranks import Ranks
+from evaat_fast.ops.pairwise.check import FLOATS, no_gradient
+from evaat_fast.ops.pairwise.ranks import Batch, Ranks
 
 
 class DenseRelevancy:

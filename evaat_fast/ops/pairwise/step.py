@@ -1,5 +1,6 @@
 """A step of a pairwise loss as a torch operator, loss and gradients together, and what autograd keeps of it."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -10,9 +11,9 @@ from torch import Tensor
 from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.register import Operator, register, traced
 from evaat_fast.ops._core.tensor import check_device, dense, keeps_numbers_elsewhere
-from evaat_fast.ops.pairwise.check import FLOATS, Batch, Options, no_autocast
+from evaat_fast.ops.pairwise.check import FLOATS, Options, no_autocast
 from evaat_fast.ops.pairwise.positives import Positives
-from evaat_fast.ops.pairwise.ranks import Across, Ranks, across, eager, reference_across
+from evaat_fast.ops.pairwise.ranks import Across, Batch, Ranks, across, eager, reference_step
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
 
@@ -325,14 +326,13 @@ def _served(step, options, planned, ranks):
     (video, text, *scale), backend, hidden, settings_of, reference = planned
     each, how = options.reduction == "none", (backend, options.panel_rows)
     if ranks is not None:
-        ranks.in_order, mean = backend == "reference", options.grad_mode == "ddp"
+        ranks.in_order = backend == "reference"
         everyones = settings_of(Work(each, False, False, False, *how)).across(ranks)
-        step, settings_of = Across(step, ranks, mean), lambda work: replace(everyones, work=work)
-    if backend == "reference":
+        body = functools.partial(reference_step, reference) if backend == "reference" else step.body
+        step, settings_of = Across(body, ranks, options.grad_mode == "ddp"), lambda work: replace(everyones, work=work)
+    elif backend == "reference":
         given = [video, text, *scale]
         with no_autocast(video.device.type):
-            if ranks is not None:
-                return reference_across(reference, everyones.known(), given, ranks, mean)
             if video.shape[0] == 1:  # there is no pair, so a NaN in the features must not reach loss or gradient
                 given = [x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0) for x in given]
             return reference(*given)
