@@ -86,14 +86,11 @@ class Step:
     unit_video: Any
     unit_text: Any
 
-    def __init__(
-        self, video: Tensor, text: Tensor, scale: Tensor | None, weight: Tensor | None, settings: Any, ranks: Ranks | None
-    ):
+    def __init__(self, video: Tensor, text: Tensor, scale: Any, weight: Any, settings: Any, ranks: Ranks | None = None):
         self.n, self.E = video.shape
         self.N, self.ranks = self.n if ranks is None else self.n * ranks.W, ranks
         self.video, self.text = (x if x.stride(1) == 1 or self.E == 1 else x.contiguous() for x in (video, text))
-        self.scale: Any = scale
-        self.weight, self.settings, self.work = weight, settings, settings.work
+        self.scale, self.weight, self.settings, self.work = scale, weight, settings, settings.work
         self.dtype, self.wide, self.device = video.dtype, wide(video.dtype), video.device
         needs = self.work.needs()
         rows = zip((self.n, self.N), needs, strict=False)
