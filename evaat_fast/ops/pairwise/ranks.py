@@ -36,8 +36,8 @@ BYTES = 1024  # in which a rank says what it was called with
 
 
 class Ranks:
-    """The ranks of a group of W > 1, seen from one. first: the number of this rank's first pair in the batch. in_order: pairs
-    stand in the order of the ranks; else this rank's are the first, and the others follow around the circle."""
+    """The ranks of a group of W > 1, seen from one. in_order: pairs stand in the order of the ranks; else this rank's are the
+    first, so that kernels find its rows where they find its columns, and the others follow around the circle."""
 
     def __init__(self, group: Any, W: int, rank: int):
         import torch.distributed as dist
