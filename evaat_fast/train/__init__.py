@@ -24,6 +24,7 @@ _SUBMODULES = (
     "masters",
     "outcome",
     "packages",
+    "ranks",
     "report",
     "sampler",
     "schedules",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import masters as masters
     from evaat_fast.train import outcome as outcome
     from evaat_fast.train import packages as packages
+    from evaat_fast.train import ranks as ranks
     from evaat_fast.train import report as report
     from evaat_fast.train import sampler as sampler
     from evaat_fast.train import schedules as schedules
