@@ -304,3 +304,29 @@ def test_a_run_is_not_continued_on_other_clips(copy, tmp_path):
     (copy.videos / "P01" / "P01_00.MP4" / "15.MP4").unlink()
     with pytest.raises(ConfigError, match=r"last.pt was trained on 48 clips .* now others can, \d\d: "):
         train(config, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("divided", [1, 60])
+def test_times_in_minutes_are_noticed(tmp_path, divided):
+    """They all lie inside their videos."""
+    import av
+
+    lengths = {"a": 400, "b": 1200, "short": 40}
+    for name, seconds_of in lengths.items():
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as out:
+            stream = out.add_stream("libx264", rate=1)
+            stream.width = stream.height = 64
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            for _ in range(seconds_of):
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode(None))
+    rows = [(name, 0.9 * lengths[name] * n / 20 / divided) for name in lengths for n in range(20)]
+    columns = {"id": [str(n) for n in range(len(rows))], "video": [name for name, _ in rows]}
+    columns |= {"texts": [[f"does {n}"] for n in range(len(rows))]}
+    times = {"start": [at for _, at in rows], "stop": [at + 1 / divided for _, at in rows]}
+    report = check(ClipDataset(ClipTable.of(columns | times), tmp_path, num_frames=2))
+    found = findings(report)
+    name = "clips that all lie in the first sixtieth of their videos, as times in minutes would"
+    assert (name in found) == (divided == 60)
+    if divided == 60:
+        assert found[name].rows.tolist() == list(range(40)) and found[name].usable and report.share == 0

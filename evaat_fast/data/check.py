@@ -25,6 +25,8 @@ __all__ = ["Finding", "Report", "check"]
 _SHOWN = 3  # examples of a finding
 # A clip's last frame may be that of the next second, and a chunk a frame short: less than this is no gap.
 _SLACK = 0.5
+# Clips and seconds of a video from which it would be strange that nothing happens after its first sixtieth.
+_MANY, _LONG = 10, 300.0
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,12 @@ def check(
         lambda row: f"{clip(row)}, which ends at {ends[row]:.2f} s",
         usable=True,
     )
+    found(
+        "clips that all lie in the first sixtieth of their videos, as times in minutes would",
+        _early(video, stop, ends, inside & np.isfinite(ends)),
+        lambda row: f"{clip(row)}, which ends at {ends[row]:.2f} s",
+        usable=True,
+    )
     if data.training:
         found("clips without a caption", _without_caption(table), clip)
     findings += _alike(data)
@@ -215,6 +223,19 @@ def _in_gaps(names, video, start, stop, spans, inside):
         for end, begin in holes:
             hit[rows] |= (start[rows] < begin - 1e-6) & (stop[rows] > end + _SLACK)
     return hit & inside
+
+
+def _early(video: np.ndarray, stop: np.ndarray, ends: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The clips of long videos that have many, where all of those videos are silent after a sixtieth of their length."""
+    number = video[inside]
+    last, count = np.zeros(video.max(initial=0) + 1), np.bincount(number, minlength=video.max(initial=0) + 1)
+    length = np.zeros_like(last)
+    np.maximum.at(last, number, stop[inside])
+    np.maximum.at(length, number, ends[inside])
+    many = (count >= _MANY) & (length >= _LONG)
+    if not many.any() or (last[many] > length[many] / 60 + 1).any():
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(inside & many[video])
 
 
 def _without_caption(table: ClipTable) -> np.ndarray:
