@@ -18,13 +18,14 @@ Kind = tuple[int, frozenset[int]]  # verb class, -1 for none; noun classes
 __all__ = ["Kind", "kinds_of", "kinds_relevancy"]
 
 
-def kinds_relevancy(kinds: Sequence[tuple[int, frozenset[int]]]) -> Tensor:
-    """float32 [K, K]: relevancy between K kinds, pairs (verb class, set of noun classes); exactly 1 where equal."""
+def kinds_relevancy(kinds: Sequence[Kind], dtype: torch.dtype = torch.float32) -> Tensor:
+    """[K, K]: relevancy between K kinds, pairs (verb class, set of noun classes); exactly 1 where equal. Metrics take it in
+    float64, as the published matrices are: a sixth that float32 rounds moves their eighth digit."""
     if any(n < 0 for _, nouns in kinds for n in nouns):
         raise ValueError("kinds: expected noun classes from 0")
     verbs = torch.tensor([verb for verb, _ in kinds])
     column = {n: i for i, n in enumerate(sorted({n for _, nouns in kinds for n in nouns}))}  # numbers may be of any size
-    hot = torch.zeros(len(kinds), len(column))
+    hot = torch.zeros(len(kinds), len(column), dtype=dtype)
     for row, (_, nouns) in zip(hot, kinds, strict=True):
         row[[column[n] for n in nouns]] = 1
     common, size = hot @ hot.T, hot.sum(1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from evaat_fast.data.choices import Frames
 from evaat_fast.data.ek100 import EK100
+from evaat_fast.data.kinds import kinds_relevancy
 from evaat_fast.data.video import VideoError
 from evaat_fast.eval import Result, mir, recall
 from evaat_fast.model import EVA02AT
@@ -99,15 +100,8 @@ def report(similarity: Tensor, data: EK100, kept: Tensor | None = None) -> Resul
 
 
 def exact_relevancy(data: EK100) -> Tensor:
-    """float64 [clips, captions]: data.relevancy, which is float32, as the published matrices have it.
-
-    A sixth that float32 rounds is 3e-8 off, and so would be the metrics.
-    """
-    table = data.relevancy_table.double()
-    # Values are 0.5 [same verb] + 0.5 n / m for sets of nouns; 27,720 is a multiple of every m up to 12.
-    nearest = (table * (2 * 27720)).round() / (2 * 27720)
-    table = torch.where((nearest - table).abs() < 1e-7, nearest, table)
-    return table[data.clip_kind][:, data.caption_kind]
+    """float64 [clips, captions]: data.relevancy, which is float32, as the published matrices have it."""
+    return kinds_relevancy(data.kinds, torch.float64)[data.clip_kind][:, data.caption_kind]
 
 
 @torch.inference_mode()

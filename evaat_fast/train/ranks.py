@@ -63,10 +63,9 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
         raise ConfigError(f"train.batch_size: expected a multiple of the {world} processes, got {config.train.batch_size}")
     if config.train.cuda_graph:
         raise ConfigError("train.cuda_graph: one process only; several are not captured yet")
-    if torch.distributed.is_initialized():
-        yield Ranks(torch.distributed.get_rank(), world, torch.distributed.group.WORLD)
-        return
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    # Beside NCCL gloo, for what is said of a step: over NCCL alone each step would wait for the GPU to hear it.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield Ranks(torch.distributed.get_rank(), world, torch.distributed.group.WORLD)
     finally:

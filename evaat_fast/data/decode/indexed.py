@@ -1,5 +1,6 @@
 """What decoders that count frames share: PyAV reads when each frame is shown, and they are asked for its number."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from evaat_fast.data.decode.errors import VideoError, reason
 from evaat_fast.data.decode.header import Header
 
 
-class IndexedReader:
+class IndexedReader(ABC):
     """Frames of a file by time; see `decode.Reader`. A subclass opens the file and fetches frames by number."""
 
     name: str
@@ -35,14 +36,14 @@ class IndexedReader:
         except Exception as error:  # decoders raise errors of their own, RuntimeError or OSError, by version
             raise VideoError(f"{path}: {reason(path, error)}") from error
 
-    def _open(self, path: Path) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _open(self, path: Path) -> None: ...
 
-    def _fetch(self, numbers: list[int]) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def _fetch(self, numbers: list[int]) -> np.ndarray: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
     @property
     def likely_end(self) -> float | None:
