@@ -54,8 +54,8 @@ def close(results, low, truth):
         harness.of_tests("check").close(ours, theirs, exact)
 
 
-def norm_launch(direction, channels, warps=None):
-    """channels: of a warp; warps: of a multiprocessor, backward."""
+def norm_launch(direction, channels, warps=None, stages=1):
+    """channels: of a warp; warps: of a multiprocessor, stages: rows at a time on their way, backward."""
 
     def make(inputs):
         from evaat_fast.kernels.norm import add, rows, swiglu
@@ -66,7 +66,7 @@ def norm_launch(direction, channels, warps=None):
         normed, statistics = torch.empty_like(inputs["dY"]), torch.empty((2, M), device=device)
         total = x if residual is None else torch.empty_like(residual)
         settings = {"EXACT": x.dtype == torch.float32} if gated else {}
-        settings |= rows.block(C, channels)
+        settings |= rows.block(C, channels, **({"STAGES": stages} if direction == "backward" else {}))
         if gated:
             forward = lambda: swiglu.swiglu_norm_kernel[M,](x, weight, bias, normed, statistics, M, 1e-6, **settings)  # noqa: E731
         else:
@@ -98,10 +98,10 @@ def norm_cases(device, small):
     """The backward passes; what their sums of weights are is compared by tests/test_norm.py."""
     M, dtype = (19, torch.float16) if small else (64 * 785, torch.bfloat16)
     tried = {
-        ("swiglu_norm", 2048): [(512, 12), (512, 8), (256, 16), (256, 12)],
-        ("swiglu_norm", 2730): [(1024, 8), (1024, 4), (512, 8)],
-        ("layer_norm", 768): [(512, 16), (512, 20), (512, 24)],
-        ("add_norm", 768): [(512, 16), (512, 18), (512, 20)],
+        ("swiglu_norm", 2048): [(512, 8, 1), (256, 16, 1), (256, 16, 2), (256, 16, 3), (512, 8, 2), (512, 8, 3)],
+        ("swiglu_norm", 2730): [(1024, 8, 1), (256, 16, 1), (256, 16, 2), (256, 16, 3), (512, 8, 2), (512, 8, 3)],
+        ("layer_norm", 768): [(512, 16, 1), (512, 20, 1), (512, 18, 2), (512, 18, 3), (256, 28, 1), (256, 24, 2), (256, 28, 3)],
+        ("add_norm", 768): [(512, 16, 1), (512, 16, 2), (512, 16, 3), (256, 28, 1), (256, 20, 2), (256, 20, 3)],
     }
     for (op, C), variants in tried.items():
         shape = {"op": op, "M": M, "C": C}
@@ -117,7 +117,7 @@ def norm_cases(device, small):
             target = torch.empty_like(source)
             return lambda: copy_kernel(source, target)
 
-        launches = {f"{c} channels a warp, {w} warps": norm_launch("backward", c, w) for c, w in variants}
+        launches = {"{} channels a warp, {} warps, {} stages".format(*x): norm_launch("backward", *x) for x in variants}
         yield Case(f"{op} {C} backward", inputs, launches, check, yardstick, {"byte": moved})
 
 

@@ -37,7 +37,7 @@ def close(ours, low, truth, what="output"):
 
 
 def launched(call):
-    """The names of the kernels that a call launches on a GPU, in order, by the profiler; fills and copies of memory are none."""
+    """The names of the kernels that a call launches on a GPU, in order; fills and copies of memory are none."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:

@@ -24,15 +24,17 @@ def add_norm_kernel(x, residual, weight, bias, normed, total, statistics, M, eps
 
 
 @triton.jit
-def add_norm_backward_kernel(dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def add_norm_backward_kernel(
+    dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
+):
     """Every so many rows. dR: the gradient of total from elsewhere, or None. dx, dr: the same numbers in two dtypes, either may
-    be None; sums: None if weight and bias need no gradient."""
+    be None; sums: None if weight and bias need no gradient. STAGES: as in swiglu_norm_backward_kernel."""
     c = tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR)
     has = c < C
     w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     at, step = tl.program_id(0).to(tl.int64) * C + c, tl.num_programs(0).to(tl.int64) * C
-    for row in range(tl.program_id(0), M, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         dy = tl.load(dY + at, mask=has, other=0.0).to(tl.float32)
         t = tl.load(total + at, mask=has, other=0.0).to(tl.float32)
         mean, rstd = tl.load(statistics + row), tl.load(statistics + M + row)
@@ -65,7 +67,7 @@ def forward(x, residual, weight, bias, normed, total, statistics, eps):
 
 def backward_config(C):
     """With 1,024 channels a warp the backward pass takes over 200 registers; 8 or 32 warps a multiprocessor were slower."""
-    return block(C, 512)
+    return block(C, 512, STAGES=1)
 
 
 def count(M, C, device):

@@ -8,10 +8,10 @@ import triton.language as tl
 from evaat_fast.kernels.launch import on
 
 
-def block(C, channels):
-    """The block that covers a row, and its warps of so many channels."""
+def block(C, channels, **constants):
+    """The block that covers a row, its warps of so many channels, and other constants of a kernel."""
     BLOCK_C = triton.next_power_of_2(C)
-    return {"C": C, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_C // channels)}
+    return {"C": C, "BLOCK_C": BLOCK_C, "num_warps": max(1, BLOCK_C // channels), **constants}
 
 
 def size(x):

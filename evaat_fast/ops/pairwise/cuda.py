@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from evaat_fast.ops._core.dispatch import BackendError
 from evaat_fast.ops._core.native import dtype_codes, module_of, pointer, run
 from evaat_fast.ops.pairwise import gpu
 
@@ -13,11 +12,6 @@ class Sms(gpu.Sms):
     COLUMNS = 8  # so that eight slopes are one store
 
     def normalise(self, sums=None):
-        # The chunks of 128 captions stay in shared memory up to E = 256: 113 KB, of which these GPUs give a block 99.
-        if self.video.is_cuda and 128 < self.E <= 256:
-            capability = torch.cuda.get_device_capability(self.device)
-            if capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
-                raise BackendError(f"cuda: expected E up to 128 or above 256 on a GPU of capability {capability}, got {self.E}")
         sums.zero_()
         self.module = module_of("cuda")
         codes = dtype_codes(self.module)

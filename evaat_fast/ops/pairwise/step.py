@@ -309,6 +309,8 @@ def _planned(op, video, text, options, plan, ranks):
         raise NotImplementedError(f"group: {op} runs over a group on plain tensors alone, got {type(video).__name__}")
     n, device = video.shape[0], video.device
     N, needs = (n, ()) if ranks is None else (n * ranks.W, (dispatch.GROUP,))
+    if device.type == "cuda" and 128 < video.shape[1] <= 256 and dispatch.has_little_shared(device):
+        needs = (*needs, dispatch.LITTLE_SHARED)
     backend, hidden = dispatch.pick(op, device, video.dtype, options.backend, needs), traced(type(video), type(text))
     call = Call(N, device, ranks, wide(video.dtype), backend, hidden)
     settings_of, reference, *scale = plan(call)
