@@ -38,8 +38,7 @@ class Support:
 
 
 # What one H200 has shown; bench/README.md says it op by op.
-_RIGHT = "right on an H200, before the last change of its code"
-_RUN_BEFORE = "run on an H200, before the last change of its code"
+_RIGHT = "right on an H200"
 _ALL = (*FLOATS, "float64")
 
 # A need of a call of rope3d.
@@ -47,6 +46,7 @@ LEARNED = "a gradient of freqs"
 
 # Needs of a call of the losses.
 GROUP, LITTLE_SHARED = "a group of ranks", "E of 129 to 256 on a GPU whose blocks have 99 KB of shared memory"
+FEW_PAIRS = "fewer pairs than CUDA C++ is faster with"
 
 # Needs of a call of joint_attention.
 LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
@@ -61,7 +61,7 @@ _NORM = {
     "triton": Support(
         FLOATS,
         lacks={**_PLAIN, WIDE_ROWS: "its kernels take rows of up to 16,384"},
-        note="faster than torch's on an H200; small float32 gradients missed the rule there, since mended",
+        note=f"{_RIGHT}, and faster there than torch's",
     ),
     "cpu": Support(
         FLOATS,
@@ -71,7 +71,7 @@ _NORM = {
     "reference": Support(_ALL),
 }
 
-_LOSS = {"triton": Support(FLOATS, note=_RUN_BEFORE), "cpu": Support(_ALL), "reference": Support(_ALL)}
+_LOSS = {"triton": Support(FLOATS, note=_RIGHT), "cpu": Support(_ALL), "reference": Support(_ALL)}
 _MAX_MARGIN = {
     "cuda": Support(
         ("bfloat16", "float16"),
@@ -79,8 +79,9 @@ _MAX_MARGIN = {
             GROUP: "it reads whole batches alone; for a group there are triton, cpu and reference",
             # Chunks of 128 captions stay in shared memory up to E = 256: 113 KB.
             LITTLE_SHARED: "on this GPU it takes E up to 128 or above 256",
+            FEW_PAIRS: "triton is faster",
         },
-        note="right on an H200, and faster there than triton",
+        note=f"{_RIGHT}, and faster there than triton from 2,048 pairs on",
     ),
     **_LOSS,
 }
@@ -107,7 +108,7 @@ SUPPORT = {
         "triton": Support(
             FLOATS,
             lacks={WIDE_HEADS: "its kernels take head dims up to 128"},
-            note=f"by name, and for log-sum-exps and deterministic gradients; {_RIGHT}; its backward slower than sdpa's",
+            note="by name, and for log-sum-exps and deterministic gradients; right on an H200, its backward slower than sdpa's",
         ),
         "reference": Support(_ALL),
     },
@@ -123,7 +124,8 @@ SUPPORT = {
 
 # Order of choice for CPU tensors and for CUDA tensors. Every other device gets the last one of the CPU's row.
 _LOSS_CPU, _LOSS_CUDA = ("cpu", "reference"), ("triton", "reference")
-# An SMS step of 32,768 pairs, E 256, in bfloat16 on an H200: 5.9 ms in CUDA C++, 15.6 in Triton.
+# An SMS step of 1,024, 4,096, 8,192 and 32,768 pairs, E 256, in bfloat16 on an H200: 0.085, 0.18, 0.43 and 5.9 ms in CUDA C++,
+# 0.056, 0.29, 1.0 and 15.6 in Triton.
 _MAX_MARGIN_CUDA = ("cuda", *_LOSS_CUDA)
 AUTO = {
     ("rope3d", False): ("cpu", "reference"),
@@ -176,6 +178,12 @@ def _runs_on(code: str, capability: tuple[int, int]) -> bool:
     if suffix == "a":
         return of == capability
     return of <= capability and (of[0] == capability[0] or (kind == "compute" and not suffix))
+
+
+@_constant
+@functools.cache
+def has_triton() -> bool:
+    return why_not("triton") is None
 
 
 @_constant

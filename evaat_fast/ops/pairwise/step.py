@@ -17,6 +17,9 @@ from evaat_fast.ops.pairwise.ranks import Across, Batch, Ranks, across, eager, r
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
 
+# From so many pairs on a max-margin step in CUDA C++ is faster than in Triton, which launches less; see dispatch.AUTO.
+_OVERTAKES = 2048
+
 
 @dataclass(frozen=True)
 class Work:
@@ -309,8 +312,12 @@ def _planned(op, video, text, options, plan, ranks):
         raise NotImplementedError(f"group: {op} runs over a group on plain tensors alone, got {type(video).__name__}")
     n, device = video.shape[0], video.device
     N, needs = (n, ()) if ranks is None else (n * ranks.W, (dispatch.GROUP,))
-    if device.type == "cuda" and 128 < video.shape[1] <= 256 and dispatch.has_little_shared(device):
-        needs = (*needs, dispatch.LITTLE_SHARED)
+    if device.type == "cuda":
+        if 128 < video.shape[1] <= 256 and dispatch.has_little_shared(device):
+            needs += (dispatch.LITTLE_SHARED,)
+        any_will_do = options.backend == "auto" or (options.backend is None and op not in dispatch.DEFAULT)
+        if N < _OVERTAKES and any_will_do and dispatch.has_triton():
+            needs += (dispatch.FEW_PAIRS,)
     backend, hidden = dispatch.pick(op, device, video.dtype, options.backend, needs), traced(type(video), type(text))
     call = Call(N, device, ranks, wide(video.dtype), backend, hidden)
     settings_of, reference, *scale = plan(call)
