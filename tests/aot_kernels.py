@@ -196,7 +196,8 @@ def norm(arch, kind, C, dtype="bf16", residual=True):
     module = add if kind.startswith("add") else swiglu
     options = module.forward_config(C)
     if kind.endswith("backward"):
-        options = module.backward_config(C) if module is add else module.backward_config(C, arch // 10)
+        read = ("dY", "total", "dR") if module is add else ("dY", "x", "x")
+        options = module.backward_config(C, *(4 if types[x] == wide else 2 for x in read if types[x]))
     warps = options.pop("num_warps")
     constants = options | ({} if module is add else {"EXACT": dtype == "fp32"})
     return aot.build(kernel, types | {"weight": wide, "statistics": wide, "M": "i32"}, constants, arch, num_warps=warps)
