@@ -285,13 +285,8 @@ def test_pairs_in_the_order_of_their_captions_places(verbs):
 
     def run(kind, each, weight):
         work = step.Work(each, not each, not each, False, "cuda", None)
-        this = kind(video, text, None, weight, step.SmsSettings(labels, own, Penalty(0.6, 0.1, 1.1 / 240, "code"), True, work))
-        this.prepare()
-        slopes = this.slopes(0, N)
-        if not each:
-            this.product(slopes, this.unit_text, this.grad_video)
-            this.product(slopes.T, this.unit_video, this.grad_text)
-        return this.finish()
+        settings = step.SmsSettings(labels, own, Penalty(0.6, 0.1, 1.1 / 240, "code"), True, work)
+        return step.run(kind(video, text, None, weight, settings))
 
     for each, weight in ((False, None), (False, torch.rand(N)), (True, None)):
         given, ordered = (run(kind, each, weight) for kind in (cuda.Sms, Ordered))
