@@ -36,14 +36,17 @@ def film(
     sound=False,
     size=SIZE,
     rate=30,
+    tags=None,
 ):
     """Writes a file whose frame n is stored for times[n] + shift seconds; what is negative an mp4 hides by an edit list.
 
-    The suffix decides the container. turn: degrees. sound: a second of silence from 0 on, beside it. Returns the path.
+    The suffix decides the container. turn: degrees. sound: a second of silence from 0 on, beside it. tags: of the file.
+    Returns the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     suffixes = {".mkv": "matroska", ".webm": "webm", ".avi": "avi", ".mov": "mov"}
     with av.open(str(path), "w", format=suffixes.get(path.suffix.lower(), "mp4"), options=container or {}) as out:
+        out.metadata.update(tags or {})
         stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         avi = path.suffix == ".avi"  # a grid of frames is all that it has
