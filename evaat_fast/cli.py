@@ -23,8 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.command == "train" and arguments.config is None and not arguments.keys:
-        parser.error("train: expected CONFIG.toml; --keys prints one to start from")
+    if arguments.command in ("train", "check") and not getattr(arguments, "keys", False):
+        given = (arguments.config is not None) + (arguments.recipe is not None)
+        if given != 1:
+            also = ", not both" if given else "; train --keys prints one to start from, evaat-fast recipes lists the paper's"
+            parser.error(f"{arguments.command}: expected CONFIG.toml or --recipe NAME{also}")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return _run(arguments)
@@ -79,7 +82,7 @@ def _parser():
     command.set_defaults(run=_commands.demo)
 
     command = commands.add_parser("train", help="train as a TOML file says; --keys lists what it can say")
-    command.add_argument("config", metavar="CONFIG.toml", nargs="?")
+    _add_run(command)
     command.add_argument("--keys", action="store_true", help="print every key with its default and meaning, as a TOML file")
     _add_set(command)
     group = command.add_mutually_exclusive_group()
@@ -87,8 +90,12 @@ def _parser():
     group.add_argument("--overwrite", action="store_true", help="start anew where train.out already holds a run")
     command.set_defaults(run=_commands.train)
 
+    command = commands.add_parser("recipes", help="the paper's runs as configurations; with a NAME, that file")
+    command.add_argument("name", metavar="NAME", nargs="?")
+    command.set_defaults(run=_commands.recipes)
+
     command = commands.add_parser("check", help="what is missing, unreadable or outside its video in a run's data")
-    command.add_argument("config", metavar="CONFIG.toml")
+    _add_run(command)
     command.add_argument("--all", action="store_true", help="read the header of every file, not of each video's ends alone")
     command.add_argument("--json", metavar="FILE", help="write the findings there too, with every clip they touch")
     _add_set(command)
@@ -150,6 +157,14 @@ def _parser():
     )
     command.set_defaults(run=_commands.make_kitchen)
     return parser
+
+
+def _add_run(command):
+    """What `train` and `check` share: a configuration, or a recipe."""
+    command.add_argument("config", metavar="CONFIG.toml", nargs="?")
+    command.add_argument(
+        "--recipe", metavar="NAME", help="instead of a file, one of evaat-fast recipes; paths are this folder's"
+    )
 
 
 def _add_model(command):

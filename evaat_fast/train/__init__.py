@@ -25,6 +25,7 @@ _SUBMODULES = (
     "outcome",
     "packages",
     "ranks",
+    "recipes",
     "report",
     "sampler",
     "schedules",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import outcome as outcome
     from evaat_fast.train import packages as packages
     from evaat_fast.train import ranks as ranks
+    from evaat_fast.train import recipes as recipes
     from evaat_fast.train import report as report
     from evaat_fast.train import sampler as sampler
     from evaat_fast.train import schedules as schedules
