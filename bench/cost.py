@@ -84,7 +84,7 @@ def memory(c: ModelConfig, keep: bool | str = False) -> Memory:
     kept = {False: whole, "selective": 16 * C + 4 * M + 4 * c.vision_heads + 8, True: 6 * C}[keep]
     last = 12 * C + 16 if keep is not True else 4 * C  # computes the class token alone; the first block has no stream yet
     of_video = N * ((c.vision_layers - 1) * kept + last) + (N - 1) * 2 * 3 * c.patch_size**2
-    of_video += 3 * c.image_size**2 * c.num_frames
+    of_video += (N - 1) * 3 * c.patch_size**2  # its pixels
     of_text = L * c.text_layers * {False: 36, "selective": 24, True: 6}[keep] * w
     working = N * ((6 * C + 4 * M) + (whole if keep is True else 0)) - N * last - of_text
     return Memory(4 * P, 4 * P, 8 * P, 2 * matrices(c), of_video + of_text, max(0, working))

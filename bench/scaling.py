@@ -155,6 +155,8 @@ def lines(heads: tuple[str, ...], rows: list[str]) -> str:
 def scaling_table(inputs: Inputs, model: str) -> str:
     """A row for each number of GPUs, of as many clips on each as were measured."""
     names = [name for name in STEPS if (model, name) in inputs.steps]
+    if not names:
+        return "No step of this model was measured."
     alone = {name: predict(inputs, model, name, 1).clips_per_s()[0] for name in names}
     rows = []
     for W in GPUS:
@@ -168,13 +170,15 @@ def scaling_table(inputs: Inputs, model: str) -> str:
         cells += [shown(slow) if W > ETHERNET.node else "", f"{math.ceil(p.clips_per_s()[1] / inputs.decoded):,}"]
         rows.append(row(W, f"{p.batch:,}", *cells))
     each = [f"{head}, {name.removeprefix('ours, ')}" for name in names for head in ("clips/s", "efficiency", "hours")]
-    return lines(("GPUs", "batch", *each, ETHERNET.name, "cores to decode"), rows)
+    return lines(("GPUs", "batch", *each, f"clips/s, {ETHERNET.name}", "cores to decode"), rows)
 
 
 def batch_table(inputs: Inputs) -> str:
     """The paper's batches, shared by few GPUs of 141 GB."""
     rows = []
     for model, N in PAPERS_BATCH.items():
+        if (model, STEPS[0]) not in inputs.steps:
+            continue
         c = config(model)
         for W in (1, 2, 4, 8, 16):
             n, room = N // W, 0.95 * CARDS["H200"]
@@ -224,8 +228,8 @@ def bytes_table(inputs: Inputs) -> str:
     rows = []
     for model in MODELS:
         c = config(model)
-        n = next(m.B for (name, _), m in inputs.steps.items() if name == model)
-        for W in (16, 512):
+        n = next((m.B for (name, _), m in inputs.steps.items() if name == model), 0)
+        for W in (16, 512) if n else ():
             for loss in ("clip", "sms"):
                 found = loss_collectives(loss, n * W, W, c.embed_dim)
                 whole = {
