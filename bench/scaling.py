@@ -231,7 +231,8 @@ def bytes_table(inputs: Inputs) -> str:
         n = next((m.B for (name, _), m in inputs.steps.items() if name == model), 0)
         for W in (16, 512) if n else ():
             for loss in ("clip", "sms"):
-                found = loss_collectives(loss, n * W, W, c.embed_dim)
+                # The trainer's InfoNCE is of float32 features; SMS takes them as the towers give them under autocast.
+                found = loss_collectives(loss, n * W, W, c.embed_dim, feature=4 if loss == "clip" else 2)
                 whole = {
                     kind: sum(x.bytes for x in found if x.kind == kind)
                     for kind in ("all-gather", "reduce-scatter", "all-reduce")
