@@ -33,7 +33,7 @@ CARDS = {"RTX A5000": 24e9, "RTX 6000 Ada": 48e9, "H100": 80e9, "H200": 141e9}
 # anything, of a step within a node and of one between nodes; and which share of the links a protocol reaches.
 RING = {"LL": (6.6e-6, 1.0e-6, 2.7e-6, 0.5), "Simple": (8.4e-6, 3.4e-6, 14.0e-6, 1.0)}
 TREE = {"LL": (6.8e-6, 0.6e-6, 5.0e-6, 0.92 / 3.8), "Simple": (8.4e-6, 4.0e-6, 14.0e-6, 0.92)}
-LL_BYTES_PER_S = 20.4e9  # what LL reaches between several nodes at most, there
+LL_BYTES_PER_S = 141.0e9, 20.4e9  # what LL reaches at most within a node and between several, there
 BUCKETS = (1 * MiB, 25 * MiB)  # the first and the others of torch's DistributedDataParallel
 
 
@@ -74,6 +74,10 @@ class Memory:
         held = self.weights + self.moments + self.casts + clips * self.clip + (self.gradients if ranks > 1 else 0)
         return held + max(self.gradients + scratch, clips * self.working)
 
+    def of_benchmark(self, clips: int) -> int:
+        """Of bench/train.py, which lets go of gradients before a step, and keeps a copy of the first step's to compare with."""
+        return self.weights + self.moments + self.casts + self.gradients + clips * (self.clip + self.working)
+
 
 def memory(c: ModelConfig, keep: bool | str = False) -> Memory:
     """The model's. keep: model.grad_checkpointing, False, "selective" or True."""
@@ -86,8 +90,10 @@ def memory(c: ModelConfig, keep: bool | str = False) -> Memory:
     of_video = N * ((c.vision_layers - 1) * kept + last) + (N - 1) * 2 * 3 * c.patch_size**2
     of_video += (N - 1) * 3 * c.patch_size**2  # its pixels
     of_text = L * c.text_layers * {False: 36, "selective": 24, True: 6}[keep] * w
-    working = N * ((6 * C + 4 * M) + (whole if keep is True else 0)) - N * last - of_text
-    return Memory(4 * P, 4 * P, 8 * P, 2 * matrices(c), of_video + of_text, max(0, working))
+    # Gradients of the stream, the branch and fc1's output, and the block that is computed again. By then the text tower and the
+    # last block have let go of theirs, which is counted all the same, as workspaces of products and attention are not.
+    working = N * (6 * C + 4 * M + (whole if keep is True else 0))
+    return Memory(4 * P, 4 * P, 8 * P, 2 * matrices(c), of_video + of_text, working)
 
 
 def loss_scratch(n: int, N: int, E: int) -> int:
@@ -152,7 +158,7 @@ def seconds(kind: str, size: float, W: int, cluster: Cluster, rate: float = 1.0)
     steps, between = times * (W - 1), times * (nodes - 1)
     ways = []
     for name, (base, near, far, share) in RING.items():
-        reached = min(links * share, LL_BYTES_PER_S) if name == "LL" and nodes > 1 else links * share
+        reached = min(links * share, LL_BYTES_PER_S[nodes > 1]) if name == "LL" else links * share
         ways.append(base + (steps - between) * near + between * far + size * steps / W / reached)
     for base, near, far, share in TREE.values() if kind == "all-reduce" else ():
         latency = base + 2 * ((W / nodes - 1) * near + math.log2(nodes) * far)

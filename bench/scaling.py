@@ -198,8 +198,7 @@ def memory_table(inputs: Inputs) -> str:
     for r in inputs.rows:
         shape = r["shape"]
         c = get_config(shape["model"], num_frames=shape["T"])
-        # The benchmark lets go of gradients before a step, as the trainer does after the loss, but keeps a copy of the first.
-        predicted = memory(c).peak(shape["B"]) / MiB
+        predicted = memory(c).of_benchmark(shape["B"]) / MiB
         cells = (shape["model"], shape["B"], shape["T"], r["provider"], f"{r['peak_mib']:,.0f}", f"{predicted:,.0f}")
         rows.append(row(*cells, f"{100 * (predicted / r['peak_mib'] - 1):+.1f} %"))
     return lines(("model", "clips", "frames", "step", "measured, MiB", "predicted, MiB", "off by"), rows)
@@ -224,7 +223,7 @@ def largest_table(inputs: Inputs) -> str:
 
 
 def bytes_table(inputs: Inputs) -> str:
-    """What travels in a step, and what of it a rank sends."""
+    """What travels in a step, what of it a rank sends, and what the loss holds meanwhile."""
     rows = []
     for model in MODELS:
         c = config(model)
@@ -241,9 +240,10 @@ def bytes_table(inputs: Inputs) -> str:
                 gradients = Collective("gradients", "all-reduce", 4 * parameters(c))
                 cells = [f"{short(x / 1e6)} MB" if x else "–" for x in whole.values()]
                 cells += [f"{short(sent / 1e6)} MB", f"{short(gradients.sent(W) / 1e6)} MB"]
+                cells += [f"{short(loss_scratch(n, n * W, c.embed_dim) / 1e6)} MB"]
                 rows.append(row(f"{model}, {loss}", W, f"{n * W:,}", *cells))
     heads = ("model, loss", "GPUs", "pairs", "all-gathered", "reduce-scattered", "all-reduced")
-    return lines((*heads, "a GPU sends of these", "and of DDP's gradients"), rows)
+    return lines((*heads, "a GPU sends of these", "and of DDP's gradients", "the loss holds"), rows)
 
 
 def inputs_table(inputs: Inputs) -> str:

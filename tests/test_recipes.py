@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import formats
 import pytest
@@ -13,6 +14,7 @@ from evaat_fast.train import recipes
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import read
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = tuple(f"{run}-{size}" for run in ("charades-ego", "egoclip", "egoclip-plus", "ek100-mir") for size in "bl")
 # The same models, of few and narrow layers; frames, losses, schedules and how clips are read stay the recipe's.
 NARROW = {
@@ -107,6 +109,22 @@ def test_models_and_corpora_differ_in_nothing_else():
         assert differing(f"{run}-b", f"{run}-l") <= NEITHER_SAYS_MORE
     for size in "bl":
         assert differing(f"egoclip-{size}", f"egoclip-plus-{size}") == {"data.kind", "data.annotations", "train.out"}
+
+
+# What a page has of its own: where things lie, and a batch and blocks for one GPU.
+ITS_OWN = {"data.annotations", "data.videos", "train.out", "train.init", "train.batch_size", "model.grad_checkpointing"}
+
+
+@pytest.mark.parametrize("page,name", [("ego4d", "egoclip-b"), ("ek100", "ek100-mir-b"), ("charades-ego", "charades-ego-b")])
+def test_the_walk_throughs_say_the_same(page, name):
+    tomllib = pytest.importorskip("tomllib")
+    text = (ROOT / "docs" / "datasets" / f"{page}.md").read_text()
+    assert f"evaat-fast recipes {name}`" in text
+    values, said = values_of(name), tomllib.loads(re.search(r"^```toml\n(.*?)^```$", text, re.S | re.M)[1])
+    for section, keys in said.items():
+        for key, value in keys.items():
+            if f"{section}.{key}" not in ITS_OWN | {"model.pretrained"}:  # a file there, the same weights' tag here
+                assert values[f"{section}.{key}"] == value, f"{section}.{key}"
 
 
 @pytest.fixture(scope="module")
