@@ -18,6 +18,7 @@ CASES = {
     "clip": ["loss.name=clip", "loss.learnable_temperature=true", "optim.clip_norm=1.0"],
     "sms": ["loss.name=sms", "data.positive=relevant"],
     "dropped": ["loss.name=clip", "model.patch_dropout=0.5", "model.grad_checkpointing=selective"],
+    "cached": ["loss.learnable_temperature=true", "model.patch_dropout=0.5", "train.micro_batch=5"],
 }
 
 
@@ -57,6 +58,7 @@ if __name__ == "__main__":
     path, folder, *worlds = sys.argv[1:]
     os.environ.pop("WORLD_SIZE", None)
     for name, overrides in CASES.items():
+        overrides = [text for text in overrides if "micro_batch" not in text]  # alone with the whole batch at once
         torch.save(trained(load(path, overrides), Ranks()), Path(folder) / f"{name}.pt")
     for world in map(int, worlds):
         mp.spawn(main, (world, path, folder), world)
