@@ -96,6 +96,7 @@ def check(arguments: argparse.Namespace) -> int | None:
             print(f"  {len(report.broken)} clips ({100 * report.share:.3g} %) cannot be used, more than {100 * allowed:g} %")
     if arguments.json:
         text = json.dumps(record, indent=1) + "\n"
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.json, lambda file: file.write(text.encode()))
     return 1 if wrong else 0
 

@@ -34,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("interrupted" + ("; --resume continues" if arguments.command == "train" else ""), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        goes_on = {"train": "; --resume continues", "demo": "; the same command continues"}.get(arguments.command, "")
+        if text := "interrupted" if type(stop) is KeyboardInterrupt else str(stop):  # of several processes one speaks
+            print(text + goes_on, file=sys.stderr)
+        return getattr(stop, "status", 130)
 
 
 def _run(arguments):

@@ -4,14 +4,13 @@
 """
 
 import contextlib
-import copy
 import itertools
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from operator import methodcaller
 from pathlib import Path
@@ -24,7 +23,7 @@ from evaat_fast._files import write_atomically
 from evaat_fast.data.choices import FRAMES
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.train import evaluation, inputs, packages, trainer
-from evaat_fast.train.config import KEYS, Config, load, parse_override, with_values
+from evaat_fast.train.config import absolute, load, parse_override, with_values
 from evaat_fast.train.log import Progress, read
 
 STAGES = ("pretrain", "finetune")
@@ -169,17 +168,6 @@ def _configs(out, seed, quick, overrides):
             names = dict.fromkeys(".".join(parse_override(text)[0].split(".")[:2]) for text in changes)
             texts[stage] = with_values(path.read_text(), absolute(configs[stage], names), names).encode()
     return configs, texts
-
-
-def absolute(config: Config, names: Iterable[str]) -> Config:
-    """A copy of the configuration in which those of the keys that are paths are absolute."""
-    config = copy.deepcopy(config)
-    for name in names:
-        section, leaf = name.split(".")
-        value = getattr(getattr(config, section), leaf)
-        if KEYS[name].metadata.get("path") and value:
-            setattr(getattr(config, section), leaf, str(Path(value).resolve()))
-    return config
 
 
 def quick_overrides(stage: str, corpus: Path) -> list[str]:
