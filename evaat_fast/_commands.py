@@ -31,7 +31,13 @@ def doctor(arguments: argparse.Namespace) -> int | None:
 def demo(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import demo
 
-    demo.run(arguments.out, seed=arguments.seed, quick=arguments.quick, overrides=arguments.overrides)
+    demo.run(
+        arguments.out,
+        seed=arguments.seed,
+        quick=arguments.quick,
+        overrides=arguments.overrides,
+        overwrite=arguments.overwrite,
+    )
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -80,6 +80,7 @@ def _parser():
     command.add_argument("--out", default="demo", metavar="DIR", help="folder of the corpus, the runs and the page (demo)")
     command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and crops (0)")
     command.add_argument("--quick", action="store_true", help="a tiny corpus and few epochs, to see that all of it works")
+    command.add_argument("--overwrite", action="store_true", help="train anew, and do not go on where an earlier one was")
     _add_set(command, "for both stages")
     command.set_defaults(run=_commands.demo)
 

@@ -42,8 +42,8 @@ def backward(
     Returns:
         The loss, detached.
     """
-    distributed = isinstance(towers, nn.parallel.DistributedDataParallel)
-    inner: nn.Module = towers.module if distributed else towers  # type: ignore[assignment]
+    wrapped = towers if isinstance(towers, nn.parallel.DistributedDataParallel) else None
+    inner: nn.Module = towers if wrapped is None else wrapped.module
     with torch.no_grad():
         found = []
         for part in parts(batch, size):
@@ -58,7 +58,7 @@ def backward(
     starts = range(0, len(video), size)
     for start, part in zip(starts, parts(batch, size), strict=True):
         last = start == starts[-1]
-        silent = towers.no_sync() if distributed and not last else contextlib.nullcontext()
+        silent = contextlib.nullcontext() if wrapped is None or last else wrapped.no_sync()
         with silent:
             with autocast():
                 embedded = towers(*part)

@@ -41,7 +41,7 @@ class Log:
         if path is None:
             return
         earlier = read(path) if keep or steps else []
-        kept = [r for r in earlier if r["epoch"] <= keep or (r["event"] == "step" and r["step"] <= steps)]
+        kept = [r for r in earlier if r["epoch"] <= keep or (r["event"] == "step" and r.get("step", steps + 1) <= steps)]
         self.evaluated = {r["epoch"] for r in kept if r["event"] == "eval"}
         lines = "".join(json.dumps(r) + "\n" for r in kept)
         write_atomically(path, lambda file: file.write(lines.encode()))
