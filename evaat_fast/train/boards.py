@@ -50,7 +50,8 @@ class WandB:
         )
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log(_numbers(event, values), step=step)
+        if numbers := _numbers(event, values):
+            self._run.log(numbers, step=step)
 
     def close(self) -> None:
         self._run.finish()
