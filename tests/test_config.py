@@ -95,6 +95,8 @@ def test_bad_overrides(text):
         ("loss.name=smss", r"loss.name: expected one of clip, sms, got 'smss'; did you mean 'sms'\?"),
         ("eval.frames=frosen", r"eval.frames: expected one of .*; did you mean 'frozen'\?"),
         ("train.processes=2", "train.processes: torchrun starts several"),
+        ("optim=3", "--set: optim: expected section.key, as optim.name: it is a section, of optim.name, optim.lr, "),
+        ("optim.layer_decay=0", "optim.layer_decay: expected a value above 0"),
         ("schedule.warmup_epochs=2", "schedule.warmup_epochs: expected at most train.epochs=1"),
         ("schedule.end_lr=2", "schedule.end_lr: expected at most optim.lr=1.0"),
         ("model.name=eva02_at_tiny", r"model.name: .*did you mean 'eva02_at_tiny_patch16_64'"),

@@ -218,6 +218,16 @@ def test_a_batch_that_cannot_be_had_loses_nothing(configure, whole):
     assert_same_run(train(config, resume=True, quiet=True), whole)
 
 
+def test_a_batch_that_cannot_be_computed_loses_nothing(configure, whole):
+    config = configure(*OPTIONS)
+    with at_step(5, lambda loss: 1 / 0), pytest.raises(ZeroDivisionError):
+        train(config, quiet=True)
+    with at_step(4, lambda loss: 1 / 0), pytest.raises(ZeroDivisionError):
+        train(config, resume=True, quiet=True)
+    assert checkpoint.read(Path(config.train.out) / "last.pt")["within"]["step"] == 1
+    assert_same_run(train(config, resume=True, quiet=True), whole)
+
+
 def test_a_checkpoint_that_was_cut_short(configure):
     path = train(configure("train.epochs=1"), quiet=True)["checkpoint"]
     path.write_bytes(path.read_bytes()[:100_000])

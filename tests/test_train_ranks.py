@@ -98,7 +98,7 @@ sys.exit(main(sys.argv[1:]))
         str(tmp_path / "fails.py"),
     ]
     toml = [str(tmp_path / "run.toml"), "--set", "model.patch_dropout=0.5"]
-    run = subprocess.run([*command, "train", *toml], capture_output=True, text=True, env=environment(), timeout=90)
+    run = subprocess.run([*command, "train", *toml], capture_output=True, text=True, env=environment(), timeout=60)
     assert run.returncode != 0 and "ZeroDivisionError" in run.stderr
 
 

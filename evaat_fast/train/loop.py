@@ -4,6 +4,7 @@ Crops, frames, texts and the order of the clips are functions of (seed, epoch, n
 it.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -67,6 +68,10 @@ class _Launched:
     loss: Callable[[], float]
     norm: Callable[[], float]
 
+    def good(self, loss: float, norm: float) -> bool:
+        """Whether `Steps` has updated anything, which it judges alike."""
+        return math.isfinite(loss) and math.isfinite(norm) and loss <= self.limit
+
 
 class Loop:
     """Trains epoch by epoch.
@@ -127,15 +132,15 @@ class Loop:
             return dataclasses.replace(at, step=last.step + 1, loss=at.loss + loss, waited=at.waited + last.waited)
 
         for step in range(at.step, len(sampler)):
-            try:
-                batch, waited = next(batches)
-            except Exception:
-                self._rescue(settled(at), began)
-                raise
             lr, limit = self._rate(at.epoch, step), self._limit(at.epoch * len(sampler) + step)
             steps.set_lr(lr)
             steps.set_limit(limit)
-            loss = later(steps(batch))
+            try:
+                batch, waited = next(batches)
+                loss = later(steps(batch))
+            except Exception:
+                self._rescue(at, pending, began)
+                raise
             launched = _Launched(step, lr, limit, waited, loss, later(steps.norm))
             if self._own == 0:
                 self.told.meter.know(steps.model, batch["text"].shape[1], config.model.patch_dropout)
@@ -201,15 +206,15 @@ class Loop:
     def _judge(self, at: Position, last: _Launched, loss: float, norm: float, began: float) -> None:
         """Raises Diverged where a step was bad. Neither it nor the one behind it has changed anything: see `Steps.bad`."""
         length, total = len(self.given.sampler), self.config.train.epochs * len(self.given.sampler)
+        if last.good(loss, norm):
+            return
         if not math.isfinite(loss):
             what, advice = f"the loss is {loss}", "Lower optim.lr, lengthen schedule.warmup_epochs or set optim.clip_norm"
         elif not math.isfinite(norm):
             what, advice = f"the gradient's norm is {norm}", "Lower optim.lr or lengthen schedule.warmup_epochs"
-        elif loss > last.limit:
+        else:
             what = f"the loss is {loss:.4g}, above the {last.limit:.4g} that train.spike = {self.config.train.spike:g} allows,"
             advice = "Look at its clips; --resume goes on before them, with another train.spike or optim.clip_norm"
-        else:
-            return
         step = at.epoch * length + last.step + 1
         ids = [str(self.given.data.table.id(row)) for row in self._rows(at.epoch, last.step)]
         self.told.log.write("diverged", at.epoch + 1, step=step, loss=loss, grad_norm=norm, clips=ids)
@@ -232,8 +237,8 @@ class Loop:
         words.append(told.meter.line())
         told.progress.live("  ".join(filter(None, words)))
 
-    def _now(self, at: Position, began: float) -> Position:
-        replaced = self.replaced() - self._replaced
+    def _now(self, at: Position, began: float, replaced: int | None = None) -> Position:
+        replaced = (self.replaced() if replaced is None else replaced) - self._replaced
         seconds = time.perf_counter() - began
         return dataclasses.replace(at, seconds=seconds, replaced=replaced, recent=tuple(loss for _, loss in self._recent))
 
@@ -243,7 +248,18 @@ class Loop:
         self.save(at, must)
         return at
 
-    def _rescue(self, at: Position, began: float) -> None:
-        """Saves what was trained before a batch that could not be had. Of several processes only this one knows of it."""
-        if self.steps.ranks.group is None and self._own:
-            self._saved(at, began)
+    def _rescue(self, at: Position, pending: _Launched | None, began: float) -> None:
+        """Saves what was trained before a batch that could not be had or computed. It asks the other processes for nothing, as
+        nobody knows what they do."""
+        if pending is None or self.steps.updating or not self.steps.ranks.main:
+            return
+        with contextlib.suppress(
+            Exception
+        ):  # the device may be what is broken; the error that brought us here is the one to see
+            loss, norm = pending.loss(), pending.norm()
+            if pending.good(loss, norm):
+                self._tell(at, pending, loss, norm)
+                self._recent.append((at.epoch * len(self.given.sampler) + pending.step, loss))
+                at = dataclasses.replace(at, step=pending.step + 1, loss=at.loss + loss, waited=at.waited + pending.waited)
+                self.told.log.sync()
+                self.save(self._now(at, began, self.given.data.replaced))

@@ -35,6 +35,7 @@ class Steps:
         average: of the weights, updated after each step.
 
     Attributes:
+        updating: whether an update began that has not ended, as where it failed.
         norm: of the last step's gradient, a scalar on the device, before clipping.
         bad: a scalar on the device, 1 once a loss or a gradient was not finite, or a loss above `limit`: from that step on
             nothing is updated, so that the weights are those before it by the time the host hears of it.
@@ -58,7 +59,7 @@ class Steps:
             # several passes it would average the first alone, as it takes the first it sees for a whole step.
             ddp, whole = torch.nn.parallel.DistributedDataParallel, not config.train.micro_batch
             self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole)
-        self.norm = torch.zeros((), device=device)
+        self.norm, self.updating = torch.zeros((), device=device), False
         self.bad, self._limit = torch.zeros((), device=device), torch.full((), math.inf, device=device)
         setattr(optimizer, "found_inf", self.bad)  # noqa: B010, where GradScaler sets it, too, and optimisers look for it
         self.table = table.to(device)
@@ -130,12 +131,14 @@ class Steps:
         self.norm = gradient_norm(self.masters.parameters, self.config.optim.clip_norm)
         good = torch.isfinite(loss.detach()) & torch.isfinite(self.norm) & (loss.detach() <= self._limit)
         self.bad.copy_(torch.maximum(self.bad, 1 - good.to(self.bad.dtype)))
+        self.updating = True
         self.optimizer.step()
         self.masters.give_weights()
         if self.config.loss.learnable_temperature:
             self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
         if self.average is not None:
             self.average.update(self.bad)
+        self.updating = False
         return loss.detach()
 
     def _cached(self, batch: Mapping[str, Tensor]) -> Tensor:
