@@ -271,6 +271,8 @@ def check(config: Config, source: str = "config", *, training: bool = True) -> N
         raise ConfigError(f"{source}: loss.name: 'sms' needs labels, and data.kind = {config.data.kind!r} has none; use 'clip'")
     if training and config.train.init and config.model.pretrained:
         raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")
+    if 0 < config.train.spike <= 1:
+        raise ConfigError(f"{source}: train.spike: expected 0, for never, or a value above 1, got {config.train.spike!r}")
     if config.train.micro_batch and config.train.cuda_graph:
         raise ConfigError(f"{source}: train.micro_batch: not with train.cuda_graph, which replays a step of one piece")
     if config.optim.name == "lamb" and config.train.cuda_graph:

@@ -134,7 +134,8 @@ class Loop:
         for step in range(at.step, len(sampler)):
             lr, limit = self._rate(at.epoch, step), self._limit(at.epoch * len(sampler) + step)
             steps.set_lr(lr)
-            steps.set_limit(limit)
+            if config.train.spike:
+                steps.set_limit(limit)
             try:
                 batch, waited = next(batches)
                 loss = later(steps(batch))
@@ -199,7 +200,7 @@ class Loop:
         """The largest loss that a step of the run may have."""
         # Of losses that are known by then whether or not the run was saved meanwhile.
         known = [loss for number, loss in self._recent if number < step - 1][-_SPIKE_OF:]
-        if not self.config.train.spike or len(known) < _SPIKE_FROM:
+        if not self.config.train.spike or len(known) < _SPIKE_FROM or max(known) <= 0:
             return math.inf
         return torch.tensor(self.config.train.spike * max(known)).item()  # as the device has it, a float32
 

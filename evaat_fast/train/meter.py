@@ -31,7 +31,8 @@ def matmul_peak(device: torch.device, size: int = 8192) -> float | None:
     """FLOP per second of a large bfloat16 product, measured in some 0.1 s on a GPU; None elsewhere."""
     if device.type != "cuda":
         return None
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # a run's own draws stay what they are
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16, generator=own) for _ in range(2))
     best = float("inf")
     for _ in range(4):  # the first warms up
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -41,6 +42,8 @@ def matmul_peak(device: torch.device, size: int = 8192) -> float | None:
         end.record()
         end.synchronize()
         best = min(best, begin.elapsed_time(end) / 4e3)
+    del a, b
+    torch.cuda.reset_peak_memory_stats(device)
     return 2.0 * size**3 / best
 
 
