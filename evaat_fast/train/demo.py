@@ -265,13 +265,13 @@ def _step_seconds(config, device, wanted):
     """Of a step of a stage, the fastest of a few."""
     if not wanted:
         return 0.0
-    model = (
-        trainer.build_model(dataclasses.replace(config, train=dataclasses.replace(config.train, init=""))).to(device).train()
-    )
+    fresh = dataclasses.replace(config, train=dataclasses.replace(config.train, init=""))
+    model = trainer.build_model(fresh).to(device).train()
     masters, size, shape = Masters(model), config.train.batch_size, model.config
-    kinds = torch.arange(size)
+    frames, rows, columns = shape.grid
+    pixels, kinds = (rows * shape.patch_size, columns * shape.patch_size), torch.arange(size)
     batch = {
-        "video": torch.randint(0, 256, (size, shape.num_frames, shape.image_size, shape.image_size, 3), dtype=torch.uint8),
+        "video": torch.randint(0, 256, (size, frames, *pixels, 3), dtype=torch.uint8),
         "text": torch.randint(1, shape.vocab_size, (size, 12)),
         "kind": kinds,
         "text_kind": kinds,

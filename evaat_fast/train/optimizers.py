@@ -12,7 +12,9 @@ from evaat_fast.train.lamb import Lamb
 from evaat_fast.train.masters import Masters
 
 _BLOCK = re.compile(r"(visual\.blocks|text\.transformer\.resblocks)\.(\d+)\.")
-_EMBEDDING = re.compile(r"visual\.(patch_embed\.|cls_token|pos_embed|temporal_embed)|text\.(token_|positional_)embedding")
+_EMBEDDING = re.compile(
+    r"visual\.(patch_embed\.|cls_token|pos_embed|temporal_embed|norm_pre\.)|text\.(token_|positional_)embedding"
+)
 
 
 def depth(name: str, model: EVA02AT) -> int:
