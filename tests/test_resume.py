@@ -304,3 +304,37 @@ def test_what_is_asked_is_not_what_was(configure):
     train(configure(*OPTIONS, "train.epochs=1"), quiet=True)
     with pytest.raises(ConfigError, match="made with train.ema = 0.0, this run has 0.9"):
         train(configure(*OPTIONS, "train.epochs=1", "train.ema=0.9"), resume=True, quiet=True)
+
+
+def test_time_to_save_is_said_once_and_a_failure_is_tried_again(configure, monkeypatch):
+    now, written, said = [1000.0], [], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    full = False
+
+    def write(at):
+        if full:
+            raise OSError(28, "No space left on device")
+        written.append(at)
+
+    save = checkpoint.Saver(write, configure("train.save_minutes=30"), True, said.append)
+    assert not save.due(1)
+    now[0] += 1801
+    assert save.due(2) and not save.due(3)  # of several processes all save a step after one has asked
+    save(checkpoint.Position(0, 3))
+    assert written == [checkpoint.Position(0, 3)] and not save.due(4)
+    now[0] += 1801
+    full = True
+    assert save.due(5)
+    save(checkpoint.Position(0, 6))
+    assert said == [
+        "last.pt could not be written (No space left on device); that of epoch 1, after 3 steps of it stands; tries again"
+    ]
+    now[0] += 61
+    full = False
+    assert save.due(7)
+    save(checkpoint.Position(1, 0))
+    now[0] += 61
+    assert written[-1] == checkpoint.Position(1) and not save.due(8)
+    other = checkpoint.Saver(write, configure("train.save_steps=1"), False, said.append)
+    other(checkpoint.Position(2))
+    assert not other.due(1) and len(written) == 2

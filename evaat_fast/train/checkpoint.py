@@ -101,13 +101,15 @@ class Saver:
     def __init__(self, write: Callable[[Position], None], config: Config, main: bool, say: Callable[[str], object]):
         self._write, self._main, self._say = write, main, say
         self._steps, self._seconds = config.train.save_steps, 60 * config.train.save_minutes
-        self._last, self._failed = time.monotonic(), False
+        self._last, self._failed, self._asked = time.monotonic(), False, False
         self.at: Position | None = None  # what the file holds
 
     def due(self, step: int) -> bool:
         """Whether the run should be saved after so many steps of its own, in the midst of an epoch."""
         late = self._seconds and time.monotonic() - self._last > (min(self._seconds, 60) if self._failed else self._seconds)
-        return self._main and bool(late or (self._steps and step % self._steps == 0))
+        due = self._main and bool((late and not self._asked) or (self._steps and step % self._steps == 0))
+        self._asked = self._asked or due  # once: of several processes all save a step later
+        return due
 
     def __call__(self, at: Position, must: bool = False) -> None:
         """Saves. What fails is said, and tried again within a minute: the run goes on, and the older file stands.
@@ -128,7 +130,7 @@ class Saver:
                 raise OSError(f"train.out: {text}") from error
             self._failed = True
             self._say(f"{text}; tries again")
-        self._last = time.monotonic()
+        self._last, self._asked = time.monotonic(), False
 
 
 def fingerprint(rows: np.ndarray) -> dict[str, int]:

@@ -86,7 +86,7 @@ class Loop:
         self._own = 0  # steps since the process began
         self._recent: deque[tuple[int, float]] = deque(maxlen=_SPIKE_OF + 2)  # (step of the run, its loss)
         self._replaced = 0  # of all processes, when the epoch began
-        self.stopping = False
+        self.heard = 0  # what a process wished in the last step of an epoch: 0, SAVE or STOP
 
     def replaced(self) -> int:
         """How many clips of this process's life could not be read, on all processes together."""
@@ -99,7 +99,7 @@ class Loop:
             at: where the run stands. rng: of the checkpoint that it goes on from in the midst of an epoch.
 
         Returns:
-            Where it stands after the last step, which is still of this epoch. `stopping` says whether the run should end here.
+            Where it stands after the last step, which is still of this epoch. `heard` says whether it should be saved or end.
 
         Raises:
             Diverged: a step was bad; Stopped: a signal came; what was trained is saved.
@@ -156,7 +156,7 @@ class Loop:
         at = settled(at)
         heard = max(heard, self._wishes.last())
         assert at.step == len(sampler) > given.step
-        self.stopping = heard == STOP
+        self.heard = heard
         return self._now(at, began)
 
     def stop(self, at: Position) -> None:

@@ -22,8 +22,8 @@ from evaat_fast.train.averaging import Average
 from evaat_fast.train.checkpoint import Position
 from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Log, Progress, duration
+from evaat_fast.train.loop import STOP, Inputs, Loop, Told
 from evaat_fast.train.loop import Diverged as Diverged
-from evaat_fast.train.loop import Inputs, Loop, Told
 from evaat_fast.train.masters import Masters
 from evaat_fast.train.meter import Meter, matmul_peak
 from evaat_fast.train.ranks import Ranks, started
@@ -113,6 +113,7 @@ def _train(
     average = Average(masters, config.train.ema) if config.train.ema else None
     if stored:
         checkpoint.restore(stored, masters, optimizer, last, average)
+        stored = {name: stored[name] for name in ("config", "rng")}  # weights and moments lie in the host's memory else
     fit_optimizer(optimizer, config, device)
     table = torch.zeros(0, 0) if data.relevancy_table is None else data.relevancy_table
     steps = Steps(masters, optimizer, table, config, device, ranks, average)
@@ -178,10 +179,10 @@ def _train(
                 at = Position(epoch, recent=at.recent)
                 # Before the evaluation, which a test clip that cannot be decoded ends.
                 final = epoch == config.train.epochs
-                if loop.stopping or due(epoch) or final or epoch % config.train.save_every == 0:
+                if loop.heard or due(epoch) or final or epoch % config.train.save_every == 0:
                     log.sync()
-                    save(at, must=final or loop.stopping)
-                if loop.stopping:
+                    save(at, must=final or loop.heard == STOP)
+                if loop.heard == STOP:
                     progress.say(line)
                     loop.stop(at)
                 if due(epoch):
