@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from evaat_fast.data.labels import LabelledClips
-from evaat_fast.train import inputs, load, steps, trainer
+from evaat_fast.train import checkpoint, inputs, load, steps, trainer
 from evaat_fast.train.masters import Masters
 from evaat_fast.train.ranks import Ranks
 
@@ -22,21 +22,36 @@ CASES = {
 }
 
 
-def trained(config, ranks):
-    """Losses of STEPS steps, and the parameters after them, all float64."""
+def trained(config, ranks, broken=None):
+    """Losses of STEPS steps, and the parameters after them, all float64. broken: a file; half-way, in the midst of an epoch, all
+    is saved there, thrown away and begun anew from there."""
     device, data = torch.device("cpu"), inputs.splits(config).train
     assert isinstance(data, LabelledClips)
-    model = trainer.build_model(config).double().train()
-    masters = Masters(model)
-    run = steps.Steps(masters, steps.build_optimizer(model, config, masters), data.relevancy_table, config, device, ranks)
     sampler, losses = inputs.sampler(config, data), []
-    for epoch in range(STEPS):
-        data.set_epoch(epoch)
-        sampler.epoch = epoch
-        for batch in inputs.loader(config, data, sampler, inputs.tokenizer(config), device, ranks):
+
+    def begun():
+        masters = Masters(trainer.build_model(config).double().train())
+        optimizer = steps.build_optimizer(masters.model, config, masters)
+        return masters, optimizer, steps.Steps(masters, optimizer, data.relevancy_table, config, device, ranks)
+
+    masters, optimizer, run = begun()
+    at = checkpoint.Position()
+    while len(losses) < STEPS:
+        data.set_epoch(at.epoch)
+        sampler.epoch = at.epoch
+        for batch in inputs.loader(config, data, sampler, inputs.tokenizer(config), device, ranks, at.step):
             losses.append(run(batch).item())
+            at = checkpoint.Position(at.epoch, at.step + 1)
+            if broken and len(losses) == STEPS // 2 - 1:
+                checkpoint.save(broken, masters, optimizer, at, config)
+                masters, optimizer, run = begun()
+                checkpoint.restore(checkpoint.read(broken), masters, optimizer, broken)
+                break
             if len(losses) == STEPS:
-                return losses, {name: p.detach().clone() for name, p in masters.parameters.items()}
+                break
+        else:
+            at = checkpoint.Position(at.epoch + 1)
+    return losses, {name: p.detach().clone() for name, p in masters.parameters.items()}
 
 
 def main(rank, world, path, folder):
@@ -44,7 +59,7 @@ def main(rank, world, path, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     ranks = Ranks(rank, world, dist.group.WORLD)
     for name, overrides in CASES.items():
-        losses, weights = trained(load(path, overrides), ranks)
+        losses, weights = trained(load(path, overrides), ranks, f"{folder}/{name}-{rank}-of-{world}.pt")
         alone, expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone), rtol=1e-10, atol=1e-12)
         for key, value in weights.items():

@@ -28,7 +28,7 @@ from evaat_fast.train import checkpoint, evaluation, inputs, packages, trainer
 from evaat_fast.train.config import absolute, load, parse_override, with_values
 from evaat_fast.train.log import Progress, duration, read
 from evaat_fast.train.masters import Masters
-from evaat_fast.train.steps import Steps, build_optimizer
+from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer
 
 STAGES = ("pretrain", "finetune")
 # What --quick changes: enough to see every part work, not enough to learn the verbs.
@@ -276,7 +276,9 @@ def _step_seconds(config, device, wanted):
         "kind": kinds,
         "text_kind": kinds,
     }
-    steps, times = Steps(masters, build_optimizer(model, config, masters), torch.eye(size), config, device), []
+    optimizer, times = build_optimizer(model, config, masters), []
+    fit_optimizer(optimizer, config, device)
+    steps = Steps(masters, optimizer, torch.eye(size), config, device)
     for _ in range(4):
         begin = time.perf_counter()
         steps(batch).item()

@@ -158,8 +158,10 @@ def _train(
         with signals:
             _begin(told, config, at, stored, model, given, device, ranks, resume)
             if stored and not at.step and due(at.epoch):  # it ended while it was evaluated, or after all of it
-                metrics = evaluated()
-                if ranks.main and at.epoch not in log.evaluated:
+                missing = ranks.gather(at.epoch not in log.evaluated)[0]
+                if missing or at.epoch == config.train.epochs:
+                    metrics = evaluated()
+                if missing and metrics is not None:
                     log.write("eval", at.epoch, **metrics)
             rng = stored["rng"] if stored and at.step else None
             while at.epoch < config.train.epochs:
