@@ -23,7 +23,7 @@ CASES = {
 
 
 def trained(config, ranks, broken=None):
-    """Losses of STEPS steps, and the parameters after them, all float64. broken: a file; half-way, in the midst of an epoch, all
+    """Losses of STEPS steps, and the parameters after them, all float64. broken: a file; half-way, within an epoch, all
     is saved there, thrown away and begun anew from there."""
     device, data = torch.device("cpu"), inputs.splits(config).train
     assert isinstance(data, LabelledClips)
