@@ -55,7 +55,7 @@ def logged(folder):
     return [r for r in read(folder / "log.jsonl") if r["event"] in ("step", "eval")]
 
 
-def test_torchrun_trains_writes_once_and_is_continued_by_another_number_of_processes(tmp_path):
+def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
     configuration(tmp_path)
     toml, epochs = str(tmp_path / "run.toml"), ["--set", "train.epochs=3"]
 
@@ -67,13 +67,19 @@ def test_torchrun_trains_writes_once_and_is_continued_by_another_number_of_proce
     run = torchrun(2, "train", toml, *into("two"))
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("epoch 3/3") == 1 and "on cpu and 1 more" in run.stdout
-    # Half-way on two processes, the rest on one.
-    run = torchrun(2, "train", toml, *into("both"), "--set", "train.save_every=2", "--set", "optim.lr=1e-3")
+    run = torchrun(2, "train", toml, *into("shared"), "--set", "train.parallel=fsdp")
     assert run.returncode == 0, run.stderr[-2000:]
-    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys() and a["event"] == b["event"]
-        assert a["event"] == "eval" or b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    one = logged(tmp_path / "one")
+    for name in ("two", "shared"):
+        for a, b in zip(one, logged(tmp_path / name), strict=True):
+            assert a.keys() == b.keys() and a["event"] == b["event"]
+            assert a["event"] == "eval" or b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    # What processes that share the weights out wrote, one process evaluates as they did.
+    run = alone("eval", "--checkpoint", str(tmp_path / "shared" / "last.pt"), "--json", str(tmp_path / "found.json"))
+    assert run.returncode == 0, run.stderr[-2000:]
+    found, said = json.loads((tmp_path / "found.json").read_text()), logged(tmp_path / "shared")[-1]
+    names = [name for name in said if name in found and isinstance(said[name], float)]
+    assert len(names) > 5 and all(found[name] == pytest.approx(said[name], abs=0.05) for name in names), (found, said)
 
 
 def test_a_process_that_fails_ends_the_run(tmp_path):

@@ -44,6 +44,7 @@ _SUBMODULES = (
     "sampler",
     "schedules",
     "sections",
+    "shards",
     "setup",
     "steps",
     "stop",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import schedules as schedules
     from evaat_fast.train import sections as sections
     from evaat_fast.train import setup as setup
+    from evaat_fast.train import shards as shards
     from evaat_fast.train import steps as steps
     from evaat_fast.train import stop as stop
     from evaat_fast.train import tasks as tasks

@@ -20,6 +20,7 @@ from evaat_fast._files import write_atomically
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.config import Config, absolute
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.shards import parts_of, whole
 
 LAST = "last.pt"
 
@@ -54,6 +55,7 @@ def save(
     config: Config,
     clips: Mapping[str, int] | None = None,
     average: Average | None = None,
+    main: bool = True,
 ) -> None:
     """Writes a checkpoint atomically.
 
@@ -61,6 +63,7 @@ def save(
         path: the file. masters: a model's. optimizer: theirs. at: where the run stands, or how many epochs are done.
         config: the run's Config, whose paths are stored as absolute ones. clips: of `fingerprint`, what it was trained on.
         average: of the weights, stored as "model_ema", which those who load a model take before "state_dict".
+        main: whether this process writes; where weights are shared out, every process must call.
 
     Raises:
         OSError: it cannot be written; an older file stands as it was.
@@ -70,9 +73,9 @@ def save(
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
     content = {
-        "state_dict": masters.state_dict(),
+        "state_dict": whole(masters.state_dict()),
         "model_config": dataclasses.asdict(masters.model.config),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": whole(optimizer.state_dict()),
         "epoch": at.epoch,
         "within": {k: v for k, v in dataclasses.asdict(at).items() if k != "epoch"},
         "config": absolute(config).to_dict(),
@@ -81,7 +84,9 @@ def save(
         "version": evaat_fast.__version__,
     }
     if average is not None:
-        content["model_ema"] = average.state_dict()
+        content["model_ema"] = whole(average.state_dict())
+    if not main:
+        return
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except RuntimeError as error:  # torch's, that its file is not as long as it should be; the reason lies behind it
@@ -95,11 +100,18 @@ class Saver:
 
     Args:
         write: called with a Position, writes the file. config: a Config. main: whether this process writes.
-        say: is told what could not be written, while the run goes on.
+        say: is told what could not be written, while the run goes on. together: every process has a part of what is written.
     """
 
-    def __init__(self, write: Callable[[Position], None], config: Config, main: bool, say: Callable[[str], object]):
-        self._write, self._main, self._say = write, main, say
+    def __init__(
+        self,
+        write: Callable[[Position], None],
+        config: Config,
+        main: bool,
+        say: Callable[[str], object],
+        together: bool = False,
+    ):
+        self._write, self._main, self._say, self.together = write, main, say, together
         self._steps, self._seconds = config.train.save_steps, 60 * config.train.save_minutes
         self._last, self._failed, self._asked = time.monotonic(), False, False
         self.at: Position | None = None  # what the file holds
@@ -118,6 +130,8 @@ class Saver:
             OSError: it failed, and `must`: there is no later time.
         """
         if not self._main:
+            if self.together:
+                self._write(at)
             self.at = at
             return
         try:
@@ -199,6 +213,7 @@ def restore(
         ValueError: they do not fit, so the file is damaged or another version wrote it.
     """
     try:
+        stored = parts_of(stored, masters.parameters, optimizer)
         masters.load_state_dict(stored["state_dict"])
         optimizer.load_state_dict(stored["optimizer"])
         if average is not None:

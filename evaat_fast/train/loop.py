@@ -252,7 +252,7 @@ class Loop:
     def _rescue(self, at: Position, pending: _Launched | None, began: float) -> None:
         """Saves what was trained before a batch that could not be had or computed. It asks the other processes for nothing, as
         nobody knows what they do."""
-        if pending is None or self.steps.updating or not self.steps.ranks.main:
+        if pending is None or self.steps.updating or not self.steps.ranks.main or self.save.together:
             return
         with contextlib.suppress(
             Exception

@@ -10,6 +10,7 @@ from evaat_fast.model import EVA02AT
 from evaat_fast.train.config import Config
 from evaat_fast.train.lamb import Lamb
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.shards import is_part, whole
 
 _BLOCK = re.compile(r"(visual\.blocks|text\.transformer\.resblocks)\.(\d+)\.")
 _EMBEDDING = re.compile(
@@ -71,7 +72,13 @@ def fit_optimizer(optimizer: torch.optim.Optimizer, config: Config, device: torc
 def gradient_norm(parameters: Mapping[str, torch.nn.Parameter], clip_norm: float) -> Tensor:
     """The norm of the whole gradient, a scalar that nobody waits for; with `clip_norm` the gradient is scaled to be no
     longer."""
-    if clip_norm:
-        return torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    # Parts of tensors go with parts only: the temperature is whole.
+    kinds: tuple[list[Tensor], list[Tensor]] = [], []
+    for p in parameters.values():
+        if p.grad is not None:
+            kinds[is_part(p.grad)].append(p)
+    norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])) for some in kinds if some]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))
+    for some in kinds if clip_norm else ():
+        torch.nn.utils.clip_grads_with_norm_(some, clip_norm, norm)
+    return norm

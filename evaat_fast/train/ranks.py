@@ -30,6 +30,10 @@ class Ranks:
     group: Any = None
 
     @property
+    def several(self) -> bool:
+        return self.group is not None
+
+    @property
     def main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0

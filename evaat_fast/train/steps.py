@@ -31,7 +31,8 @@ class Steps:
     Args:
         masters: of an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
         config: a Config. device: where the model is. ranks: the processes that share each batch; with several, the batch is
-            this one's part, the loss is of all, and gradients are averaged by DistributedDataParallel.
+            this one's part, the loss is of all, and gradients are averaged by DistributedDataParallel, or by FSDP where
+            `shards.shard` has shared the model out.
         average: of the weights, updated after each step.
 
     Attributes:
@@ -54,7 +55,7 @@ class Steps:
         self.masters, self.optimizer, self.config, self.device = masters, optimizer, config, device
         self.model, self.ranks, self.average = masters.model, ranks or Ranks(), average
         self.towers: torch.nn.Module = Towers(self.model)
-        if self.ranks.group is not None:
+        if self.ranks.group is not None and config.train.parallel == "ddp":
             # Checkpointed blocks run again in the backward pass, which DDP allows where the graph is always the same. Of
             # several passes it would average the first alone, as it takes the first it sees for a whole step.
             ddp, whole = torch.nn.parallel.DistributedDataParallel, not config.train.micro_batch

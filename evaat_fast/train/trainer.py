@@ -17,7 +17,7 @@ import torch
 
 import evaat_fast
 from evaat_fast._files import write_atomically
-from evaat_fast.train import boards, checkpoint, evaluation, inputs, packages
+from evaat_fast.train import boards, checkpoint, evaluation, inputs, packages, shards
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.checkpoint import Position
 from evaat_fast.train.config import Config, ConfigError
@@ -108,7 +108,10 @@ def _train(
     length = len(given.sampler)
     model = build_model(config, weights=not stored)
     model.to(device)
-    masters = Masters(model, torch.bfloat16 if config.train.precision == "bfloat16-params" else None)
+    shared = ranks.several and config.train.parallel == "fsdp"
+    if shared:
+        shards.shard(model, config, ranks, device)
+    masters = Masters(model, torch.bfloat16 if config.train.precision == "bfloat16-params" and not shared else None)
     optimizer = build_optimizer(model, config, masters)
     average = Average(masters, config.train.ema) if config.train.ema else None
     if stored:
@@ -137,9 +140,9 @@ def _train(
     told = Told(log, progress, Meter(config.train.batch_size, device, peak and peak * ranks.world))
 
     def write(at: Position) -> None:
-        checkpoint.save(last, masters, optimizer, at, config, drawn, average)
+        checkpoint.save(last, masters, optimizer, at, config, drawn, average, ranks.main)
 
-    save = checkpoint.Saver(write, config, ranks.main, progress.warn)
+    save = checkpoint.Saver(write, config, ranks.main, progress.warn, shared)
     save.at = at if stored else None
     signals = Signals(quiet=not ranks.main)
     loop = Loop(steps, given, config, told, save, signals)
@@ -147,7 +150,8 @@ def _train(
     def evaluated() -> dict[str, float]:
         assert test is not None
         with average.shown() if average else contextlib.nullcontext():
-            return evaluation.evaluate(model, test, config, device, ranks=ranks)
+            of = shards.copy_of(model) if shared else model
+            return evaluation.evaluate(of, test, config, device, ranks=ranks)
 
     def due(epoch: int) -> bool:
         every, final = config.eval.every, epoch == config.train.epochs
@@ -199,7 +203,12 @@ def _train(
     finally:
         progress.close()
         log.close()
-    return {"model": model, "metrics": metrics, "log": out / "log.jsonl", "checkpoint": last}
+    return {
+        "model": shards.copy_of(model) if shared else model,
+        "metrics": metrics,
+        "log": out / "log.jsonl",
+        "checkpoint": last,
+    }
 
 
 def _begin(told, config, at, stored, model, given, device, ranks, resume):
