@@ -16,13 +16,15 @@ import numpy as np
 import torch
 
 import evaat_fast
+from evaat_fast import _parts
 from evaat_fast._files import write_atomically
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.config import Config, absolute
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.ranks import Ranks
 from evaat_fast.train.shards import parts_of, whole
 
-LAST = "last.pt"
+LAST, PARTS = "last.pt", "last.parts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,27 +57,28 @@ def save(
     config: Config,
     clips: Mapping[str, int] | None = None,
     average: Average | None = None,
-    main: bool = True,
+    ranks: Ranks | None = None,
 ) -> None:
     """Writes a checkpoint atomically.
 
     Args:
-        path: the file. masters: a model's. optimizer: theirs. at: where the run stands, or how many epochs are done.
+        path: the file, or a folder of parts where its name ends in ".parts". masters: a model's. optimizer: theirs. at: where
+            the run stands, or how many epochs are done.
         config: the run's Config, whose paths are stored as absolute ones. clips: of `fingerprint`, what it was trained on.
         average: of the weights, stored as "model_ema", which those who load a model take before "state_dict".
-        main: whether this process writes; where weights are shared out, every process must call.
+        ranks: the processes. Where weights are shared out, or parts written, every process must call.
 
     Raises:
         OSError: it cannot be written; an older file stands as it was.
     """
-    at = at if isinstance(at, Position) else Position(at)
+    at, path, ranks = at if isinstance(at, Position) else Position(at), Path(path), ranks or Ranks()
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
     content = {
-        "state_dict": whole(masters.state_dict()),
+        "state_dict": masters.state_dict(),
         "model_config": dataclasses.asdict(masters.model.config),
-        "optimizer": whole(optimizer.state_dict()),
+        "optimizer": optimizer.state_dict(),
         "epoch": at.epoch,
         "within": {k: v for k, v in dataclasses.asdict(at).items() if k != "epoch"},
         "config": absolute(config).to_dict(),
@@ -84,8 +87,14 @@ def save(
         "version": evaat_fast.__version__,
     }
     if average is not None:
-        content["model_ema"] = whole(average.state_dict())
-    if not main:
+        content["model_ema"] = average.state_dict()
+    if path.suffix == ".parts":
+        if not ranks.main:
+            del content["rng"]  # the first one's is kept
+        _parts.write(path, content, ranks.group)
+        return
+    content = whole(content, keep=ranks.main)
+    if not ranks.main:
         return
     try:
         write_atomically(path, lambda file: torch.save(content, file))
@@ -112,6 +121,7 @@ class Saver:
         together: bool = False,
     ):
         self._write, self._main, self._say, self.together = write, main, say, together
+        self._name = PARTS if config.train.save_as == "parts" else LAST
         self._steps, self._seconds = config.train.save_steps, 60 * config.train.save_minutes
         self._last, self._failed, self._asked = time.monotonic(), False, False
         self.at: Position | None = None  # what the file holds
@@ -129,9 +139,7 @@ class Saver:
         Raises:
             OSError: it failed, and `must`: there is no later time.
         """
-        if not self._main:
-            if self.together:
-                self._write(at)
+        if not (self._main or self.together):
             self.at = at
             return
         try:
@@ -139,11 +147,12 @@ class Saver:
             self.at, self._failed = at, False
         except OSError as error:
             stands = "nothing is saved yet" if self.at is None else f"that of {self.at} stands"
-            text = f"{LAST} could not be written ({error.strerror or error}); {stands}"
+            text = f"{self._name} could not be written ({error.strerror or error}); {stands}"
             if must:
                 raise OSError(f"train.out: {text}") from error
             self._failed = True
-            self._say(f"{text}; tries again")
+            if self._main:
+                self._say(f"{text}; tries again")
         self._last, self._asked = time.monotonic(), False
 
 
@@ -159,6 +168,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: no such file. ValueError: a file that `save` did not write.
     """
     path = Path(path)
+    if _parts.standing(path) is not None:
+        return _checked(_parts.read(path), path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
     try:
@@ -174,6 +185,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely ({type(error).__name__})"
         ) from None
+    return _checked(content, path)
+
+
+def _checked(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run, but a {type(content).__name__}")
     missing = [k for k in ("state_dict", "model_config", "optimizer", "epoch", "config", "rng") if k not in content]
@@ -185,6 +200,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(content[name], kind) or (kind is int and content[name] < 0):
             raise ValueError(f"checkpoint: {str(path)!r} is damaged: its {name} is {str(content[name])[:40]!r}")
     return content
+
+
+def find(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of a run's folder, the newer one of file and parts; None without any."""
+    file, parts = Path(folder) / LAST, Path(folder) / PARTS
+    found = ([file] if file.is_file() else []) + ([parts] if _parts.standing(parts) else [])
+    return max(found, key=written) if found else None
+
+
+def written(path: Path) -> int:
+    """When a checkpoint was written, in nanoseconds."""
+    stands = _parts.standing(path)
+    return (path if stands is None else stands / ".metadata").stat().st_mtime_ns
+
+
+def remove_other(path: Path) -> None:
+    """Once a run is saved as a file, its parts are of the past, and the other way round."""
+    if path.name == LAST:
+        _parts.remove(path.with_name(PARTS))
+    else:
+        path.with_name(LAST).unlink(missing_ok=True)
 
 
 def position(stored: Mapping[str, Any], path: str | os.PathLike[str]) -> Position:

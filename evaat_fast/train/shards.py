@@ -47,14 +47,19 @@ def is_part(x: object) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
-def whole(tree: Any) -> Any:
-    """Tensors, or dicts, lists and tuples of them, with whole tensors in place of parts. Every process must call."""
+def whole(tree: Any, keep: bool | None = None) -> Any:
+    """Tensors, or dicts, lists and tuples of them, with whole tensors in place of parts. Every process must call.
+
+    Args:
+        keep: whether this process needs them, then on the CPU; None: all do, where the parts are.
+    """
     if is_part(tree):
-        return tree.detach().full_tensor()
+        found = tree.detach().full_tensor()
+        return found if keep is None else found.cpu() if keep else None
     if isinstance(tree, dict):
-        return {key: whole(x) for key, x in tree.items()}
+        return {key: whole(x, keep) for key, x in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(whole(x) for x in tree)
+        return type(tree)(whole(x, keep) for x in tree)
     return tree
 
 

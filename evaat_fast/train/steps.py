@@ -59,7 +59,8 @@ class Steps:
             # Checkpointed blocks run again in the backward pass, which DDP allows where the graph is always the same. Of
             # several passes it would average the first alone, as it takes the first it sees for a whole step.
             ddp, whole = torch.nn.parallel.DistributedDataParallel, not config.train.micro_batch
-            self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole)
+            # Its one buffer, the frequencies, is a constant that need not be sent before each step.
+            self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole, broadcast_buffers=False)
         self.norm, self.updating = torch.zeros((), device=device), False
         self.bad, self._limit = torch.zeros((), device=device), torch.full((), math.inf, device=device)
         setattr(optimizer, "found_inf", self.bad)  # noqa: B010, where GradScaler sets it, too, and optimisers look for it

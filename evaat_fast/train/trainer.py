@@ -82,17 +82,19 @@ def _train(
     datasets: inputs.Splits | None,
 ) -> dict[str, Any]:
     out = check_folder(config.train.out)
-    last = out / checkpoint.LAST
+    last = out / (checkpoint.PARTS if config.train.save_as == "parts" else checkpoint.LAST)
+    stands = checkpoint.find(out)
     resume = any(ranks.gather(resume or _restarted(out, overwrite)))  # of several machines some do not know of a restart
-    if last.exists() and not (resume or overwrite):
+    if stands and not (resume or overwrite):
         raise ConfigError(f"train.out: {str(out)!r} already holds a run: --resume continues it, --overwrite replaces it")
-    stored = checkpoint.read(last) if resume and last.exists() else None
+    stored = checkpoint.read(stands) if resume and stands else None
     at = Position()
     if stored is not None:
-        check_same_run(stored["config"], config, last)
-        at = checkpoint.position(stored, last)
+        assert stands is not None
+        check_same_run(stored["config"], config, stands)
+        at = checkpoint.position(stored, stands)
         if at.epoch + bool(at.step) > config.train.epochs:
-            raise ConfigError(f"train.epochs: {config.train.epochs}, and {last} is of {at}")
+            raise ConfigError(f"train.epochs: {config.train.epochs}, and {stands} is of {at}")
 
     splits = datasets or inputs.splits(config)
     data, test = splits.train, splits.test
@@ -100,7 +102,7 @@ def _train(
     drawn = checkpoint.fingerprint(usable)
     if stored and stored.get("clips") and stored["clips"] != drawn:
         raise ConfigError(
-            f"{last} was trained on {stored['clips']['count']} clips of this corpus that could be used, and now others can, "
+            f"{stands} was trained on {stored['clips']['count']} clips of this corpus that could be used, and now others can, "
             f"{drawn['count']}: the rest of the run would be of another order. Restore the files, or start another run from "
             "its weights with train.init"
         )
@@ -115,7 +117,8 @@ def _train(
     optimizer = build_optimizer(model, config, masters)
     average = Average(masters, config.train.ema) if config.train.ema else None
     if stored:
-        checkpoint.restore(stored, masters, optimizer, last, average)
+        assert stands is not None
+        checkpoint.restore(stored, masters, optimizer, stands, average)
         stored = {name: stored[name] for name in ("config", "rng")}  # weights and moments lie in the host's memory else
     fit_optimizer(optimizer, config, device)
     table = torch.zeros(0, 0) if data.relevancy_table is None else data.relevancy_table
@@ -140,9 +143,13 @@ def _train(
     told = Told(log, progress, Meter(config.train.batch_size, device, peak and peak * ranks.world))
 
     def write(at: Position) -> None:
-        checkpoint.save(last, masters, optimizer, at, config, drawn, average, ranks.main)
+        checkpoint.save(last, masters, optimizer, at, config, drawn, average, ranks)
+        if ranks.main:
+            checkpoint.remove_other(last)
 
-    save = checkpoint.Saver(write, config, ranks.main, progress.warn, shared)
+    save = checkpoint.Saver(
+        write, config, ranks.main, progress.warn, shared or (ranks.several and config.train.save_as == "parts")
+    )
     save.at = at if stored else None
     signals = Signals(quiet=not ranks.main)
     loop = Loop(steps, given, config, told, save, signals)
@@ -233,7 +240,7 @@ def _begin(told, config, at, stored, model, given, device, ranks, resume):
         return
     where = f"in epoch {at.epoch + 1}, after step {at.step} of {length}" if at.step else f"after epoch {at.epoch}"
     before = stored["config"]["train"]["epochs"]
-    told.progress.say(f"{out.name}: goes on {where}, of {epochs} epochs, {on}, from {out / checkpoint.LAST}")
+    told.progress.say(f"{out.name}: goes on {where}, of {epochs} epochs, {on}, from {checkpoint.find(out)}")
     if before != epochs:
         told.log.write("extended", at.epoch, epochs=epochs, before=before)
         told.progress.say(
@@ -246,5 +253,5 @@ def _restarted(out: Path, overwrite: bool) -> bool:
     another run writes its configuration first."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
-    last, first = out / checkpoint.LAST, out / "config.json"
-    return not overwrite or (last.exists() and first.exists() and last.stat().st_mtime_ns >= first.stat().st_mtime_ns)
+    last, first = checkpoint.find(out), out / "config.json"
+    return not overwrite or bool(last and first.exists() and checkpoint.written(last) >= first.stat().st_mtime_ns)
