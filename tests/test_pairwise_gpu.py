@@ -152,8 +152,8 @@ def test_a_step_of_a_million_pairs():
     held = torch.cuda.memory_allocated()
     for loss in (lambda: ops.sms_loss(video, text, labels), lambda: ops.clip_loss(video, text, 0.05)):
         value = loss()
-        # A panel, unit rows in bfloat16 and gradients in float32: 1, 1 and 2 GiB.
-        assert torch.cuda.max_memory_allocated() - held <= 5 * 2**30
+        # A panel, unit rows and rows in the order of their captions in bfloat16, and gradients in float32: 1, 1, 1 and 2 GiB.
+        assert torch.cuda.max_memory_allocated() - held <= 6 * 2**30
         assert value.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(value, (video, text)))
         del value
         torch.cuda.reset_peak_memory_stats()

@@ -20,6 +20,7 @@ class Sms(gpu.Sms):
         places = settings.labels.caption_index
         self.order = None if places is None or len(places) < self.ORDERED_FROM else places.argsort()
         if self.order is not None:
+            self.copied = (video.numel() + text.numel()) * video.element_size()
             video, text, weight = (x if x is None else x[self.order] for x in (video, text, weight))
             settings = replace(settings, labels=settings.labels.taken(self.order), own=settings.own[self.order])
         super().__init__(video, text, scale, weight, settings, ranks)
@@ -28,8 +29,12 @@ class Sms(gpu.Sms):
         loss, *gradients = super().finish()
         if self.order is None:
             return loss, *gradients
+        # One after the other, in the room that the panel leaves.
+        self.panel, self.gradients, self.grad_video, self.grad_text = None, [], None, None
         back = lambda x: torch.empty_like(x).index_copy_(0, self.order, x) if len(x) else x  # noqa: E731
-        return back(loss) if self.work.each else loss, *map(back, gradients)
+        for i in range(len(gradients)):
+            gradients[i] = back(gradients[i])
+        return back(loss) if self.work.each else loss, *gradients
 
     def normalise(self, sums=None):
         sums.zero_()

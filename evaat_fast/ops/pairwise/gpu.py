@@ -26,6 +26,7 @@ class Gpu(Step):
     sums of parts and of slopes divided by `over`, and in place what is left to do to the gradients of the unit rows."""
 
     COLUMNS = 1  # a panel's rows are multiples of so many entries apart
+    copied = 0  # bytes of what the backend has a copy of, for which a panel leaves room
     normalise: Any
     tiles: Any
     end: Any
@@ -46,7 +47,7 @@ class Gpu(Step):
 
     def begin(self) -> None:
         """Room for a panel, where slopes are asked for."""
-        self.rows = self.panel_rows(self.dtype.itemsize, PANEL_BYTES, LEAST_ROWS, MULTIPLE)
+        self.rows = self.panel_rows(self.dtype.itemsize, PANEL_BYTES - self.copied, LEAST_ROWS, MULTIPLE)
         stride = -(-self.N // self.COLUMNS) * self.COLUMNS
         self.panel = self.empty(self.rows, stride, dtype=self.dtype)[:, : self.N] if self.learns else None
 
