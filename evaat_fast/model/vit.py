@@ -61,18 +61,18 @@ class DividedAttention(Attention):
         if class_only:
             return self.project(of_class)
         queries, keys, values = (self._groups(part) for part in (q, k, v))
-        groups = len(keys) // len(k)
         keys, values = (
-            torch.cat((whole[:, :, :1].repeat_interleave(groups, 0), part), 2) for whole, part in ((k, keys), (v, values))
+            torch.cat((whole[:, None, :, :1].expand_as(part[:, :, :, :1]), part), 3) for whole, part in ((k, keys), (v, values))
         )
-        out = F.scaled_dot_product_attention(queries, keys, values).unflatten(0, (len(k), groups))
+        out = F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in (queries, keys, values)))
+        out = out.unflatten(0, (-1, queries.shape[1]))
         out = out.permute(0, 2, 3, 1, 4) if self.time else out.transpose(1, 2)  # [B, H, T, Hp*Wp, D]
         return self.project(torch.cat((of_class, out.flatten(2, 3)), 2))
 
     def _groups(self, x):
-        """[B, H, 1 + T*Hp*Wp, D] -> the patches of each group, [B * groups, H, patches, D]."""
+        """[B, H, 1 + T*Hp*Wp, D] -> the patches of each group, [B, groups, H, patches, D]."""
         x = x[:, :, 1:].unflatten(2, (self.frames, -1))  # [B, H, T, Hp*Wp, D]
-        return (x.permute(0, 3, 1, 2, 4) if self.time else x.transpose(1, 2)).flatten(0, 1)
+        return x.permute(0, 3, 1, 2, 4) if self.time else x.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -110,7 +110,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """branch [B, N, C] and stream, whose sum (or branch alone) is the block's input, to those of its output; with
         `class_only` of its first row, [B, 1, C]."""
-        matrix = self.attn.proj.bias.dtype  # the first branch of a tower is a stream, float32 whatever its matrices are
+        # The first branch of a tower is a stream, float32 whatever its matrices are; a quantised one has no dtype.
+        matrix = getattr(self.attn.proj.weight, "dtype", torch.float32)
         if self.timeattn is None or self.norm3 is None:
             x, stream = self._norm(branch, stream, self.norm1, matrix)
         else:

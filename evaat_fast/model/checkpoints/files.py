@@ -154,8 +154,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if _is_program(path):
         raise ValueError(
-            f"checkpoint: {str(path)!r} is a TorchScript program, as OpenAI's downloads are, and is not run: save the state dict "
-            "of the model that it makes"
+            f"checkpoint: {str(path)!r} is a TorchScript program, as OpenAI's downloads are, and is not run: save the state "
+            "dict of the model that it makes"
         )
     try:
         with torch.serialization.safe_globals(_harmless()):
