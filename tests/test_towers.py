@@ -1,12 +1,15 @@
 """CLIP's towers as AVION and LaViLa have them, and what other tools make of any tower: compilers, devices, adapters."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import foreign
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import equal, ours
+from foreign import ours
 
 from evaat_fast.model import EVA02AT, draw_patches
 
@@ -135,47 +138,11 @@ def test_jit_trace_without_gradients(tower, tmp_path):
         torch.jit.trace(model.visual, (video,))
 
 
-@each_tower
-def test_meta_device(tower, monkeypatch):
-    """A model made without memory, which takes a state dict's own tensors."""
-    monkeypatch.undo()  # torch.empty is torch's own again, which a device's context knows
-    model = ours(tower)
-    with torch.device("meta"):
-        empty = EVA02AT(model.config).eval()
-        assert all(x.is_meta for x in (*empty.parameters(), *empty.buffers()))
-    state = model.state_dict()
-    empty.load_state_dict(state, assign=True)
-    assert not any(x.is_meta for x in (*empty.parameters(), *empty.buffers())) and equal(empty.state_dict(), state)
-    assert empty.visual.cls_token.data_ptr() == state["visual.cls_token"].data_ptr()
-    with torch.no_grad():
-        video, text = clip(model), captions()
-        for key, value in model(video, text).items():
-            assert torch.equal(empty(video, text)[key], value)
-
-
-@each_tower
-def test_default_device(tower):
-    """Of all that is made on the way nothing is made where torch's default device is: a model on the CPU stays there."""
-    pytest.importorskip("tokenizers")
-    from evaat_fast.data.transforms import eval_transform, train_transform
-    from evaat_fast.model import get_tokenizer
-
-    model = ours(tower)
-    video, text = clip(model), captions()
-    with torch.no_grad():
-        expected = model(video, text)
-    torch.set_default_device("meta")
-    try:
-        with torch.no_grad():
-            out = model(video, text)
-        frames = [transform(32)(video[0]) for transform in (eval_transform, train_transform)]
-        patches = draw_patches(2, model.config.grid, 0.5)
-        shown = None if tower == "timesformer" else model.encode_video(video, patches=patches)
-        made = [get_tokenizer(context_length=20)("a plate"), patches, *frames, *([] if shown is None else [shown])]
-    finally:
-        torch.set_default_device(None)
-    assert all(torch.equal(out[key], expected[key]) for key in out)
-    assert [x.device.type for x in made] == ["cpu"] * len(made)
+def test_devices():
+    """Where models and what they need are made, in a process whose torch.empty is torch's own."""
+    script = Path(__file__).with_name("devices.py")
+    run = subprocess.run([sys.executable, str(script), *TOWERS], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.split() == list(TOWERS), run.stdout + run.stderr
 
 
 @each_tower

@@ -64,7 +64,7 @@ class DividedAttention(Attention):
         keys, values = (
             torch.cat((whole[:, None, :, :1].expand_as(part[:, :, :, :1]), part), 3) for whole, part in ((k, keys), (v, values))
         )
-        out = F.scaled_dot_product_attention(*(part.flatten(0, 1) for part in (queries, keys, values)))
+        out = F.scaled_dot_product_attention(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
         out = out.unflatten(0, (-1, queries.shape[1]))
         out = out.permute(0, 2, 3, 1, 4) if self.time else out.transpose(1, 2)  # [B, H, T, Hp*Wp, D]
         return self.project(torch.cat((of_class, out.flatten(2, 3)), 2))
