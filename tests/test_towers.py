@@ -207,3 +207,45 @@ def test_names_are_those_of_layer_decay():
         assert ours(tower).no_weight_decay() <= names and "visual.patch_embed.proj.weight" in names
         assert any(name.startswith("visual.blocks.1.") for name in names) and "visual.head.weight" in names
     assert foreign.OURS["vision_layers"] == 2
+
+
+def test_time_is_nowhere_without_both():
+    """Spatial rotations and no temporal embedding: a clip is a set of frames; with either it is not."""
+    for changes, same in (
+        (dict(rope="spatial", temporal_embed=False), True),
+        (dict(rope="spatial"), False),
+        (dict(rope="split", temporal_embed=False), False),
+    ):
+        model = ours("eva02", **changes)
+        video = clip(model)
+        with torch.no_grad():
+            assert torch.allclose(model.encode_video(video), model.encode_video(video.flip(1)), atol=1e-4) is same
+
+
+@pytest.mark.parametrize(
+    "name,more",
+    [
+        ("avion_vit_base_patch16_224", "image_size = [64, 96]"),
+        ("lavila_tsf_base_patch16_224", "image_size = 64"),
+        ("eva02_at_tiny_patch16_64", 'image_size = [96, 64], rope = "split", temporal_embed = false'),
+    ],
+)
+def test_a_run_trains_it(configure, name, more, capsys):
+    """Rows to compare with, by a configuration alone; the checkpoint is a model without any, and is evaluated."""
+    pytest.importorskip("decord")
+    pytest.importorskip("tokenizers")
+    import evaat_fast
+    from evaat_fast.cli import main
+    from evaat_fast.train import train
+
+    sizes = "patch_size = 32, vision_layers = 1, text_layers = 1, vision_width = 32, vision_heads = 1, vision_mlp = 32"
+    sizes += ", text_width = 64, text_heads = 2"
+    result = train(configure(f'model.name="{name}"', f"model.overrides={{ {more}, {sizes} }}", "train.epochs=1"))
+    loaded = evaat_fast.load(result["checkpoint"])
+    assert loaded.model.config == result["model"].config and loaded.model.config.num_frames == 2
+    video = loaded.transform(torch.randint(0, 256, (2, 80, 100, 3), dtype=torch.uint8))[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.model.encode_video(video), result["model"].eval().encode_video(video))
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(result["checkpoint"]), "--trick", "three-crops"]) == 0
+    assert "three-crops" in capsys.readouterr().out

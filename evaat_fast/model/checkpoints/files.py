@@ -159,7 +159,8 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         )
     try:
         with torch.serialization.safe_globals(_harmless()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, where the format allows it: an optimiser's moments beside the weights are not read then.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
         # Not torch's own message: it recommends to load the file unsafely.
         raise ValueError(
