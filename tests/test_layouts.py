@@ -10,7 +10,7 @@ from foreign import equal, eva, ours, tokens
 from peers import peer
 
 import evaat_fast
-from evaat_fast.model import ModelConfig, convert, save_checkpoint
+from evaat_fast.model import EVA02AT, ModelConfig, convert, save_checkpoint
 from evaat_fast.model.checkpoints import convert_state, export_state, load_state, read
 
 FOREIGN = {
@@ -42,6 +42,25 @@ def test_foreign_files_compute_what_their_code_computes(tmp_path, kind):
         torch.testing.assert_close(model.encode_video(video), wanted, rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(model.encode_text(text), captions, rtol=1e-5, atol=2e-5)
     assert model.logit_scale.item() == theirs.logit_scale.item() and tokenizer.context_length == 20
+
+
+@pytest.mark.parametrize("kind", ["openai", "avion-flash", "lavila"])
+def test_the_vision_tower_alone(kind):
+    """Its own state dict, as a module of theirs gives it; LaViLa's has no projection in it."""
+    make, form, overrides, expected = FOREIGN[kind]
+    theirs, frames = foreign.shaken(make()), 1 if kind == "openai" else 4
+    fields = {**foreign.OURS, "num_frames": frames, "tower": expected["tower"], **overrides}
+    fields |= {name: expected[name] for name in ("activation", "vision_eps") if name in expected}
+    model = foreign.shaken(EVA02AT(ModelConfig(**fields)))
+    before = model.text.text_projection.clone()
+    tower = {name.removeprefix("visual."): x for name, x in form(theirs.state_dict()).items() if name.startswith("visual.")}
+    if kind == "lavila":
+        tower["head.weight"] = theirs.image_projection.mT
+    load_state(model, tower, part="visual")
+    video = torch.randn(2, 3, frames, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_video(video), theirs.encode_image(video), rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.text.text_projection, before)
 
 
 def test_which_gelu_a_file_does_not_say(tmp_path):

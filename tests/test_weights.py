@@ -236,6 +236,18 @@ def test_norm_comes_with_the_layout(tmp_path, caplog):
     assert "files of this layout were trained with norm='lavila', the model has 'clip'" in caplog.text
 
 
+def test_our_own_file_into_another_embedding_space(tmp_path):
+    """As a converted CLIP's, only where that is asked for."""
+    model, other = eva(embed_dim=64), eva()
+    save_checkpoint(model, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="was made with embed_dim=64, the model has 128; .*fresh_heads=True"):
+        load_checkpoint(other, tmp_path / "a.pt")
+    head = other.visual.head.weight.clone()
+    report = load_checkpoint(other, tmp_path / "a.pt", fresh_heads=True)
+    assert "text.text_projection" in report["left fresh"] and torch.equal(other.visual.head.weight, head)
+    assert torch.equal(other.visual.norm.weight, model.visual.norm.weight)
+
+
 def test_table_of_what_does_not_fit():
     state = dict(eva(vision_layers=3).state_dict())
     del state["text.ln_final.bias"]

@@ -26,7 +26,8 @@ class Converted:
 
     def __str__(self) -> str:
         config = self.config
-        model = f"{config.tower}, {config.vision_width} wide, {config.vision_layers} blocks, {config.num_frames} frames"
+        model = f"{config.tower}, {config.vision_width} wide, {config.vision_layers} blocks, {config.num_frames} frame"
+        model += "s" * (config.num_frames > 1)
         size = " x ".join(map(str, config.size))
         said = f"{self.target}: {self.tensors} tensors, layout {self.to} (from {self.layout})"
         return f"{said}\nmodel: {model} of {size} pixels, embeddings of {config.embed_dim}, norm {config.norm!r}"

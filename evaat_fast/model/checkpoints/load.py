@@ -91,7 +91,7 @@ def load_checkpoint(
         raise ValueError(f"part: expected 'all' or 'visual', got {part!r}")
     stored = read(path)
     if stored.config is not None:
-        check_config(stored.config, model.config, path)
+        check_config(stored.config, model.config, path, fresh_heads)
     elif (norm := implied(layout_of(stored.state)).get("norm", model.config.norm)) != model.config.norm:
         # Not an error: whoever trained with their code and without the typo knows better.
         _log.warning("%s: files of this layout were trained with norm=%r, the model has %r", path, norm, model.config.norm)
@@ -205,15 +205,19 @@ def _some(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def check_config(stored: Mapping[str, Any], config: ModelConfig, source: str | os.PathLike[str]) -> None:
-    """Raises ValueError unless weights stored with the configuration `stored` (a dict) mean the same under `config`."""
+def check_config(
+    stored: Mapping[str, Any], config: ModelConfig, source: str | os.PathLike[str], fresh_heads: bool = False
+) -> None:
+    """Raises ValueError unless weights stored with the configuration `stored` (a dict) mean the same under `config`; with
+    `fresh_heads` embeddings may be of another width."""
     defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
     for name, ours in dataclasses.asdict(config).items():
         theirs = stored.get(name, defaults[name])  # fields are younger than some files
-        if theirs is dataclasses.MISSING or name in _FREE:
+        if theirs is dataclasses.MISSING or name in _FREE or (name == "embed_dim" and fresh_heads):
             continue
         if type(theirs) is not type(ours) or theirs != ours:
-            raise ValueError(f"checkpoint: {source} was made with {name}={theirs!r}, the model has {ours!r}")
+            hint = "; load_checkpoint(..., fresh_heads=True) leaves the projections fresh" if name == "embed_dim" else ""
+            raise ValueError(f"checkpoint: {source} was made with {name}={theirs!r}, the model has {ours!r}{hint}")
 
 
 def config_of(stored: Stored, overrides: Mapping[str, Any]) -> ModelConfig:
