@@ -132,7 +132,7 @@ def _parser():
         "--activation", choices=("gelu", "quick_gelu"), help="of a CLIP whose file does not say: OpenAI's is quick"
     )
     command.add_argument(
-        "--norm", choices=("clip", "lavila"), help="the pixels' mean that it was trained with, if IN says another"
+        "--norm", choices=("clip", "lavila", "timm"), help="the pixels' mean that it was trained with, if IN says another"
     )
     command.set_defaults(run=_commands.convert)
 

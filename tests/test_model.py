@@ -171,6 +171,8 @@ def test_norm_constants():
     """LaViLa's red mean is CLIP's times 225, the others times 255."""
     assert NORMS["clip"][0] == pytest.approx([255 * m for m in (0.48145466, 0.4578275, 0.40821073)])
     assert NORMS["clip"][1] == pytest.approx([255 * s for s in (0.26862954, 0.26130258, 0.27577711)])
+    assert NORMS["timm"][0] == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
+    assert NORMS["timm"][1] == pytest.approx([255 * s for s in (0.229, 0.224, 0.225)])
     assert NORMS["lavila"] == ((pytest.approx(225 * 0.48145466), *NORMS["clip"][0][1:]), NORMS["clip"][1])
 
 

@@ -234,6 +234,10 @@ def test_norm_comes_with_the_layout(tmp_path, caplog):
     assert chosen.config.norm == "clip"
     load_checkpoint(chosen, tmp_path / "avion.pt")
     assert "files of this layout were trained with norm='lavila', the model has 'clip'" in caplog.text
+    for style, norm in (("openai", "lavila"), ("timm", "timm")):  # which its script is told
+        arguments = argparse.Namespace(norm_style=style)
+        torch.save({"state_dict": foreign.AVION().state_dict(), "args": arguments}, tmp_path / "avion.pt")
+        assert create_model("avion_vit_base_patch16_224", pretrained=tmp_path / "avion.pt", **small).config.norm == norm
 
 
 def test_our_own_file_into_another_embedding_space(tmp_path):

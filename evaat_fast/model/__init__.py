@@ -15,13 +15,11 @@ from evaat_fast.model.checkpoints import (
     check_config,
     convert,
     download,
-    implied,
     load_checkpoint,
     read,
     save_checkpoint,
 )
-from evaat_fast.model.checkpoints.layouts import layout_of
-from evaat_fast.model.checkpoints.load import load_stored
+from evaat_fast.model.checkpoints.load import load_stored, said
 from evaat_fast.model.clip import EVA02AT
 from evaat_fast.model.configs import CONFIGS, NORMS, PRETRAINED, ModelConfig, get_config, unknown
 from evaat_fast.model.patches import draw_patches
@@ -87,9 +85,9 @@ def create_model(
         return EVA02AT(config)
     path = _resolve(name, pretrained)
     stored = read(path)
-    said = implied(layout_of(stored.state)) if stored.config is None else stored.config
-    if "norm" in said and "norm" not in overrides:
-        config = get_config(name, **overrides, norm=said["norm"])
+    known = said(stored) if stored.config is None else stored.config
+    if "norm" in known and "norm" not in overrides:
+        config = get_config(name, **overrides, norm=known["norm"])
     if stored.config is not None:
         check_config(stored.config, config, path)
     model = EVA02AT(config)

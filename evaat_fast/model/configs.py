@@ -6,10 +6,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 # Mean and standard deviation of R, G, B in units of 0..255. "clip" is what EVA02-CLIP weights were trained with.
-# "lavila" is LaViLa's and AVION's: red is 0.48145466 * 225, a slip for 255, and checkpoints trained with it need it.
+# "lavila" is LaViLa's and AVION's: red is 0.48145466 * 225, a slip for 255, and checkpoints trained with it need it. "timm" is
+# AVION's `--norm-style timm`, ImageNet's.
 NORMS = {
     "clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
     "lavila": ((108.3272985, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
+    "timm": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
 
 # What a word may be, by field.

@@ -45,7 +45,8 @@ class Stored:
     """What a file holds.
 
     state: name -> tensor, in the names of whoever wrote it. config: our configuration as a dict, None where there is none.
-    hints: fields of a ModelConfig that a file beside it says: `activation`, by an open_clip_config.json. source: the path.
+    hints: fields of a ModelConfig that are said otherwise: `activation` by an open_clip_config.json beside it, `norm` by the
+        arguments of AVION's script in it. source: the path.
     """
 
     state: dict[str, Tensor]
@@ -77,15 +78,18 @@ def read(path: str | os.PathLike[str]) -> Stored:
             needed and missing.
     """
     path = Path(path)
-    hints: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     if path.is_dir():
         path = _inside(path)
-        hints = _open_clip_hints(path.with_name(_OPEN_CLIP_CONFIG))
+        beside = _open_clip_hints(path.with_name(_OPEN_CLIP_CONFIG))
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
     reader = _read_shards if path.suffix == ".json" else _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    state, config = reader(path)
-    return Stored(state, config, hints, str(path))
+    state, config, hints = reader(path)
+    return Stored(state, config, beside | hints, str(path))
+
+
+_Content = tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any]]  # the first three fields of a Stored
 
 
 def _inside(folder: Path) -> Path:
@@ -116,7 +120,7 @@ def _open_clip_hints(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read_shards(index: Path) -> _Content:
     try:
         places = json.loads(index.read_text())["weight_map"]
         names = sorted(set(places.values()))
@@ -133,10 +137,10 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
         state, config = {**state, **part.state}, config or part.config
     if lost := sorted(places.keys() - state.keys()):
         raise ValueError(f"checkpoint: {str(index)!r} names {len(lost)} tensors that no shard holds, the first: {lost[0]}")
-    return state, config
+    return state, config, {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read_safetensors(path: Path) -> _Content:
     try:
         from safetensors import safe_open
         from safetensors.torch import load_file
@@ -148,10 +152,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
             config = json.loads((file.metadata() or {}).get(_METADATA, "null"))
     except Exception as error:  # safetensors has an error of its own
         raise ValueError(f"checkpoint: {str(path)!r} is not a .safetensors file that can be read: {error}") from None
-    return state, config if isinstance(config, dict) else None
+    return state, config if isinstance(config, dict) else None, {}
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read_torch(path: Path) -> _Content:
     if _is_program(path):
         raise ValueError(
             f"checkpoint: {str(path)!r} is a TorchScript program, as OpenAI's downloads are, and is not run: save the state "
@@ -166,7 +170,8 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely ({_why(path, error)})"
         ) from error
-    config = content.get("model_config") if isinstance(content, dict) else None
+    found = content if isinstance(content, dict) else {}
+    config, style = found.get("model_config"), getattr(found.get("args"), "norm_style", None)
     for _ in range(8):  # a pickle may hold itself
         if not isinstance(content, dict) or _is_state(content):
             break
@@ -177,7 +182,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         content = content[key]
     if not _is_state(content):
         raise ValueError(f"checkpoint: expected a state dict in {str(path)!r}, got {type(content).__name__}")
-    return content, config if isinstance(config, dict) else None
+    return content, config if isinstance(config, dict) else None, {"norm": "timm"} if style == "timm" else {}
 
 
 def _is_state(content):

@@ -92,7 +92,7 @@ def load_checkpoint(
     stored = read(path)
     if stored.config is not None:
         check_config(stored.config, model.config, path, fresh_heads)
-    elif (norm := implied(layout_of(stored.state)).get("norm", model.config.norm)) != model.config.norm:
+    elif (norm := said(stored).get("norm", model.config.norm)) != model.config.norm:
         # Not an error: whoever trained with their code and without the typo knows better.
         _log.warning("%s: files of this layout were trained with norm=%r, the model has %r", path, norm, model.config.norm)
     return load_stored(model, stored, part=part, fresh_heads=fresh_heads)
@@ -236,6 +236,11 @@ def config_of(stored: Stored, overrides: Mapping[str, Any]) -> ModelConfig:
     return _guess(stored, _known(overrides))
 
 
+def said(stored: Stored) -> dict[str, Any]:
+    """The fields of a ModelConfig that a file without a configuration says all the same."""
+    return implied(layout_of(stored.state)) | stored.hints
+
+
 def _known(overrides: Mapping[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     for name in overrides:
@@ -246,7 +251,7 @@ def _known(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _guess(stored: Stored, overrides: dict[str, Any]) -> ModelConfig:
     """Heads have 64 channels, as all CLIPs of these sizes have."""
-    layout, state = layout_of(stored.state), convert_state(stored.state)
+    state = convert_state(stored.state)
     needed = ["visual.patch_embed.proj.weight", "visual.pos_embed", "visual.blocks.0.mlp.fc1.weight", "visual.head.weight"]
     needed += ["text.positional_embedding", "text.token_embedding.weight"]
     if lost := [name for name in needed if name not in state]:
@@ -280,7 +285,7 @@ def _guess(stored: Stored, overrides: dict[str, Any]) -> ModelConfig:
         tower=tower,
         **({} if tower == "eva02" else {"vision_eps": 1e-5}),
     )
-    found |= implied(layout) | (stored.hints if tower != "eva02" else {}) | overrides
+    found |= said(stored) | overrides
     if tower != "eva02" and "activation" not in found:
         raise ValueError(
             f"activation: {stored.source} does not say which GELU its weights are of: give activation='quick_gelu' (OpenAI's) "
