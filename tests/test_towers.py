@@ -96,7 +96,7 @@ def test_time_adds_nothing_at_first():
         assert torch.equal(model.encode_video(video := clip(model)), other.encode_video(video))
 
 
-@each_tower
+@pytest.mark.parametrize("tower", ["clip", "timesformer"])
 def test_compiles_in_one_graph(tower):
     model = ours(tower)
     video = clip(model)
@@ -150,7 +150,10 @@ def test_devices():
 def test_dynamic_quantisation(tower):
     model = ours(tower)
     video, text = clip(model), captions()
-    low = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+    quantization = pytest.importorskip("torch.ao.quantization")  # which torch calls deprecated
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("this torch has no int8 products")
+    low = quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
     assert (
         "Quantized" in type(low.visual.blocks[0].attn.qkv).__name__
         or "quantized" in type(low.visual.blocks[0].attn.qkv).__module__

@@ -259,6 +259,7 @@ def test_table_of_what_does_not_fit():
     with pytest.raises(ValueError) as error:
         load_state(eva(), state, source="a.pt")
     first, head, *rows = str(error.value).splitlines()
+    assert f" {len(eva().state_dict()) - 2} tensors fit;" in head
     assert first.startswith(
         "checkpoint: a.pt does not fit the model; 1 missing: text.ln_final.bias; 17 unexpected: visual.blocks.2."
     )

@@ -78,10 +78,9 @@ def read(path: str | os.PathLike[str]) -> Stored:
             needed and missing.
     """
     path = Path(path)
-    beside: dict[str, Any] = {}
-    if path.is_dir():
-        path = _inside(path)
-        beside = _open_clip_hints(path.with_name(_OPEN_CLIP_CONFIG))
+    path = _inside(path) if path.is_dir() else path
+    of_hub = path.name.removesuffix(".index.json") in HUB_FILES
+    beside = _open_clip_hints(path.with_name(_OPEN_CLIP_CONFIG)) if of_hub else {}
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
     reader = _read_shards if path.suffix == ".json" else _read_safetensors if path.suffix == ".safetensors" else _read_torch

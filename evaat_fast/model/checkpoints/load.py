@@ -147,7 +147,8 @@ def load_state(
         if name in state and state[name].shape != own[name].shape
     ]
     if wrong:
-        raise ValueError(_problem(Report(source, layout, len(state) - len(wrong), tuple(wrong)), model.config))
+        fit = sum(name in own and x.shape == own[name].shape for name, x in state.items()) - len(fresh)
+        raise ValueError(_problem(Report(source, layout, fit, tuple(wrong)), model.config))
     model.load_state_dict(state, strict=part == "all")
     report = Report(source, layout, len(state) - len(fresh), tuple(rows))
     _log.info("%s", report)
