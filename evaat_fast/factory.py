@@ -41,7 +41,11 @@ def load(path: str | os.PathLike[str], **overrides: Any) -> Loaded:
         path = download(path.removeprefix("hf-hub:").strip("/"))
     stored = read(path)
     config = config_of(stored, overrides)
-    model = EVA02AT(config).eval()
+    try:
+        model = EVA02AT(config).eval()
+    except (RuntimeError, MemoryError) as error:  # sizes that no memory holds
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ValueError(f"checkpoint: {stored.source}: its model cannot be built: {reason}") from None
     load_stored(model, stored)
     return Loaded(model, get_tokenizer(context_length=config.context_length), eval_transform(config.image_size))
 

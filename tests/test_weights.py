@@ -154,6 +154,31 @@ def test_a_run_and_its_folder(tmp_path):
         evaat_fast.load(tmp_path, frames=3)
 
 
+SPOILED = [
+    ({"visual.head.weight": torch.tensor(1.0)}, {}, "does not say what model it is of, by shapes such as visual.head.weight"),
+    ({"text.positional_embedding": torch.ones(3)}, {}, r"by shapes such as text.positional_embedding \[3\]"),
+    ({"visual.blocks.999999999.norm1.weight": torch.ones(1)}, {}, "does not fit the model; .*1 unexpected: visual.blocks.9"),
+    ({"visual.pos_embed": torch.ones(1, 1, 128)}, {}, r"visual.pos_embed \[1, 1, 128\] for"),
+    ({"visual.pos_embed": None}, {}, "it has no configuration, and no visual.pos_embed; create the model by name"),
+    ({}, {"vision_layers": 999_999_999}, "says vision_layers=999999999, and has 2 blocks"),
+    ({}, {"vocab_size": 999_999_999, "text_width": 99_999_998}, "its model cannot be built: "),
+    ({}, {"vision_width": "wide"}, "has a damaged configuration: vision_width: expected int, got 'wide'"),
+    ({}, {"norm": "timmm"}, "has a damaged configuration: norm: there is no 'timmm'"),
+]
+
+
+@pytest.mark.parametrize("tensors,fields,message", SPOILED, ids=[message[:30] for *_, message in SPOILED])
+def test_damaged_files_are_named(tmp_path, tensors, fields, message):
+    """By one error, before a model is built that no memory holds."""
+    model = eva()
+    content = {"state_dict": {name: x for name, x in {**model.state_dict(), **tensors}.items() if x is not None}}
+    if fields:
+        content["model_config"] = {**dataclasses.asdict(model.config), **fields}
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=message):
+        evaat_fast.load(tmp_path / "bad.pt")
+
+
 def test_configurations_of_other_versions(tmp_path):
     """Fields that are younger than a file have their defaults; one that we do not know is an error."""
     model = eva()

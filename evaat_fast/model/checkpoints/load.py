@@ -233,6 +233,9 @@ def config_of(stored: Stored, overrides: Mapping[str, Any]) -> ModelConfig:
     if stored.config is not None:
         config = dataclasses.replace(of_stored(stored.config, stored.source), **_known(overrides))
         check_config(stored.config, config, stored.source)
+        # A damaged file could ask for a model that no memory holds.
+        if (there := _blocks(convert_state(stored.state), "visual.blocks")) != config.vision_layers:
+            raise ValueError(f"checkpoint: {stored.source} says vision_layers={config.vision_layers}, and has {there} blocks")
         return config
     return _guess(stored, _known(overrides))
 
@@ -260,6 +263,9 @@ def _guess(stored: Stored, overrides: dict[str, Any]) -> ModelConfig:
             f"checkpoint: {stored.source} does not say what model it is of: it has no configuration, and no {', '.join(lost)}; "
             "create the model by name, and load_checkpoint(model, path)"
         )
+    odd = [f"{n} {list(state[n].shape)}" for n, axes in zip(needed, (4, 3, 2, 2, 2, 2), strict=True) if state[n].ndim != axes]
+    if odd:
+        raise ValueError(f"checkpoint: {stored.source} does not say what model it is of, by shapes such as {', '.join(odd)}")
     patch, places, fc1, head, words, table = (state[name] for name in needed)
     tower = (
         "timesformer" if "visual.blocks.0.norm3.weight" in state else "clip" if "visual.norm_pre.weight" in state else "eva02"
@@ -273,11 +279,11 @@ def _guess(stored: Stored, overrides: dict[str, Any]) -> ModelConfig:
         image_size=side * patch.shape[-1] or patch.shape[-1],
         patch_size=patch.shape[-1],
         vision_width=patch.shape[0],
-        vision_layers=_layers(state, r"visual\.blocks\.(\d+)\."),
+        vision_layers=_blocks(state, "visual.blocks"),
         vision_heads=max(patch.shape[0] // 64, 1),
         vision_mlp=fc1.shape[0] // 2 if tower == "eva02" else fc1.shape[0],
         text_width=words.shape[1],
-        text_layers=_layers(state, r"text\.transformer\.resblocks\.(\d+)\."),
+        text_layers=max(_blocks(state, "text.transformer.resblocks"), 1),
         text_heads=max(words.shape[1] // 64, 1),
         embed_dim=head.shape[0],
         num_frames=state["visual.temporal_embed"].shape[1] if "visual.temporal_embed" in state else 1,
@@ -295,5 +301,7 @@ def _guess(stored: Stored, overrides: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**found)
 
 
-def _layers(state: Iterable[str], pattern: str) -> int:
-    return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=0)
+def _blocks(state: Iterable[str], place: str) -> int:
+    """How many blocks there are, whatever their numbers."""
+    start = f"{place}."
+    return len({name[len(start) :].partition(".")[0] for name in state if name.startswith(start)})
