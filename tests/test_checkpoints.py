@@ -215,6 +215,9 @@ def test_tag(hub):
     hub["timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"] = ConnectionError("no route to host")
     with pytest.raises(RuntimeError, match=r"could not download 'timm/eva02_base.* \(no route to host\).*pass its path"):
         create_model("eva02_at_base_patch16_224", pretrained="merged2b_s8b_b131k")
+    hub["timm/vit_large_patch14_clip_336.openai"] = ConnectionError("no route to host")
+    with pytest.raises(RuntimeError, match=r"could not download 'timm/vit_large_patch14_clip_336.openai'"):
+        create_model("avion_vit_large_patch14_336", pretrained="openai", vision_layers=1)
 
 
 @pytest.mark.parametrize(

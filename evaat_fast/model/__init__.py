@@ -52,7 +52,8 @@ def list_models() -> list[str]:
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """(model, tag) pairs for `create_model(model, pretrained=tag)`: EVA02-CLIP; no EVA02-AT weights are published."""
+    """(model, tag) pairs for `create_model(model, pretrained=tag)`: EVA02-CLIP and OpenAI's CLIP; no EVA02-AT weights are
+    published."""
     return [(name, tag) for name, tags in sorted(PRETRAINED.items()) for tag in tags]
 
 

@@ -185,11 +185,17 @@ CONFIGS = {
     "lavila_tsf_large_patch14_336": _clip(**{**_wide(336), **_LAVILA, **_PROJECTED}),
 }
 
-# No EVA02-AT weights are published: these are the EVA02-CLIP weights that it starts from, at the Hugging Face hub.
+# At the Hugging Face hub. No EVA02-AT weights are published: these are the EVA02-CLIP weights that it starts from, and those of
+# OpenAI, with which AVION and LaViLa start.
 PRETRAINED = {
     "eva02_at_base_patch16_224": {"merged2b_s8b_b131k": "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"},
     "eva02_at_large_patch14_224": {"merged2b_s4b_b131k": "timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k"},
     "eva02_at_large_patch14_336": {"merged2b_s6b_b61k": "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k"},
+    **{
+        f"{kind}_{body}_{side}": {"openai": f"timm/vit_{body}_clip_{side}.openai"}
+        for kind in ("clip_vit", "avion_vit", "lavila_tsf")
+        for body, side in (("base_patch16", 224), ("large_patch14", 224), ("large_patch14", 336))
+    },
 }
 
 
