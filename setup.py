@@ -167,6 +167,7 @@ setup(
         "evaat_fast": ["py.typed", "*.pyi"],
         "evaat_fast.model": ["*.txt", "*.gz"],
         "evaat_fast.train": ["*.html", "*.toml"],
+        "evaat_fast.train.recipes": ["*.toml"],
     },
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},

@@ -212,7 +212,9 @@ def bare_products(inputs, mode):
     video, text = inputs["video"].detach(), inputs["text"].detach()
     N = len(video)
     S, dv, dt = video.new_empty(N, N), torch.empty_like(video), torch.empty_like(text)
-    G = torch.randint(-2, 3, (N, N), dtype=torch.int8, device=video.device).to(video.dtype)
+    # Not random: torch's generator stays unusable after another provider's capture failed.
+    row = (torch.arange(N, device=video.device) % 5).to(torch.int8)
+    G = ((row[:, None] + 2 * row) % 5 - 2).to(video.dtype)
 
     def work():
         torch.mm(video, text.T, out=S)

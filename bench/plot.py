@@ -279,10 +279,17 @@ def of_doctor(name):
     return getattr(doctor, name)()
 
 
+def predicted(choice):
+    """A table of what is made of results by a model."""
+    import scaling
+
+    return scaling.table(choice)
+
+
 def generated(text):
     """The text with everything between `<!-- NAME -->`, or `<!-- NAME: CHOICE -->`, and `<!-- end NAME -->` generated anew."""
     parts = {"support matrix": lambda choice: of_doctor("matrix"), "order of choice": lambda choice: of_doctor("orders")}
-    parts["headline"] = lambda choice: headline()
+    parts["headline"], parts["predicted"] = lambda choice: headline(), predicted
     for path, data in results():
         parts[f"results {path.parent.name}/{path.stem}"] = functools.partial(table, data)
     for name, body in parts.items():
@@ -308,6 +315,10 @@ def main():
         path.write_text(text)
     for path, data in results():
         print(f"wrote {page(path, data)}")
+    import scaling
+
+    if scaling.figure():
+        print(f"wrote {scaling.FIGURE}")
 
 
 if __name__ == "__main__":

@@ -31,18 +31,24 @@ def doctor(arguments: argparse.Namespace) -> int | None:
 def demo(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import demo
 
-    demo.run(arguments.out, seed=arguments.seed, quick=arguments.quick, overrides=arguments.overrides)
+    demo.run(
+        arguments.out,
+        seed=arguments.seed,
+        quick=arguments.quick,
+        overrides=arguments.overrides,
+        overwrite=arguments.overwrite,
+    )
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from evaat_fast.train import Diverged, evaluation, load, train
+    from evaat_fast.train import Diverged, evaluation, train
 
     if arguments.keys:
         from evaat_fast.train.config import template
 
         print(template())
         return
-    config = load(arguments.config, arguments.overrides)
+    config = _run_of(arguments)
     with _mistakes(Diverged):
         result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
     if result["metrics"]:  # not every corpus has a retrieval test
@@ -50,13 +56,34 @@ def train(arguments: argparse.Namespace) -> None:
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
 
 
+def _run_of(arguments, training=True):
+    """The configuration of `train` and `check`."""
+    from evaat_fast.train import load, recipes
+
+    if arguments.recipe is not None:
+        return recipes.load(arguments.recipe, arguments.overrides, training=training)
+    return load(arguments.config, arguments.overrides, training=training)
+
+
+def recipes(arguments: argparse.Namespace) -> None:
+    from evaat_fast.train import recipes
+
+    if arguments.name is not None:
+        print(recipes.path(arguments.name).read_text(), end="")
+        return
+    titles = recipes.titles()
+    width = max(map(len, titles))
+    print("\n".join(f"{name:<{width}}  {title}" for name, title in titles.items()))
+    print("\nevaat-fast train --recipe NAME --set data.videos=... starts one, evaat-fast recipes NAME > run.toml copies it")
+
+
 def check(arguments: argparse.Namespace) -> int | None:
     from evaat_fast._files import write_atomically
     from evaat_fast.data.check import check as check_clips
-    from evaat_fast.train import inputs, load, packages
+    from evaat_fast.train import inputs, packages
     from evaat_fast.train.log import Progress
 
-    config = load(arguments.config, arguments.overrides, training=False)
+    config = _run_of(arguments, training=False)
     packages.require("the check", *packages.of_data(config), *packages.of_progress())
     if arguments.json:
         _check_file(arguments.json)
@@ -75,6 +102,7 @@ def check(arguments: argparse.Namespace) -> int | None:
             print(f"  {len(report.broken)} clips ({100 * report.share:.3g} %) cannot be used, more than {100 * allowed:g} %")
     if arguments.json:
         text = json.dumps(record, indent=1) + "\n"
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.json, lambda file: file.write(text.encode()))
     return 1 if wrong else 0
 

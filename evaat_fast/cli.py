@@ -23,17 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.command == "train" and arguments.config is None and not arguments.keys:
-        parser.error("train: expected CONFIG.toml; --keys prints one to start from")
+    if arguments.command in ("train", "check") and not getattr(arguments, "keys", False):
+        given = (arguments.config is not None) + (arguments.recipe is not None)
+        if given != 1:
+            also = ", not both" if given else "; train --keys prints one to start from, evaat-fast recipes lists the paper's"
+            parser.error(f"{arguments.command}: expected CONFIG.toml or --recipe NAME{also}")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return _run(arguments)
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("interrupted" + ("; --resume continues" if arguments.command == "train" else ""), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        goes_on = {"train": "; --resume continues", "demo": "; the same command continues"}.get(arguments.command, "")
+        if text := "interrupted" if type(stop) is KeyboardInterrupt else str(stop):  # of several processes one speaks
+            print(text + goes_on, file=sys.stderr)
+        return getattr(stop, "status", 130)
 
 
 def _run(arguments):
@@ -75,11 +80,12 @@ def _parser():
     command.add_argument("--out", default="demo", metavar="DIR", help="folder of the corpus, the runs and the page (demo)")
     command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and crops (0)")
     command.add_argument("--quick", action="store_true", help="a tiny corpus and few epochs, to see that all of it works")
+    command.add_argument("--overwrite", action="store_true", help="train anew, and do not go on where an earlier one was")
     _add_set(command, "for both stages")
     command.set_defaults(run=_commands.demo)
 
     command = commands.add_parser("train", help="train as a TOML file says; --keys lists what it can say")
-    command.add_argument("config", metavar="CONFIG.toml", nargs="?")
+    _add_run(command)
     command.add_argument("--keys", action="store_true", help="print every key with its default and meaning, as a TOML file")
     _add_set(command)
     group = command.add_mutually_exclusive_group()
@@ -87,8 +93,12 @@ def _parser():
     group.add_argument("--overwrite", action="store_true", help="start anew where train.out already holds a run")
     command.set_defaults(run=_commands.train)
 
+    command = commands.add_parser("recipes", help="the paper's runs as configurations; with a NAME, that file")
+    command.add_argument("name", metavar="NAME", nargs="?")
+    command.set_defaults(run=_commands.recipes)
+
     command = commands.add_parser("check", help="what is missing, unreadable or outside its video in a run's data")
-    command.add_argument("config", metavar="CONFIG.toml")
+    _add_run(command)
     command.add_argument("--all", action="store_true", help="read the header of every file, not of each video's ends alone")
     command.add_argument("--json", metavar="FILE", help="write the findings there too, with every clip they touch")
     _add_set(command)
@@ -165,6 +175,14 @@ def _parser():
     )
     command.set_defaults(run=_commands.make_kitchen)
     return parser
+
+
+def _add_run(command):
+    """What `train` and `check` share: a configuration, or a recipe."""
+    command.add_argument("config", metavar="CONFIG.toml", nargs="?")
+    command.add_argument(
+        "--recipe", metavar="NAME", help="instead of a file, one of evaat-fast recipes; paths are this folder's"
+    )
 
 
 def _add_model(command):

@@ -159,14 +159,15 @@ def pairwise_scale(arch):
     return aot.build(scale_kernel, types | {"count": "i32"}, {"BLOCK": 4096}, arch, aligned=["count"], num_warps=8)
 
 
-def sms_diagonal(arch):
+def sms_diagonal(arch, labelled):
+    """labelled: what `labels` takes, or None."""
     from evaat_fast.kernels.pairwise import panel
     from evaat_fast.kernels.pairwise import sms as kernels
     from torch import bfloat16
 
     shape = panel.config(bfloat16)
-    types = {"f": features("bf16"), "labels": labels("u8", True, True), "pairs": kernels.Pairs(*["*fp32"] * 4, None)}
-    constants = {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
+    types = {"f": features("bf16"), "labels": labelled and labels(*labelled), "pairs": kernels.Pairs(*["*fp32"] * 4, None)}
+    constants = {"LABELLED": labelled is not None} | {name: shape.pop(name) for name in ("BLOCK", "PRECISION")}
     return aot.build(kernels.diagonal_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row"], **shape)
 
 
@@ -195,7 +196,8 @@ def norm(arch, kind, C, dtype="bf16", residual=True):
     module = add if kind.startswith("add") else swiglu
     options = module.forward_config(C)
     if kind.endswith("backward"):
-        options = module.backward_config(C) if module is add else module.backward_config(C, arch // 10)
+        read = ("dY", "total", "dR") if module is add else ("dY", "x", "x")
+        options = module.backward_config(C, *(4 if types[x] == wide else 2 for x in read if types[x]))
     warps = options.pop("num_warps")
     constants = options | ({} if module is add else {"EXACT": dtype == "fp32"})
     return aot.build(kernel, types | {"weight": wide, "statistics": wide, "M": "i32"}, constants, arch, num_warps=warps)
@@ -250,7 +252,8 @@ def _shipped():
     for name in ("prepare", "finish"):
         yield f"pairwise {name}", functools.partial(of_rows, name=name)
     yield "pairwise scale", pairwise_scale
-    yield "sms diagonal, verbs and nouns", sms_diagonal
+    for name, of in (("verbs and nouns", ("u8", True, True)), ("dense labels", ("fp32", False, False)), ("no labels", None)):
+        yield f"sms diagonal, {name}", functools.partial(sms_diagonal, labelled=of)
     yield "contrast totals", functools.partial(contrast_totals, every=False)
     yield "contrast totals, of more positives", functools.partial(contrast_totals, every=True)
 

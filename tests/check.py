@@ -34,3 +34,14 @@ def close(ours, low, truth, what="output"):
         return
     most = 1.1 if n >= 1000 else 1.1 * (1 + 3 / (2 * n) ** 0.5)
     assert rms <= most * rms_low + floor, f"{what}: rms error {rms:.3e} > {most:.2f} x torch's {rms_low:.3e}"
+
+
+def launched(call):
+    """The names of the kernels that a call launches on a GPU, in order; fills and copies of memory are none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    names = (e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return [name for name in names if not name.lower().startswith(("mem", "activity buffer"))]

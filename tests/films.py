@@ -1,5 +1,6 @@
 """Video files with the quirks of real ones, made with PyAV. Each frame shows its number, as black and white stripes."""
 
+import math
 import struct
 from fractions import Fraction
 
@@ -36,14 +37,17 @@ def film(
     sound=False,
     size=SIZE,
     rate=30,
+    tags=None,
 ):
     """Writes a file whose frame n is stored for times[n] + shift seconds; what is negative an mp4 hides by an edit list.
 
-    The suffix decides the container. turn: degrees. sound: a second of silence from 0 on, beside it. Returns the path.
+    The suffix decides the container. turn: degrees. sound: a second of silence from 0 on, beside it. tags: of the file.
+    Returns the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     suffixes = {".mkv": "matroska", ".webm": "webm", ".avi": "avi", ".mov": "mov"}
     with av.open(str(path), "w", format=suffixes.get(path.suffix.lower(), "mp4"), options=container or {}) as out:
+        out.metadata.update(tags or {})
         stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         avi = path.suffix == ".avi"  # a grid of frames is all that it has
@@ -51,8 +55,6 @@ def film(
         stream.codec_context.thread_count = 1
         usual = {"crf": "10", "g": "12"} if codec == "libx264" else {}  # with B-frames
         stream.options = {**usual, **(options or {})}
-        if turn or mirror:
-            stream.set_display_rotation(turn, hflip=mirror)
         if sound:
             voice = out.add_stream("aac", rate=8000, layout="mono")
             quiet = av.AudioFrame.from_ndarray(np.zeros((1, 8192), np.float32), "fltp", "mono")
@@ -73,6 +75,13 @@ def film(
             frame.pts = number if avi else round(time / BASE)
             mux(stream.encode(frame))
         mux(stream.encode(None))
+    if turn or mirror:  # PyAV 17 cannot be told
+        across, down = (round(f(math.radians(turn))) for f in (math.cos, math.sin))
+        flip, one = -1 if mirror else 1, 1 << 16
+        data = bytearray(path.read_bytes())
+        matrix = (flip * across * one, -down * one, 0, flip * down * one, across * one, 0, 0, 0, 1 << 30)
+        struct.pack_into(">9i", data, data.index(b"tkhd") + 44, *matrix)
+        path.write_bytes(data)
     return path
 
 

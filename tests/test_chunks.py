@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -101,7 +101,7 @@ def test_several_runs_into_one_folder(tmp_path):
         film(tmp_path / "in" / f"{name}.mp4", EVEN)
     videos = chunks.discover(tmp_path / "in")
     chunks.write(videos, tmp_path / "whole", SMALL, workers=1)
-    with ThreadPoolExecutor(3) as pool:
+    with ProcessPoolExecutor(3) as pool:
         runs = [pool.submit(chunks.write, videos, tmp_path / "out", SMALL, workers=1) for _ in range(3)]
         assert [run.result() for run in runs] == [{}] * 3
     found = [

@@ -1,17 +1,21 @@
 """Which frames come back from files with quirks, whoever decodes them, and what is refused."""
 
+import json
 import os
 import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from evaat_fast.data import decode, video
+from evaat_fast.data.decode.header import rational
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 from films import film, numbers, shorten_edit, shown  # noqa: E402
 
 NAMES = [name for name in decode.ORDER if decode.why_not(name) is None]
@@ -210,6 +214,28 @@ def test_probe(made, tmp_path):
 def test_names_that_ffmpeg_would_take_for_protocols(tmp_path):
     path = film(tmp_path / "concat:a|b.mp4", EVEN[:20])
     assert numbers(video.read_clip(path, 0, 0.6, 2).numpy()) == [4, 13]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_tags_that_are_not_utf8(tmp_path, suffix):
+    """Of which a Matroska's duration is one."""
+    path = film(tmp_path / f"v{suffix}", [round(t, 3) for t in EVEN], tags={"title": "A la cafeteria"})
+    content = path.read_bytes()
+    spoilt = content.replace(b"A la cafeteria", b"A la caf\xe9teria").replace(b"00:00:03.3", b"00:00:03.\xe9")
+    assert len(spoilt) == len(content) and spoilt.count(b"\xe9") > content.count(b"\xe9") + (suffix == ".mkv")
+    path.write_bytes(spoilt)
+    info = video.probe(path)
+    assert info.duration == pytest.approx(100 / 30, abs=0.01)
+    json.dumps(asdict(info), default=str, ensure_ascii=False).encode()
+    assert numbers(video.read_clip(path, 0, 0.6, 2).numpy()) == [4, 13]
+
+
+def test_pyavs_rationals_of_every_version():
+    kinds = [Fraction, *([av.AVRational] if hasattr(av, "AVRational") else [])]
+    for kind in kinds:
+        found = rational(kind(30_000, 1001))
+        assert type(found) is Fraction and found == Fraction(30_000, 1001) and rational(kind(0, 1)) is None
+    assert rational(None) is None and (kinds[-1] is Fraction or rational(kinds[-1](1, 0)) is None)
 
 
 def test_auto_is_the_first_that_can_be_imported(made, monkeypatch):

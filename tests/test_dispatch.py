@@ -88,6 +88,16 @@ def test_frequencies_that_learn_are_a_need_of_rope3d(caplog):
     assert "rope3d: cuda" not in caplog.text
 
 
+def test_a_gpu_of_little_shared_memory_is_a_need_of_the_max_margin_losses(caplog):
+    """Chunks of E of 129 to 256 do not fit there: CUDA C++ says so by name, and is passed over without a word."""
+    device = torch.device("cuda")
+    with pytest.raises(RuntimeError, match="sms_loss: backend 'cuda' was asked for but .* E up to 128 or above 256"):
+        _dispatch.pick("sms_loss", device, torch.bfloat16, "cuda", (_dispatch.LITTLE_SHARED,))
+    for need in (_dispatch.LITTLE_SHARED, _dispatch.FEW_PAIRS):
+        assert _dispatch.pick("sms_loss", device, torch.bfloat16, None, (need,)) in ("triton", "reference")
+    assert "sms_loss: cuda" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "text,expected",
     [

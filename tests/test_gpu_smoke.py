@@ -43,9 +43,13 @@ def test_what_serves(device):
     pick = lambda op: dispatch.pick(op, torch.device(device), BF16)  # noqa: E731
     ours = "triton" if device == "cuda" else "cpu"
     losses = ("sms_loss", "mi_mm_loss", "adaptive_mi_mm_loss", "clip_loss", "ego_nce_loss")
-    assert {op: pick(op) for op in losses} == dict.fromkeys(losses, ours)
     built = importlib.util.find_spec("evaat_fast._cuda") is not None
-    assert pick("rope3d") == ("cuda" if device == "cuda" and built else ours)
+    many = "cuda" if device == "cuda" and built else ours
+    assert {op: pick(op) for op in losses} == dict.fromkeys(losses[:3], many) | dict.fromkeys(losses[3:], ours)
+    for op in losses[:3]:
+        assert dispatch.pick(op, torch.device(device), BF16, None, (dispatch.FEW_PAIRS,)) == ours
+        assert dispatch.pick(op, torch.device(device), torch.float32) == ours
+    assert pick("rope3d") == many
     learned = dispatch.pick("rope3d", torch.device(device), BF16, None, (dispatch.LEARNED,))
     assert learned == ours
     assert pick("joint_attention") == "sdpa"
@@ -226,7 +230,7 @@ def test_mi_mm_and_adaptive(device):
 
 @pytest.mark.parametrize("kind", ["dense", "indexed", "verbs and nouns", "one"])
 def test_max_margin_in_cuda(device, kind, monkeypatch):
-    """Not served by `auto` yet."""
+    """Whatever `auto` takes for so few pairs."""
     N, dtype = (1024 if device == "cuda" else 260), F16 if kind == "dense" else BF16
     if device == "cuda" and dispatch.why_not("cuda"):
         pytest.skip(dispatch.why_not("cuda"))

@@ -30,7 +30,9 @@ def sdist(tmp_path_factory):
 
 
 def test_sdist_holds_every_source(sdist):
-    sources = "csrc/**/*.* kernels/**/*.py evaat_fast/**/*.py evaat_fast/**/*.gz tests/*.py bench/*.py docs/*.md"
+    sources = (
+        "csrc/**/*.* kernels/**/*.py evaat_fast/**/*.py evaat_fast/**/*.gz evaat_fast/**/*.toml tests/*.py bench/*.py docs/*.md"
+    )
     for pattern in sources.split():
         for path in ROOT.glob(pattern):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -53,6 +55,7 @@ def test_wheel_contents_without_torch_or_cuda(sdist, tmp_path):
     assert "evaat_fast/kernels/__init__.py" in names
     assert {"evaat_fast/py.typed", "evaat_fast/_cpu.pyi", "evaat_fast/_cuda.pyi"} <= set(names)
     assert any(n.endswith("bpe_simple_vocab_16e6.txt.gz") for n in names)
+    assert {"evaat_fast/train/pretrain.toml", "evaat_fast/train/recipes/egoclip-b.toml"} <= set(names)
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith((".dist-info", ".data"))} == {"evaat_fast"}, "nothing else may be importable"
 

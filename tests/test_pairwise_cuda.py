@@ -265,3 +265,30 @@ def test_no_pairs():
 def test_random_calls(seed):
     sizes, features = (0, 1, 2, 33, 129, 260), (1, 8, 63, 64, 200, 256, 320)
     cases.random_call(seed, "cuda", "cpu", (BF16, F16), sizes, features, cases.MAX_MARGIN)
+
+
+@pytest.mark.parametrize("verbs", [False, True])
+def test_pairs_in_the_order_of_their_captions_places(verbs):
+    """Losses, gradients and weights belong to the pairs that were given."""
+    from evaat_fast.ops.pairwise import cuda
+    from evaat_fast.ops.pairwise.reference import Penalty
+
+    class Ordered(cuda.Sms):
+        ORDERED_FROM = 2
+
+    N = 140
+    video, text, _ = batch(N, 24, F16)
+    rows, columns, verb = torch.randint(0, 5, (3, N))
+    table = torch.rand(2, 5, 5) if verbs else torch.rand(5, 5)
+    labels = Labels(table, rows, columns, verb if verbs else None)
+    own = labels.diagonal(torch.float32)
+
+    def run(kind, each, weight):
+        work = step.Work(each, not each, not each, False, "cuda", None)
+        settings = step.SmsSettings(labels, own, Penalty(0.6, 0.1, 1.1 / 240, "code"), True, work)
+        return step.run(kind(video, text, None, weight, settings))
+
+    for each, weight in ((False, None), (False, torch.rand(N)), (True, None)):
+        given, ordered = (run(kind, each, weight) for kind in (cuda.Sms, Ordered))
+        for x, y in zip(given, ordered, strict=True):
+            assert x.shape == y.shape and (x - y).norm() <= 2e-3 * x.norm()

@@ -1,12 +1,17 @@
 """The demo, quick but whole: its files, its page, and that the page needs nothing from outside."""
 
+import inspect
 import json
+import os
 import re
+import signal
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
-from evaat_fast.train import demo, load, report
+from evaat_fast.cli import main
+from evaat_fast.train import demo, load, report, steps
 
 for package in ("av", "decord", "tokenizers", "jinja2", "matplotlib"):
     pytest.importorskip(package)
@@ -110,4 +115,32 @@ def test_a_second_run_finds_the_corpus(run, capsys):
     second = demo.run(out, quick=True, overrides=["train.device=cpu", "model.num_frames=4"])
     assert (out / "corpus-quick/kitchen.json").stat().st_mtime_ns == stamp
     assert second["metrics"] == first["metrics"]
-    assert "The page: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "The page: " in printed and "found: 2 of 2 epochs of pretrain, 1 of 1 epochs of finetune" in printed
+
+
+def test_an_interrupted_demo_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
+    """In the midst of either stage; then nothing is left to do, until it is asked for anew."""
+    original, calls = steps.batch_loss, []
+
+    def counted(*arguments):
+        if arguments[1]["video"].dtype == torch.uint8 and interesting():
+            calls.append(1)
+            if len(calls) in (8, 15):  # in the second epoch of the first stage, and in the second stage
+                os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    def interesting():  # what is timed beforehand is no step of a run
+        return not any(frame.function == "_step_seconds" for frame in inspect.stack(0)[:12])
+
+    monkeypatch.setattr(steps, "batch_loss", counted)
+    arguments = ["demo", "--quick", "--out", str(tmp_path / "out"), "--set=train.device=cpu", "--set=model.num_frames=4"]
+    assert main(arguments) == 130 and len(calls) == 8
+    printed = capsys.readouterr()
+    assert re.search(r"about \d+ s on this machine, \d+ s of it for videos; interrupted, the same command goes on", printed.out)
+    assert "stopped by Ctrl-C in epoch 2, after step 2 of 6, which is saved; the same command continues" in printed.err
+    assert main(arguments) == 130 and len(calls) == 15
+    assert "found: 1 of 2 epochs of pretrain" in capsys.readouterr().out
+    assert main(arguments) == 0 and len(calls) == 18
+    assert json.loads((tmp_path / "out/results.json").read_text())["metrics"] == run[1]["metrics"]
+    assert main([*arguments, "--overwrite", "--set=train.epochs=1"]) == 0 and len(calls) == 18 + 12

@@ -8,6 +8,7 @@ import peers
 import pytest
 import rope3d_cases as cases
 import torch
+from check import launched
 from rope3d_cases import LAYOUTS, make
 
 from evaat_fast import ops
@@ -272,17 +273,12 @@ def test_cuda_graph(backend, learnable):
 
 
 def kernels_of(call):
-    """The names of the kernels that a call launches, by the profiler, without what C++ adds to them."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    names = (e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return [re.search(r"\w+(?=<|\(evaat|$)", name)[0] for name in names if "mem" not in name.lower()]
+    """The names of the kernels that a call launches, without what C++ adds to them."""
+    return [re.search(r"\w+(?=<|\(evaat|$)", name)[0] for name in launched(call)]
 
 
 @pytest.mark.gpu
+@pytest.mark.counts
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("of_a_model", [True, False])
 def test_a_graph_has_the_rotation_s_kernels_alone(of_a_model, backend):
@@ -303,6 +299,7 @@ def test_a_graph_has_the_rotation_s_kernels_alone(of_a_model, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.counts
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_packed_gradient_is_one_launch(backend):
     qkv, grad = (torch.randn(2, N, 3 * 3 * 64, device="cuda") for _ in range(2))
@@ -313,6 +310,7 @@ def test_a_packed_gradient_is_one_launch(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.counts
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_table_is_one_launch(backend):
     """Of positions, which no call may keep: where Triton is there it makes CUDA C++'s, too."""

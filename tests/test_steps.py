@@ -70,7 +70,7 @@ class Streams:
         move = torch.Tensor.to
 
         def to(x, *args, **options):
-            if options.get("non_blocking"):
+            if options.get("non_blocking") and x.ndim:  # no scalar of the optimiser's
                 self.said.append(f"copied on {self.current}")
             return move(x, *args, **options)
 

@@ -209,8 +209,21 @@ def test_resuming_another_run_is_an_error(configure):
     train(configure("train.epochs=1"), quiet=True)
     with pytest.raises(ConfigError, match="made with optim.lr = 0.001, this run has 0.01"):
         train(configure("train.epochs=1", "optim.lr=0.01"), resume=True, quiet=True)
-    with pytest.raises(ConfigError, match="made with train.epochs = 1, this run has 2"):
-        train(configure(), resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="made with train.seed = 0, this run has 1"):
+        train(configure("train.epochs=1", "train.seed=1"), resume=True, quiet=True)
+
+
+def test_a_run_is_extended_but_not_made_shorter_than_it_is(configure, capsys):
+    """With a constant learning rate it is then the run that was as long from the beginning."""
+    whole = train(configure("train.epochs=3", "schedule.name=constant", out="whole"), quiet=True)
+    train(configure("train.epochs=2", "schedule.name=constant"), quiet=True)
+    extended = train(configure("train.epochs=3", "schedule.name=constant"), resume=True)
+    printed = capsys.readouterr().out
+    assert "goes on after epoch 2, of 3 epochs" in printed and "3 epochs instead of 2" in printed
+    assert_same(weights(whole["checkpoint"]), weights(extended["checkpoint"]))
+    assert {"event": "extended", "epoch": 2, "epochs": 3, "before": 2} in read(extended["log"])
+    with pytest.raises(ConfigError, match="train.epochs: 2, and .*last.pt is of the end of epoch 3"):
+        train(configure("train.epochs=2", "schedule.name=constant"), resume=True, quiet=True)
 
 
 def test_init_starts_from_a_checkpoint(configure):
@@ -234,6 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(configure, monkeypatch, tmp_pat
         train(configure(), quiet=True)
     saved = checkpoint.read(tmp_path / "run/last.pt")
     assert saved["epoch"] == 1 and all(torch.isfinite(v).all() for v in saved["state_dict"].values())
+    assert saved["within"]["step"] == 1  # the step before it
 
 
 def test_learnable_temperature_moves_and_a_fixed_one_does_not(configure):

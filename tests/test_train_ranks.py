@@ -28,7 +28,7 @@ def environment():
 
 @pytest.mark.parametrize("worlds", [("2",), pytest.param(("3", "4"), marks=pytest.mark.slow)], ids="-".join)
 def test_steps_are_those_of_one_process(tmp_path, worlds):
-    """Losses of 20 steps, and the parameters after them, within 1e-10."""
+    """Losses of 20 steps, and the parameters after them, within 1e-10; several processes are ended and begun anew half-way."""
     configuration(tmp_path, "train.batch_size=24")
     path = tmp_path / "run.toml"
     path.write_text(path.read_text().replace("batch_size = 16", "batch_size = 24"))
@@ -55,7 +55,7 @@ def logged(folder):
     return [r for r in read(folder / "log.jsonl") if r["event"] in ("step", "eval")]
 
 
-def test_torchrun_trains_writes_once_and_is_continued_by_another_number_of_processes(tmp_path):
+def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
     configuration(tmp_path)
     toml, epochs = str(tmp_path / "run.toml"), ["--set", "train.epochs=3"]
 
@@ -67,13 +67,21 @@ def test_torchrun_trains_writes_once_and_is_continued_by_another_number_of_proce
     run = torchrun(2, "train", toml, *into("two"))
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("epoch 3/3") == 1 and "on cpu and 1 more" in run.stdout
-    # Half-way on two processes, the rest on one.
-    run = torchrun(2, "train", toml, *into("both"), "--set", "train.save_every=2", "--set", "optim.lr=1e-3")
+    parts = [*into("shared"), "--set", "train.parallel=fsdp", "--set", "train.save_as=parts"]
+    run = torchrun(2, "train", toml, *parts)
     assert run.returncode == 0, run.stderr[-2000:]
-    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys() and a["event"] == b["event"]
-        assert a["event"] == "eval" or b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    one = logged(tmp_path / "one")
+    for name in ("two", "shared"):
+        for a, b in zip(one, logged(tmp_path / name), strict=True):
+            assert a.keys() == b.keys() and a["event"] == b["event"]
+            assert a["event"] == "eval" or b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    # One process goes on from what several wrote, which here is whole; with a part missing every process says so.
+    run = alone("train", toml, *into("shared"), "--resume")
+    assert run.returncode == 0 and "goes on after epoch 3, of 3 epochs" in run.stdout, run.stderr[-2000:]
+    assert logged(tmp_path / "shared") == logged(tmp_path / "shared")[: len(one)]
+    next((tmp_path / "shared" / "last.parts").glob("__1_*.distcp")).unlink()
+    run = torchrun(2, "train", toml, *parts, "--resume")
+    assert run.returncode != 0 and run.stderr.count("lacks parts, or they are damaged") >= 1
 
 
 def test_a_process_that_fails_ends_the_run(tmp_path):
@@ -98,7 +106,7 @@ sys.exit(main(sys.argv[1:]))
         str(tmp_path / "fails.py"),
     ]
     toml = [str(tmp_path / "run.toml"), "--set", "model.patch_dropout=0.5"]
-    run = subprocess.run([*command, "train", *toml], capture_output=True, text=True, env=environment(), timeout=90)
+    run = subprocess.run([*command, "train", *toml], capture_output=True, text=True, env=environment(), timeout=60)
     assert run.returncode != 0 and "ZeroDivisionError" in run.stderr
 
 

@@ -1,5 +1,6 @@
 """Training on several processes against one, in float64: python train_ranks.py CONFIG FOLDER WORLD..., over gloo."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from evaat_fast.data.labels import LabelledClips
-from evaat_fast.train import inputs, load, steps, trainer
+from evaat_fast.train import checkpoint, inputs, load, shards, steps, trainer
+from evaat_fast.train.averaging import Average
 from evaat_fast.train.masters import Masters
 from evaat_fast.train.ranks import Ranks
 
@@ -18,36 +20,92 @@ CASES = {
     "clip": ["loss.name=clip", "loss.learnable_temperature=true", "optim.clip_norm=1.0"],
     "sms": ["loss.name=sms", "data.positive=relevant"],
     "dropped": ["loss.name=clip", "model.patch_dropout=0.5", "model.grad_checkpointing=selective"],
+    "lamb": ["optim.name=lamb", "optim.layer_decay=0.7", "train.ema=0.9", "model.grad_checkpointing=true"],
+    "cached": ["loss.learnable_temperature=true", "model.patch_dropout=0.5", "train.micro_batch=5"],
 }
 
 
-def trained(config, ranks):
-    """Losses of STEPS steps, and the parameters after them, all float64."""
-    device, data = torch.device("cpu"), inputs.splits(config).train
-    assert isinstance(data, LabelledClips)
+DEVICE = torch.device("cpu")
+
+
+def built(config, ranks):
+    """(masters, optimizer, average) of a float64 model, shared out where the configuration says so."""
     model = trainer.build_model(config).double().train()
+    if ranks.several and config.train.parallel == "fsdp":
+        shards.shard(model, config, ranks, DEVICE)
     masters = Masters(model)
-    run = steps.Steps(masters, steps.build_optimizer(model, config, masters), data.relevancy_table, config, device, ranks)
+    return masters, steps.build_optimizer(model, config, masters), Average(masters, config.train.ema or 0.5)
+
+
+def trained(config, ranks, broken=None, count=STEPS):
+    """Losses of so many steps, and the parameters after them or their average, all float64. broken: a checkpoint; half-way,
+    within an epoch, all is saved there, thrown away and begun anew from there."""
+    data = inputs.splits(config).train
+    assert isinstance(data, LabelledClips)
     sampler, losses = inputs.sampler(config, data), []
-    for epoch in range(STEPS):
-        data.set_epoch(epoch)
-        sampler.epoch = epoch
-        for batch in inputs.loader(config, data, sampler, inputs.tokenizer(config), device, ranks):
+
+    def begun():
+        masters, optimizer, average = built(config, ranks)
+        table, kept = data.relevancy_table, average if config.train.ema else None
+        return masters, optimizer, average, steps.Steps(masters, optimizer, table, config, DEVICE, ranks, kept)
+
+    masters, optimizer, average, run = begun()
+    at = checkpoint.Position()
+    while len(losses) < count:
+        data.set_epoch(at.epoch)
+        sampler.epoch = at.epoch
+        for batch in inputs.loader(config, data, sampler, inputs.tokenizer(config), DEVICE, ranks, at.step):
             losses.append(run(batch).item())
-            if len(losses) == STEPS:
-                return losses, {name: p.detach().clone() for name, p in masters.parameters.items()}
+            at = checkpoint.Position(at.epoch, at.step + 1)
+            if broken and len(losses) == count // 2 - (count > 2):
+                checkpoint.save(broken, masters, optimizer, at, config, average=average, ranks=ranks)
+                ranks.gather(None)  # it is written before it is read
+                masters, optimizer, average, run = begun()
+                checkpoint.restore(checkpoint.read(broken), masters, optimizer, broken, average)
+                break
+            if len(losses) == count:
+                break
+        else:
+            at = checkpoint.Position(at.epoch + 1)
+    weights = average.weights if config.train.ema else masters.parameters
+    return losses, {name: shards.whole(p).detach().clone() for name, p in weights.items()}
+
+
+def kept(config, ranks, path):
+    """All that a checkpoint puts in its place, whole."""
+    masters, optimizer, average = built(config, ranks)
+    checkpoint.restore(checkpoint.read(path), masters, optimizer, path, average)
+    if ranks.several and config.train.parallel == "fsdp":
+        assert sum(map(shards.is_part, masters.parameters.values())) == len(masters.parameters) - 1  # but for the temperature
+    return shards.whole([dict(masters.state_dict()), optimizer.state_dict()["state"], average.weights])
+
+
+def check_checkpoint(path, file, parallel, ranks):
+    """What processes write, one process and those that each hold all read, and those that share the weights out."""
+    overrides = ["train.ema=0.9", "optim.name=lamb"]
+    trained(load(path, [*overrides, f"train.parallel={parallel}"]), ranks, file, 2)
+    configs = [load(path, [*overrides, f"train.parallel={parallel}"]) for parallel in ("fsdp", "ddp")]
+    shared, each, one = kept(configs[0], ranks, file), kept(configs[1], ranks, file), kept(configs[1], Ranks(), file)
+    for other in (each, one):
+        torch.testing.assert_close(shared, other, rtol=0, atol=0)
+    moments = checkpoint.read(file)["optimizer"]["state"].values()
+    assert all(x["exp_avg"].norm() > 0 for x in moments)
 
 
 def main(rank, world, path, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     ranks = Ranks(rank, world, dist.group.WORLD)
-    for name, overrides in CASES.items():
-        losses, weights = trained(load(path, overrides), ranks)
+    for name, (parallel, kind) in itertools.product(CASES, (("ddp", "pt"), ("fsdp", "parts"))):
+        config = load(path, [*CASES[name], f"train.parallel={parallel}"])
+        losses, weights = trained(config, ranks, f"{folder}/{name}-{parallel}-{world}.{kind}")
         alone, expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone), rtol=1e-10, atol=1e-12)
         for key, value in weights.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+            of = f"{name}, {parallel}, {key}"
+            torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10, msg=lambda text, of=of: f"{of}: {text}")
+    for parallel, kind in (("fsdp", "pt"), ("ddp", "parts")):
+        check_checkpoint(path, f"{folder}/{parallel}-{world}.{kind}", parallel, ranks)
     print("rank", rank, "of", world, "agrees", flush=True)
     dist.destroy_process_group()
 
@@ -57,6 +115,7 @@ if __name__ == "__main__":
     path, folder, *worlds = sys.argv[1:]
     os.environ.pop("WORLD_SIZE", None)
     for name, overrides in CASES.items():
+        overrides = [text for text in overrides if "micro_batch" not in text]  # alone with the whole batch at once
         torch.save(trained(load(path, overrides), Ranks()), Path(folder) / f"{name}.pt")
     for world in map(int, worlds):
         mp.spawn(main, (world, path, folder), world)

@@ -260,7 +260,7 @@ def _encode(path, folder, settings, begin, length=math.inf):
     try:
         head.stream.codec_context.options = {"err_detect": "explode"}
         head.stream.codec_context.thread_count = 1
-        rate = Fraction(head.stream.average_rate or head.stream.guessed_rate).limit_denominator(1001)
+        rate = head.rate.limit_denominator(1001)
         rate = min(rate, Fraction(settings.fps)) if settings.fps else rate
         shape = head.info()
         last = first = _first_of(begin, rate)

@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from evaat_fast.data.decode.header import rational
 from evaat_fast.data.kitchen_render import finish, open_film
 
 __all__ = ["cut", "whole"]
@@ -27,7 +28,7 @@ def whole(source: Path, target: Path) -> float:
                 video = file.streams.video[0]
                 if stream is None:
                     stream = out.add_stream_from_template(video)
-                base = video.time_base
+                base = rational(video.time_base)
                 assert base is not None
                 shift = int((int(chunk.stem) if source.is_dir() else 0) / base)
                 for packet in file.demux(video):
@@ -47,10 +48,10 @@ def cut(source: Path, pieces: Mapping[Path, tuple[float, float]]) -> None:
     try:
         with av.open(str(source)) as file:
             video = file.streams.video[0]
-            rate = round(video.average_rate or 30)
+            rate, base = round(rational(video.average_rate) or 30), rational(video.time_base)
             for frame in file.decode(video):
-                assert frame.pts is not None and frame.time_base is not None
-                shown = float(frame.pts * frame.time_base) + 0.5 / rate
+                assert frame.pts is not None and base is not None
+                shown = float(frame.pts * base) + 0.5 / rate
                 while rest and rest[0][1][0] <= shown:
                     path, (_, stop) = rest.pop(0)
                     path.parent.mkdir(parents=True, exist_ok=True)

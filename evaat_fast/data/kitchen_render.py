@@ -202,7 +202,8 @@ def encode_video(
         for frames in render_video(segments, size, fps, seed):
             for frame in frames:
                 if container is None or (per_chunk and at % per_chunk == 0):
-                    finish(container)
+                    done, container = container, None
+                    finish(done)
                     path = target / f"{at // fps}.MP4" if chunk_seconds else target
                     container = open_film(av, path, size, fps)
                 if not (short_chunk and at == per_chunk - 1):

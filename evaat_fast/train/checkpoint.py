@@ -6,35 +6,72 @@ The weights lie under "state_dict", the masters where a model holds rounded ones
 
 import dataclasses
 import os
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import evaat_fast
+from evaat_fast import _parts
 from evaat_fast._files import write_atomically
-from evaat_fast.train.config import Config
+from evaat_fast.train.averaging import Average
+from evaat_fast.train.config import Config, absolute
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.ranks import Ranks
+from evaat_fast.train.shards import parts_of, whole
 
-LAST = "last.pt"
+LAST, PARTS = "last.pt", "last.parts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        epoch: how many epochs are done. step: how many steps of the next one are, and of those
+        loss: the sum of the losses, seconds, waited: of these for data, replaced: how many clips could not be read.
+        recent: the last losses, which the next ones are compared with.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+    replaced: int = 0
+    recent: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}, after {self.step} steps of it" if self.step else f"the end of epoch {self.epoch}"
 
 
 def save(
     path: str | os.PathLike[str],
     masters: Masters,
     optimizer: torch.optim.Optimizer,
-    epoch: int,
+    at: int | Position,
     config: Config,
     clips: Mapping[str, int] | None = None,
+    average: Average | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Writes a checkpoint atomically.
 
     Args:
-        path: the file. masters: a model's. optimizer: theirs. epoch: how many epochs are done.
-        config: the run's Config. clips: of `fingerprint`, what it was trained on.
+        path: the file, or a folder of parts where its name ends in ".parts". masters: a model's. optimizer: theirs. at: where
+            the run stands, or how many epochs are done.
+        config: the run's Config, whose paths are stored as absolute ones. clips: of `fingerprint`, what it was trained on.
+        average: of the weights, stored as "model_ema", which those who load a model take before "state_dict".
+        ranks: the processes. Where weights are shared out, or parts written, every process must call.
+
+    Raises:
+        OSError: it cannot be written; an older file stands as it was.
     """
+    at, path, ranks = at if isinstance(at, Position) else Position(at), Path(path), ranks or Ranks()
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state_all()
@@ -42,12 +79,81 @@ def save(
         "state_dict": masters.state_dict(),
         "model_config": dataclasses.asdict(masters.model.config),
         "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        "config": config.to_dict(),
+        "epoch": at.epoch,
+        "within": {k: v for k, v in dataclasses.asdict(at).items() if k != "epoch"},
+        "config": absolute(config).to_dict(),
         "rng": rng,
         "clips": dict(clips or {}),
+        "version": evaat_fast.__version__,
     }
-    write_atomically(path, lambda file: torch.save(content, file))
+    if average is not None:
+        content["model_ema"] = average.state_dict()
+    if path.suffix == ".parts":
+        if not ranks.main:
+            del content["rng"]  # the first one's is kept
+        _parts.write(path, content, ranks.group)
+        return
+    content = whole(content, keep=ranks.main)
+    if not ranks.main:
+        return
+    try:
+        write_atomically(path, lambda file: torch.save(content, file))
+    except RuntimeError as error:  # torch's, that its file is not as long as it should be; the reason lies behind it
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+class Saver:
+    """Writes `last.pt` of a run: when it is time, and on the process that writes.
+
+    Args:
+        write: called with a Position, writes the file. config: a Config. main: whether this process writes.
+        say: is told what could not be written, while the run goes on. together: every process has a part of what is written.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Position], None],
+        config: Config,
+        main: bool,
+        say: Callable[[str], object],
+        together: bool = False,
+    ):
+        self._write, self._main, self._say, self.together = write, main, say, together
+        self._name = PARTS if config.train.save_as == "parts" else LAST
+        self._steps, self._seconds = config.train.save_steps, 60 * config.train.save_minutes
+        self._last, self._failed, self._asked = time.monotonic(), False, False
+        self.at: Position | None = None  # what the file holds
+
+    def due(self, step: int) -> bool:
+        """Whether the run should be saved after so many steps of its own, in the midst of an epoch."""
+        late = self._seconds and time.monotonic() - self._last > (min(self._seconds, 60) if self._failed else self._seconds)
+        due = self._main and bool((late and not self._asked) or (self._steps and step % self._steps == 0))
+        self._asked = self._asked or due  # once: of several processes all save a step later
+        return due
+
+    def __call__(self, at: Position, must: bool = False) -> None:
+        """Saves. What fails is said, and tried again within a minute: the run goes on, and the older file stands.
+
+        Raises:
+            OSError: it failed, and `must`: there is no later time.
+        """
+        if not (self._main or self.together):
+            self.at = at
+            return
+        try:
+            self._write(at)
+            self.at, self._failed = at, False
+        except OSError as error:
+            stands = "nothing is saved yet" if self.at is None else f"that of {self.at} stands"
+            text = f"{self._name} could not be written ({error.strerror or error}); {stands}"
+            if must:
+                raise OSError(f"train.out: {text}") from error
+            self._failed = True
+            if self._main:
+                self._say(f"{text}; tries again")
+        self._last, self._asked = time.monotonic(), False
 
 
 def fingerprint(rows: np.ndarray) -> dict[str, int]:
@@ -62,28 +168,80 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: no such file. ValueError: a file that `save` did not write.
     """
     path = Path(path)
+    if _parts.standing(path) is not None:
+        return _checked(_parts.read(path), path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
+        with open(path, "rb") as file:
+            begins = file.read(4)
+        if begins == b"PK\3\4":  # torch's files are zip archives, whose table of contents comes last
+            raise ValueError(
+                f"checkpoint: {str(path)!r} is damaged or was cut short, at {path.stat().st_size:,} bytes: copy it again, or "
+                "start anew with --overwrite"
+            ) from None
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely ({type(error).__name__})"
         ) from None
+    return _checked(content, path)
+
+
+def _checked(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run, but a {type(content).__name__}")
     missing = [k for k in ("state_dict", "model_config", "optimizer", "epoch", "config", "rng") if k not in content]
     if missing:
         raise ValueError(f"checkpoint: {str(path)!r} is not a checkpoint of a run: it lacks {', '.join(missing)}")
-    kinds = {"state_dict": dict, "optimizer": dict, "epoch": int, "config": dict, "rng": dict}
+    content.setdefault("within", {})  # it is younger than some runs
+    kinds = {"state_dict": dict, "optimizer": dict, "epoch": int, "config": dict, "rng": dict, "within": dict}
     for name, kind in kinds.items():
         if not isinstance(content[name], kind) or (kind is int and content[name] < 0):
             raise ValueError(f"checkpoint: {str(path)!r} is damaged: its {name} is {str(content[name])[:40]!r}")
     return content
 
 
+def find(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of a run's folder, the newer one of file and parts; None without any."""
+    file, parts = Path(folder) / LAST, Path(folder) / PARTS
+    found = ([file] if file.is_file() else []) + ([parts] if _parts.standing(parts) else [])
+    return max(found, key=written) if found else None
+
+
+def written(path: Path) -> int:
+    """When a checkpoint was written, in nanoseconds."""
+    stands = _parts.standing(path)
+    return (path if stands is None else stands / ".metadata").stat().st_mtime_ns
+
+
+def remove_other(path: Path) -> None:
+    """Once a run is saved as a file, its parts are of the past, and the other way round."""
+    if path.name == LAST:
+        _parts.remove(path.with_name(PARTS))
+    else:
+        path.with_name(LAST).unlink(missing_ok=True)
+
+
+def position(stored: Mapping[str, Any], path: str | os.PathLike[str]) -> Position:
+    """Where the run of a checkpoint stood.
+
+    Raises:
+        ValueError: what the file says of it makes no sense.
+    """
+    try:
+        at = Position(stored["epoch"], **stored["within"])
+        return dataclasses.replace(at, step=int(at.step), loss=float(at.loss), recent=tuple(map(float, at.recent)))
+    except (TypeError, ValueError):
+        raise ValueError(f"checkpoint: {str(path)!r} is damaged: its within is {str(stored['within'])[:40]!r}") from None
+
+
 def restore(
-    stored: Mapping[str, Any], masters: Masters, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]
+    stored: Mapping[str, Any],
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    path: str | os.PathLike[str],
+    average: Average | None = None,
 ) -> None:
     """Puts a checkpoint's weights, moments and random state in their places.
 
@@ -91,8 +249,11 @@ def restore(
         ValueError: they do not fit, so the file is damaged or another version wrote it.
     """
     try:
+        stored = parts_of(stored, masters.parameters, optimizer)
         masters.load_state_dict(stored["state_dict"])
         optimizer.load_state_dict(stored["optimizer"])
+        if average is not None:
+            average.load_state_dict(stored["model_ema"])
         restore_rng(stored["rng"])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

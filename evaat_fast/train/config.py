@@ -7,6 +7,7 @@ unknown key the nearest that exists. Paths in a file are relative to that file; 
 the current folder.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -23,7 +24,19 @@ from typing import Any
 from evaat_fast.data.choices import LABELLED
 from evaat_fast.train.sections import KEYS, SECTIONS, Config, choices, kind
 
-__all__ = ["KEYS", "Config", "ConfigError", "check", "load", "of", "parse_override", "template", "toml_value", "with_values"]
+__all__ = [
+    "KEYS",
+    "Config",
+    "ConfigError",
+    "absolute",
+    "check",
+    "load",
+    "of",
+    "parse_override",
+    "template",
+    "toml_value",
+    "with_values",
+]
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 
@@ -115,6 +128,17 @@ def template() -> str:
     return "\n".join(lines)
 
 
+def absolute(config: Config, names: Iterable[str] = KEYS) -> Config:
+    """A copy of the configuration in which those of the keys that are paths are absolute."""
+    config = copy.deepcopy(config)
+    for name in names:
+        section, leaf = name.split(".")
+        value = getattr(getattr(config, section), leaf)
+        if KEYS[name].metadata.get("path") and value:
+            setattr(getattr(config, section), leaf, str(Path(value).resolve()))
+    return config
+
+
 def toml_value(value: object) -> str:
     """A value of a configuration as TOML."""
     if isinstance(value, dict):
@@ -171,6 +195,9 @@ def _toml() -> ModuleType:
 def _unknown(name):
     """That there is no such key or section, and the nearest that is."""
     section, _, leaf = name.rpartition(".")
+    if name in SECTIONS:
+        keys = [f"{name}.{f.name}" for f in dataclasses.fields(SECTIONS[name])]
+        return f"{name}: expected section.key, as {keys[0]}: it is a section, of {', '.join(keys)}"
     if not section:
         near, known = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.4), "section"
         near = [k for k in KEYS if k.split(".")[1] == name] or near
@@ -244,6 +271,12 @@ def check(config: Config, source: str = "config", *, training: bool = True) -> N
         raise ConfigError(f"{source}: loss.name: 'sms' needs labels, and data.kind = {config.data.kind!r} has none; use 'clip'")
     if training and config.train.init and config.model.pretrained:
         raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")
+    if 0 < config.train.spike <= 1:
+        raise ConfigError(f"{source}: train.spike: expected 0, for never, or a value above 1, got {config.train.spike!r}")
+    if config.train.micro_batch and config.train.cuda_graph:
+        raise ConfigError(f"{source}: train.micro_batch: not with train.cuda_graph, which replays a step of one piece")
+    if config.optim.name == "lamb" and config.train.cuda_graph:
+        raise ConfigError(f"{source}: optim.name: 'lamb' cannot be replayed with train.cuda_graph; use 'adamw'")
     for name in ("start_lr", "end_lr"):
         if getattr(config.schedule, name) > config.optim.lr:
             raise ConfigError(

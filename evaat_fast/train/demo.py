@@ -1,17 +1,18 @@
 """The demo: makes a corpus, trains on it as the paper does, evaluates, and writes a page that shows what was learned.
 
-`run("demo")` leaves everything in the folder demo: corpus, configurations, runs, results.json and index.html.
+`run("demo")` leaves everything in the folder demo: corpus, configurations, runs, results.json and index.html. Interrupted, it
+goes on there.
 """
 
 import contextlib
-import copy
+import dataclasses
 import itertools
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from operator import methodcaller
 from pathlib import Path
@@ -23,9 +24,11 @@ import evaat_fast
 from evaat_fast._files import write_atomically
 from evaat_fast.data.choices import FRAMES
 from evaat_fast.data.ek100 import EK100
-from evaat_fast.train import evaluation, inputs, packages, trainer
-from evaat_fast.train.config import KEYS, Config, load, parse_override, with_values
-from evaat_fast.train.log import Progress, read
+from evaat_fast.train import checkpoint, evaluation, inputs, packages, trainer
+from evaat_fast.train.config import absolute, load, parse_override, with_values
+from evaat_fast.train.log import Progress, duration, read
+from evaat_fast.train.masters import Masters
+from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer
 
 STAGES = ("pretrain", "finetune")
 # What --quick changes: enough to see every part work, not enough to learn the verbs.
@@ -35,6 +38,8 @@ QUICK = {
 }
 RANDOM_DRAWS = 20
 SHOWN = 5
+# Seconds a clip and core, of two AVX-512 cores, for what is said beforehand.
+_MAKING, _DECODING = 0.028, 0.008
 
 
 def run(
@@ -43,12 +48,14 @@ def run(
     seed: int = 0,
     quick: bool = False,
     overrides: Sequence[str] = (),
+    overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs the demo.
 
     Args:
-        out: the folder for everything. A corpus that is there is used again; the runs are made anew.
+        out: the folder for everything. A corpus that is there is used again; runs of the same configurations, by the same
+            version, go on where they were. overwrite: make them anew.
         seed: of weights, batches and crops. quick: a small corpus and few epochs, to see that it works.
         overrides: "section.key=value" for both stages. quiet: print nothing.
 
@@ -71,6 +78,9 @@ def run(
     for stage, text in texts.items():
         write_atomically(out / f"{stage}.toml", methodcaller("write", text))
     clock = {"start": time.perf_counter()}
+    done = _done(configs, overwrite)
+    if not quiet:
+        say(_forecast(configs, done, device, quick))
 
     say(f"1/4  the toy kitchen, in {out / configs['corpus']}")
     _corpus(out / configs["corpus"], quick, quiet)
@@ -90,7 +100,8 @@ def run(
     for number, (stage, loss) in enumerate((("pretrain", "InfoNCE"), ("finetune", "SMS")), 2):
         say(f"{number}/4  {stage}, {loss}: evaat-fast train {out / stage}.toml")
         data.train.positive = configs[stage].data.positive
-        trained = trainer.train(configs[stage], overwrite=True, quiet=quiet, datasets=data)
+        goes_on = done[stage] is not None
+        trained = trainer.train(configs[stage], resume=goes_on, overwrite=not goes_on, quiet=quiet, datasets=data)
         rows.append((f"after {'pretraining' if stage == 'pretrain' else 'fine-tuning'} ({loss})", trained["metrics"]))
         clock[stage] = time.perf_counter()
 
@@ -118,7 +129,7 @@ def run(
         "test_clips": len(test),
         "captions": len(test.captions),
         "verbs": len(set(test.caption_verbs.tolist())),
-        "seconds": {b: round(clock[b] - clock[a], 1) for a, b in itertools.pairwise(clock)},
+        "seconds": {b: round(clock[b] - clock[a], 1) for a, b in itertools.pairwise(clock)} | _earlier(configs, done),
         "epochs": {stage: configs[stage].train.epochs for stage in STAGES},
     }
     write_atomically(out / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
@@ -171,17 +182,6 @@ def _configs(out, seed, quick, overrides):
     return configs, texts
 
 
-def absolute(config: Config, names: Iterable[str]) -> Config:
-    """A copy of the configuration in which those of the keys that are paths are absolute."""
-    config = copy.deepcopy(config)
-    for name in names:
-        section, leaf = name.split(".")
-        value = getattr(getattr(config, section), leaf)
-        if KEYS[name].metadata.get("path") and value:
-            setattr(getattr(config, section), leaf, str(Path(value).resolve()))
-    return config
-
-
 def quick_overrides(stage: str, corpus: Path) -> list[str]:
     """What --quick changes in a stage's configuration."""
     places = {"annotations": corpus / "annotations", "videos": corpus / "videos"}
@@ -211,9 +211,84 @@ def _corpus(root, quick, quiet):
     """Makes the corpus unless it is there."""
     from evaat_fast.data import kitchen
 
-    sizes = dict(train_clips=96, test_clips=48) if quick else dict(train_clips=3072)
+    sizes = {name: _clips(quick, name) for name in ("train_clips", "test_clips")}
     with video_progress(quiet) as progress:
         kitchen.generate(root, progress=progress, **sizes)
+
+
+def _done(configs, overwrite):
+    """For each stage how many epochs of it are there to go on from; None where it is to be made anew."""
+    done: dict[str, float | None] = {}
+    before = None
+    for stage in STAGES:
+        last = Path(configs[stage].train.out) / checkpoint.LAST
+        done[stage] = None
+        if overwrite or not last.exists() or (before is not None and last.stat().st_mtime_ns < before.stat().st_mtime_ns):
+            overwrite = True  # what follows began from the weights of this stage
+            continue
+        try:
+            stored = checkpoint.read(last)
+        except ValueError:
+            stored = {}
+        same = stored.get("version") == evaat_fast.__version__ and stored["config"] == absolute(configs[stage]).to_dict()
+        if same:
+            done[stage], before = stored["epoch"], last
+        overwrite = not same or stored["epoch"] < configs[stage].train.epochs
+    return done
+
+
+def _earlier(configs, done):
+    """What the epochs of a stage took, where some were trained by an earlier call."""
+    logs = {stage: read(Path(configs[stage].train.out) / "log.jsonl") for stage in STAGES if done[stage]}
+    return {stage: round(sum(r["seconds"] for r in log if r["event"] == "epoch"), 1) for stage, log in logs.items()}
+
+
+def _forecast(configs, done, device, quick):
+    """How long it will take, in words: a few steps of each stage are timed, on clips of noise."""
+    videos, training = 0.0, 0.0
+    if not (Path(configs["pretrain"].data.annotations).parent / "kitchen.json").exists():
+        videos = _clips(quick, "train_clips", "test_clips") * _MAKING / min(8, os.cpu_count() or 1)
+    training += _clips(quick, "train_clips") * _DECODING / min(16, os.cpu_count() or 1)
+    for stage in STAGES:
+        config = configs[stage]
+        left = config.train.epochs - (done[stage] or 0)
+        training += left * (_clips(quick, "train_clips") // config.train.batch_size) * _step_seconds(config, device, left > 0)
+    found = ", ".join(f"{done[s]} of {configs[s].train.epochs} epochs of {s}" for s in STAGES if done[s])
+    words = f"about {duration(videos + training)} on this machine" + (
+        f", {duration(videos)} of it for videos" if videos else ""
+    )
+    words += f"; found: {found}; --overwrite would make them anew" if found else "; interrupted, the same command goes on"
+    return words
+
+
+def _step_seconds(config, device, wanted):
+    """Of a step of a stage, the fastest of a few."""
+    if not wanted:
+        return 0.0
+    fresh = dataclasses.replace(config, train=dataclasses.replace(config.train, init=""))
+    model = trainer.build_model(fresh).to(device).train()
+    masters, size, shape = Masters(model), config.train.batch_size, model.config
+    frames, rows, columns = shape.grid
+    pixels, kinds = (rows * shape.patch_size, columns * shape.patch_size), torch.arange(size)
+    batch = {
+        "video": torch.randint(0, 256, (size, frames, *pixels, 3), dtype=torch.uint8),
+        "text": torch.randint(1, shape.vocab_size, (size, 12)),
+        "kind": kinds,
+        "text_kind": kinds,
+    }
+    optimizer, times = build_optimizer(model, config, masters), []
+    fit_optimizer(optimizer, config, device)
+    steps = Steps(masters, optimizer, torch.eye(size), config, device)
+    for _ in range(4):
+        begin = time.perf_counter()
+        steps(batch).item()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _clips(quick, *names):
+    sizes = {"train_clips": 96, "test_clips": 48} if quick else {"train_clips": 3072, "test_clips": 192}
+    return sum(sizes[name] for name in names)
 
 
 def _chance(test):

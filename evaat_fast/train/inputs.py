@@ -1,5 +1,6 @@
 """What goes into a model: the data sets of a configuration, their batches, their tokens."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -151,9 +152,11 @@ def loader(
     tokenize: CLIPTokenizer,
     device: torch.device,
     ranks: Ranks | None = None,
+    first: int = 0,
 ) -> DataLoader[Any]:
-    """The batches of an epoch: dict(video uint8 [B, T, H, W, 3], text int64 [B, L]), of a corpus with labels also kind [B] and
-    text_kind [B], and with model.patch_dropout patches int64 [B, N'], drawn from the seed, the epoch and each clip.
+    """The batches of an epoch, from the one numbered `first` on: dict(video uint8 [B, T, H, W, 3], text int64 [B, L]), of a
+    corpus with labels also kind [B] and text_kind [B], and with model.patch_dropout patches int64 [B, N'], drawn from the seed,
+    the epoch and each clip.
 
     Args:
         config: a Config. data: the training split. batches: an EpochSampler. tokenize: from `tokenizer`.
@@ -182,7 +185,7 @@ def loader(
 
     return DataLoader(
         data,
-        batch_sampler=_Shares(batches, ranks or Ranks()),
+        batch_sampler=_Shares(batches, ranks or Ranks(), first),
         num_workers=config.data.workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
@@ -191,16 +194,16 @@ def loader(
 
 
 class _Shares:
-    """The parts of an epoch's batches that are this process's."""
+    """The parts of an epoch's batches that are this process's, from one of them on."""
 
-    def __init__(self, batches: EpochSampler, ranks: Ranks):
-        self.batches, self.ranks = batches, ranks
+    def __init__(self, batches: EpochSampler, ranks: Ranks, first: int):
+        self.batches, self.ranks, self.first = batches, ranks, first
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches) - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        return map(self.ranks.share, self.batches)
+        return map(self.ranks.share, itertools.islice(self.batches, self.first, None))
 
 
 def tokenizer(config: Config) -> CLIPTokenizer:

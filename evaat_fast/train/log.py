@@ -4,26 +4,47 @@ import json
 import math
 import os
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from evaat_fast._files import write_atomically
 
+LIVE_SECONDS = 60.0  # between lines where there is no bar
+
+
+class Board(Protocol):
+    """Where a log is shown, too: see `evaat_fast.train.boards`."""
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
 
 class Log:
-    """One JSON object a line. Every record has "event" ("start", "step", "epoch" or "eval") and "epoch".
+    """One JSON object a line. Every record has "event" ("start", "step", "epoch", "eval", "extended" or "diverged") and
+    "epoch".
 
     Args:
-        path: the file; None: nothing is written, as by all processes but the first. keep: how many epochs of an earlier run
-            stay; what it logged after them is dropped, so that the log of a run that was resumed is that of a run that was not.
+        path: the file; None: nothing is written, as by all processes but the first. keep, steps: how many epochs and steps of
+            an earlier run stay; what it logged after them is dropped, so that the log of a run that was resumed is that of a
+            run that was not. boards: are told the same.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, keep: int = 0):
+    def __init__(
+        self, path: str | os.PathLike[str] | None, keep: int = 0, steps: int = 0, boards: Sequence["Board"] = ()
+    ) -> None:
         self._file: Any = None
+        self._boards, self._step = boards, steps
+        self.evaluated: set[int] = set()  # the epochs of an earlier run that were
         if path is None:
             return
-        kept = [json.dumps(r) + "\n" for r in read(path) if r["epoch"] <= keep] if keep else []
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        earlier = read(path) if keep or steps else []
+        kept = [r for r in earlier if r["epoch"] <= keep or (r["event"] == "step" and r.get("step", steps + 1) <= steps)]
+        self.evaluated = {r["epoch"] for r in kept if r["event"] == "eval"}
+        lines = "".join(json.dumps(r) + "\n" for r in kept)
+        write_atomically(path, lambda file: file.write(lines.encode()))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
 
     def write(self, event: str, epoch: int, **values: Any) -> None:
@@ -33,10 +54,20 @@ class Log:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps({"event": event, "epoch": epoch, **finite}) + "\n")
         self._file.flush()
+        self._step = values.get("step", self._step)
+        for board in self._boards:
+            board.write(event, self._step, {"epoch": epoch, **finite})
+
+    def sync(self) -> None:
+        """Proves that what was written is on the disk: a checkpoint should not know more than the log."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            for board in self._boards:
+                board.close()
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -53,14 +84,14 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere nothing but the lines given to `say`.
+    """A tqdm bar on a terminal; elsewhere nothing but the lines given to `say`, and those of `live`, one a minute.
 
     Args:
         total: steps. label: what goes on. quiet: neither bar nor lines.
     """
 
     def __init__(self, total: int, label: str, quiet: bool = False):
-        self._quiet = quiet
+        self._quiet, self._label, self._told = quiet, label, time.monotonic()
         self.bar = None
         if not quiet and sys.stderr.isatty():
             try:
@@ -76,10 +107,18 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def step(self, **values: float) -> None:
+    def step(self) -> None:
         if self.bar is not None:
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
             self.bar.update()
+
+    def live(self, line: str) -> None:
+        """One step more, and how things are: behind the bar, or where there is none once a minute."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.update()
+        elif not self._quiet and time.monotonic() - self._told >= LIVE_SECONDS:
+            self.say(f"{self._label}: {line}")
+            self._told = time.monotonic()
 
     def to(self, done: int, total: int) -> None:
         """Where things stand, for what counts its steps itself."""
@@ -93,6 +132,20 @@ class Progress:
         elif not self._quiet:
             print(line, flush=True)
 
+    def warn(self, line: str) -> None:
+        """What people should hear of even where they want to hear nothing else."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """In words: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -191,7 +191,8 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def write(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes the record as JSON, all at once."""
+    """Writes the record as JSON, all at once, in a folder that is made where there is none."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps(record, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(content.encode()))
 

@@ -52,3 +52,19 @@ def require(what: str, *names: str) -> None:
         extras = ",".join(sorted({EXTRAS[name] for name in missing}))
         listed = ", ".join(name + reason for name, reason in missing.items())
         raise ImportError(f"{what} needs {listed}: pip install 'evaat-fast[{extras}]'")
+
+
+def require_boards(config: Config) -> None:
+    """Imports what train.tensorboard and train.wandb need.
+
+    Raises:
+        ImportError: names the key, and the command that installs its package.
+    """
+    wanted = {"tensorboard": (config.train.tensorboard, "torch.utils.tensorboard"), "wandb": (config.train.wandb, "wandb")}
+    for name, (asked, module) in wanted.items():
+        if not asked:
+            continue
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, AttributeError):  # the last is torch's, where an old one is installed
+            raise ImportError(f"train.{name} needs {name}: pip install {name}") from None

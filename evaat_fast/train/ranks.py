@@ -30,6 +30,10 @@ class Ranks:
     group: Any = None
 
     @property
+    def several(self) -> bool:
+        return self.group is not None
+
+    @property
     def main(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
@@ -55,7 +59,8 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
     Raises:
         ConfigError: a batch that they cannot share evenly, or what several processes cannot do yet.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    environ = os.environ
+    world = int(environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
         return
@@ -65,7 +70,18 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
         raise ConfigError("train.cuda_graph: one process only; several are not captured yet")
     # Beside NCCL gloo, for what is said of a step: over NCCL alone each step would wait for the GPU to hear it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+    found: dict[str, Any] = {}
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives processes that are started again, with the addresses of those that are dead: PyTorch 135712.
+        if environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environ.get("LOCAL_WORLD_SIZE") != str(world):
+            raise ConfigError(
+                "torchrun --max-restarts: on several machines it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                "environment, or processes that are started again look for those that are dead"
+            )
+        store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
+        prefix = f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        found = dict(store=torch.distributed.PrefixStore(prefix, store), rank=rank, world_size=world)
+    torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **found)
     try:
         yield Ranks(torch.distributed.get_rank(), world, torch.distributed.group.WORLD)
     finally:
@@ -84,3 +100,32 @@ def in_order(parts: Sequence[Tensor]) -> Tensor:
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
+
+
+class Wishes:
+    """What the processes wish after a step, 0 for nothing: each says its wish and learns the largest of all, of the step
+    before, so that nobody waits for another. `wishes(1)`; one process learns its own at once.
+
+    Args:
+        ranks: the processes. They call it equally often.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks, self._said, self._work = ranks, torch.zeros(1, dtype=torch.int64), None
+
+    def __call__(self, wish: int) -> int:
+        if self._ranks.group is None:
+            return wish
+        heard = self.last()
+        self._said = torch.full((1,), wish, dtype=torch.int64)  # on the CPU: over gloo, whatever computes
+        group, largest = self._ranks.group, torch.distributed.ReduceOp.MAX
+        self._work = torch.distributed.all_reduce(self._said, largest, group=group, async_op=True)
+        return heard
+
+    def last(self) -> int:
+        """What was said last and is not known yet, by all processes together."""
+        if self._work is None:
+            return 0
+        self._work.wait()
+        self._work = None
+        return int(self._said)

@@ -14,7 +14,7 @@ class EpochSampler:
         batch_size: clips in a batch, always exactly so many: an epoch leaves the rest out. seed: of the order.
         distinct: at most one clip of a kind in a batch, as InfoNCE needs it: to that loss every other caption of the
             batch is a wrong one. The kinds with the most clips left come first, which wastes the fewest clips.
-        rows: the clips to draw from; None for all of them.
+        rows: the clips to draw from; None for all of them. They can be read again as an attribute.
 
     Raises:
         ValueError: fewer clips, or with `distinct` fewer kinds, than a batch holds.
@@ -29,8 +29,8 @@ class EpochSampler:
         rows: Tensor | None = None,
     ):
         kinds = torch.as_tensor(kinds)
-        self._rows = torch.arange(len(kinds)) if rows is None else rows
-        self._kinds = kinds[self._rows]
+        self.rows = torch.arange(len(kinds)) if rows is None else rows
+        self._kinds = kinds[self.rows]
         self._batch_size, self._seed, self._distinct = batch_size, seed, distinct
         if len(self._kinds) < batch_size:
             raise ValueError(f"train.batch_size: {batch_size} is more than the {len(self._kinds)} training clips")
@@ -48,7 +48,7 @@ class EpochSampler:
         return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self._rows[batch].tolist() for batch in self._batches())
+        return (self.rows[batch].tolist() for batch in self._batches())
 
     def _batches(self) -> Tensor | list[Tensor]:
         """Numbers of `rows`."""

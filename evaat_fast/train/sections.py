@@ -67,14 +67,18 @@ class Loss:
 
 @dataclass
 class Optim:
-    """AdamW. clip_norm: largest norm of the whole gradient, 0 for no limit."""
+    """name: "adamw", or "lamb" for large batches (arXiv 1904.00962). clip_norm: largest norm of the whole gradient, 0 for no
+    limit. layer_decay: a block of either tower learns so much slower than the one behind it, as in BEiT and EVA; 1 for all
+    alike."""
 
+    name: Literal["adamw", "lamb"] = "adamw"
     lr: float = key(3e-5, above=0)
     weight_decay: float = key(0.01, least=0)
     beta1: float = key(0.9, least=0, most=0.9999)
     beta2: float = key(0.999, least=0, most=0.99999)
     eps: float = key(1e-8, above=0)
     clip_norm: float = key(0.0, least=0)
+    layer_decay: float = key(1.0, above=0, most=1)
 
 
 @dataclass
@@ -94,8 +98,13 @@ class Train:
     kind (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device:
     "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU;
     "bfloat16-params" computes the same without casts, as it holds the weights of matrix products in bfloat16 and updates
-    float32 masters of them.
-    save_every: epochs. compile: torch.compile for the blocks of both towers, which costs a minute at the start.
+    float32 masters of them. parallel: several processes hold all weights each ("ddp"), or share them out ("fsdp").
+    save_as: one file, last.pt, or last.parts, a folder to which each process writes its own part.
+    save_every: epochs; save_steps, save_minutes: in the midst of one, too, 0 for never. ema: decay of an average of the
+    weights, which is then what is evaluated and loaded, 0 for none. micro_batch: clips of each process that are embedded at a
+    time, 0 for all at once; the gradients are those of the whole batch, in less memory and a third more time. spike: stop at a
+    loss so many times the largest of the 50 before it, 0 for never. tensorboard: show the log there, too; wandb: name of a
+    project there. compile: torch.compile for the blocks of both towers, which costs a minute at the start.
     cuda_graph: on a GPU, replay a step as a CUDA graph, which spares the launches from Python; memory grows by one
     step's for each text length, of multiples of 16."""
 
@@ -107,8 +116,17 @@ class Train:
     seed: int = key(0, least=0, most=2**31 - 1)
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16", "bfloat16-params"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     processes: int = key(1, least=1)
+    save_as: Literal["file", "parts"] = "file"
     save_every: int = key(1, least=1)
+    save_steps: int = key(0, least=0)
+    save_minutes: float = key(10.0, least=0)
+    ema: float = key(0.0, least=0, most=0.999999)
+    micro_batch: int = key(0, least=0)
+    spike: float = key(0.0, least=0)
+    tensorboard: bool = False
+    wandb: str = ""
     compile: bool = False
     cuda_graph: bool = False
 

@@ -13,9 +13,13 @@ from torch import Tensor
 
 from evaat_fast import ops
 from evaat_fast.model import EVA02AT
-from evaat_fast.train import inputs
+from evaat_fast.train import caching, inputs
+from evaat_fast.train.averaging import Average
 from evaat_fast.train.config import Config
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.optimizers import build_optimizer as build_optimizer
+from evaat_fast.train.optimizers import fit_optimizer as fit_optimizer
+from evaat_fast.train.optimizers import gradient_norm, set_lr
 from evaat_fast.train.ranks import Ranks
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
@@ -27,7 +31,15 @@ class Steps:
     Args:
         masters: of an EVA02AT. optimizer: of `build_optimizer`. table: float32 [K, K], the relevancy between kinds.
         config: a Config. device: where the model is. ranks: the processes that share each batch; with several, the batch is
-            this one's part, the loss is of all, and gradients are averaged by DistributedDataParallel.
+            this one's part, the loss is of all, and gradients are averaged by DistributedDataParallel, or by FSDP where
+            `shards.shard` has shared the model out.
+        average: of the weights, updated after each step.
+
+    Attributes:
+        updating: whether an update began that has not ended, as where it failed.
+        norm: of the last step's gradient, a scalar on the device, before clipping.
+        bad: a scalar on the device, 1 once a loss or a gradient was not finite, or a loss above `limit`: from that step on
+            nothing is updated, so that the weights are those before it by the time the host hears of it.
     """
 
     def __init__(
@@ -38,28 +50,36 @@ class Steps:
         config: Config,
         device: torch.device,
         ranks: Ranks | None = None,
+        average: Average | None = None,
     ) -> None:
         self.masters, self.optimizer, self.config, self.device = masters, optimizer, config, device
-        self.model, self.ranks = masters.model, ranks or Ranks()
+        self.model, self.ranks, self.average = masters.model, ranks or Ranks(), average
         self.towers: torch.nn.Module = Towers(self.model)
-        if self.ranks.group is not None:
-            # Checkpointed blocks run again in the backward pass, which DDP allows where the graph is always the same.
-            ddp = torch.nn.parallel.DistributedDataParallel
-            self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=True)
+        if self.ranks.group is not None and config.train.parallel == "ddp":
+            # Checkpointed blocks run again in the backward pass, which DDP allows where the graph is always the same. Of
+            # several passes it would average the first alone, as it takes the first it sees for a whole step.
+            ddp, whole = torch.nn.parallel.DistributedDataParallel, not config.train.micro_batch
+            # Its one buffer, the frequencies, is a constant that need not be sent before each step.
+            self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole, broadcast_buffers=False)
+        self.norm, self.updating = torch.zeros((), device=device), False
+        self.bad, self._limit = torch.zeros((), device=device), torch.full((), math.inf, device=device)
+        setattr(optimizer, "found_inf", self.bad)  # noqa: B010, where GradScaler sets it, too, and optimisers look for it
         self.table = table.to(device)
         # A batch is copied to a GPU on a stream of its own, beside the step before it.
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.graphs: dict[tuple, Any] = {}  # by shapes: None after a first step, which is eager; then (graph, batch, loss)
+        self.graphs: dict[
+            tuple, Any
+        ] = {}  # by shapes: None after a first step, which is eager; then (graph, batch, loss, norm)
         if config.train.cuda_graph:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step."""
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)  # a graph reads it there
-            else:
-                group["lr"] = lr
+        set_lr(self.optimizer, lr)
+
+    def set_limit(self, largest: float) -> None:
+        """A loss above it is as bad as one that is not finite."""
+        self._limit.fill_(largest)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.config.train.cuda_graph:
@@ -81,11 +101,12 @@ class Steps:
             # Of this thread alone: the loader's, which pins memory, may go on meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 loss = self._run(held)
-            self.graphs[shapes] = graph, held, loss
-        graph, held, loss = self.graphs[shapes]
+            self.graphs[shapes] = graph, held, loss, self.norm
+        graph, held, loss, norm = self.graphs[shapes]
         for name, x in batch.items():
             held[name].copy_(x)
         graph.replay()
+        self.norm = norm.clone()
         return loss.clone()
 
     def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,17 +122,37 @@ class Steps:
         return moved
 
     def _run(self, batch: Mapping[str, Tensor]) -> Tensor:
-        loss = batch_loss(self.model, batch, self.table, self.config, self.device, self.towers, self.ranks)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if self.config.train.micro_batch:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self._cached(batch)
+        else:
+            loss = batch_loss(self.model, batch, self.table, self.config, self.device, self.towers, self.ranks)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
         self.masters.take_gradients()
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.masters.parameters.values(), self.config.optim.clip_norm)
+        self.norm = gradient_norm(self.masters.parameters, self.config.optim.clip_norm)
+        good = torch.isfinite(loss.detach()) & torch.isfinite(self.norm) & (loss.detach() <= self._limit)
+        self.bad.copy_(torch.maximum(self.bad, 1 - good.to(self.bad.dtype)))
+        self.updating = True
         self.optimizer.step()
         self.masters.give_weights()
         if self.config.loss.learnable_temperature:
             self.model.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        if self.average is not None:
+            self.average.update(self.bad)
+        self.updating = False
         return loss.detach()
+
+    def _cached(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch and its gradients, a few clips at a time."""
+
+        def loss_of(embedded: caching.Embedded) -> Tensor:
+            return embedded_loss(embedded, batch, self.table, self.config, self.ranks)
+
+        def autocast() -> torch.autocast:
+            return inputs.autocast(self.config, self.device, self.model)
+
+        return caching.backward(self.towers, batch, self.config.train.micro_batch, loss_of, autocast)
 
 
 def later(x: Tensor) -> Callable[[], float]:
@@ -158,38 +199,18 @@ def batch_loss(
             model, or what wraps them.
     """
     with inputs.autocast(config, device, model):
-        video, text, scale = towers(batch["video"], batch["text"], batch.get("patches"))
+        embedded = towers(batch["video"], batch["text"], batch.get("patches"))
+    return embedded_loss(embedded, batch, table, config, ranks)
+
+
+def embedded_loss(
+    embedded: caching.Embedded, batch: Mapping[str, Tensor], table: Tensor, config: Config, ranks: Ranks
+) -> Tensor:
+    """The loss of what `Towers` make of a batch; see `batch_loss`."""
+    video, text, scale = embedded
     group: dict[str, Any] = {} if ranks.group is None else {"group": ranks.group, "grad_mode": "ddp"}
     if config.loss.name == "clip":
         video, text = (torch.nn.functional.normalize(x.to(scale.dtype), dim=-1) for x in (video, text))
         return ops.clip_loss(video, text, scale, **group)
     relevancy, loss = ops.IndexedRelevancy(table, batch["kind"], batch["text_kind"]), config.loss
     return ops.sms_loss(video, text, relevancy, margin=loss.margin, relaxation=loss.relaxation, rule=loss.rule, **group)
-
-
-def build_optimizer(model: EVA02AT, config: Config, masters: Masters | None = None) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only: not on vectors, scalars and the positional embeddings. It updates the
-    masters of what the model holds in a lower precision."""
-    spared = model.no_weight_decay()
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
-    for name, parameter in (masters or Masters(model)).parameters.items():
-        if parameter.requires_grad:
-            groups[parameter.ndim >= 2 and name not in spared].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": config.optim.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-        fused=True,
-    )
-
-
-def fit_optimizer(optimizer: torch.optim.Optimizer, config: Config, device: torch.device) -> None:
-    """Lets a graph read the learning rate from memory, or nobody: a checkpoint's optimizer may be of the other kind."""
-    for group in optimizer.param_groups:
-        group["capturable"] = config.train.cuda_graph
-        rate = float(group["lr"])
-        group["lr"] = torch.tensor(rate, device=device) if config.train.cuda_graph else rate

@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import on
-from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, store_sums
+from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, stages, store_sums
 
 # Neighbouring channels of a thread: 16 bytes of float32, 8 of 16 bits. With 8 a thread what is stored in float32 passes through
 # shared memory first: on an H200, at 768 channels, the backward pass of a bfloat16 branch takes 0.232 ms instead of 0.163.
 VECTOR = tl.constexpr(4)
+CHANNELS = 512  # of a warp of the backward pass
 
 
 @triton.jit
@@ -24,15 +25,17 @@ def add_norm_kernel(x, residual, weight, bias, normed, total, statistics, M, eps
 
 
 @triton.jit
-def add_norm_backward_kernel(dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def add_norm_backward_kernel(
+    dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
+):
     """Every so many rows. dR: the gradient of total from elsewhere, or None. dx, dr: the same numbers in two dtypes, either may
-    be None; sums: None if weight and bias need no gradient."""
+    be None; sums: None if weight and bias need no gradient. STAGES: as in swiglu_norm_backward_kernel."""
     c = tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR)
     has = c < C
     w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     at, step = tl.program_id(0).to(tl.int64) * C + c, tl.num_programs(0).to(tl.int64) * C
-    for row in range(tl.program_id(0), M, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         dy = tl.load(dY + at, mask=has, other=0.0).to(tl.float32)
         t = tl.load(total + at, mask=has, other=0.0).to(tl.float32)
         mean, rstd = tl.load(statistics + row), tl.load(statistics + M + row)
@@ -63,14 +66,15 @@ def forward(x, residual, weight, bias, normed, total, statistics, eps):
         add_norm_kernel[M,](x, residual, weight, bias, normed, total, statistics, M, eps, **forward_config(C))
 
 
-def backward_config(C):
-    """With 1,024 channels a warp the backward pass takes over 200 registers; 8 or 32 warps a multiprocessor were slower."""
-    return block(C, 512)
+def backward_config(C, *itemsizes):
+    """itemsizes: of dY, total and dR. With 1,024 channels a warp the backward pass takes over 200 registers; 8 or 32 warps a
+    multiprocessor were slower. With dR a third row ahead takes 147 registers, and 16 warps have 128."""
+    return block(C, CHANNELS, STAGES=stages(C, itemsizes, 3 if len(itemsizes) == 2 else 2))
 
 
 def count(M, C, device):
     """Programs of the backward pass."""
-    return programs(M, device, 16, backward_config(C)["num_warps"])
+    return programs(M, device, 16, block(C, CHANNELS)["num_warps"])
 
 
 def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias):
@@ -79,6 +83,7 @@ def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias):
     M, C = size(total)
     with on(dY.device):
         places = dY, dR, total, weight, statistics, dx, dr, sums, M
-        add_norm_backward_kernel[count(M, C, dY.device),](*places, **backward_config(C))
+        options = backward_config(C, *(x.itemsize for x in (dY, total, dR) if x is not None))
+        add_norm_backward_kernel[count(M, C, dY.device),](*places, **options)
     if dweight is not None:
         add_up(sums, dweight, dbias)

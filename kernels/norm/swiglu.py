@@ -4,8 +4,10 @@ exponential, and to keep it would cost a pass over memory."""
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import generation, on
-from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, store_sums
+from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, stages, store_sums
+
+CHANNELS = 512  # of a warp of the backward pass
 
 
 @triton.jit
@@ -36,16 +38,17 @@ def swiglu_norm_kernel(x, weight, bias, out, statistics, M, eps, C: tl.constexpr
 
 @triton.jit
 def swiglu_norm_backward_kernel(
-    dY, x, weight, statistics, dx, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr
+    dY, x, weight, statistics, dx, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr
 ):
-    """Every so many rows. weight, statistics and sums: None without a norm; sums also if weight and bias need no gradient."""
+    """Every so many rows. weight, statistics and sums: None without a norm; sums also if weight and bias need no gradient.
+    STAGES - 1 rows are on their way from memory while one is worked on."""
     c = tl.arange(0, BLOCK_C)
     has = c < C
     if weight is not None:
         w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     first, step = tl.program_id(0).to(tl.int64) * C, tl.num_programs(0).to(tl.int64) * C
-    for row in range(tl.program_id(0), M, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         at = 2 * first + c
         d = tl.load(dY + first + c, mask=has, other=0.0).to(tl.float32)
         gate = tl.load(x + at, mask=has, other=0.0).to(tl.float32)
@@ -76,15 +79,15 @@ def forward(x, weight, bias, out, statistics, eps):
         swiglu_norm_kernel[M,](x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **forward_config(C))
 
 
-def backward_config(C, generation):
-    """With 1,024 channels a warp the pass spills at C = 2,048, and everywhere but on Hopper at 2,730, where an H200 takes 0.550
-    ms, with 512 0.694."""
-    return block(C, 1024 if C > 2048 and generation == 9 else 512)
+def backward_config(C, *itemsizes):
+    """itemsizes: of dY, gates and values. An H200 takes 0.269 ms at C = 2,048, where a copy takes 0.248; with 256 a warp
+    0.276, and with no row ahead 0.381 and 0.368."""
+    return block(C, CHANNELS, STAGES=stages(C, itemsizes))
 
 
 def count(M, C, device):
-    """Programs of the backward pass. 12 warps of a multiprocessor are what 166 registers leave room for, 8 what 255 do."""
-    return programs(M, device, 12 if C <= 2048 else 8, backward_config(C, generation(device))["num_warps"])
+    """Programs of the backward pass: 8 warps of a multiprocessor are what 204 registers leave room for."""
+    return programs(M, device, 8, block(C, CHANNELS)["num_warps"])
 
 
 def backward(dY, x, weight, statistics, dx, sums, dweight, dbias):
@@ -92,8 +95,7 @@ def backward(dY, x, weight, statistics, dx, sums, dweight, dbias):
     M, C = size(dY)
     with on(x.device):
         places = dY, x, weight, statistics, dx, sums, M
-        swiglu_norm_backward_kernel[count(M, C, x.device),](
-            *places, EXACT=x.dtype == torch.float32, **backward_config(C, generation(x.device))
-        )
+        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize)
+        swiglu_norm_backward_kernel[count(M, C, x.device),](*places, EXACT=x.dtype == torch.float32, **options)
     if dweight is not None:
         add_up(sums, dweight, dbias)

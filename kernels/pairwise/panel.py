@@ -188,7 +188,9 @@ def finish(f, norms, sums, weight, grads, scale, ends, factor):
     """norms: float32 [2, N] or None; sums: int32 [2, N] of the slopes or None. grads: float32 [N, E] of the videos and of the
     captions, either may be None. scale: float32 of one element or None."""
     sides = sum(x is not None for x in grads)
-    first, some = int(sides and grads[0] is None), [f.video if x is None else x for x in grads]  # a pointer that is not read
+    first = int(sides and grads[0] is None)
+    some = [x for x in (*grads, f.video) if x is not None]  # for one that is None another's pointer, of its type, is not read
+    some = [some[0] if x is None else x for x in grads]
     rows = f.N if sides else 0
     with on(f.video.device):
         grid, shape = (rows + 1, max(sides, 1)), {"FIRST": first, "BLOCK_E": triton.next_power_of_2(f.E)}

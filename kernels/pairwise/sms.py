@@ -84,15 +84,16 @@ def own_labels(labels, n, N):
 
 
 @triton.jit
-def diagonal_kernel(f, pairs, labels, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Each pair's own cosine, as a tile of the whole matrix gives it, and where there are labels its own relevancy."""
+def diagonal_kernel(f, pairs, labels, LABELLED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """Each pair's own cosine, as a tile of the whole matrix gives it, and where there are labels its own relevancy. LABELLED:
+    whether there are; Triton 3.6 compares no tuple that holds a None with None."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, BLOCK)
     own, inside = i[:, None] == i[None, :], n < f.N
     s = tl.sum(tl.where(own, products(f, n, n, BLOCK, PRECISION), 0.0), 1)
     row, column = tl.load(pairs.inv_video + n, mask=inside, other=0.0), tl.load(pairs.inv_text + n, mask=inside, other=0.0)
     tl.store(pairs.cosine + n, s * row * column, mask=inside)
-    if labels is not None:
+    if LABELLED:
         tl.store(pairs.own + n, own_labels(labels, n, f.N), mask=inside)
 
 
@@ -187,7 +188,7 @@ def own_pairs(f, pairs, labels):
     """Fills the cosines of pairs, and where there are labels their own relevancies."""
     shape = config(f.video.dtype)
     with on(f.video.device):
-        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, pairs, labels, **shape)
+        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, pairs, labels, LABELLED=labels is not None, **shape)
 
 
 def sms_panel(f, pairs, labels, penalty, out):

@@ -19,7 +19,7 @@ from evaat_fast.data.decode.mp4 import UPRIGHT, missing_bytes, rotation_of, trac
 EXACT = frozenset({"h264", "hevc", "vp9", "av1"})
 SLACK = 2  # frames that a last one may stand, where the file does not say how long
 _PATIENCE = 60  # seconds
-_FAST = 1000.0  # frames per second: a rate above it is a time base that was taken for one
+_FAST = 1000  # frames per second: a rate above it is a time base that was taken for one
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,12 @@ class Header:
 
         self.path = path
         try:
-            # "file:": a name with a colon is no protocol. Tags in another encoding are no reason to refuse a video. A demuxer
-            # that turns in circles on damaged bytes is stopped.
-            self.container: Any = av.open(f"file:{path}", metadata_errors="replace", timeout=_PATIENCE)
+            # "file:": a name with a colon is no protocol. Tags in another encoding are no reason to refuse a video: from
+            # version 19 on PyAV keeps their bytes as surrogates. A demuxer that turns in circles on damaged bytes is stopped.
+            how: dict[str, Any] = {"timeout": _PATIENCE}
+            if hasattr(av.container.InputContainer, "metadata_errors"):
+                how["metadata_errors"] = "replace"
+            self.container: Any = av.open(f"file:{path}", **how)
         except Exception as error:  # FFmpegError, OSError, or UnicodeDecodeError
             raise VideoError(f"{path}: {reason(path, error)}") from error
         try:
@@ -92,16 +95,21 @@ class Header:
         self.canonical: str = stream.codec_context.codec.canonical_name
         self.format: str = container.format.name
         self.ordered = "avi" not in self.format.split(",")  # AVI's time stamps are those of packets as stored, not as shown
-        self.base: Fraction = stream.time_base
+        base = rational(stream.time_base)
+        if base is None:
+            raise VideoError(f"{self.path}: no time base")
+        self.base: Fraction = base
         begin = stream.start_time or 0
         first = Fraction(container.start_time, 1_000_000) if container.start_time is not None else begin * self.base
         # Rounded to microseconds; and a start after the video's own would be another mistake.
         apart = begin * self.base - first
         self.zero: int = begin if apart < Fraction(1, 500) else round(first / self.base)
-        rates = [float(r) for r in (stream.average_rate, stream.guessed_rate) if r]
-        self.fps: float = next((r for r in rates if 0 < r <= _FAST), 0.0)
-        if not self.fps:
+        rates = (rational(r) for r in (stream.average_rate, stream.guessed_rate))
+        rate = next((r for r in rates if r is not None and 0 < r <= _FAST), None)
+        if rate is None:
             raise VideoError(f"{self.path}: no frame rate")
+        self.rate: Fraction = rate
+        self.fps: float = float(rate)
         self.own_duration = True  # the video's, not the longest stream's
         self.others_end = 0.0
         self.duration: float | None = None
@@ -202,6 +210,11 @@ class Header:
 
     def close(self) -> None:
         self.container.close()
+
+
+def rational(value: Any) -> Fraction | None:
+    """A rational of PyAV's: to version 18 that is a Fraction or None, from 19 on an AVRational. None where it is not set."""
+    return Fraction(value.numerator, value.denominator) if value else None
 
 
 def _is_mp4(names):

@@ -211,6 +211,11 @@ class Labels:
         columns = torch.arange(self.table.shape[1], device=self.table.device)
         return replace(self, caption_index=ranks.columns(columns))
 
+    def taken(self, order: Tensor) -> "Labels":
+        """Those of an IndexedRelevancy or VerbNounRelevancy, of the pairs in another order."""
+        names = ("video_index", "caption_index", "verb")
+        return replace(self, **{name: x[order] for name in names if (x := getattr(self, name)) is not None})
+
     def check_indices(self) -> None:
         """IndexError naming the index that does not fit the table. Waits for the device."""
         names = ("noun_set", "noun_set") if self.verb is not None else ("video_index", "caption_index")

@@ -17,6 +17,9 @@ from evaat_fast.ops.pairwise.ranks import Across, Batch, Ranks, across, eager, r
 from evaat_fast.ops.pairwise.reference import Penalty, wide
 from evaat_fast.ops.pairwise.relevancy import Labels
 
+# From so many pairs on a max-margin step in CUDA C++ is faster than in Triton, which launches less; see dispatch.AUTO.
+_OVERTAKES = 2048
+
 
 @dataclass(frozen=True)
 class Work:
@@ -137,22 +140,28 @@ def _run(name, inputs, weight, settings, ranks):
         from evaat_fast.ops.pairwise import cpu as backend
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     with no_autocast(video.device.type):
-        step = getattr(backend, name)(video, text, scale, weight, settings, ranks)
-        step.prepare()
-        # Memory is linear in N: a sweep reads a panel, some videos times all captions, and may turn it into slopes. The
-        # max-margin losses need one sweep, as their slopes depend on nothing but the diagonal of the similarities; the
-        # contrastive ones two, for the totals come first.
-        for sweep in step.sweeps():
-            for first in range(0, step.n, step.rows):
-                last = min(first + step.rows, step.n)
-                slopes = sweep(first, last)
-                if slopes is not None and step.grad_video is not None:
-                    step.product(slopes, step.unit_text, step.grad_video[first:last])
-                if slopes is not None and step.grad_text is not None:
-                    step.product(slopes.T, step.unit_video[first:last], step.grad_text, add=first > 0)
-        if ranks is not None and step.grad_text is not None:
-            step.grad_text = step.gradients[1] = ranks.scatter(step.grad_text)
-        return step.finish()
+        return run(getattr(backend, name)(video, text, scale, weight, settings, ranks))
+
+
+def run(step: Any) -> tuple:
+    """The loss and all gradients of a backend's `Step`.
+
+    Memory is linear in N: a sweep reads a panel, some videos times all captions, and may turn it into slopes. The max-margin
+    losses need one sweep, as their slopes depend on nothing but the diagonal of the similarities; the contrastive ones two, for
+    the totals come first.
+    """
+    step.prepare()
+    for sweep in step.sweeps():
+        for first in range(0, step.n, step.rows):
+            last = min(first + step.rows, step.n)
+            slopes = sweep(first, last)
+            if slopes is not None and step.grad_video is not None:
+                step.product(slopes, step.unit_text, step.grad_video[first:last])
+            if slopes is not None and step.grad_text is not None:
+                step.product(slopes.T, step.unit_video[first:last], step.grad_text, add=first > 0)
+    if step.ranks is not None and step.grad_text is not None:
+        step.grad_text = step.gradients[1] = step.ranks.scatter(step.grad_text)
+    return step.finish()
 
 
 @register(
@@ -308,7 +317,14 @@ def _planned(op, video, text, options, plan, ranks):
     if ranks is not None and any(keeps_numbers_elsewhere(type(x)) for x in (video, text)):
         raise NotImplementedError(f"group: {op} runs over a group on plain tensors alone, got {type(video).__name__}")
     n, device = video.shape[0], video.device
-    N, needs = (n, ()) if ranks is None else (n * ranks.W, (dispatch.GROUP,))
+    N = n if ranks is None else n * ranks.W
+    needs: tuple[str, ...] = () if ranks is None else (dispatch.GROUP,)
+    if device.type == "cuda":
+        if 128 < video.shape[1] <= 256 and dispatch.has_little_shared(device):
+            needs += (dispatch.LITTLE_SHARED,)
+        any_will_do = options.backend == "auto" or (options.backend is None and op not in dispatch.DEFAULT)
+        if N < _OVERTAKES and any_will_do and dispatch.has_triton():
+            needs += (dispatch.FEW_PAIRS,)
     backend, hidden = dispatch.pick(op, device, video.dtype, options.backend, needs), traced(type(video), type(text))
     call = Call(N, device, ranks, wide(video.dtype), backend, hidden)
     settings_of, reference, *scale = plan(call)

@@ -1,0 +1,169 @@
+"""A checkpoint as a folder that several processes write together, each its own parts of tensors: torch's DCP.
+
+Everything in it is a tensor by name; what is none lies under "rest", as JSON. The table of contents is DCP's own, a pickle, of
+which nothing is taken but what such a table is made of: a folder from elsewhere executes nothing.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REST = "rest"
+
+
+def write(path: str | os.PathLike[str], tree: Any, group: Any = None) -> None:
+    """Writes dicts, lists and tuples of tensors, numbers and strings. Every process of the group must call; what is no tensor
+    is the first one's. A folder that is there already stands until the new one is whole.
+
+    Args:
+        path: the folder. tree: where it has DTensors, each process writes its part. group: a process group; None: this process.
+
+    Raises:
+        OSError: it cannot be written, on every process.
+    """
+    from torch.distributed import barrier, get_rank
+    from torch.distributed import checkpoint as dcp
+
+    path, main = Path(path), group is None or get_rank(group) == 0
+    new, old = _beside(path)
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_pack(tree, "", tensors))
+    if main:
+        tensors[_REST] = torch.frombuffer(bytearray(skeleton.encode()), dtype=torch.uint8)
+        shutil.rmtree(new, ignore_errors=True)
+    if group is not None:
+        barrier(group)
+    try:
+        with _quietly():
+            dcp.save(tensors, checkpoint_id=str(new), process_group=group, no_dist=group is None)
+    except (
+        Exception,
+        dcp.CheckpointException,
+    ) as error:  # of any process, raised on all of them
+        raise OSError(f"the parts of a checkpoint could not be written: {_reason(error)}") from error
+    if main:
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    if group is not None:
+        barrier(group)
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """What `write` wrote, whole, on the CPU; any process reads all of it alone.
+
+    Raises:
+        ValueError: no such checkpoint, or one with parts missing or damaged.
+    """
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    found = standing(path)
+    if found is None:
+        raise ValueError(f"checkpoint: {str(path)!r} is no folder of parts of a checkpoint")
+    folder: Path = found
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *arguments, **options):
+            with open(folder / ".metadata", "rb") as file:
+                contents = _Contents(file).load()
+            contents.storage_meta = contents.storage_meta or StorageMeta()
+            contents.storage_meta.load_id = self.load_id
+            return contents
+
+    try:
+        reader = Reader(str(folder))
+        known = reader.read_metadata().state_dict_metadata
+        tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in known.items()}
+        with _quietly():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return _unpack(json.loads(bytes(tensors[_REST].numpy()).decode()), tensors)
+    except (Exception, dcp.CheckpointException) as error:
+        raise ValueError(f"checkpoint: {str(path)!r} lacks parts, or they are damaged: {_reason(error)}") from None
+
+
+def standing(path: str | os.PathLike[str]) -> Path | None:
+    """The folder that holds the checkpoint: `path`, or where a process was killed between two renames, one beside it."""
+    return next((x for x in (Path(path), *_beside(Path(path))) if (x / ".metadata").is_file()), None)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+    for folder in (Path(path), *_beside(Path(path))):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+
+
+class _Contents(pickle.Unpickler):
+    """Reads a table of contents."""
+
+    _OTHERS = {
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
+    }
+
+    def find_class(self, module, name):
+        if (module, name) in self._OTHERS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if module == "torch.distributed.checkpoint.metadata" and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"its table of contents names {module}.{name}, which none is made of")
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Without the warning that one process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _beside(path):
+    """The folder that is being written, and the one whose place it takes."""
+    return path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+
+
+def _reason(error):
+    """The innermost of DCP's errors, on one line."""
+    while getattr(error, "failures", None):
+        error = next(iter(error.failures.values()))
+        error = error[0] if isinstance(error, tuple) else error
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _pack(x, path, tensors):
+    """x as JSON, whose tensors are names in `tensors`."""
+    if isinstance(x, Tensor):
+        tensors[path] = x.detach()
+        return {"tensor": path}
+    if isinstance(x, dict):
+        return {"dict": [[key, _pack(value, f"{path}/{key}", tensors)] for key, value in x.items()]}
+    if isinstance(x, (list, tuple)):
+        return {type(x).__name__: [_pack(value, f"{path}/{i}", tensors) for i, value in enumerate(x)]}
+    return {"value": x}
+
+
+def _unpack(x, tensors):
+    [(kind, value)] = x.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _unpack(y, tensors) for key, y in value}
+    if kind in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[kind](_unpack(y, tensors) for y in value)
+    return value

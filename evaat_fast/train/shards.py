@@ -1,0 +1,100 @@
+"""Weights, gradients and moments shared out among the processes, by torch's FSDP2: `train.parallel = "fsdp"`.
+
+Each block of both towers is gathered when it is needed, and its gradient goes back in parts: the mean over the processes, as
+DDP's. A checkpoint holds whole tensors: it is the same file whoever wrote it, and any number of processes goes on from it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaat_fast.model import EVA02AT
+from evaat_fast.train.config import Config
+from evaat_fast.train.ranks import Ranks
+
+
+def shard(model: EVA02AT, config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Leaves of each parameter this process's part, a DTensor, but for the temperature, which is one number.
+
+    Args:
+        model: on `device`, the same on all processes. config: a Config; with "bfloat16-params" gathered weights are bfloat16,
+            and gradients are added up in float32.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh, policy = DeviceMesh.from_group(ranks.group, device.type), MixedPrecisionPolicy()
+    if config.train.precision == "bfloat16-params":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for tower, blocks in ((model.visual, model.visual.blocks), (model.text, model.text.transformer.resblocks)):
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(tower, mesh=mesh, mp_policy=policy)
+
+    def mean(scale: Tensor) -> None:
+        assert scale.grad is not None
+        torch.distributed.all_reduce(scale.grad, group=ranks.group)
+        scale.grad /= ranks.world
+
+    if model.logit_scale.requires_grad:
+        model.logit_scale.register_post_accumulate_grad_hook(mean)
+
+
+def is_part(x: object) -> bool:
+    """Whether x is a process's part of a tensor."""
+    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+
+
+def whole(tree: Any, keep: bool | None = None) -> Any:
+    """Tensors, or dicts, lists and tuples of them, with whole tensors in place of parts. Every process must call.
+
+    Args:
+        keep: whether this process needs them, then on the CPU; None: all do, where the parts are.
+    """
+    if is_part(tree):
+        found = tree.detach().full_tensor()
+        return found if keep is None else found.cpu() if keep else None
+    if isinstance(tree, dict):
+        return {key: whole(x, keep) for key, x in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(whole(x, keep) for x in tree)
+    return tree
+
+
+def part_of(x: Tensor, like: Any) -> Tensor:
+    """This process's part of a whole tensor, as `like` is of its own; x itself where that is whole."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_part(like) or not isinstance(x, Tensor) or x.shape != like.shape:
+        return x
+    return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+def parts_of(stored: Mapping[str, Any], parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A checkpoint with parts where this process holds parts. Every process must call."""
+    content = dict(stored)
+    for name in ("state_dict", "model_ema"):
+        if name in stored:
+            content[name] = {key: part_of(x, parameters.get(key)) for key, x in stored[name].items()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = stored["optimizer"]["state"]
+    content["optimizer"] = {
+        **stored["optimizer"],
+        "state": {
+            i: {key: part_of(x, ordered[i]) for key, x in state.items()} if 0 <= i < len(ordered) else state
+            for i, state in moments.items()
+        },
+    }
+    return content
+
+
+def copy_of(model: EVA02AT) -> EVA02AT:
+    """The model whole, for what is not done in step, as evaluation. Every process must call."""
+    state = whole(dict(model.state_dict()))
+    with torch.device("meta"):
+        copied = EVA02AT(model.config)
+    copied = copied.to_empty(device=model.logit_scale.device)
+    copied.load_state_dict(state)
+    return copied.train(model.training)
