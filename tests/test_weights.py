@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from foreign import SMALL, TINY, equal, eva, ours
 
 import evaat_fast
-from evaat_fast.model import create_model, get_config, load_checkpoint, save_checkpoint
+from evaat_fast.model import convert, create_model, get_config, load_checkpoint, save_checkpoint
 from evaat_fast.model.checkpoints import LAYOUTS, convert_state, export_state, load_state, read
 
 CONTENTS = {
@@ -139,13 +139,21 @@ def test_a_run_and_its_folder(tmp_path):
     held = masters.Masters(model)
     checkpoint.save(tmp_path / "last.pt", held, torch.optim.AdamW(model.parameters()), 2, config.Config())
     clip = torch.randint(0, 256, (4, 90, 120, 3), dtype=torch.uint8)
-    for path in (tmp_path / "last.pt", str(tmp_path)):
+    (tmp_path / "parts").mkdir()
+    checkpoint.save(tmp_path / "parts" / "last.parts", held, torch.optim.AdamW(model.parameters()), 2, config.Config())
+    for path in (tmp_path / "last.pt", str(tmp_path), tmp_path / "parts", tmp_path / "parts" / "last.parts"):
         loaded = evaat_fast.load(path)
         assert loaded.model.config == model.config and not loaded.model.training
         video, text = loaded.transform(clip)[None], loaded.tokenizer(["cut the onion"]) % 100
         with torch.no_grad():
             assert torch.equal(loaded.model.encode_video(video), model.encode_video(video))
             assert loaded.model.encode_text(text).shape == (1, 128)
+    said = convert(tmp_path / "parts", tmp_path / "one.safetensors")
+    assert said.config == model.config and equal(
+        evaat_fast.load(tmp_path / "one.safetensors").model.state_dict(), model.state_dict()
+    )
+    (tmp_path / "parts" / "last.parts").rename(tmp_path / "last.parts")  # the file is older than these parts
+    assert read(tmp_path).source == str(tmp_path / "last.parts")
     longer = evaat_fast.load(tmp_path, num_frames=16, image_size=64)
     assert longer.model.config.num_frames == 16 and longer.transform.image_size == 64
     with pytest.raises(ValueError, match="was made with vision_layers=2, the model has 3"):

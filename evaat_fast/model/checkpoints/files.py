@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaat_fast import _parts
 from evaat_fast._files import write_atomically
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _log = logging.getLogger("evaat_fast")
 _KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema", "averaged_model", "state_dict", "model", "module")
 # Of a folder. Each may also be in shards, with the index `NAME.index.json`.
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
-_RUN = "last.pt"
+_RUN = ("last.pt", "last.parts")  # of a run, which has one of them, or for a moment both
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _METADATA = "evaat_fast.model_config"  # of a .safetensors file: the configuration as JSON
 
@@ -67,8 +68,8 @@ def read(path: str | os.PathLike[str]) -> Stored:
     Args:
         path: a .safetensors file, or a torch file: a state dict, alone or under a key such as "state_dict", "model" or
             "model_ema". Of a pickle only tensors, plain data, argparse.Namespace and numpy's scalars are made. Or the index of
-            a file in shards; or a folder: of a Hugging Face repository, as it lies in that library's cache or elsewhere, or of
-            a run (its last.pt).
+            a file in shards; or a folder: of a Hugging Face repository, as it lies in that library's cache or elsewhere, of a
+            run, or of the parts that its processes wrote.
 
     Returns:
         A Stored.
@@ -78,7 +79,9 @@ def read(path: str | os.PathLike[str]) -> Stored:
             needed and missing.
     """
     path = Path(path)
-    path = _inside(path) if path.is_dir() else path
+    path = path if not path.is_dir() or _parts.standing(path) else _inside(path)
+    if _parts.standing(path):
+        return Stored(*_taken(_parts.read(path), path), str(path))
     of_hub = path.name.removesuffix(".index.json") in HUB_FILES
     beside = _open_clip_hints(path.with_name(_OPEN_CLIP_CONFIG)) if of_hub else {}
     if not path.is_file():
@@ -101,13 +104,15 @@ def _inside(folder: Path) -> Path:
         if not found:
             raise FileNotFoundError(f"checkpoint: {str(folder)!r} is a repository in the cache without a snapshot")
         tried = found[-1]
-    for name in (*HUB_FILES, _RUN):
+    for name in HUB_FILES:
         for candidate in (tried / name, tried / f"{name}.index.json"):
             if candidate.is_file():
                 return candidate
-    if (tried / ".metadata").is_file():
-        raise ValueError(f"checkpoint: {str(tried)!r} is a checkpoint in shards of torch.distributed.checkpoint, not one file")
-    raise FileNotFoundError(f"checkpoint: none of {', '.join((*HUB_FILES, _RUN))} is in the folder {str(tried)!r}")
+    places = [(_parts.standing(tried / name) or tried) / ".metadata" if "parts" in name else tried / name for name in _RUN]
+    times = {name: place.stat().st_mtime_ns for name, place in zip(_RUN, places, strict=True) if place.is_file()}
+    if times:
+        return tried / max(times, key=lambda name: times[name])
+    raise FileNotFoundError(f"checkpoint: none of {', '.join((*HUB_FILES, *_RUN))} is in the folder {str(tried)!r}")
 
 
 def _open_clip_hints(path: Path) -> dict[str, Any]:
@@ -169,6 +174,11 @@ def _read_torch(path: Path) -> _Content:
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely ({_why(path, error)})"
         ) from error
+    return _taken(content, path)
+
+
+def _taken(content: Any, path: Path) -> _Content:
+    """The state dict of what a file held, and what it says of its model."""
     found = content if isinstance(content, dict) else {}
     config, style = found.get("model_config"), getattr(found.get("args"), "norm_style", None)
     for _ in range(8):  # a pickle may hold itself
