@@ -285,6 +285,23 @@ def test_our_own_file_into_another_embedding_space(tmp_path):
     assert torch.equal(other.visual.norm.weight, model.visual.norm.weight)
 
 
+def test_norm_stays_when_a_run_goes_on(configure, tmp_path):
+    """It came with the weights that the run began with, which a continued run does not read again."""
+    pytest.importorskip("decord")
+    pytest.importorskip("tokenizers")
+    from evaat_fast.train import train
+
+    config = configure("train.epochs=1")
+    init = create_model(config.model.name, 2, **config.model.overrides, norm="lavila")
+    save_checkpoint(init, tmp_path / "init.pt")
+    config = configure("train.epochs=1", f"train.init={json.dumps(str(tmp_path / 'init.pt'))}")
+    assert train(config, quiet=True)["model"].config.norm == "lavila"
+    config = configure("train.epochs=2", f"train.init={json.dumps(str(tmp_path / 'init.pt'))}")
+    result = train(config, resume=True, quiet=True)
+    assert result["model"].config.norm == "lavila"
+    assert read(result["checkpoint"]).config["norm"] == "lavila"
+
+
 def test_table_of_what_does_not_fit():
     state = dict(eva(vision_layers=3).state_dict())
     del state["text.ln_final.bias"]
