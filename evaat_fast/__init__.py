@@ -14,6 +14,7 @@ _LAZY = {
     "create_model_and_transforms": "factory",
     "list_models": "model",
     "list_pretrained": "model",
+    "load": "factory",
     "get_tokenizer": "model",
 }
 _SUBMODULES = ("ops", "losses", "integrations", "model", "data", "eval", "factory", "train", "cli", "doctor", "kernels")
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would take every na
     from evaat_fast import ops as ops
     from evaat_fast import train as train
     from evaat_fast.factory import create_model_and_transforms as create_model_and_transforms
+    from evaat_fast.factory import load as load
     from evaat_fast.model import create_model as create_model
     from evaat_fast.model import get_tokenizer as get_tokenizer
     from evaat_fast.model import list_models as list_models

@@ -201,6 +201,18 @@ def _check_file(path):
         raise ConfigError(f"--json: {path!r} is a folder; expected a file to write")
 
 
+def convert(arguments: argparse.Namespace) -> None:
+    from evaat_fast.model import convert
+    from evaat_fast.train.trainer import check_folder
+
+    check_folder(Path(arguments.target).parent, "OUT")
+    if all(map(os.path.exists, (arguments.source, arguments.target))) and os.path.samefile(arguments.source, arguments.target):
+        raise Mistake(f"OUT: {arguments.target!r} is IN; expected another file")
+    said = {name: getattr(arguments, name) for name in ("activation", "norm") if getattr(arguments, name)}
+    with _mistakes():
+        print(convert(arguments.source, arguments.target, arguments.to, **said))
+
+
 def prepare(arguments: argparse.Namespace) -> int | None:
     from evaat_fast.data import prepare
     from evaat_fast.train import packages

@@ -131,6 +131,21 @@ def _parser():
     command.add_argument("--allow-partial", action="store_true", help="go on without clips that cannot be read, and say so")
     command.set_defaults(run=_commands.features)
 
+    command = commands.add_parser(
+        "convert", help="a file of weights in other names: ours, EVA's, timm's, open_clip's, AVION's, ..."
+    )
+    command.add_argument("source", metavar="IN", help="a file, the index of one in shards, or a folder that holds one")
+    command.add_argument("target", metavar="OUT", help="the file to write: .safetensors, or another name for torch's format")
+    layouts = ("ours", "eva", "timm", "open_clip", "avion", "lavila")
+    command.add_argument("--to", choices=layouts, default="ours", help="whose names (ours)")
+    command.add_argument(
+        "--activation", choices=("gelu", "quick_gelu"), help="of a CLIP whose file does not say: OpenAI's is quick"
+    )
+    command.add_argument(
+        "--norm", choices=("clip", "lavila", "timm"), help="the pixels' mean that it was trained with, if IN says another"
+    )
+    command.set_defaults(run=_commands.convert)
+
     command = commands.add_parser("prepare", help="check a download of a data set and convert its metadata; can be run again")
     command.add_argument(
         "dataset", metavar="DATASET", help="ek100-mir, ek100-clips, egoclip, egoclip-plus, egomcq or charades-ego"

@@ -132,7 +132,7 @@ def test_strict(spoil, message):
     model = small()
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, small().state_dict()
     spoil(state)
-    with pytest.raises(ValueError, match="checkpoint: state dict does not fit the model; .*" + message):
+    with pytest.raises(ValueError, match="(?m)checkpoint: state dict does not fit the model; .*" + message):
         load_state(model, state)
     assert equal(model.state_dict(), before)
 
@@ -152,7 +152,8 @@ BAD_FILES = [
     (b"not weights", "is not a file of weights that torch can read safely"),
     (dict(epoch=3, args="x"), r"no state dict in .*, only the keys \['args', 'epoch'\]"),
     ([torch.zeros(1)], "expected a state dict in .*, got list"),
-    (dict(args=argparse.Namespace(a=1)), "torch can read safely"),
+    (dict(args=argparse.Namespace(a=1)), r"no state dict in .*, only the keys \['args'\]"),
+    (dict(args=types.SimpleNamespace(a=1)), r"torch can read safely \(it asks for types.SimpleNamespace, .* not plain data\)"),
 ]
 
 
@@ -214,6 +215,9 @@ def test_tag(hub):
     hub["timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"] = ConnectionError("no route to host")
     with pytest.raises(RuntimeError, match=r"could not download 'timm/eva02_base.* \(no route to host\).*pass its path"):
         create_model("eva02_at_base_patch16_224", pretrained="merged2b_s8b_b131k")
+    hub["timm/vit_large_patch14_clip_336.openai"] = ConnectionError("no route to host")
+    with pytest.raises(RuntimeError, match=r"could not download 'timm/vit_large_patch14_clip_336.openai'"):
+        create_model("avion_vit_large_patch14_336", pretrained="openai", vision_layers=1)
 
 
 @pytest.mark.parametrize(

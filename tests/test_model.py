@@ -71,13 +71,20 @@ def paper(tower, video):
     x = torch.cat((weights["cls_token"].expand(len(video), -1, -1), x), 1)
     position = weights["pos_embed"]
     x = x + torch.cat((position[:, :1], position[:, 1:].repeat(1, T, 1)), 1)
-    x[:, 1:] += weights["temporal_embed"].repeat_interleave(Hp * Wp, 1)
+    if config.temporal_embed:
+        x[:, 1:] += weights["temporal_embed"].repeat_interleave(Hp * Wp, 1)
 
     t, h, w = torch.meshgrid(torch.arange(T), torch.arange(Hp), torch.arange(Wp), indexing="ij")
     axis = 10000.0 ** (-4 * torch.arange(D // 4, dtype=torch.float64) / D)
     rows, columns = (p.flatten()[:, None] * config.rope_grid / n * axis for p, n in ((h, Hp), (w, Wp)))
     space = torch.cat((rows, columns), 1)
     time = t.flatten()[:, None] * 10000.0 ** (-2 * torch.arange(D // 2, dtype=torch.float64) / D)
+    if config.rope == "spatial":
+        time = 0 * time
+    elif config.rope == "split":  # each axis has channels of its own, 4, 6 and 6 of 16
+        parts = [(t, 1.0, D // 4), (h, config.rope_grid / Hp, 3 * D // 8), (w, config.rope_grid / Wp, 3 * D // 8)]
+        turned = [p.flatten()[:, None] * s * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d) for p, s, d in parts]
+        space, time = torch.cat(turned, 1), 0 * time
     for i in range(config.vision_layers):
         block = f"blocks.{i}"
         y = norm(x, f"{block}.norm1")
@@ -117,6 +124,31 @@ def test_is_the_paper(frames):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), msg=name)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(rope="spatial"),
+        dict(rope="split"),
+        dict(temporal_embed=False),
+        dict(rope="split", temporal_embed=False),
+        dict(image_size=(36, 60)),
+        dict(image_size=[48, 24], rope="split"),
+    ],
+    ids=str,
+)
+def test_table_four_and_other_shapes(change):
+    """Learnable is rope="spatial", RoPE alone temporal_embed=False; a head has 16 channels here."""
+    model = shaken(small(**change)).double()
+    height, width = model.config.size
+    video = torch.randint(0, 256, (2, 3, height, width, 3), dtype=torch.uint8)
+    assert (model.visual.temporal_embed is None) == ("temporal_embed" in change)
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        pixels = normalised(video, dtype=torch.float64)
+        torch.testing.assert_close(model.encode_video(pixels), paper(model.visual, pixels), rtol=0, atol=2e-6)
+        assert model.encode_video(video).shape == (2, 24)
+
+
 def test_time_matters():
     model = small()
     video = clip()
@@ -139,6 +171,8 @@ def test_norm_constants():
     """LaViLa's red mean is CLIP's times 225, the others times 255."""
     assert NORMS["clip"][0] == pytest.approx([255 * m for m in (0.48145466, 0.4578275, 0.40821073)])
     assert NORMS["clip"][1] == pytest.approx([255 * s for s in (0.26862954, 0.26130258, 0.27577711)])
+    assert NORMS["timm"][0] == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
+    assert NORMS["timm"][1] == pytest.approx([255 * s for s in (0.229, 0.224, 0.225)])
     assert NORMS["lavila"] == ((pytest.approx(225 * 0.48145466), *NORMS["clip"][0][1:]), NORMS["clip"][1])
 
 
@@ -260,16 +294,27 @@ def test_seed_decides_initialisation():
 
 def test_names():
     assert evaat_fast.list_models() == sorted(evaat_fast.list_models())
-    for name in (TINY, "eva02_at_base_patch16_224", "eva02_at_large_patch14_224", "eva02_at_large_patch14_336"):
+    theirs = [f"{name}_{size}" for name in ("clip_vit", "avion_vit", "lavila_tsf") for size in ("base_patch16_224",)]
+    theirs += [f"{name}_large_patch14_{side}" for name in ("clip_vit", "avion_vit", "lavila_tsf") for side in (224, 336)]
+    eva = [TINY, "eva02_at_base_patch16_224", "eva02_at_large_patch14_224", "eva02_at_large_patch14_336"]
+    assert set(evaat_fast.list_models()) == {*eva, *theirs}
+    for name in (*eva, *theirs):
         assert name in evaat_fast.list_models()
         assert isinstance(get_config(name), ModelConfig)
+    assert get_config(TINY, image_size=(64, 64)) == get_config(TINY) and get_config(TINY, image_size=[64, 32]).grid == (8, 4, 2)
     assert ("eva02_at_base_patch16_224", "merged2b_s8b_b131k") in list_pretrained()
     assert {name for name, _ in list_pretrained()} <= set(evaat_fast.list_models())
 
 
 @pytest.mark.parametrize(
     "name,millions,grid",
-    [("eva02_at_base_patch16_224", (86, 63), (4, 14, 14)), ("eva02_at_large_patch14_336", (304, 124), (4, 24, 24))],
+    [
+        ("eva02_at_base_patch16_224", (86, 63), (4, 14, 14)),
+        ("eva02_at_large_patch14_336", (304, 124), (4, 24, 24)),
+        ("avion_vit_base_patch16_224", (86, 63), (4, 14, 14)),
+        ("avion_vit_large_patch14_224", (303.7, 124), (4, 16, 16)),
+        ("lavila_tsf_base_patch16_224", (114.3, 63), (4, 14, 14)),
+    ],
 )
 def test_sizes_are_the_papers(name, millions, grid):
     config = get_config(name)
@@ -349,6 +394,15 @@ BAD_CONFIG = [
     (dict(num_frames=2.0), TypeError, "num_frames: expected int, got 2.0"),
     (dict(num_frames=True), TypeError, "num_frames: expected int, got True"),
     (dict(image_size=60), ValueError, "image_size: expected a multiple of patch_size=16, got 60"),
+    (dict(image_size=(64, 60)), ValueError, r"image_size: expected a multiple of patch_size=16, got \(64, 60\)"),
+    (dict(image_size=(64, 0)), ValueError, r"image_size: expected a positive number of at most 1e9, got \(64, 0\)"),
+    (dict(image_size=(64,)), TypeError, r"image_size: expected int or \(height, width\), got \(64,\)"),
+    (dict(image_size="64"), TypeError, r"image_size: expected int or \(height, width\), got '64'"),
+    (dict(rope="axial"), ValueError, "rope: there is no 'axial'.* Known: joint, split, spatial"),
+    (dict(tower="vit"), ValueError, "tower: there is no 'vit'.* Known: eva02, clip, timesformer"),
+    (dict(temporal_embed=1), TypeError, "temporal_embed: expected bool, got 1"),
+    (dict(rope="split", vision_heads=32), ValueError, "rope: expected heads of at least 8 channels to split, got 4"),
+    (dict(name="clip_vit_base_patch16_224", rope="spatial"), ValueError, "tower='clip' has no rotary embedding"),
     (dict(vision_heads=3), ValueError, "vision_width: expected a multiple of vision_heads=3 times 4, got 128"),
     (dict(text_heads=3), ValueError, "text_width: expected a multiple of text_heads=3, got 64"),
     (dict(temperature=-1.0), ValueError, "temperature: expected a positive number, got -1.0"),

@@ -16,7 +16,7 @@ SHOWN = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PROSE = [*SHOWN, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 # What a block imports that is no dependency of ours: the module to look for.
-PEERS = {"timm": "timm", "transformers": "transformers.integrations.hub_kernels"}
+PEERS = {"timm": "timm", "transformers": "transformers.integrations.hub_kernels", "peft": "peft"}
 
 pages = pytest.mark.parametrize("path", SHOWN, ids=lambda path: str(path.relative_to(ROOT)))
 

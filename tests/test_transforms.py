@@ -91,7 +91,34 @@ def test_bad_clips(make, clip, error, message):
         make(8)(clip)
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.5, True, "64"])
+@pytest.mark.parametrize("make", [train_transform, eval_transform])
+@pytest.mark.parametrize("height, width", [(48, 64), (64, 48), (32, 97), (7, 5), (200, 3)])
+def test_images_of_another_shape(make, height, width):
+    clip = torch.randint(256, (2, height, width, 3), dtype=torch.uint8)
+    assert make((32, 48))(clip).shape == (2, 32, 48, 3) and make([48, 32])(clip).shape == (2, 48, 32, 3)
+    assert torch.equal(eval_transform((40, 40))(clip), eval_transform(40)(clip))
+
+
+def test_the_centre_of_another_shape():
+    """The frame just covers the image: nothing is lost along one side, and as much at both ends of the other."""
+    assert torch.equal(eval_transform((24, 64))(ramp())[0], ramp()[0, 12:36])
+    assert torch.equal(eval_transform((48, 32))(ramp())[0], ramp()[0, :, 16:48])
+    half = eval_transform((24, 16))(ramp()).float()[0]
+    assert half[:, 0, 0].mean() == pytest.approx(16, abs=1) and half[-1, :, 1].mean() == pytest.approx(47, abs=1)
+
+
+def test_boxes_have_the_images_shape():
+    for size, ratio in (((30, 60), 2.0), ((60, 30), 0.5)):
+        crop = train_transform(size, scale=(0.2, 0.4))
+        for seed in range(100):
+            _, _, h, w = crop.box(240, 320, torch.Generator().manual_seed(seed))
+            assert 0.74 * ratio <= w / h <= 1.36 * ratio
+        assert train_transform(size, scale=(1.0, 1.0), ratio=(1.0, 1.0)).box(300, 300)[2:] == (
+            (150, 300) if ratio > 1 else (300, 150)
+        )
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, "64", (64,), (64, 0), (64, 48, 3), (64.0, 48)])
 @pytest.mark.parametrize("make", [train_transform, eval_transform])
 def test_bad_sizes(make, size):
     with pytest.raises(ValueError, match="image_size: expected a positive int"):

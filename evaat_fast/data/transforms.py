@@ -1,4 +1,4 @@
-"""Crops for clips: uint8 [T, H, W, 3] in, uint8 [T, S, S, 3] out. One crop for all frames of a clip.
+"""Crops for clips: uint8 [T, H, W, 3] in, uint8 [T, S, S, 3] or of another shape out. One crop for all frames of a clip.
 
 There is no flip: left and right are verbs. Normalisation is the model's business.
 """
@@ -12,18 +12,21 @@ from torch import Tensor
 
 __all__ = ["CentreCrop", "RandomResizedCrop", "eval_transform", "train_transform"]
 
+Size = int | tuple[int, int]
+
 
 class RandomResizedCrop:
-    """A crop of random place, size and shape, resized to a square: `crop(clip, generator=None)`.
+    """A crop of random place, size and shape, resized: `crop(clip, generator=None)`.
 
     Args:
-        image_size: S, pixels. scale: least and greatest share of the area. ratio: least and greatest width / height.
+        image_size: S for squares or (height, width), pixels. scale: least and greatest share of the area. ratio: least and
+            greatest width / height, times that of the image size.
 
     Randomness comes from the call's torch.Generator, or from torch's own without one.
     """
 
-    def __init__(self, image_size: int, scale: Sequence[float] = (0.5, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)):
-        _check_size(image_size)
+    def __init__(self, image_size: Size, scale: Sequence[float] = (0.5, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)):
+        self.height, self.width = _sides(image_size)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale: expected a rising pair above 0 and at most 1, got {scale!r}")
         if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
@@ -33,50 +36,54 @@ class RandomResizedCrop:
     def __call__(self, clip: Tensor, generator: torch.Generator | None = None) -> Tensor:
         _check(clip)
         top, left, height, width = self.box(clip.shape[1], clip.shape[2], generator)
-        return _resized(clip[:, top : top + height, left : left + width], self.image_size, self.image_size)
+        return _resized(clip[:, top : top + height, left : left + width], self.height, self.width)
 
     def box(self, height: int, width: int, generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a crop: the first of ten tries that fits the frame, else its largest square."""
-        tries = torch.rand(10, 4, generator=generator, dtype=torch.float64).tolist()
+        """(top, left, height, width) of a crop: the first of ten tries that fits the frame, else the largest of
+        the image's shape."""
+        tries = torch.rand(10, 4, generator=generator, dtype=torch.float64, device="cpu").tolist()
         for share, shape, down, right in tries:
             area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
             ratio = self.ratio[0] * math.exp(shape * math.log(self.ratio[1] / self.ratio[0]))
+            ratio *= self.width / self.height
             h, w = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
             if 0 < h <= height and 0 < w <= width:
                 return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
-        side = min(height, width)
-        return int(down * (height - side + 1)), int(right * (width - side + 1)), side, side
+        h = max(1, min(height, width * self.height // self.width))
+        w = max(1, min(width, height * self.width // self.height))
+        return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
 
     def __repr__(self) -> str:
         return f"RandomResizedCrop({self.image_size}, scale={self.scale}, ratio={self.ratio})"
 
 
 class CentreCrop:
-    """The shorter side resized to S, then the central square: `crop(clip)`."""
+    """The frame resized until it just covers the image, of S x S or (height, width), then its centre: `crop(clip)`."""
 
-    def __init__(self, image_size: int):
-        _check_size(image_size)
+    def __init__(self, image_size: Size):
+        self.height, self.width = _sides(image_size)
         self.image_size = image_size
 
     def __call__(self, clip: Tensor, generator: torch.Generator | None = None) -> Tensor:
         _check(clip)
-        S, (_, H, W, _) = self.image_size, clip.shape
-        clip = _resized(clip, max(S, round(H * S / min(H, W))), max(S, round(W * S / min(H, W))))
-        top, left = (clip.shape[1] - S) // 2, (clip.shape[2] - S) // 2
-        return clip[:, top : top + S, left : left + S].contiguous()
+        h, w, (_, H, W, _) = self.height, self.width, clip.shape
+        own, side = (w, W) if w * H >= h * W else (h, H)  # what the frame is scaled by
+        clip = _resized(clip, max(h, round(H * own / side)), max(w, round(W * own / side)))
+        top, left = (clip.shape[1] - h) // 2, (clip.shape[2] - w) // 2
+        return clip[:, top : top + h, left : left + w].contiguous()
 
     def __repr__(self) -> str:
         return f"CentreCrop({self.image_size})"
 
 
 def train_transform(
-    image_size: int, scale: Sequence[float] = (0.5, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)
+    image_size: Size, scale: Sequence[float] = (0.5, 1.0), ratio: Sequence[float] = (3 / 4, 4 / 3)
 ) -> RandomResizedCrop:
     """The training crop of AVION and its relatives: a `RandomResizedCrop`."""
     return RandomResizedCrop(image_size, scale, ratio)
 
 
-def eval_transform(image_size: int) -> CentreCrop:
+def eval_transform(image_size: Size) -> CentreCrop:
     """The evaluation crop: a `CentreCrop`."""
     return CentreCrop(image_size)
 
@@ -89,9 +96,12 @@ def _resized(clip, height, width):
     return frames.permute(0, 2, 3, 1).contiguous()
 
 
-def _check_size(image_size):
-    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
-        raise ValueError(f"image_size: expected a positive int, got {image_size!r}")
+def _sides(image_size):
+    """(height, width)."""
+    sides = tuple(image_size) if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise ValueError(f"image_size: expected a positive int or (height, width), got {image_size!r}")
+    return sides
 
 
 def _check(clip):

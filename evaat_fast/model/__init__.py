@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from evaat_fast.model.checkpoints import (
+    Converted,
+    Report,
     check_config,
+    convert,
     download,
     load_checkpoint,
-    load_state,
-    read_checkpoint,
+    read,
     save_checkpoint,
 )
+from evaat_fast.model.checkpoints.load import load_stored, said
 from evaat_fast.model.clip import EVA02AT
 from evaat_fast.model.configs import CONFIGS, NORMS, PRETRAINED, ModelConfig, get_config, unknown
 from evaat_fast.model.patches import draw_patches
@@ -27,7 +30,10 @@ __all__ = [
     "EVA02AT",
     "NORMS",
     "CLIPTokenizer",
+    "Converted",
     "ModelConfig",
+    "Report",
+    "convert",
     "create_model",
     "draw_patches",
     "get_config",
@@ -46,7 +52,8 @@ def list_models() -> list[str]:
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """(model, tag) pairs for `create_model(model, pretrained=tag)`: EVA02-CLIP; no EVA02-AT weights are published."""
+    """(model, tag) pairs for `create_model(model, pretrained=tag)`: EVA02-CLIP and OpenAI's CLIP; no EVA02-AT weights are
+    published."""
     return [(name, tag) for name, tags in sorted(PRETRAINED.items()) for tag in tags]
 
 
@@ -58,9 +65,10 @@ def create_model(
     Args:
         name: one of `list_models()`.
         num_frames: T, frames per clip; None for the configuration's own (4, tiny 8).
-        pretrained: None; the path of a file (our own, EVA's or open_clip's); "hf-hub:owner/name"; or a tag of
-            `list_pretrained()`. CLIP weights with another embedding width than `embed_dim` keep the fresh
-            projections. A file that stores its `norm` sets the model's.
+        pretrained: None; the path of a file or folder that `evaat_fast.model.checkpoints.read` takes (our own, EVA's,
+            open_clip's, AVION's, ...); "hf-hub:owner/name"; or a tag of `list_pretrained()`. CLIP weights with another
+            embedding width than `embed_dim` keep the fresh projections. A file that stores its `norm`, or is of a code that had
+            another one, sets the model's.
         overrides: fields of ModelConfig, such as embed_dim=512 or norm="lavila".
 
     Returns:
@@ -77,19 +85,20 @@ def create_model(
     if pretrained is None:
         return EVA02AT(config)
     path = _resolve(name, pretrained)
-    state, stored = read_checkpoint(path)
-    if stored is not None:
-        if "norm" in stored and "norm" not in overrides:
-            config = get_config(name, **overrides, norm=stored["norm"])
-        check_config(stored, config, path)
+    stored = read(path)
+    known = said(stored) if stored.config is None else stored.config
+    if "norm" in known and "norm" not in overrides:
+        config = get_config(name, **overrides, norm=known["norm"])
+    if stored.config is not None:
+        check_config(stored.config, config, path)
     model = EVA02AT(config)
-    load_state(model, state, fresh_heads=stored is None, source=str(path))
+    load_stored(model, stored, fresh_heads=stored.config is None)
     return model
 
 
 def _resolve(name, pretrained):
-    """A local file for what `pretrained` names."""
-    if isinstance(pretrained, (str, os.PathLike)) and Path(pretrained).is_file():
+    """A local file or folder for what `pretrained` names."""
+    if isinstance(pretrained, (str, os.PathLike)) and str(pretrained) and Path(pretrained).exists():
         return pretrained
     if not isinstance(pretrained, str):
         if isinstance(pretrained, os.PathLike):

@@ -11,6 +11,7 @@ from evaat_fast.model.configs import ModelConfig
 from evaat_fast.model.recompute import Mode, check_mode
 from evaat_fast.model.text import TextTransformer
 from evaat_fast.model.vision import VisionTransformer
+from evaat_fast.model.vit import ClipVisionTransformer
 
 
 class Embeddings(TypedDict):
@@ -28,14 +29,15 @@ class EVA02AT(nn.Module):
         config: a ModelConfig.
 
     `visual` and `text` are the towers, `logit_scale` the logarithm of the inverse temperature (learnable; the paper
-    keeps it
-    fixed: `model.logit_scale.requires_grad_(False)`).
+    keeps it fixed: `model.logit_scale.requires_grad_(False)`). The vision tower may also be one of CLIP's (`config.tower`).
     """
+
+    visual: VisionTransformer | ClipVisionTransformer
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.visual = VisionTransformer(config)
+        self.visual = VisionTransformer(config) if config.tower == "eva02" else ClipVisionTransformer(config)
         self.text = TextTransformer(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
@@ -139,4 +141,5 @@ class EVA02AT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the embeddings that weight decay should leave alone, besides vectors and scalars."""
-        return {"visual.cls_token", "visual.pos_embed", "visual.temporal_embed", "text.positional_embedding"}
+        temporal = {"visual.temporal_embed"} if self.config.temporal_embed else set()
+        return {"visual.cls_token", "visual.pos_embed", "text.positional_embedding"} | temporal

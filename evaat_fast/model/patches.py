@@ -35,7 +35,7 @@ def draw_patches(clips: int, grid: tuple[int, int, int], dropped: float, generat
         raise ValueError(f"dropped: expected a share from 0 to below 1, got {dropped!r}")
     count = grid[0] * grid[1] * grid[2]
     kept = max(1, int(count * (1 - dropped)))
-    return torch.rand(clips, count, generator=generator).topk(kept).indices.sort().values
+    return torch.rand(clips, count, generator=generator, device="cpu").topk(kept).indices.sort().values
 
 
 def check_patches(patches: Tensor, clips: int, grid: tuple[int, int, int], device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """The text tower: CLIP's causal transformer, read at the end-of-text token.
 
-Parameter names are CLIP's. Source: CLIP (arXiv 2103.00020); EVA-CLIP (arXiv 2303.15389) uses it with the exact GELU.
+Parameter names are CLIP's. Source: CLIP (arXiv 2103.00020), with its quick GELU; EVA-CLIP (arXiv 2303.15389), with the exact.
 """
 
 import torch
@@ -32,9 +32,15 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
+def gelu(x: Tensor, quick: bool) -> Tensor:
+    """The exact GELU, or x * sigmoid(1.702 x) of OpenAI's weights."""
+    return x * torch.sigmoid(1.702 * x) if quick else F.gelu(x)
+
+
 class MLP(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, quick: bool = False):
         super().__init__()
+        self.quick = quick
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
@@ -43,18 +49,18 @@ class MLP(nn.Module):
 
     def narrow(self, x: Tensor) -> Tensor:
         """What follows on c_fc."""
-        return self.c_proj(F.gelu(x))
+        return self.c_proj(gelu(x, self.quick))
 
 
 class Block(nn.Module):
     """Pre-norm: attention, then MLP. Stream and open branch go from block to block as in the vision tower."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, quick: bool = False):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, EPS)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, EPS)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, quick)
 
     def forward(self, branch: Tensor, stream: Tensor | None, selective: bool = False) -> tuple[Tensor, Tensor]:
         matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
@@ -73,9 +79,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int):
+    def __init__(self, width: int, layers: int, heads: int, quick: bool = False):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, quick) for _ in range(layers))
         self.grad_checkpointing: Mode = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,8 @@ class TextTransformer(nn.Module):
         width = config.text_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.zeros(config.context_length, width))
-        self.transformer = Transformer(width, config.text_layers, config.text_heads)
+        quick = config.activation == "quick_gelu"
+        self.transformer = Transformer(width, config.text_layers, config.text_heads, quick)
         self.ln_final = nn.LayerNorm(width, EPS)
         self.text_projection = nn.Parameter(torch.zeros(width, config.embed_dim))
         self.init_parameters()

@@ -111,10 +111,10 @@ class CLIPTokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, (list, tuple)):
             raise TypeError(f"texts: expected a str or a list of str, got a {type(texts).__name__}")
-        out = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        out = torch.zeros(len(texts), self.context_length, dtype=torch.int64, device="cpu")
         for row, text in zip(out, texts, strict=True):
             if not isinstance(text, str):
                 raise TypeError(f"texts: expected a str or a list of str, got a {type(text).__name__} in it")
             ids = [self.start, *self.encode(text)[: self.context_length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
+            row[: len(ids)] = torch.tensor(ids, device="cpu")
         return out

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model import patches as dropout
-from evaat_fast.model.configs import NORMS, ModelConfig
+from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.pixels import PatchEmbed, check_video, places
 from evaat_fast.model.recompute import Mode, again
-from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops.rope3d.table import hold_constant
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
 Grid = tuple[int, int, int]
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is its weight, so that a product may read that; adapters and quantised layers must be called."""
+    return getattr(type(linear), "forward", None) is nn.Linear.forward
 
 
 class Attention(nn.Module):
@@ -41,7 +45,7 @@ class Attention(nn.Module):
         # Joined in each call: two small launches. A single parameter would take one, to keep the key's part of its gradient
         # at zero (a key's bias does not cancel under rotation), and change the names that checkpoints and optimizers know.
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = F.linear(x, self.qkv.weight, bias) if is_plain(self.qkv) else self.qkv(x) + bias
         out = ops.joint_attention_qkv_(
             qkv, self.heads, None if positions is not None else grid, freqs=freqs, positions=positions
         )
@@ -49,11 +53,15 @@ class Attention(nn.Module):
 
     def forward_class(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None) -> Tensor:
         """[B, 1 + T*Hp*Wp, C] -> [B, 1, C]: the class token's row of `forward`, without computing the others."""
-        width = x.shape[2]
-        q_weight, kv_weight = self.qkv.weight.split((width, 2 * width))
-        kv = F.linear(x, kv_weight, torch.cat((torch.zeros_like(self.v_bias), self.v_bias)))
+        width, kv_bias = x.shape[2], torch.cat((torch.zeros_like(self.v_bias), self.v_bias))
+        if is_plain(self.qkv):
+            q_weight, kv_weight = self.qkv.weight.split((width, 2 * width))
+            kv, q = F.linear(x, kv_weight, kv_bias), F.linear(x[:, :1], q_weight, self.q_bias)
+        else:
+            q, kv = self.qkv(x).split((width, 2 * width), 2)
+            q, kv = q[:, :1] + self.q_bias, kv + kv_bias
         k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q = F.linear(x[:, :1], q_weight, self.q_bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
         # The class token itself is not rotated.
         k = ops.rope3d(k, grid=None if positions is not None else grid, freqs=freqs, positions=positions)
         return self.project(ops.joint_attention(q, k, v))
@@ -105,7 +113,8 @@ class Block(nn.Module):
         `class_only` of its first row, [B, 1, C]. The stream is float32 from the first sum on (float64 in float64).
         positions: of the tokens, where they are not all of the grid. selective: recompute what is cheap, see
         `evaat_fast.model.recompute`."""
-        matrix = self.attn.qkv.weight.dtype  # the first branch of a tower is a stream, float32 whatever its matrices are
+        # The first branch of a tower is a stream, float32 whatever its matrices are. Of the bias: a quantised matrix has none.
+        matrix = self.attn.q_bias.dtype
         x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix)
         if class_only:
             branch, stream = self.attn.forward_class(x, grid, freqs, positions), stream[:, :1]
@@ -127,32 +136,6 @@ def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return ops.add_norm(x, None, norm.weight, norm.bias, EPS)[0]
 
 
-class PatchEmbed(nn.Module):
-    """Pixels to tokens: a matrix product with the convolution's weight."""
-
-    def __init__(self, width: int, patch: int, norm: str):
-        super().__init__()
-        self.patch = patch
-        self.mean, self.std = NORMS[norm]
-        self.proj = nn.Conv2d(3, width, patch, patch)  # for EVA's weight shape and initialisation; its forward is not used
-
-    def forward(self, video: Tensor, patches: Tensor | None = None) -> Tensor:
-        """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, T*Hp*Wp, C], or of `patches` alone."""
-        weight = self.proj.weight
-        # That of the product, to which autocast would cast but float64: no wider copy of the video than it needs.
-        dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight.device.type) or weight.dtype
-        if video.dtype == torch.uint8:
-            if dtype == torch.float64:
-                rows = ops.patchify(video, self.patch, self.mean, self.std).double()
-            else:
-                rows = ops.patchify(video, self.patch, self.mean, self.std, dtype)
-        else:
-            rows = rearrange(video, "b c t (h p) (w q) -> b (t h w) (c p q)", p=self.patch, q=self.patch)
-            rows = rows.to(dtype)
-        rows = rows if patches is None else dropout.pick(rows, patches)
-        return F.linear(rows, weight.flatten(1), self.proj.bias)
-
-
 class VisionTransformer(nn.Module):
     """A clip to its embedding.
 
@@ -167,22 +150,36 @@ class VisionTransformer(nn.Module):
         self.config = config
         width = config.vision_width
         frames, rows, columns = config.grid
+        self.temporal_embed: nn.Parameter | None
         self.patch_embed = PatchEmbed(width, config.patch_size, config.norm)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, width))
-        self.temporal_embed = nn.Parameter(torch.zeros(1, frames, width))
+        self.temporal_embed = nn.Parameter(torch.zeros(1, frames, width)) if config.temporal_embed else None
         self.blocks = nn.ModuleList(Block(width, config.vision_heads, config.vision_mlp) for _ in range(config.vision_layers))
         self.norm = nn.LayerNorm(width, EPS)
         self.head = nn.Linear(width, config.embed_dim)
-        self.register_buffer("freqs", self._make_freqs(), persistent=False)
+        self.register_buffer("freqs", self._make_freqs().to(self.cls_token.device), persistent=False)
         self.grad_checkpointing: Mode = False
         self.init_parameters()
 
     def _make_freqs(self) -> Tensor:
-        """float32 [3, D/2]."""
-        _, rows, columns = self.config.grid
-        scale = (1.0, self.config.rope_grid / rows, self.config.rope_grid / columns)
-        return ops.joint_freqs(self.config.vision_width // self.config.vision_heads, self.config.rope_theta, scale)
+        """float32 [3, D/2] on the CPU, whatever torch's default device is."""
+        config, (_, rows, columns) = self.config, self.config.grid
+        channels, scale = config.vision_width // config.vision_heads, (1.0, config.rope_grid / rows, config.rope_grid / columns)
+        with torch.device("cpu"):
+            if config.rope == "joint":
+                return ops.joint_freqs(channels, config.rope_theta, scale)
+            if config.rope == "spatial":
+                return ops.spatial_freqs(channels, config.rope_theta, scale[1:])
+            time = 2 * (channels // 8)
+            height = 2 * ((channels - time) // 4)
+            return ops.split_freqs(channels, (time, height, channels - time - height), config.rope_theta, scale)
+
+    def _load_from_state_dict(self, *arguments, **keywords):
+        """With `assign=True` a model made on the meta device gets its weights, and its frequencies, which no file holds."""
+        super()._load_from_state_dict(*arguments, **keywords)
+        if self.freqs.is_meta and not self.cls_token.is_meta:
+            self.freqs = self._make_freqs().to(self.cls_token.device)
 
     def _apply(self, fn, recurse=True):
         """`.bfloat16()`, `.to(...)` and `.to_empty()` move the frequencies but never round or lose them: they stay
@@ -206,34 +203,13 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for embedding in (self.cls_token, self.pos_embed, self.temporal_embed):
-            nn.init.trunc_normal_(embedding, std=0.02)
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding, std=0.02)
         for depth, block in enumerate(self.blocks, 1):
             assert isinstance(block, Block)
             block.attn.proj.weight /= math.sqrt(2.0 * depth)
             block.mlp.fc2.weight /= math.sqrt(2.0 * depth)
         nn.init.normal_(self.head.weight, std=self.config.vision_width**-0.5)
-
-    def check(self, video: Tensor) -> None:
-        """Raises TypeError or ValueError unless `video` is a clip for this model."""
-        if not isinstance(video, torch.Tensor):
-            raise TypeError(f"video: expected a tensor, got {type(video).__name__}")
-        if video.dtype != torch.uint8 and not video.is_floating_point():
-            raise TypeError(f"video: expected uint8 or floating point, got {video.dtype}")
-        frames, size = self.config.num_frames, self.config.image_size
-        if video.dtype == torch.uint8:
-            form, expected, axis = f"uint8 [B, {frames}, {size}, {size}, 3]", (frames, size, size, 3), 1
-        else:
-            form, expected, axis = f"float [B, 3, {frames}, {size}, {size}]", (3, frames, size, size), 2
-        if tuple(video.shape[1:]) != expected:
-            hint = ""
-            if video.ndim == 5 and video.shape[axis] != frames:
-                hint = f"; for other clips create the model with num_frames={video.shape[axis]}"
-            raise ValueError(f"video: expected {form}, got {list(video.shape)}{hint}")
-        weight = self.patch_embed.proj.weight
-        if video.device != weight.device:
-            raise ValueError(f"video: expected a tensor on {weight.device} as the model, got {video.device}")
-        if video.dtype not in (torch.uint8, weight.dtype) and autocast_dtype(weight.device.type) is None:
-            raise TypeError(f"video: expected uint8 or {weight.dtype} as the model, got {video.dtype}")
 
     def forward(self, video: Tensor, patches: Tensor | None = None) -> Tensor:
         """uint8 [B, T, H, W, 3], or float [B, 3, T, H, W] already normalised, to [B, E].
@@ -243,12 +219,11 @@ class VisionTransformer(nn.Module):
         Raises:
             TypeError, ValueError: a dtype, device or shape that does not fit the model.
         """
-        self.check(video)
+        check_video(video, self.config, self.patch_embed.proj.weight)
         if patches is not None:
             dropout.check_patches(patches, len(video), self.config.grid, video.device)
         x = self.patch_embed(video, patches)
-        spatial = self.pos_embed[:, 1:].unsqueeze(1) + self.temporal_embed.unsqueeze(2)  # [1, T, Hp*Wp, C]
-        spatial = spatial.flatten(1, 2)
+        spatial = places(self.pos_embed, self.temporal_embed, self.config.num_frames)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = x + (spatial if patches is None else F.embedding(patches, spatial[0]))
         if not torch.compiler.is_compiling():

@@ -93,7 +93,7 @@ def of_clips(
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if config.data.workers else None,
     )
-    width = model.config.image_size
+    width = model.config.size[1]
 
     def encode(video: Tensor) -> Tensor:
         return model.encode_video(video, normalize=normalize).float()

@@ -103,7 +103,7 @@ def _strip(data, clip):
     except ImportError:
         raise ImportError("the page's pictures need pillow: pip install 'evaat-fast[train]'") from None
     own, data.frames = data.transform, "ordered"
-    data.transform = eval_transform(max(72, own.image_size))
+    data.transform = eval_transform((max(72, own.height), max(72, own.width)))
     try:
         frames = torch.cat(list(data[clip]["video"]), 1)
     finally:

@@ -79,21 +79,23 @@ def check_same_run(stored: Mapping[str, Any], config: Config, source: str | os.P
             )
 
 
-def build_model(config: Config, weights: bool = True) -> EVA02AT:
-    """The model of `config`, on the CPU, drawn from train.seed; with `weights`, from train.init or model.pretrained.
+def build_model(config: Config, stored: Mapping[str, Any] | None = None) -> EVA02AT:
+    """The model of `config`, on the CPU, drawn from train.seed, with weights from train.init or model.pretrained; or, for a run
+    that goes on from the checkpoint `stored`, without them, but with the `norm` that came with them.
 
     Raises:
         FileNotFoundError, ValueError: weights that are missing or do not fit.
     """
     torch.manual_seed(config.train.seed)
-    pretrained = (config.train.init or config.model.pretrained or None) if weights else None
+    pretrained = (config.train.init or config.model.pretrained or None) if stored is None else None
+    came = {} if stored is None or "norm" not in stored["model_config"] else {"norm": stored["model_config"]["norm"]}
     try:
         model = evaat_fast.create_model(
             config.model.name,
             config.model.num_frames or None,
             pretrained,
             temperature=config.loss.temperature,
-            **config.model.overrides,
+            **{**came, **config.model.overrides},
         )
     except (FileNotFoundError, ValueError) as error:
         if config.train.init and str(error).startswith("pretrained: "):

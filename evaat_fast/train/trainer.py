@@ -108,7 +108,7 @@ def _train(
         )
     given = Inputs(data, inputs.sampler(config, data, usable), inputs.tokenizer(config))
     length = len(given.sampler)
-    model = build_model(config, weights=not stored)
+    model = build_model(config, stored)
     model.to(device)
     shared = ranks.several and config.train.parallel == "fsdp"
     if shared:
