@@ -296,6 +296,12 @@ def test_a_job_that_overwrites_is_started_again_as_what_it_is(configure, monkeyp
     with at_step(3, lambda loss: 1 / 0), pytest.raises(ZeroDivisionError):
         train(config, overwrite=True, quiet=True)
     assert checkpoint.read(old["checkpoint"])["within"]["step"] == 2
+    with at_step(1, lambda loss: 1 / 0), pytest.raises(ZeroDivisionError):  # before it has saved anything itself
+        train(config, overwrite=True, quiet=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    with at_step(1, lambda loss: 1 / 0), pytest.raises(ZeroDivisionError):
+        train(config, overwrite=True, quiet=True)
+    assert [r["step"] for r in read(old["log"]) if r["event"] == "step"] == [1, 2]
     run = train(config, overwrite=True, quiet=True)
     assert [r["step"] for r in read(run["log"]) if r["event"] == "step"] == list(range(1, 13))
 

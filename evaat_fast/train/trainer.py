@@ -131,7 +131,10 @@ def _train(
     if ranks.main:
         for left in out.glob(f".{checkpoint.LAST}.*.tmp"):  # by a run that was killed while it wrote
             left.unlink()
-        write_atomically(out / "config.json", lambda f: f.write(json.dumps(config.to_dict(), indent=1).encode()))
+        described, content = out / "config.json", json.dumps(config.to_dict(), indent=1).encode()
+        # Of a run that goes on it stays: by its age `_restarted` knows the job's own checkpoints, however often it is started.
+        if stored is None or not described.is_file() or described.read_bytes() != content:
+            write_atomically(described, lambda f: f.write(content))
     done = at.epoch * length + at.step
     log = Log(out / "log.jsonl" if ranks.main else None, at.epoch, done, boards.boards(config, done) if ranks.main else ())
     if config.data.cache and not datasets and not config.data.workers:
