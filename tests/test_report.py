@@ -66,7 +66,7 @@ def test_the_configurations_are_real_ones(run):
     for stage in demo.STAGES:
         config = load(out / f"{stage}.toml")
         assert config.train.out == str(out / stage) and config.data.videos == str(out / "corpus-quick/videos")
-    assert config.train.init == str(out / "pretrain/last.pt") and config.loss.name == "sms"
+    assert config.train.init == str(out / "pretrain") and config.loss.name == "sms"
 
 
 def test_page_is_whole_and_self_contained(run):
@@ -120,7 +120,7 @@ def test_a_second_run_finds_the_corpus(run, capsys):
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
-    """In the midst of either stage; then nothing is left to do, until it is asked for anew."""
+    """In the midst of either stage, however it is saved; then nothing is left to do, until it is asked for anew."""
     original, calls = steps.batch_loss, []
 
     def counted(*arguments):
@@ -135,6 +135,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(run, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(steps, "batch_loss", counted)
     arguments = ["demo", "--quick", "--out", str(tmp_path / "out"), "--set=train.device=cpu", "--set=model.num_frames=4"]
+    arguments.append("--set=train.save_as=parts")
     assert main(arguments) == 130 and len(calls) == 8
     printed = capsys.readouterr()
     assert re.search(r"about \d+ s on this machine, \d+ s of it for videos; interrupted, the same command goes on", printed.out)

@@ -221,9 +221,9 @@ def _done(configs, overwrite):
     done: dict[str, float | None] = {}
     before = None
     for stage in STAGES:
-        last = Path(configs[stage].train.out) / checkpoint.LAST
+        last = checkpoint.find(configs[stage].train.out)
         done[stage] = None
-        if overwrite or not last.exists() or (before is not None and last.stat().st_mtime_ns < before.stat().st_mtime_ns):
+        if overwrite or last is None or (before is not None and checkpoint.written(last) < checkpoint.written(before)):
             overwrite = True  # what follows began from the weights of this stage
             continue
         try:
