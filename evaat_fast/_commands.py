@@ -51,6 +51,8 @@ def train(arguments: argparse.Namespace) -> None:
     config = _run_of(arguments)
     with _mistakes(Diverged):
         result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+        return
     if result["metrics"]:  # not every corpus has a retrieval test
         print("\n".join(evaluation.lines(result["metrics"], ("mAP", "nDCG"))))
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
