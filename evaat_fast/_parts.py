@@ -4,6 +4,7 @@ Everything in it is a tensor by name; what is none lies under "rest", as JSON. T
 which nothing is taken but what such a table is made of: a folder from elsewhere executes nothing.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -49,18 +50,24 @@ def write(path: str | os.PathLike[str], tree: Any, group: Any = None) -> None:
         dcp.CheckpointException,
     ) as error:  # of any process, raised on all of them
         raise OSError(f"the parts of a checkpoint could not be written: {_reason(error)}") from error
+    problem = None
     if main:
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    if group is not None:
-        barrier(group)
+        try:
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            problem = error
+    if group is not None:  # or the others would take it for written, and wait where the first one does not come
+        problem = _first_of(problem, group)
+    if problem is not None:
+        raise problem
 
 
-def read(path: str | os.PathLike[str]) -> Any:
-    """What `write` wrote, whole, on the CPU; any process reads all of it alone.
+def read(path: str | os.PathLike[str], tensors_too: bool = True) -> Any:
+    """What `write` wrote, whole, on the CPU; any process reads all of it alone. tensors_too: False leaves None in their places.
 
     Raises:
         ValueError: no such checkpoint, or one with parts missing or damaged.
@@ -84,10 +91,12 @@ def read(path: str | os.PathLike[str]) -> Any:
     try:
         reader = Reader(str(folder))
         known = reader.read_metadata().state_dict_metadata
+        known = known if tensors_too else {_REST: known[_REST]}
         tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in known.items()}
         with _quietly():
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-        return _unpack(json.loads(bytes(tensors[_REST].numpy()).decode()), tensors)
+        rest = json.loads(bytes(tensors[_REST].numpy()).decode())
+        return _unpack(rest, tensors if tensors_too else collections.defaultdict(lambda: None))
     except (Exception, dcp.CheckpointException) as error:
         raise ValueError(f"checkpoint: {str(path)!r} lacks parts, or they are damaged: {_reason(error)}") from None
 
@@ -121,6 +130,13 @@ class _Contents(pickle.Unpickler):
             if isinstance(found, type) and found.__module__ == module:
                 return found
         raise pickle.UnpicklingError(f"its table of contents names {module}.{name}, which none is made of")
+
+
+def _first_of(x, group):
+    """The first process's x, on every process."""
+    found = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, x, group=group)
+    return found[0]
 
 
 @contextlib.contextmanager

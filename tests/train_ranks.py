@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from evaat_fast import _parts
 from evaat_fast.data.labels import LabelledClips
 from evaat_fast.train import checkpoint, inputs, load, shards, steps, trainer
 from evaat_fast.train.averaging import Average
@@ -77,7 +78,17 @@ def kept(config, ranks, path):
     checkpoint.restore(checkpoint.read(path), masters, optimizer, path, average)
     if ranks.several and config.train.parallel == "fsdp":
         assert sum(map(shards.is_part, masters.parameters.values())) == len(masters.parameters) - 1  # but for the temperature
+        check_copy(masters.model)
     return shards.whole([dict(masters.state_dict()), optimizer.state_dict()["state"], average.weights])
+
+
+def check_copy(model):
+    """What is evaluated in place of parts embeds as they do."""
+    copied, config = shards.copy_of(model).eval(), model.config
+    clips = torch.rand(2, 3, config.num_frames, config.image_size, config.image_size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model.eval().encode_video(clips)
+    torch.testing.assert_close(copied.encode_video(clips).detach(), expected, rtol=1e-10, atol=1e-10)
 
 
 def check_checkpoint(path, file, parallel, ranks):
@@ -90,6 +101,24 @@ def check_checkpoint(path, file, parallel, ranks):
         torch.testing.assert_close(shared, other, rtol=0, atol=0)
     moments = checkpoint.read(file)["optimizer"]["state"].values()
     assert all(x["exp_avg"].norm() > 0 for x in moments)
+
+
+def check_failure(file, ranks):
+    """What one process cannot put in its place, all hear of, and the next write is whole."""
+    _parts.write(file, {"n": 1}, ranks.group)
+    old = Path(file).with_name(f".{Path(file).name}.old")
+    if ranks.main:
+        old.write_text("in the way")
+    try:
+        _parts.write(file, {"n": 2}, ranks.group)
+    except OSError:
+        assert ranks.gather("heard") == ["heard"] * ranks.world
+    else:
+        raise AssertionError("it was written over a file")
+    if ranks.main:
+        old.unlink()
+    _parts.write(file, {"n": 3}, ranks.group)
+    assert _parts.read(file) == {"n": 3}
 
 
 def main(rank, world, path, folder):
@@ -106,6 +135,7 @@ def main(rank, world, path, folder):
             torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10, msg=lambda text, of=of: f"{of}: {text}")
     for parallel, kind in (("fsdp", "pt"), ("ddp", "parts")):
         check_checkpoint(path, f"{folder}/{parallel}-{world}.{kind}", parallel, ranks)
+    check_failure(f"{folder}/failed-{world}.parts", ranks)
     print("rank", rank, "of", world, "agrees", flush=True)
     dist.destroy_process_group()
 

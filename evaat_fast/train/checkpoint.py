@@ -4,6 +4,7 @@ The weights lie under "state_dict", the masters where a model holds rounded ones
 `norm`) under "model_config", as `evaat_fast.model` stores them: `create_model(name, pretrained="run/last.pt")` reads them too.
 """
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -220,7 +221,8 @@ def remove_other(path: Path) -> None:
     if path.name == LAST:
         _parts.remove(path.with_name(PARTS))
     else:
-        path.with_name(LAST).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the newer one is found all the same
+            path.with_name(LAST).unlink()
 
 
 def position(stored: Mapping[str, Any], path: str | os.PathLike[str]) -> Position:

@@ -95,6 +95,5 @@ def copy_of(model: EVA02AT) -> EVA02AT:
     state = whole(dict(model.state_dict()))
     with torch.device("meta"):
         copied = EVA02AT(model.config)
-    copied = copied.to_empty(device=model.logit_scale.device)
-    copied.load_state_dict(state)
+    copied.load_state_dict(state, assign=True)  # in its dtype, and no second time in memory
     return copied.train(model.training)
