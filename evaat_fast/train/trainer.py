@@ -153,7 +153,7 @@ def _train(
     save = checkpoint.Saver(
         write, config, ranks.main, progress.warn, shared or (ranks.several and config.train.save_as == "parts")
     )
-    save.at = at if stored else None
+    save.at, begun = at if stored else None, at
     signals = Signals(quiet=not ranks.main)
     loop = Loop(steps, given, config, told, save, signals)
 
@@ -217,7 +217,8 @@ def _train(
         "model": shards.copy_of(model) if shared else model,
         "metrics": metrics,
         "log": out / "log.jsonl",
-        "checkpoint": last,
+        # What was complete when it was resumed may be saved the other way.
+        "checkpoint": stands if stored and at == begun else last,
     }
 
 
