@@ -171,6 +171,8 @@ def features(arguments: argparse.Namespace) -> None:
 
 def _config(arguments):
     """The configuration of `eval` and `features`: a file's, or the one that a run's checkpoint holds."""
+    from evaat_fast._parts import standing
+    from evaat_fast.train.checkpoint import find
     from evaat_fast.train.config import ConfigError, load, of
     from evaat_fast.train.outcome import run_of
 
@@ -179,8 +181,9 @@ def _config(arguments):
     overrides = [*arguments.overrides, *overrides]
     if arguments.config:
         config = load(arguments.config, overrides, training=False)
+    arguments.checkpoint = [str(find(path) or path) for path in arguments.checkpoint]  # or a run's folder
     for path in arguments.checkpoint:
-        if not Path(path).is_file():
+        if not Path(path).is_file() and standing(path) is None:
             raise FileNotFoundError(f"--checkpoint: there is no file {path!r}")
     if not arguments.config:
         stored = run_of(arguments.checkpoint[0]).get("config")

@@ -22,12 +22,16 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
 
 
 def sha256(path: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> str:
-    """The hash of a file's bytes. progress: called as progress(bytes read so far)."""
-    digest, done = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-            done += len(block)
-            if progress is not None:
-                progress(done)
+    """The hash of a file's bytes, or of a folder's files, their names and bytes. progress: called as progress(bytes read so
+    far)."""
+    digest, done, path = hashlib.sha256(), 0, Path(path)
+    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if part is not path:
+            digest.update(part.name.encode() + b"\0")
+        with open(part, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+                done += len(block)
+                if progress is not None:
+                    progress(done)
     return digest.hexdigest()

@@ -59,6 +59,17 @@ def test_train_then_eval(toml, tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
     assert main(["train", toml, "--set", "train.epochs=1", "--resume"]) == 0
     assert main(["train", toml, "--set", "train.epochs=1", "--overwrite"]) == 0
+    # What is saved in parts is evaluated as it lies, and says as much of its run.
+    assert main(["train", toml, "--set", "train.epochs=1", "--set", "train.save_as=parts", "--resume"]) == 0
+    assert f"checkpoint {tmp_path / 'run/last.pt'}\n" in capsys.readouterr().out  # nothing was left to train, or to save
+    assert main(["train", toml, "--set", "train.epochs=1", "--set", "train.save_as=parts", "--overwrite"]) == 0
+    found = []
+    for path in (tmp_path / "run/last.parts", tmp_path / "run"):
+        assert main(["eval", "--task", "ek100-mir", "--checkpoint", str(path), "--json", str(written)]) == 0
+        record = json.loads(written.read_text())
+        assert (record["epoch"], record["stage"], record["checkpoint"]) == (1, "fine-tuned", str(tmp_path / "run/last.parts"))
+        found.append(record["checkpoint_sha256"])
+    assert found[0] == found[1] and record["mAP"] == pytest.approx(metrics["mAP"])
 
 
 @pytest.mark.parametrize(

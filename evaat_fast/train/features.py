@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaat_fast import _parts
 from evaat_fast._files import sha256, write_atomically
 from evaat_fast.data.corpora import open_corpus
 from evaat_fast.data.dataset import ClipDataset, captions
@@ -86,7 +87,7 @@ def write(
         "dataset": config.data.kind,
         "split": split,
         "table_sha256": _identity(data, texts),
-        "checkpoint_sha256": sha256(checkpoint),
+        "checkpoint_sha256": sha256(_parts.standing(checkpoint) or checkpoint),
         "model": model.config.__dict__,
         "preprocessing": {
             "frames": wanted.num_frames,
