@@ -124,6 +124,21 @@ def test_told_to_stop_in_the_last_step_of_an_epoch_or_in_an_evaluation(configure
     assert_same_run(train(config, resume=True, quiet=True), whole)
 
 
+def test_told_to_stop_while_it_saves_it_does_not_evaluate_first(configure, whole, monkeypatch):
+    config, original = configure(*OPTIONS), checkpoint.save
+
+    def interrupted(*arguments):
+        original(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", interrupted)
+        with pytest.raises(Stopped, match="stopped by SIGTERM in epoch 1, which is saved"):
+            train(config, quiet=True)
+    assert not [r for r in read(Path(config.train.out) / "log.jsonl") if r["event"] == "eval"]
+    assert_same_run(train(config, resume=True, quiet=True), whole)
+
+
 def test_a_second_ctrl_c_does_not_wait(monkeypatch):
     with stop.Signals(quiet=True) as signals:
         os.kill(os.getpid(), signal.SIGINT)

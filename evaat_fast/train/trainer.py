@@ -202,7 +202,12 @@ def _train(
                     progress.say(line)
                     loop.stop(at)
                 if due(epoch):
-                    with signals.at_once() if save.at == at else contextlib.nullcontext():
+                    # A signal may have come while it was saved; whether it was, the process that writes knows.
+                    heard, saved = zip(*ranks.gather((signals.heard, save.at == at)), strict=True)
+                    if saved[0] and any(heard):
+                        progress.say(line)
+                        loop.stop(at)
+                    with signals.at_once() if saved[0] else contextlib.nullcontext():
                         metrics = evaluated()
                     log.write("eval", epoch, **metrics)
                     line += f"  {evaluation.summary(metrics)}"
