@@ -1,7 +1,7 @@
 """Weights, gradients and moments shared out among the processes, by torch's FSDP2: `train.parallel = "fsdp"`.
 
 Each block of both towers is gathered when it is needed, and its gradient goes back in parts: the mean over the processes, as
-DDP's. A checkpoint holds whole tensors: it is the same file whoever wrote it, and any number of processes goes on from it.
+DDP's. A checkpoint is read as whole tensors, whoever wrote it and how: any number of processes goes on from it.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ def shard(model: EVA02AT, config: Config, ranks: Ranks, device: torch.device) ->
     """Leaves of each parameter this process's part, a DTensor, but for the temperature, which is one number.
 
     Args:
-        model: on `device`, the same on all processes. config: a Config; with "bfloat16-params" gathered weights are bfloat16,
-            and gradients are added up in float32.
+        model: on `device`, the same on all processes. config: a Config; with "bfloat16-params" all gathered weights are
+            bfloat16, norms and embeddings too, which `Masters` keeps in float32, and gradients are added up in float32.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -2,8 +2,9 @@
 
     result = train(load("run.toml"))
 
-A run's folder holds `log.jsonl`, `last.pt` and `config.json`. Everything random is drawn from (seed, epoch, number), so a run
-that is interrupted and resumed, in the midst of an epoch too, ends where an uninterrupted one ends.
+A run's folder holds `log.jsonl`, `config.json` and `last.pt`, or `last.parts` where `train.save_as` says so. Everything random
+is drawn from (seed, epoch, number), so a run that is interrupted and resumed, in the midst of an epoch too, ends where an
+uninterrupted one ends.
 """
 
 import contextlib
@@ -50,14 +51,15 @@ def train(
     starts again goes on from the job's last checkpoint by itself.
 
     Args:
-        config: a Config. resume: continue from `last.pt` in config.train.out where there is one. overwrite: start anew
+        config: a Config. resume: continue from the checkpoint in config.train.out where there is one. overwrite: start anew
             where the folder already holds a run. quiet: print nothing. datasets: of `inputs.splits`, made for
         `config`, whose caches may be full already; None makes them.
 
     Returns:
         dict(model, metrics, log, checkpoint): the trained model, the last evaluation ({} for a corpus without), and the
-        paths of both files. With "bfloat16-params" the model's matrices are bfloat16, the checkpoint's float32. With
-        config.train.ema the metrics are of the averaged weights, which the checkpoint holds, too.
+        paths of both files. With "bfloat16-params" the model's matrices are bfloat16, but where processes share them out
+        ("fsdp"); the checkpoint's are float32. With config.train.ema the metrics are of the averaged weights, which the
+        checkpoint holds, too.
 
     Raises:
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
