@@ -141,8 +141,8 @@ def loss_collectives(
 
 
 def weight_collectives(c: ModelConfig, parallel: str) -> list[Collective]:
-    """Of a training step's weights and gradients, float32, by "ddp" or "fsdp" (evaat_fast/train/shards.py): FSDP gathers a block
-    for either pass, and what is no block's once."""
+    """Of a training step's weights and gradients, float32, by "ddp" or "fsdp" (evaat_fast/train/shards.py). FSDP gathers
+    a block for either pass, and what is no block's once."""
     size = 4 * parameters(c)
     if parallel == "ddp":
         return [Collective("gradients", "all-reduce", size)]
