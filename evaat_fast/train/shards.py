@@ -4,6 +4,7 @@ Each block of both towers is gathered when it is needed, and its gradient goes b
 DDP's. A checkpoint is read as whole tensors, whoever wrote it and how: any number of processes goes on from it.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ def shard(model: EVA02AT, config: Config, ranks: Ranks, device: torch.device) ->
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # A linear layer's output is a view; nothing that is done to a block's is done in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh, policy = DeviceMesh.from_group(ranks.group, device.type), MixedPrecisionPolicy()
     if config.train.precision == "bfloat16-params":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
