@@ -4,6 +4,7 @@ Each block of both towers is gathered when it is needed, and its gradient goes b
 DDP's. A checkpoint holds whole tensors: it is the same file whoever wrote it, and any number of processes goes on from it.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ def shard(model: EVA02AT, config: Config, ranks: Ranks, device: torch.device) ->
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # Of a block's outputs, the branch is a view of what a matrix product wrote, and nothing works on it in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor")
     mesh, policy = DeviceMesh.from_group(ranks.group, device.type), MixedPrecisionPolicy()
     if config.train.precision == "bfloat16-params":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
