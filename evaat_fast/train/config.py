@@ -207,6 +207,11 @@ def _unknown(name):
         elsewhere = [k for k in KEYS if k.split(".")[1] == leaf]
         own = difflib.get_close_matches(leaf, [k.split(".")[1] for k in KEYS if k.startswith(f"{section}.")], n=1)
         near = elsewhere or [f"{section}.{leaf}" for leaf in own] or near
+        leaves = {k.split(".")[1]: k for k in KEYS}
+        near = near or [leaves[x] for x in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+        if section in SECTIONS and not near:
+            keys = ", ".join(f.name for f in dataclasses.fields(SECTIONS[section]))
+            return f"{name}: there is no such key; [{section}] has {keys}"
         near = near or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     return f"{name}: there is no such {known}" + (f"; did you mean {near[0]!r}?" if near else "")
 
