@@ -51,6 +51,8 @@ def train(arguments: argparse.Namespace) -> None:
     config = _run_of(arguments)
     with _mistakes(Diverged):
         result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first prints
+        return
     if result["metrics"]:  # not every corpus has a retrieval test
         print("\n".join(evaluation.lines(result["metrics"], ("mAP", "nDCG"))))
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
@@ -169,6 +171,8 @@ def features(arguments: argparse.Namespace) -> None:
 
 def _config(arguments):
     """The configuration of `eval` and `features`: a file's, or the one that a run's checkpoint holds."""
+    from evaat_fast.model.checkpoints import read
+    from evaat_fast.train.checkpoint import find
     from evaat_fast.train.config import ConfigError, load, of
     from evaat_fast.train.outcome import run_of
 
@@ -177,13 +181,20 @@ def _config(arguments):
     overrides = [*arguments.overrides, *overrides]
     if arguments.config:
         config = load(arguments.config, overrides, training=False)
-    for path in arguments.checkpoint:
-        if not Path(path).is_file():
+    for i, path in enumerate(arguments.checkpoint):
+        if not Path(path).exists():
             raise FileNotFoundError(f"--checkpoint: there is no file {path!r}")
+        if Path(path).is_dir():
+            arguments.checkpoint[i] = os.fspath(find(path) or path)
     if not arguments.config:
-        stored = run_of(arguments.checkpoint[0]).get("config")
+        with _mistakes():
+            stored = run_of(arguments.checkpoint[0]).get("config")
+            if not stored:
+                read(arguments.checkpoint[0])  # says what is wrong with a file that cannot be read
         if not stored:
-            raise ConfigError(f"CONFIG.toml: {arguments.checkpoint[0]!r} is of no run, and does not say how clips are read")
+            raise ConfigError(
+                f"CONFIG.toml: expected one, as {arguments.checkpoint[0]!r} is of no run, and does not say how clips are read"
+            )
         # The run may have had a GPU that is not here.
         stored = {section: dict(values) for section, values in stored.items()}
         stored["train"] = {**stored["train"], "device": "auto"}

@@ -189,7 +189,11 @@ def _add_model(command):
     """What `eval` and `features` share: a model, and the files it is shown."""
     command.add_argument("config", metavar="CONFIG.toml", nargs="?", help="not needed for a checkpoint of a run, which has it")
     command.add_argument(
-        "--checkpoint", action="append", required=True, metavar="PATH", help="of a run (last.pt), or other weights"
+        "--checkpoint",
+        action="append",
+        required=True,
+        metavar="PATH",
+        help="of a run (last.pt, last.parts, or its folder), or other weights",
     )
     command.add_argument("--annotations", metavar="PATH", help="instead of data.annotations")
     command.add_argument("--videos", metavar="DIR", help="instead of data.videos")

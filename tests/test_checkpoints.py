@@ -150,6 +150,8 @@ def test_stored_configuration_must_fit(tmp_path, change):
 
 BAD_FILES = [
     (b"not weights", "is not a file of weights that torch can read safely"),
+    (b"", "is empty: copy it again"),
+    (b"PK\3\4 and no more", "is damaged or was cut short, at 16 bytes: copy it again"),
     (dict(epoch=3, args="x"), r"no state dict in .*, only the keys \['args', 'epoch'\]"),
     ([torch.zeros(1)], "expected a state dict in .*, got list"),
     (dict(args=argparse.Namespace(a=1)), r"no state dict in .*, only the keys \['args'\]"),
