@@ -269,7 +269,7 @@ def test_files_that_hold_no_weights(tmp_path):
     for name, message in (
         ("a.safetensors", "not a .safetensors file that can be read"),
         ("numbered.pt", "no state dict"),
-        ("empty.pt", r"not a file of weights that torch can read safely \(EOFError\)"),
+        ("empty.pt", "is empty: copy it again"),
     ):
         if name.endswith("s"):
             pytest.importorskip("safetensors")

@@ -165,7 +165,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """ "a.b=1" -> ("a.b", 1).
 
     Raises:
-        ConfigError: no "=", or a value that is neither TOML nor a bare word for a string.
+        ConfigError: no "=", or a value that is neither TOML nor a bare word, or nothing, for a string.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name or "\n" in text:
@@ -176,8 +176,9 @@ def parse_override(text: str) -> tuple[str, Any]:
             raise ValueError
         return name, parsed["value"]
     except ValueError:
-        word = name not in KEYS or kind(KEYS[name]) is str or value in choices(KEYS[name])
-        if value and word and not set(value) & set("\"'\n"):
+        text = name in KEYS and kind(KEYS[name]) is str
+        word = name not in KEYS or text or value in choices(KEYS[name])
+        if (value or text) and word and not set(value) & set("\"'\n"):
             return name, value
         wanted = f"{_expected(KEYS[name])}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
         raise ConfigError(f"--set {name}: expected {wanted}") from None
