@@ -42,8 +42,8 @@ def sha256(path: str | os.PathLike[str], progress: Callable[[int], object] | Non
     """
     digest, done = hashlib.sha256(), 0
     if Path(path).is_dir():
-        for file in sorted(Path(path).iterdir()):
-            digest.update(f"{sha256(file)}  {file.name}\n".encode())
+        for part in sorted(Path(path).iterdir()):
+            digest.update(f"{sha256(part)}  {part.name}\n".encode())
         return digest.hexdigest()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):

@@ -176,9 +176,9 @@ def parse_override(text: str) -> tuple[str, Any]:
             raise ValueError
         return name, parsed["value"]
     except ValueError:
-        text = name in KEYS and kind(KEYS[name]) is str
-        word = name not in KEYS or text or value in choices(KEYS[name])
-        if (value or text) and word and not set(value) & set("\"'\n"):
+        string = name in KEYS and kind(KEYS[name]) is str
+        word = name not in KEYS or string or value in choices(KEYS[name])
+        if (value or string) and word and not set(value) & set("\"'\n"):
             return name, value
         wanted = f"{_expected(KEYS[name])}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
         raise ConfigError(f"--set {name}: expected {wanted}") from None
@@ -211,8 +211,8 @@ def _unknown(name):
         leaves = {k.split(".")[1]: k for k in KEYS}
         near = near or [leaves[x] for x in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
         if section in SECTIONS and not near:
-            keys = ", ".join(f.name for f in dataclasses.fields(SECTIONS[section]))
-            return f"{name}: there is no such key; [{section}] has {keys}"
+            all_keys = ", ".join(f.name for f in dataclasses.fields(SECTIONS[section]))
+            return f"{name}: there is no such key; [{section}] has {all_keys}"
         near = near or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     return f"{name}: there is no such {known}" + (f"; did you mean {near[0]!r}?" if near else "")
 
