@@ -219,6 +219,8 @@ def convert(arguments: argparse.Namespace) -> None:
     check_folder(Path(arguments.target).parent, "OUT")
     if all(map(os.path.exists, (arguments.source, arguments.target))) and os.path.samefile(arguments.source, arguments.target):
         raise Mistake(f"OUT: {arguments.target!r} is IN; expected another file")
+    if Path(arguments.target).is_dir():
+        raise Mistake(f"OUT: {arguments.target!r} is a folder; expected a file to write")
     said = {name: getattr(arguments, name) for name in ("activation", "norm") if getattr(arguments, name)}
     with _mistakes():
         print(convert(arguments.source, arguments.target, arguments.to, **said))

@@ -106,6 +106,7 @@ def test_train_then_eval(toml, tmp_path, capsys, monkeypatch):
         (["train", "TOML", "--set", "train.seed=9223372036854775807"], "train.seed: expected a value of at most 2147483647"),
         (["train", "TOML", "--set", "model.overrides.embed_dim=100000000"], "model: cannot be built"),
         (["eval", "TOML", "--checkpoint", "TOML", "--json", "TMP"], "is a folder; expected a file to write"),
+        (["convert", "TOML", "TMP"], "is a folder; expected a file to write"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(toml, tmp_path, arguments, message, capsys):
