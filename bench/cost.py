@@ -3,6 +3,7 @@
 `scaling.py` predicts with it; `tests/test_scaling.py` holds it to what is counted and measured.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -137,6 +138,20 @@ def loss_collectives(
     found = [Collective(what, "all-gather", size) for what, size in gather]
     found += [Collective(*x) for x in reduce]
     return found + [Collective(what, "reduce-scatter", size) for what, size in scatter]
+
+
+def weight_collectives(c: ModelConfig, parallel: str) -> list[Collective]:
+    """Of a training step's weights and gradients, float32, by "ddp" or "fsdp" (evaat_fast/train/shards.py). FSDP gathers
+    a block for either pass, and what is no block's once."""
+    size = 4 * parameters(c)
+    if parallel == "ddp":
+        return [Collective("gradients", "all-reduce", size)]
+    blocks = 0
+    for layers in ("vision_layers", "text_layers"):
+        one, two = (parameters(dataclasses.replace(c, **{layers: n})) for n in (1, 2))
+        blocks += 4 * getattr(c, layers) * (two - one)
+    gathered = Collective("weights", "all-gather", size + blocks)
+    return [gathered, Collective("gradients", "reduce-scatter", size)]
 
 
 def buckets(size: int) -> list[int]:

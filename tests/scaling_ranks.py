@@ -1,7 +1,7 @@
 """The bytes that a training step sends, against bench/cost.py: python scaling_ranks.py FOLDER BACKEND, over gloo.
 
-On two and on three processes, both towers under DistributedDataParallel with each loss over the group, as the trainer has them;
-of a backend that is slow the loss alone."""
+On two and on three processes, both towers under DistributedDataParallel and under FSDP with each loss over the group, as the
+trainer has them; of a backend that is slow the loss alone."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evaat_fast import ops
 from evaat_fast.model import create_model
+from evaat_fast.train import shards
+from evaat_fast.train.config import Config
+from evaat_fast.train.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import cost  # noqa: E402
@@ -77,7 +80,27 @@ def step(loss, W):
     sent["allreduce_"] -= sum(reduced)
     assert sent.pop("broadcast_", 0) <= 1024
     check_loss(sent, loss, W, model.config.embed_dim, "cpu")
-    near(4 * cost.parameters(model.config), sum(reduced), "gradients")
+    [gradients] = cost.weight_collectives(model.config, "ddp")
+    near(gradients.bytes, sum(reduced), "gradients")
+
+
+def shared(loss, W):
+    """The same by FSDP, as the trainer has it."""
+    torch.manual_seed(0)
+    model = create_model("eva02_at_tiny_patch16_64", num_frames=2, **NARROW | {"vision_layers": 2})
+    model.logit_scale.requires_grad_(False)
+    shards.shard(model, Config(), Ranks(dist.get_rank(), W, dist.group.WORLD), torch.device("cpu"))
+    text = torch.randint(1, 49000, (PAIRS, 9))
+    text[:, -1] = 49407
+    video = torch.randint(0, 256, (PAIRS, 2, 64, 64, 3), dtype=torch.uint8)
+    for _ in range(2):  # the first step looks around
+        with Travelled() as travelled:
+            value(loss, model.encode_video(video), model.encode_text(text), "cpu").backward()
+    sent = {KINDS[name]: size for name, size in travelled.bytes.items()}
+    wanted = cost.loss_collectives(loss, PAIRS * W, W, model.config.embed_dim, backend="cpu")
+    wanted += cost.weight_collectives(model.config, "fsdp")
+    for kind in KINDS.values():
+        near(sum(x.bytes for x in wanted if x.kind == kind), sent.get(kind, 0), (loss, kind, "fsdp"))
 
 
 def alone(loss, W, backend):
@@ -91,7 +114,11 @@ def main(rank, W, folder, backend):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{W}", rank=rank, world_size=W)
     for loss in ("clip", "sms"):
-        step(loss, W) if backend == "cpu" else alone(loss, W, backend)
+        if backend == "cpu":
+            step(loss, W)
+            shared(loss, W)
+        else:
+            alone(loss, W, backend)
     print("rank", rank, "of", W, "as predicted", flush=True)
     dist.barrier()
     dist.destroy_process_group()

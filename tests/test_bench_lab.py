@@ -20,6 +20,7 @@ def test_entries_say_what_they_ask(lab, capsys):
         assert f"{name}: {entry.question}" in shown and entry.expected in shown
 
 
+@pytest.mark.together("emulated")
 @pytest.mark.parametrize("name", ["sms"])
 def test_launches(lab, name, monkeypatch):
     """A variant must not change the result, and a wrong result must not pass."""

@@ -8,6 +8,7 @@ from rope3d_cases import LAYOUTS, make
 
 from evaat_fast import ops
 
+pytestmark = pytest.mark.together("emulated")  # compiled once, by the process that has them all
 GRID, N = (2, 3, 5), 31
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda x: str(x).removeprefix("torch."))

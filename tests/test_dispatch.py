@@ -88,6 +88,21 @@ def test_frequencies_that_learn_are_a_need_of_rope3d(caplog):
     assert "rope3d: cuda" not in caplog.text
 
 
+@pytest.mark.parametrize("capability,little", [((8, 9), True), ((9, 0), False)])
+def test_dynamo_takes_what_a_machine_has_for_constants(monkeypatch, capability, little):
+    """It would trace the import of a backend, and break the graph."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 90 + little)  # which nothing has asked for before
+
+    def told(x):
+        return x + 1 if _dispatch.has_triton() else x + 2, x * 2 if _dispatch.has_little_shared(device) else x
+
+    x = torch.ones(3)
+    for a, b in zip(torch.compile(told, backend="eager", fullgraph=True)(x), told(x), strict=True):
+        assert torch.equal(a, b)
+    assert _dispatch.has_little_shared(device) is little
+
+
 def test_a_gpu_of_little_shared_memory_is_a_need_of_the_max_margin_losses(caplog):
     """Chunks of E of 129 to 256 do not fit there: CUDA C++ says so by name, and is passed over without a word."""
     device = torch.device("cuda")

@@ -228,6 +228,7 @@ def test_mi_mm_and_adaptive(device):
     held_to_float64("adaptive_mi_mm_loss", pairs(device, count(device)), (own.to(device),), (own,))
 
 
+@pytest.mark.together("emulated")
 @pytest.mark.parametrize("kind", ["dense", "indexed", "verbs and nouns", "one"])
 def test_max_margin_in_cuda(device, kind, monkeypatch):
     """Whatever `auto` takes for so few pairs."""

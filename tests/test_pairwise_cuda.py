@@ -16,6 +16,7 @@ from evaat_fast.ops.pairwise.ranks import Batch
 from evaat_fast.ops.pairwise.reference import sms_loss_reference
 from evaat_fast.ops.pairwise.relevancy import Labels
 
+pytestmark = pytest.mark.together("emulated")
 BF16, F16 = torch.bfloat16, torch.float16
 RULES = ["code", "paper", "charades"]
 dtypes = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])

@@ -95,6 +95,7 @@ def test_bytes_of_a_training_step(tmp_path):
 
 
 @pytest.mark.interpret
+@pytest.mark.slow
 def test_bytes_of_the_losses_in_triton(tmp_path):
     counted(tmp_path, "triton", TRITON_INTERPRET="1")
 

@@ -26,16 +26,23 @@ def environment():
     return {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("worlds", [("2",), pytest.param(("3", "4"), marks=pytest.mark.slow)], ids="-".join)
-def test_steps_are_those_of_one_process(tmp_path, worlds):
-    """Losses of 20 steps, and the parameters after them, within 1e-10; several processes are ended and begun anew half-way."""
+@pytest.mark.parametrize(
+    "cases,worlds",
+    [
+        ("lamb,cached", "2"),
+        pytest.param("clip,sms,dropped", "2", marks=pytest.mark.slow),
+        pytest.param("clip,sms,dropped,lamb,cached", "3 4", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_are_those_of_one_process(tmp_path, cases, worlds):
+    """Losses of 20 steps by DDP and by FSDP, and the parameters after them, within 1e-10; saved and begun anew half-way."""
     configuration(tmp_path, "train.batch_size=24")
     path = tmp_path / "run.toml"
     path.write_text(path.read_text().replace("batch_size = 16", "batch_size = 24"))
-    command = [sys.executable, str(SCRIPT), str(path), str(tmp_path), *worlds]
+    command = [sys.executable, str(SCRIPT), str(path), str(tmp_path), cases, *worlds.split()]
     run = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("agrees") == sum(map(int, worlds))
+    assert run.stdout.count("agrees") == sum(map(int, worlds.split()))
 
 
 def torchrun(count, *arguments, **options):

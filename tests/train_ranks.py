@@ -1,4 +1,4 @@
-"""Training on several processes against one, in float64: python train_ranks.py CONFIG FOLDER WORLD..., over gloo."""
+"""Training on several processes against one, in float64: python train_ranks.py CONFIG FOLDER CASES WORLD..., over gloo."""
 
 import itertools
 import os
@@ -92,11 +92,11 @@ def check_checkpoint(path, file, parallel, ranks):
     assert all(x["exp_avg"].norm() > 0 for x in moments)
 
 
-def main(rank, world, path, folder):
+def main(rank, world, path, folder, cases):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     ranks = Ranks(rank, world, dist.group.WORLD)
-    for name, (parallel, kind) in itertools.product(CASES, (("ddp", "pt"), ("fsdp", "parts"))):
+    for name, (parallel, kind) in itertools.product(cases, (("ddp", "pt"), ("fsdp", "parts"))):
         config = load(path, [*CASES[name], f"train.parallel={parallel}"])
         losses, weights = trained(config, ranks, f"{folder}/{name}-{parallel}-{world}.{kind}")
         alone, expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
@@ -112,10 +112,11 @@ def main(rank, world, path, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    path, folder, *worlds = sys.argv[1:]
+    path, folder, cases, *worlds = sys.argv[1:]
+    cases = cases.split(",")
     os.environ.pop("WORLD_SIZE", None)
-    for name, overrides in CASES.items():
-        overrides = [text for text in overrides if "micro_batch" not in text]  # alone with the whole batch at once
+    for name in cases:
+        overrides = [text for text in CASES[name] if "micro_batch" not in text]  # alone with the whole batch at once
         torch.save(trained(load(path, overrides), Ranks()), Path(folder) / f"{name}.pt")
     for world in map(int, worlds):
-        mp.spawn(main, (world, path, folder), world)
+        mp.spawn(main, (world, path, folder, cases), world)

@@ -26,8 +26,8 @@ def shard(model: EVA02AT, config: Config, ranks: Ranks, device: torch.device) ->
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # Of a block's outputs, the branch is a view of what a matrix product wrote, and nothing works on it in place.
-    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor")
+    # A linear layer's output is a view; nothing that is done to a block's is done in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh, policy = DeviceMesh.from_group(ranks.group, device.type), MixedPrecisionPolicy()
     if config.train.precision == "bfloat16-params":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

@@ -29,7 +29,8 @@ def size(x):
 
 @functools.lru_cache(maxsize=64)
 def multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """2 in the interpreter, so that there are sums to be added up."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def programs(M, device, warps, num_warps):

@@ -181,16 +181,19 @@ def _runs_on(code: str, capability: tuple[int, int]) -> bool:
 
 
 @_constant
-@functools.cache
 def has_triton() -> bool:
     return why_not("triton") is None
 
 
 @_constant
-@functools.cache
 def has_little_shared(device: torch.device) -> bool:
     """Whether a block of a CUDA device gets 99 KB of shared memory, as on GPUs for graphics, not 163 or 227."""
-    return torch.cuda.get_device_capability(device) in ((8, 6), (8, 9), (12, 0), (12, 1))
+    return _capability(device) in ((8, 6), (8, 9), (12, 0), (12, 1))
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device)
 
 
 def _hint(backend: str) -> str:
