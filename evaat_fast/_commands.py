@@ -51,7 +51,7 @@ def train(arguments: argparse.Namespace) -> None:
     config = _run_of(arguments)
     with _mistakes(Diverged):
         result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    if os.environ.get("RANK", "0") != "0":  # of several processes one speaks
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first prints
         return
     if result["metrics"]:  # not every corpus has a retrieval test
         print("\n".join(evaluation.lines(result["metrics"], ("mAP", "nDCG"))))
@@ -171,7 +171,7 @@ def features(arguments: argparse.Namespace) -> None:
 
 def _config(arguments):
     """The configuration of `eval` and `features`: a file's, or the one that a run's checkpoint holds."""
-    from evaat_fast._parts import standing
+    from evaat_fast.model.checkpoints import read
     from evaat_fast.train.checkpoint import find
     from evaat_fast.train.config import ConfigError, load, of
     from evaat_fast.train.outcome import run_of
@@ -181,14 +181,20 @@ def _config(arguments):
     overrides = [*arguments.overrides, *overrides]
     if arguments.config:
         config = load(arguments.config, overrides, training=False)
-    arguments.checkpoint = [str(find(path) or path) for path in arguments.checkpoint]  # or a run's folder
-    for path in arguments.checkpoint:
-        if not Path(path).is_file() and standing(path) is None:
+    for i, path in enumerate(arguments.checkpoint):
+        if not Path(path).exists():
             raise FileNotFoundError(f"--checkpoint: there is no file {path!r}")
+        if Path(path).is_dir():
+            arguments.checkpoint[i] = os.fspath(find(path) or path)
     if not arguments.config:
-        stored = run_of(arguments.checkpoint[0]).get("config")
+        with _mistakes():
+            stored = run_of(arguments.checkpoint[0]).get("config")
+            if not stored:
+                read(arguments.checkpoint[0])  # says what is wrong with a file that cannot be read
         if not stored:
-            raise ConfigError(f"CONFIG.toml: {arguments.checkpoint[0]!r} is of no run, and does not say how clips are read")
+            raise ConfigError(
+                f"CONFIG.toml: expected one, as {arguments.checkpoint[0]!r} is of no run, and does not say how clips are read"
+            )
         # The run may have had a GPU that is not here.
         stored = {section: dict(values) for section, values in stored.items()}
         stored["train"] = {**stored["train"], "device": "auto"}
@@ -213,6 +219,8 @@ def convert(arguments: argparse.Namespace) -> None:
     check_folder(Path(arguments.target).parent, "OUT")
     if all(map(os.path.exists, (arguments.source, arguments.target))) and os.path.samefile(arguments.source, arguments.target):
         raise Mistake(f"OUT: {arguments.target!r} is IN; expected another file")
+    if Path(arguments.target).is_dir():
+        raise Mistake(f"OUT: {arguments.target!r} is a folder; expected a file to write")
     said = {name: getattr(arguments, name) for name in ("activation", "norm") if getattr(arguments, name)}
     with _mistakes():
         print(convert(arguments.source, arguments.target, arguments.to, **said))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -21,17 +22,33 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
         temporary.unlink(missing_ok=True)
 
 
+def damage(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with a file of torch's that cannot be read: "is empty", "is damaged or was cut short, at 5 bytes"; None
+    where it does not begin as one, or is whole."""
+    with open(path, "rb") as file:
+        begins = file.read(4)
+    if not begins:
+        return "is empty"
+    if begins == b"PK\3\4" and not zipfile.is_zipfile(path):  # an archive, whose table of contents comes last
+        return f"is damaged or was cut short, at {os.path.getsize(path):,} bytes"
+    return None
+
+
 def sha256(path: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> str:
-    """The hash of a file's bytes, or of a folder's files, their names and bytes. progress: called as progress(bytes read so
-    far)."""
-    digest, done, path = hashlib.sha256(), 0, Path(path)
-    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if part is not path:
-            digest.update(part.name.encode() + b"\0")
-        with open(part, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-                done += len(block)
-                if progress is not None:
-                    progress(done)
+    """The hash of a file's bytes; of a folder, of the names and hashes of its files in order, as `sha256sum` prints them.
+
+    Args:
+        path: a file or a folder without folders. progress: called as progress(bytes read so far) of a file.
+    """
+    digest, done = hashlib.sha256(), 0
+    if Path(path).is_dir():
+        for part in sorted(Path(path).iterdir()):
+            digest.update(f"{sha256(part)}  {part.name}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            done += len(block)
+            if progress is not None:
+                progress(done)
     return digest.hexdigest()

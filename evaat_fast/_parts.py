@@ -66,8 +66,11 @@ def write(path: str | os.PathLike[str], tree: Any, group: Any = None) -> None:
         raise problem
 
 
-def read(path: str | os.PathLike[str], tensors_too: bool = True) -> Any:
-    """What `write` wrote, whole, on the CPU; any process reads all of it alone. tensors_too: False leaves None in their places.
+def read(path: str | os.PathLike[str], tensors: bool = True) -> Any:
+    """What `write` wrote, whole, on the CPU; any process reads all of it alone.
+
+    Args:
+        path: the folder. tensors: False reads all but those, and has None in their places.
 
     Raises:
         ValueError: no such checkpoint, or one with parts missing or damaged.
@@ -76,6 +79,8 @@ def read(path: str | os.PathLike[str], tensors_too: bool = True) -> Any:
     from torch.distributed.checkpoint.metadata import StorageMeta
 
     found = standing(path)
+    if found is None and is_parts(path):
+        raise ValueError(f"checkpoint: {str(path)!r} lacks .metadata, its table of contents, which tells what its parts are of")
     if found is None:
         raise ValueError(f"checkpoint: {str(path)!r} is no folder of parts of a checkpoint")
     folder: Path = found
@@ -91,12 +96,12 @@ def read(path: str | os.PathLike[str], tensors_too: bool = True) -> Any:
     try:
         reader = Reader(str(folder))
         known = reader.read_metadata().state_dict_metadata
-        known = known if tensors_too else {_REST: known[_REST]}
-        tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in known.items()}
+        wanted = {name: of for name, of in known.items() if tensors or name == _REST}
+        content = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in wanted.items()}
         with _quietly():
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-        rest = json.loads(bytes(tensors[_REST].numpy()).decode())
-        return _unpack(rest, tensors if tensors_too else collections.defaultdict(lambda: None))
+            dcp.load(content, storage_reader=reader, no_dist=True)
+        rest = json.loads(bytes(content[_REST].numpy()).decode())
+        return _unpack(rest, content if tensors else collections.defaultdict(lambda: None))
     except (Exception, dcp.CheckpointException) as error:
         raise ValueError(f"checkpoint: {str(path)!r} lacks parts, or they are damaged: {_reason(error)}") from None
 
@@ -104,6 +109,11 @@ def read(path: str | os.PathLike[str], tensors_too: bool = True) -> Any:
 def standing(path: str | os.PathLike[str]) -> Path | None:
     """The folder that holds the checkpoint: `path`, or where a process was killed between two renames, one beside it."""
     return next((x for x in (Path(path), *_beside(Path(path))) if (x / ".metadata").is_file()), None)
+
+
+def is_parts(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds parts, or is meant to: that its table of contents is lost is for `read` to say."""
+    return standing(path) is not None or any(Path(path).glob("*.distcp"))
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -159,7 +169,8 @@ def _reason(error):
         error = error[0] if isinstance(error, tuple) else error
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    text = "a part was cut short" if isinstance(error, EOFError) else str(error)
+    return f"{type(error).__name__}: {text}".splitlines()[0][:200]
 
 
 def _pack(x, path, tensors):

@@ -193,7 +193,7 @@ def _add_model(command):
         action="append",
         required=True,
         metavar="PATH",
-        help="of a run (its folder, last.pt or last.parts), or other weights",
+        help="of a run (last.pt, last.parts, or its folder), or other weights",
     )
     command.add_argument("--annotations", metavar="PATH", help="instead of data.annotations")
     command.add_argument("--videos", metavar="DIR", help="instead of data.videos")

@@ -40,7 +40,7 @@ def toml(tmp_path):
     return str(path)
 
 
-def test_train_then_eval(toml, tmp_path, capsys):
+def test_train_then_eval(toml, tmp_path, capsys, monkeypatch):
     assert main(["train", toml, "--set", "train.epochs=1"]) == 0
     printed = capsys.readouterr().out
     assert "epoch 1/1" in printed and "nDCG" in printed and "log.jsonl" in printed
@@ -54,6 +54,23 @@ def test_train_then_eval(toml, tmp_path, capsys):
     assert f"{metrics['mAP']:.2f}" in printed
     assert main(["eval", toml, "--checkpoint", checkpoint, "--frames", "frozen", "--json", str(written)]) == 0
     assert json.loads(written.read_text())["frames"] == "frozen"
+
+    # A run in parts is evaluated as it lies, as its folder, and from anywhere.
+    parts = tmp_path / "parts"
+    arguments = ["--set", "train.epochs=1", "--set", "train.save_as=parts", "--set", f"train.out={parts}"]
+    assert main(["train", toml, *arguments]) == 0
+    monkeypatch.chdir(tmp_path.parent)
+    for path in (parts / "last.parts", parts):
+        assert main(["eval", "--checkpoint", str(path), "--json", str(written)]) == 0
+        found = json.loads(written.read_text())
+        assert found["mAP"] == pytest.approx(metrics["mAP"]) and found["stage"] == "fine-tuned" and found["epoch"] == 1
+    next(parts.glob("last.parts/*.distcp")).unlink()
+    assert main(["eval", "--checkpoint", str(parts)]) == 2
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes((tmp_path / "run/last.pt").read_bytes()[:-1000])
+    assert main(["eval", "--checkpoint", str(damaged)]) == 2
+    said = capsys.readouterr().err
+    assert "lacks parts, or they are damaged" in said and "was cut short" in said
 
     assert main(["train", toml, "--set", "train.epochs=1"]) == 2
     assert "already holds a run" in capsys.readouterr().err
@@ -93,11 +110,14 @@ def test_train_then_eval(toml, tmp_path, capsys):
         (["train", "TOML", "--set", "train.out=TMP/" + "r" * 300], "cannot be written to: File name too long"),
         (["train", "TOML", "--set", "train.init=/nowhere.pt"], "train.init: there is no"),
         (["train", "TOML", "--set", "loss.name=sms", "--set", "loss.rule=ego4d"], "loss.rule: expected one of code, paper"),
+        (["train", "TOML", "--set", "optim.learning_rate=1"], "there is no such key; [optim] has name, lr, weight_decay"),
+        (["train", "TOML", "--set", "train.num_workers=1"], "did you mean 'data.workers'"),
         (["train", "TOML", "--set", "lr=1"], "did you mean 'optim.lr'"),
         (["train", "TOML", "--set", "optim.lr=fast"], "optim.lr: expected a number, got 'fast'"),
         (["train", "TOML", "--set", "train.seed=9223372036854775807"], "train.seed: expected a value of at most 2147483647"),
         (["train", "TOML", "--set", "model.overrides.embed_dim=100000000"], "model: cannot be built"),
         (["eval", "TOML", "--checkpoint", "TOML", "--json", "TMP"], "is a folder; expected a file to write"),
+        (["convert", "TOML", "TMP"], "is a folder; expected a file to write"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(toml, tmp_path, arguments, message, capsys):

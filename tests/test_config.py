@@ -56,6 +56,7 @@ def test_paths_are_relative_to_the_file_and_those_of_set_to_the_current_folder(f
         ("a.b=1", ("a.b", 1)),
         ("a.b = [1, 2]", ("a.b", [1, 2])),
         ('train.out="x=y"', ("train.out", "x=y")),
+        ("train.init=", ("train.init", "")),
         ("train.out=x=y", ("train.out", "x=y")),
         ("loss.name=sms", ("loss.name", "sms")),
         ("data.cache=true", ("data.cache", True)),

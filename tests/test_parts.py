@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from evaat_fast import _parts
+from evaat_fast.model.checkpoints import read_checkpoint
+from evaat_fast.train import checkpoint
 
 
 def tree():
@@ -54,9 +56,32 @@ def test_missing_and_damaged_parts_are_said(tmp_path):
     part.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="lacks parts, or they are damaged"):
         _parts.read(path)
+    part.write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged: EOFError: a part was cut short"):
+        _parts.read(path)
     part.unlink()
     with pytest.raises(ValueError, match="lacks parts, or they are damaged: FileNotFoundError"):
         _parts.read(path)
+
+
+def test_without_its_table_of_contents_a_checkpoint_is_damaged_and_not_absent(tmp_path):
+    path = tmp_path / "last.parts"
+    _parts.write(path, {"state_dict": {"x": torch.randn(3)}})
+    (path / ".metadata").unlink()
+    assert checkpoint.find(tmp_path) == path  # a run would begin anew, over what can be mended
+    for reads in (lambda: checkpoint.read(path), lambda: read_checkpoint(path), lambda: read_checkpoint(tmp_path)):
+        with pytest.raises(ValueError, match="lacks .metadata, its table of contents"):
+            reads()
+    (tmp_path / "last.pt").write_bytes(b"a file")  # its parts were being removed
+    assert checkpoint.find(tmp_path) == tmp_path / "last.pt"
+
+
+def test_what_is_no_tensor_is_read_alone(tmp_path):
+    path, given = tmp_path / "last.parts", tree()
+    _parts.write(path, given)
+    found = _parts.read(path, tensors=False)
+    assert found["state"] == {"x": None, "half": None, "none": None} and found["moments"][0]["count"] == 5
+    assert found["list"] == given["list"] and found["yes"] is True
 
 
 @pytest.mark.parametrize("module,name", [("os", "system"), ("torch.distributed.checkpoint.metadata", "os.system")])

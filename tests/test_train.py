@@ -211,6 +211,9 @@ def test_resuming_another_run_is_an_error(configure):
         train(configure("train.epochs=1", "optim.lr=0.01"), resume=True, quiet=True)
     with pytest.raises(ConfigError, match="made with train.seed = 0, this run has 1"):
         train(configure("train.epochs=1", "train.seed=1"), resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="made with data.jitter = True, this run has False"):
+        train(configure("train.epochs=1", "data.jitter=false"), resume=True, quiet=True)
+    train(configure("train.epochs=1", "model.grad_checkpointing=true"), resume=True, quiet=True)  # computes the same
 
 
 def test_a_run_is_extended_but_not_made_shorter_than_it_is(configure, capsys):

@@ -74,9 +74,11 @@ def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
     run = torchrun(2, "train", toml, *into("two"))
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("epoch 3/3") == run.stdout.count("verb accuracy") == 1 and "on cpu and 1 more" in run.stdout
+    assert run.stdout.count("checkpoint ") == run.stdout.count("log  ") == 1
     parts = [*into("shared"), "--set", "train.parallel=fsdp", "--set", "train.save_as=parts"]
     run = torchrun(2, "train", toml, *parts)
     assert run.returncode == 0, run.stderr[-2000:]
+    assert "returned a view tensor" not in run.stderr
     one = logged(tmp_path / "one")
     for name in ("two", "shared"):
         for a, b in zip(one, logged(tmp_path / name), strict=True):

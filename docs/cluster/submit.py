@@ -45,8 +45,6 @@ class Run:
 
 def submit(argv=None):
     """Submits the run; returns submitit's job."""
-    import submitit
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="of each node")
@@ -57,6 +55,10 @@ def submit(argv=None):
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
     parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENTS", help="of evaat-fast train")
     args = parser.parse_args(argv)
+    try:
+        import submitit
+    except ImportError:
+        raise SystemExit("submit.py needs submitit: pip install submitit") from None
     executor = submitit.AutoExecutor(folder=args.logs, cluster=args.cluster)
     executor.update_parameters(
         name="evaat",

@@ -18,7 +18,7 @@ import torch
 
 import evaat_fast
 from evaat_fast import _parts
-from evaat_fast._files import write_atomically
+from evaat_fast._files import damage, write_atomically
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.config import Config, absolute
 from evaat_fast.train.masters import Masters
@@ -169,20 +169,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: no such file. ValueError: a file that `save` did not write.
     """
     path = Path(path)
-    if _parts.standing(path) is not None:
+    if _parts.is_parts(path):
         return _checked(_parts.read(path), path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
-        with open(path, "rb") as file:
-            begins = file.read(4)
-        if begins == b"PK\3\4":  # torch's files are zip archives, whose table of contents comes last
-            raise ValueError(
-                f"checkpoint: {str(path)!r} is damaged or was cut short, at {path.stat().st_size:,} bytes: copy it again, or "
-                "start anew with --overwrite"
-            ) from None
+        if found := damage(path):
+            raise ValueError(f"checkpoint: {str(path)!r} {found}: copy it again, or start anew with --overwrite") from None
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a checkpoint that torch can read safely ({type(error).__name__})"
         ) from None
@@ -207,6 +202,8 @@ def find(folder: str | os.PathLike[str]) -> Path | None:
     """The checkpoint of a run's folder, the newer one of file and parts; None without any."""
     file, parts = Path(folder) / LAST, Path(folder) / PARTS
     found = ([file] if file.is_file() else []) + ([parts] if _parts.standing(parts) else [])
+    if not found and _parts.is_parts(parts):
+        return parts  # damaged, which is no reason to begin a run anew
     return max(found, key=written) if found else None
 
 

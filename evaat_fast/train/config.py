@@ -165,7 +165,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """ "a.b=1" -> ("a.b", 1).
 
     Raises:
-        ConfigError: no "=", or a value that is neither TOML nor a bare word for a string.
+        ConfigError: no "=", or a value that is neither TOML nor a bare word, or nothing, for a string.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name or "\n" in text:
@@ -176,8 +176,9 @@ def parse_override(text: str) -> tuple[str, Any]:
             raise ValueError
         return name, parsed["value"]
     except ValueError:
-        word = name not in KEYS or kind(KEYS[name]) is str or value in choices(KEYS[name])
-        if value and word and not set(value) & set("\"'\n"):
+        string = name in KEYS and kind(KEYS[name]) is str
+        word = name not in KEYS or string or value in choices(KEYS[name])
+        if (value or string) and word and not set(value) & set("\"'\n"):
             return name, value
         wanted = f"{_expected(KEYS[name])}, got {value!r}" if name in KEYS else f"a TOML value, got {value!r}"
         raise ConfigError(f"--set {name}: expected {wanted}") from None
@@ -207,6 +208,11 @@ def _unknown(name):
         elsewhere = [k for k in KEYS if k.split(".")[1] == leaf]
         own = difflib.get_close_matches(leaf, [k.split(".")[1] for k in KEYS if k.startswith(f"{section}.")], n=1)
         near = elsewhere or [f"{section}.{leaf}" for leaf in own] or near
+        leaves = {k.split(".")[1]: k for k in KEYS}
+        near = near or [leaves[x] for x in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+        if section in SECTIONS and not near:
+            all_keys = ", ".join(f.name for f in dataclasses.fields(SECTIONS[section]))
+            return f"{name}: there is no such key; [{section}] has {all_keys}"
         near = near or difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
     return f"{name}: there is no such {known}" + (f"; did you mean {near[0]!r}?" if near else "")
 

@@ -51,7 +51,7 @@ def write(
     """Embeds a split of config.data.
 
     Args:
-        config: its model, data, batch size and precision. checkpoint: a file of weights. out: the folder.
+        config: its model, data, batch size and precision. checkpoint: a file of weights, or a folder of parts. out: the folder.
         device: where to compute. split: of the corpus. form: of FORMATS. rows: how many a file has.
         partial: leave clips out that cannot be read. say: is told which.
 

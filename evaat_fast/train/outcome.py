@@ -51,7 +51,7 @@ def run(
 
     Args:
         name: of `paper.TASKS`. config: its model, its data, which are the task's files, its batch size and precision.
-        checkpoints: files of weights, or parts of a run's. device: where to compute.
+        checkpoints: files of weights, or folders of parts. device: where to compute.
         stage: "zero-shot" or "fine-tuned", whose rows of the paper ours are put beside; None guesses by what the first
             checkpoint's run was trained on.
         frames: instead of config.eval.frames. options: Options. say: is told what is left out.
@@ -211,12 +211,10 @@ def run_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     if Path(path).suffix == ".safetensors":
         return {}
     try:
-        parts = _parts.standing(path) is not None
-        content = (
-            _parts.read(path, tensors_too=False)
-            if parts
-            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        )
+        if Path(path).is_dir():
+            content = _parts.read(path, tensors=False)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # what cannot be read is build_model's to say
         return {}
     found = {name: content[name] for name in ("config", "epoch") if name in content} if isinstance(content, dict) else {}

@@ -13,8 +13,13 @@ import evaat_fast
 from evaat_fast.model import EVA02AT
 from evaat_fast.train.config import KEYS, Config, ConfigError
 
-# What a run may be continued with another value of: it ends later or sooner, or its gradients are clipped from there on.
-_FREE = ("train.epochs", "optim.clip_norm")
+# What a run may be continued with another value of: its gradients are clipped from there on, or cost less memory.
+_FREE = ("optim.clip_norm", "model.grad_checkpointing")
+# What decides what is learned besides the sections of which all does.
+_BOUND = (
+    *("data.kind", "data.crop_scale", "data.jitter", "data.sampler", "data.positive"),
+    *("train.batch_size", "train.seed", "train.distinct", "train.precision", "train.ema"),
+)
 
 
 def choose_device(config: Config) -> torch.device:
@@ -66,8 +71,7 @@ def check_same_run(stored: Mapping[str, Any], config: Config, source: str | os.P
     """Raises ConfigError where a checkpoint was made by another run than `config` describes, or by a longer one."""
     ours = config.to_dict()
     names = [f"{section}.{name}" for section in ("model", "loss", "optim", "schedule") for name in ours[section]]
-    names += [f"train.{name}" for name in ("batch_size", "seed", "distinct", "precision", "ema")]
-    for key in names:
+    for key in (*names, *_BOUND):
         section, name = key.split(".")
         if key in _FREE:
             continue

@@ -53,5 +53,6 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], to: 
     state = export_state(convert_state(stored.state), config, to)
     if to in ("avion", "lavila") and Path(target).suffix != ".safetensors":
         state = {f"module.{name}": x for name, x in state.items()}
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
     write(target, state, dataclasses.asdict(config))
     return Converted(str(source), str(target), layout_of(stored.state), to, len(state), config)

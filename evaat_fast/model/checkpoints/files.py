@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evaat_fast import _parts
-from evaat_fast._files import write_atomically
+from evaat_fast._files import damage, write_atomically
 
 if TYPE_CHECKING:
     from evaat_fast.model.clip import EVA02AT
@@ -79,8 +79,8 @@ def read(path: str | os.PathLike[str]) -> Stored:
             needed and missing.
     """
     path = Path(path)
-    path = path if not path.is_dir() or _parts.standing(path) else _inside(path)
-    if _parts.standing(path):
+    path = path if not path.is_dir() or _parts.is_parts(path) else _inside(path)
+    if _parts.is_parts(path):
         return Stored(*_taken(_parts.read(path), path), str(path))
     of_hub = path.name.removesuffix(".index.json") in HUB_FILES
     beside = _open_clip_hints(path.with_name(_OPEN_CLIP_CONFIG)) if of_hub else {}
@@ -112,6 +112,8 @@ def _inside(folder: Path) -> Path:
     times = {name: place.stat().st_mtime_ns for name, place in zip(_RUN, places, strict=True) if place.is_file()}
     if times:
         return tried / max(times, key=lambda name: times[name])
+    if _parts.is_parts(tried / _RUN[1]):
+        return tried / _RUN[1]  # damaged
     raise FileNotFoundError(f"checkpoint: none of {', '.join((*HUB_FILES, *_RUN))} is in the folder {str(tried)!r}")
 
 
@@ -170,6 +172,8 @@ def _read_torch(path: Path) -> _Content:
             # Mapped, where the format allows it: an optimiser's moments beside the weights are not read then.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
+        if found := damage(path):
+            raise ValueError(f"checkpoint: {str(path)!r} {found}: copy it again") from error
         # Not torch's own message: it recommends to load the file unsafely.
         raise ValueError(
             f"checkpoint: {str(path)!r} is not a file of weights that torch can read safely ({_why(path, error)})"
