@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from evaat_fast import losses
 from evaat_fast.losses import avion, lavila, open_clip
+from evaat_fast.train.ranks import leave
 
 SCALE = torch.tensor(4.0, dtype=torch.float64)
 
@@ -101,7 +102,7 @@ def main(rank, path):
             dist.all_reduce(loss := loss.detach().clone())
             torch.testing.assert_close(loss / 2, alone[0][0], rtol=1e-12, atol=0)
     print("rank", rank, "agrees", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from evaat_fast.ops.pairwise.check import Options
 from evaat_fast.ops.pairwise.contrast import contrast
 from evaat_fast.ops.pairwise.reference import Penalty
 from evaat_fast.ops.pairwise.sms import max_margin
+from evaat_fast.train.ranks import leave
 
 N, E = 24, 7
 MARGIN_CASES = (
@@ -294,7 +295,7 @@ def main(rank, path, checks, backends):
         globals()[check](rank, mine, backends)
     print("rank", rank, "agrees", flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from evaat_fast import ops
 from evaat_fast.model import create_model
 from evaat_fast.train import shards
 from evaat_fast.train.config import Config
-from evaat_fast.train.ranks import Ranks
+from evaat_fast.train.ranks import Ranks, leave
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import cost  # noqa: E402
@@ -121,7 +121,7 @@ def main(rank, W, folder, backend):
             alone(loss, W, backend)
     print("rank", rank, "of", W, "as predicted", flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

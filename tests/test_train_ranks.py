@@ -29,8 +29,8 @@ def environment():
 @pytest.mark.parametrize(
     "cases,worlds",
     [
-        ("lamb,cached", "2"),
-        pytest.param("clip,sms,dropped", "2", marks=pytest.mark.slow),
+        ("all", "2"),
+        pytest.param("clip,sms,dropped,lamb,cached", "2", marks=pytest.mark.slow),
         pytest.param("clip,sms,dropped,lamb,cached", "3 4", marks=pytest.mark.slow),
     ],
 )

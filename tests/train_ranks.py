@@ -14,7 +14,7 @@ from evaat_fast.data.labels import LabelledClips
 from evaat_fast.train import checkpoint, inputs, load, shards, steps, trainer
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.masters import Masters
-from evaat_fast.train.ranks import Ranks
+from evaat_fast.train.ranks import Ranks, leave
 
 STEPS = 20
 CASES = {
@@ -23,6 +23,7 @@ CASES = {
     "dropped": ["loss.name=clip", "model.patch_dropout=0.5", "model.grad_checkpointing=selective"],
     "lamb": ["optim.name=lamb", "optim.layer_decay=0.7", "train.ema=0.9", "model.grad_checkpointing=true"],
     "cached": ["loss.learnable_temperature=true", "model.patch_dropout=0.5", "train.micro_batch=5"],
+    "all": ["optim.name=lamb", "optim.layer_decay=0.7", "train.ema=0.9", "train.micro_batch=5"],
 }
 
 
@@ -137,7 +138,7 @@ def main(rank, world, path, folder, cases):
         check_checkpoint(path, f"{folder}/{parallel}-{world}.{kind}", parallel, ranks)
     check_failure(f"{folder}/failed-{world}.parts", ranks)
     print("rank", rank, "of", world, "agrees", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

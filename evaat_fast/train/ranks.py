@@ -7,6 +7,7 @@
 
 import datetime
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +86,14 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
     try:
         yield Ranks(torch.distributed.get_rank(), world, torch.distributed.group.WORLD)
     finally:
-        torch.distributed.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Ends the connection between the processes. Gloo's threads let go of the last collective's tensors after it is done, and
+    need Python's lock for it: one that still waits for the lock when the interpreter ends aborts the process."""
+    time.sleep(0.1)  # without the lock
+    torch.distributed.destroy_process_group()
 
 
 def interleaved(count: int, ranks: Ranks) -> range:
