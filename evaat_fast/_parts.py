@@ -45,10 +45,7 @@ def write(path: str | os.PathLike[str], tree: Any, group: Any = None) -> None:
     try:
         with _quietly():
             dcp.save(tensors, checkpoint_id=str(new), process_group=group, no_dist=group is None)
-    except (
-        Exception,
-        dcp.CheckpointException,
-    ) as error:  # of any process, raised on all of them
+    except (Exception, dcp.CheckpointException) as error:  # of any process, raised on all of them
         raise OSError(f"the parts of a checkpoint could not be written: {_reason(error)}") from error
     problem = None
     if main:

@@ -39,6 +39,7 @@ class Support:
 
 # What one H200 has shown; bench/README.md says it op by op.
 _RIGHT = "right on an H200"
+_BEFORE = "before the last change of its code"
 _ALL = (*FLOATS, "float64")
 
 # A need of a call of rope3d.
@@ -61,7 +62,7 @@ _NORM = {
     "triton": Support(
         FLOATS,
         lacks={**_PLAIN, WIDE_ROWS: "its kernels take rows of up to 16,384"},
-        note=f"{_RIGHT}, and faster there than torch's",
+        note=f"{_RIGHT}, and faster there than torch's, {_BEFORE}",
     ),
     "cpu": Support(
         FLOATS,
@@ -81,7 +82,7 @@ _MAX_MARGIN = {
             LITTLE_SHARED: "on this GPU it takes E up to 128 or above 256",
             FEW_PAIRS: "triton is faster",
         },
-        note=f"{_RIGHT}, and faster there than triton from 2,048 pairs on",
+        note=f"{_RIGHT}, and faster there than triton from 2,048 pairs on, {_BEFORE}",
     ),
     **_LOSS,
 }
