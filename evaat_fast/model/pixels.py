@@ -1,5 +1,7 @@
 """What the vision towers share: the check of a clip, pixels to tokens, and where tokens are."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -70,3 +72,16 @@ def places(spatial: Tensor, temporal: Tensor | None, frames: int) -> Tensor:
     if temporal is None:
         return spatial[:, 1:].repeat(1, frames, 1)
     return (spatial[:, 1:].unsqueeze(1) + temporal.unsqueeze(2)).flatten(1, 2)
+
+
+def embed(tower: Any, video: Tensor, patches: Tensor | None) -> Tensor:
+    """A clip's tokens with their learnable embeddings, the class token first, [B, 1 + N', C]. tower: a vision tower; video,
+    patches: as it takes them, which are checked here."""
+    check_video(video, tower.config, tower.patch_embed.proj.weight)
+    if patches is not None:
+        dropout.check_patches(patches, len(video), tower.config.grid, video.device)
+    x = tower.patch_embed(video, patches)
+    of_places = places(tower.pos_embed, tower.temporal_embed, tower.config.num_frames)
+    cls = (tower.cls_token + tower.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+    x = x + (of_places if patches is None else F.embedding(patches, of_places[0]))
+    return torch.cat((cls.to(x.dtype), x), 1)

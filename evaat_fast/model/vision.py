@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evaat_fast import ops
 from evaat_fast.model import patches as dropout
 from evaat_fast.model.configs import ModelConfig
-from evaat_fast.model.pixels import PatchEmbed, check_video, places
+from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.rope3d.table import hold_constant
 
@@ -219,17 +219,10 @@ class VisionTransformer(nn.Module):
         Raises:
             TypeError, ValueError: a dtype, device or shape that does not fit the model.
         """
-        check_video(video, self.config, self.patch_embed.proj.weight)
-        if patches is not None:
-            dropout.check_patches(patches, len(video), self.config.grid, video.device)
-        x = self.patch_embed(video, patches)
-        spatial = places(self.pos_embed, self.temporal_embed, self.config.num_frames)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = x + (spatial if patches is None else F.embedding(patches, spatial[0]))
+        x = embed(self, video, patches)
         if not torch.compiler.is_compiling():
             hold_constant(self.freqs)
         positions = None if patches is None else dropout.place(patches, self.config.grid, self.freqs, x.dtype)
-        x = torch.cat((cls.to(x.dtype), x), 1)
         stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
         for block in self.blocks:
             # Only the class token leaves the tower, so the last block computes only that row, with the same result. By

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaat_fast import ops
-from evaat_fast.model import patches as dropout
 from evaat_fast.model.configs import ModelConfig
-from evaat_fast.model.pixels import PatchEmbed, check_video, places
+from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.model.text import gelu
 from evaat_fast.ops.attn.layout import gradient_like
@@ -186,16 +185,9 @@ class ClipVisionTransformer(nn.Module):
             TypeError, ValueError: a dtype, device or shape that does not fit the model, or patches for attention that is
                 divided by frames.
         """
-        check_video(video, self.config, self.patch_embed.proj.weight)
-        if patches is not None:
-            if self.config.tower == "timesformer":
-                raise ValueError("patches: attention over time needs all of them; expected None for tower='timesformer'")
-            dropout.check_patches(patches, len(video), self.config.grid, video.device)
-        x = self.patch_embed(video, patches)
-        place = places(self.pos_embed, self.temporal_embed, self.config.num_frames)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = x + (place if patches is None else F.embedding(patches, place[0]))
-        x = torch.cat((cls.to(x.dtype), x), 1)
+        if patches is not None and self.config.tower == "timesformer":
+            raise ValueError("patches: attention over time needs all of them; expected None for tower='timesformer'")
+        x = embed(self, video, patches)
         x = ops.add_norm(x, None, self.norm_pre.weight, self.norm_pre.bias, self.norm_pre.eps)[0]
         stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
         for block in self.blocks:
