@@ -1,0 +1,34 @@
+"""cuDNN's gradients of attention, of an output and log-sum-exps that a kernel of ours has written.
+
+torch keeps cuDNN's graphs by the strides of q, k and v, and builds in those of the output and of dO that came first. With
+queries in the memory order [B, N, H, D] torch's own output has the order of ours, so that neither reads the other's graph
+wrongly; others are copied into it.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from evaat_fast.ops.attn.layout import with_strides
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """dQ, dK and dV, [B, H, N, D] each, in the memory order of q, k and v. out: a view of a contiguous [B, N, H, D]. lse:
+    float32 [B, H, N], natural logarithms."""
+    if q.stride(1) > q.stride(2):
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    ndim, seed = _of_this_torch(q.device)
+    stats = lse.view(lse.shape + (1,) * (ndim - 3))
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        with_strides(grad, out.stride()), q, k, v, out, stats, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, False,
+        scale=scale,
+    )  # fmt: skip
+
+
+@functools.cache
+def _of_this_torch(device):
+    """(dimensions of the log-sum-exps of torch's operators, which differ by its version; a seed that is not read)."""
+    x = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device=device)
+    stats = torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1]
+    return stats.ndim, torch.empty(0, dtype=torch.int64, device=device)
