@@ -29,6 +29,6 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: T
 @functools.cache
 def _of_this_torch(device):
     """(dimensions of the log-sum-exps of torch's operators, which differ by its version; a seed that is not read)."""
-    x = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16, device=device)
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
     stats = torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1]
     return stats.ndim, torch.empty(0, dtype=torch.int64, device=device)

@@ -84,7 +84,7 @@ def attn_backward(q, k, v, out, lse, grad, grad_lse, need_q, need_kv, call):
         elif call.rope:
             turn([found[0]], [found[0]], call.rotation.back())
             turn([found[1]], [found[1]], call.k_rotation().back())
-        return tuple(with_strides(x, _output(x).stride()) for x in found)
+        return tuple(with_strides(x, (x[0].numel(), x.shape[3], x.shape[1] * x.shape[3], 1)) for x in found)
     dq, dk, dv = _backward_fake(q, k, v)
     wanted = (dq if need_q else None, dk if need_kv else None, dv if need_kv else None)
     _launch_backward(q, k, v, out, lse, grad, grad_lse, wanted, call)
