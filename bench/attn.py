@@ -31,7 +31,7 @@ def inputs(shape, dtype, device):
     make = lambda *s: torch.randn(*s, generator=generator, device=device).to(dtype)  # noqa: E731
     return {
         "qkv": make(B, N, 3 * H * D).requires_grad_(),
-        "grad": make(B, H, N, D),
+        "grad": make(B, N, H, D).transpose(1, 2),  # as models give it; torch reads others by the strides of the first
         "heads": H,
         "grid": (shape["T"], shape["Hp"], shape["Wp"]),
     }

@@ -1,8 +1,8 @@
 """cuDNN's gradients of attention, of an output and log-sum-exps that a kernel of ours has written.
 
-torch keeps cuDNN's graphs by the strides of q, k and v, and builds in those of the output and of dO that came first. With
-queries in the memory order [B, N, H, D] torch's own output has the order of ours, so that neither reads the other's graph
-wrongly; others are copied into it.
+torch 2.11 keeps cuDNN's graphs by the shapes and strides of q, k and v and by the dropout, and builds in the strides of the
+output and of the dO that came first. A dropout of -0.0 is none, and has graphs of its own: of our output's strides, which dO is
+given.
 """
 
 import functools
@@ -16,14 +16,12 @@ from evaat_fast.ops.attn.layout import with_strides
 def gradients(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, ...]:
     """dQ, dK and dV, [B, H, N, D] each, in the memory order of q, k and v. out: a view of a contiguous [B, N, H, D]. lse:
     float32 [B, H, N], natural logarithms."""
-    if q.stride(1) > q.stride(2):
-        q = q.transpose(1, 2).contiguous().transpose(1, 2)
     ndim, seed = _of_this_torch(q.device)
     stats = lse.view(lse.shape + (1,) * (ndim - 3))
+    whole, sizes = (None, None, None), (q.shape[2], k.shape[2])  # neither bias nor packed clips
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        with_strides(grad, out.stride()), q, k, v, out, stats, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, False,
-        scale=scale,
-    )  # fmt: skip
+        with_strides(grad, out.stride()), q, k, v, out, stats, seed, seed, *whole, *sizes, -0.0, False, scale=scale
+    )
 
 
 @functools.cache
