@@ -52,8 +52,8 @@ def test_what_serves(device):
     assert pick("rope3d") == many
     learned = dispatch.pick("rope3d", torch.device(device), BF16, None, (dispatch.LEARNED,))
     assert learned == ours
+    needs = dispatch.lacks_for_hopper(torch.device(device)) if device == "cuda" else ()
     of_hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    needs = () if of_hopper else (dispatch.OTHER_GPU,) * (device == "cuda")
     chosen = dispatch.pick("joint_attention", torch.device(device), BF16, None, needs)
     assert chosen == ("gluon" if of_hopper else "sdpa")
     assert pick("add_norm") == pick("swiglu_norm") == ours

@@ -65,7 +65,7 @@ _NORM = {
     "triton": Support(
         FLOATS,
         lacks={**_PLAIN, WIDE_ROWS: "its kernels take rows of up to 16,384"},
-        note=f"{_RIGHT}, and faster there than torch's, {_BEFORE}",
+        note=f"{_RIGHT}, and faster there than torch's",
     ),
     "cpu": Support(
         FLOATS,
@@ -85,7 +85,7 @@ _MAX_MARGIN = {
             LITTLE_SHARED: "on this GPU it takes E up to 128 or above 256",
             FEW_PAIRS: "triton is faster",
         },
-        note=f"{_RIGHT}, and faster there than triton from 2,048 pairs on, {_BEFORE}",
+        note=f"{_RIGHT}, and faster there than triton from 2,048 pairs on",
     ),
     **_LOSS,
 }
@@ -112,7 +112,7 @@ SUPPORT = {
                 DETERMINISTIC: "its gradients are cuDNN's, which are not deterministic",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
             },
-            note=f"Hopper's heads of 64: one kernel forward, cuDNN backward; {_RIGHT}",
+            note=f"Hopper's heads of 64: one kernel forward, cuDNN backward; {_RIGHT}, {_BEFORE}",
         ),
         "sdpa": Support(
             _ALL,
@@ -210,14 +210,11 @@ def has_little_shared(device: torch.device) -> bool:
 
 
 @_constant
-def is_hopper(device: torch.device) -> bool:
-    return _capability(device) == (9, 0)
-
-
-@_constant
-def has_cudnn_gradients() -> bool:
-    """Whether torch would take cuDNN for attention: from 9.15.1 on it is right for any number of tokens."""
-    return torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) > 91500
+def lacks_for_hopper(device: torch.device) -> tuple[str, ...]:
+    """The needs of attention on a CUDA device that a kernel for Hopper before cuDNN's gradients cannot meet. cuDNN is right for
+    any number of tokens from 9.15.1 on, and torch takes it for attention where nobody has switched it off."""
+    has_cudnn = torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) > 91500
+    return ((OTHER_GPU,) if _capability(device) != (9, 0) else ()) + (() if has_cudnn else (CUDNN_IS_OFF,))
 
 
 @functools.cache

@@ -79,8 +79,6 @@ def plan(
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC_CALL: alone, dispatch.WIDE_HEADS: head_dim > 128}
     if device.type == "cuda":
         asked |= {
-            dispatch.OTHER_GPU: not dispatch.is_hopper(device),
-            dispatch.CUDNN_IS_OFF: not dispatch.has_cudnn_gradients(),
             dispatch.DETERMINISTIC: deterministic or torch.are_deterministic_algorithms_enabled(),
             dispatch.OTHER_SHAPE: head_dim != 64 or shape[-2] < 192 or shape[-2] != k_shape[-2],
             dispatch.HALVES: not interleaved and (grid is not None or positions is not None),
@@ -88,6 +86,8 @@ def plan(
             dispatch.TRANSFORMED: transformed,
         }
     wanted = tuple(need for need, is_asked in asked.items() if is_asked)
+    if device.type == "cuda":
+        wanted += dispatch.lacks_for_hopper(device)
     chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
     rest = (cu_seqlens, max_seqlen, scale, chosen)
