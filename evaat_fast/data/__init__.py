@@ -32,6 +32,7 @@ _SUBMODULES = (
     "kitchen_render",
     "labels",
     "layout",
+    "plain",
     "prepare",
     "prepare_videos",
     "readers",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from evaat_fast.data import kitchen_render as kitchen_render
     from evaat_fast.data import labels as labels
     from evaat_fast.data import layout as layout
+    from evaat_fast.data import plain as plain
     from evaat_fast.data import prepare as prepare
     from evaat_fast.data import prepare_videos as prepare_videos
     from evaat_fast.data import readers as readers
