@@ -106,7 +106,9 @@ def _parser():
 
     command = commands.add_parser("eval", help="a checkpoint on a benchmark's test set, beside the paper's numbers")
     _add_model(command)
-    command.add_argument("--task", choices=("ek100-mir", "egomcq", "charades-ego"), default="ek100-mir", help="(ek100-mir)")
+    command.add_argument(
+        "--task", choices=("ek100-mir", "egomcq", "charades-ego", "retrieval"), help="(ek100-mir; of data.kind = csv retrieval)"
+    )
     command.add_argument("--stage", choices=("zero-shot", "fine-tuned"), help="the rows of the paper to show (a guess)")
     command.add_argument("--json", metavar="FILE", help="write what came out, and all that repeating it needs")
     command.add_argument("--allow-partial", action="store_true", help="go on without clips that cannot be read, and say so")

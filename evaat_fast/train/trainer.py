@@ -123,7 +123,8 @@ def _train(
         checkpoint.restore(stored, masters, optimizer, stands, average)
         stored = {name: stored[name] for name in ("config", "rng")}  # weights and moments lie in the host's memory else
     fit_optimizer(optimizer, config, device)
-    table = torch.zeros(0, 0) if data.relevancy_table is None else data.relevancy_table
+    table = data.relevancy_table if config.loss.name == "sms" else None
+    table = torch.zeros(0, 0) if table is None else table
     steps = Steps(masters, optimizer, table, config, device, ranks, average)
     if config.train.compile:
         model.compile_blocks()
