@@ -42,7 +42,10 @@ def open_corpus(
     if kind == "csv":
         how = {name: options.pop(name) for name in ("labels", "test_share") if name in options}
         seed = options.pop("split_seed", 0)
-        return PlainClips(plain.read(annotations, videos, split, seed=seed, **how), videos, **options)
+        table = plain.read(annotations, videos, split, seed=seed, **how)
+        if not len(table):
+            raise ValueError(f"{annotations}: it has no clip to {split} on: data.test_share, or a column split, says which are")
+        return PlainClips(table, videos, **options)
     table = read_table(kind, annotations, split)
     if kind == "charades-ego" and split == "test":
         return ClipDataset(table, videos, **options)

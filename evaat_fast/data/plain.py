@@ -118,18 +118,21 @@ class PlainClips(ClipDataset):
             first += len(names)
         return found
 
-    def _table(self, dtype: torch.dtype) -> Tensor:
-        count = max(len(self._sets), len(self.own))
-        size = max(count, 0 if self.labelled else len(self.captions))
-        if size > LARGEST:
+    def check_size(self) -> None:
+        """Raises ValueError where a table of the relevancy would be larger than LARGEST."""
+        count = len(self._sets) if self.labelled else max(len(self.own), len(self.captions))
+        if count > LARGEST:
             what = "kinds of clips, by their label columns" if self.labelled else "captions"
             raise ValueError(
-                f"data: {size:,} {what}: a table of the relevancy between them would be too large, above {LARGEST:,}; train "
+                f"data: {count:,} {what}: a table of the relevancy between them would be too large, above {LARGEST:,}; train "
                 "with loss.name = 'clip', which needs none"
             )
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        self.check_size()
         if self.labelled:
             return sets_relevancy(self._sets, dtype)
-        table = torch.zeros(count, len(self.captions), dtype=dtype)
+        table = torch.zeros(len(self.own), len(self.captions), dtype=dtype)
         for row, numbers in zip(table, self.own, strict=True):
             row[list(numbers)] = 1
         return table

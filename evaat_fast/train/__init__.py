@@ -46,6 +46,7 @@ _SUBMODULES = (
     "sections",
     "shards",
     "setup",
+    "similarity",
     "steps",
     "stop",
     "tasks",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import sections as sections
     from evaat_fast.train import setup as setup
     from evaat_fast.train import shards as shards
+    from evaat_fast.train import similarity as similarity
     from evaat_fast.train import steps as steps
     from evaat_fast.train import stop as stop
     from evaat_fast.train import tasks as tasks
