@@ -40,6 +40,16 @@ def demo(arguments: argparse.Namespace) -> None:
     )
 
 
+def init(arguments: argparse.Namespace) -> None:
+    from evaat_fast.train import begin, packages
+    from evaat_fast.train.log import Progress
+
+    packages.require("evaat-fast init", "av", "pyarrow", *packages.of_progress())
+    with Progress(0, "headers") as progress, _mistakes():
+        said = begin.write(arguments.folder, arguments.out, overwrite=arguments.overwrite, progress=progress.to)
+    print(said)
+
+
 def train(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import Diverged, evaluation, train
 

@@ -84,6 +84,12 @@ def _parser():
     _add_set(command, "for both stages")
     command.set_defaults(run=_commands.demo)
 
+    command = commands.add_parser("init", help="a configuration and a file of captions for a folder of your own videos")
+    command.add_argument("folder", metavar="FOLDER", help="of videos, at any depth; captions beside them are used")
+    command.add_argument("--out", default=".", metavar="DIR", help="where captions.csv and config.toml are written (.)")
+    command.add_argument("--overwrite", action="store_true", help="replace them where they are there; never written captions")
+    command.set_defaults(run=_commands.init)
+
     command = commands.add_parser("train", help="train as a TOML file says; --keys lists what it can say")
     _add_run(command)
     command.add_argument("--keys", action="store_true", help="print every key with its default and meaning, as a TOML file")

@@ -25,6 +25,7 @@ _SUBMODULES = (
     "dataset",
     "decode",
     "ek100",
+    "folder",
     "kinds",
     "kitchen",
     "kitchen_formats",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from evaat_fast.data import dataset as dataset
     from evaat_fast.data import decode as decode
     from evaat_fast.data import ek100 as ek100
+    from evaat_fast.data import folder as folder
     from evaat_fast.data import kinds as kinds
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_formats as kitchen_formats

@@ -21,6 +21,7 @@ _LAZY = {
 }
 _SUBMODULES = (
     "averaging",
+    "begin",
     "boards",
     "caching",
     "checkpoint",
@@ -58,6 +59,7 @@ __all__ = [*_LAZY, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from evaat_fast.train import averaging as averaging
+    from evaat_fast.train import begin as begin
     from evaat_fast.train import boards as boards
     from evaat_fast.train import caching as caching
     from evaat_fast.train import checkpoint as checkpoint

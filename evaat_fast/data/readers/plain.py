@@ -38,7 +38,7 @@ from evaat_fast.data.readers import text
 from evaat_fast.data.readers.large import LONGEST
 from evaat_fast.data.table import ClipTable
 
-__all__ = ["COLUMNS", "SUFFIXES", "columns_of", "normal", "read", "seconds"]
+__all__ = ["COLUMNS", "SUFFIXES", "NoCaptions", "columns_of", "normal", "read", "seconds", "walk"]
 
 _log = logging.getLogger("evaat_fast")
 COLUMNS = ("path", "caption", "start", "stop", "split")
@@ -46,6 +46,10 @@ SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 _NEEDED = ("path", "caption")
 _CLOCK = re.compile(r"(?:(\d{1,3}):)?(\d{1,3}):(\d{1,2}(?:[.,]\d+)?)", re.ASCII)
 _TIME = "seconds or a time as 1:02:03.5"
+
+
+class NoCaptions(ValueError):
+    """A file whose captions are all empty, as `evaat-fast init` writes it."""
 
 
 def read(
@@ -101,7 +105,7 @@ def read(
     if not total:
         raise ValueError(f"{path}: no rows")
     if not clips:
-        raise ValueError(f"{path}: none of its {total} rows has a caption: fill in the column caption")
+        raise NoCaptions(f"{path}: none of its {total} rows has a caption: fill in the column caption")
     if empty:
         _once(f"{path}: {len(empty)} of {total} rows have no caption and are left out, first {empty[0].place}")
     of_video = _assign(path, clips.values(), test_share, seed)
@@ -193,6 +197,8 @@ class _Places:
     def find(self, row: _Row) -> str:
         """The path below the folder as the disk has it; of what is not there, as the row has it."""
         said = row.text("path")
+        if row["path"] != said and os.path.exists(self.root / row["path"]):
+            said = row["path"]  # whose name ends in a space
         if said not in self._known:
             self._known[said] = self._find(row, said)
         return self._known[said]
