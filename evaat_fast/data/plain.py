@@ -18,7 +18,7 @@ from torch import Tensor
 
 from evaat_fast.data import layout
 from evaat_fast.data.choices import SIMILARITIES, Similarity, check_choice
-from evaat_fast.data.dataset import ClipDataset, captions
+from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.data.decode import VideoError
 from evaat_fast.data.kinds import sets_relevancy
 from evaat_fast.data.readers.plain import normal
@@ -57,10 +57,13 @@ class PlainClips(ClipDataset):
         self._number: dict[str, int] = {}
         self.captions: list[str] = []
         said: list[tuple[int, ...]] = []
-        for row in range(len(table)):
-            said.append(tuple(dict.fromkeys(self._numbered(text) for text in captions(table, row))))
+        for texts in table.arrow.column("texts").to_pylist():
+            said.append(tuple(dict.fromkeys(self._numbered(text) for text in texts if text.strip())))
         columns = self._columns()
-        found = [tuple(frozenset(c for c in row if c in column) for column in columns) for row in table.column("labels")]
+        found = [
+            tuple(frozenset(c for c in row if c in column) for column in columns)
+            for row in table.arrow.column("labels").to_pylist()
+        ]
         self.labelled = similarity == "labels" and any(map(any, found))
         if self.labelled:
             # A clip without a class is like those of its captions.
@@ -72,7 +75,9 @@ class PlainClips(ClipDataset):
         none: tuple[frozenset[int], ...] = (frozenset(),) * len(columns)
         self._sets = [key if isinstance(key, tuple) else none for key in kinds] if self.labelled else []
         self.own = [] if self.labelled else [tuple(sorted(key)) for key in kinds]
-        pairs = {(number, int(kind)): None for numbers, kind in zip(said, self.clip_kind, strict=True) for number in numbers}
+        pairs = {
+            (number, kind): None for numbers, kind in zip(said, self.clip_kind.tolist(), strict=True) for number in numbers
+        }
         self._kinds_of_caption = torch.tensor(list(pairs), dtype=torch.int64).view(-1, 2)
 
     @cached_property

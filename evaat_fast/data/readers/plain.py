@@ -411,7 +411,7 @@ def _assign(path: Path, clips: Iterable[_Clip], share: float, seed: int) -> dict
     if not 0 <= share < 1:
         raise ValueError(f"test_share: expected a share from 0 to below 1, got {share!r}")
     clips = list(clips)
-    drawn = {c.video: _draw(seed, c.video) for c in clips if not c.split}
+    drawn = {video: _draw(seed, video) for video in dict.fromkeys(c.video for c in clips if not c.split)}
     tested = {video: share > 0 and value < share for video, value in drawn.items()}
     given = {c.split for c in clips if c.split}
     if share > 0 and drawn:
