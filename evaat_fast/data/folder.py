@@ -4,10 +4,12 @@
     found.videos["trip/monday.mp4"].duration
     found.captions           # of monday.srt, monday.vtt and monday.txt
 
-A video is a file with an ending of ENDINGS whose header can be read. A text file of its name holds captions of all of it, one a
-line; subtitles hold captions with their times.
+A video is a file with an ending of ENDINGS whose header can be read, or a member of a tar file. Files of its name hold
+captions: text files of all of it, one a line; without one, JSON files, as WebDataset has them, under "caption" or "text"; and
+subtitles with times.
 """
 
+import json
 import os
 import posixpath
 import re
@@ -17,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaat_fast.data import decode
-from evaat_fast.data.decode import VideoError, VideoInfo
+from evaat_fast.data.decode import VideoError, VideoInfo, members
 from evaat_fast.data.readers import plain, text
 
 ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
-SIDECARS = (".srt", ".vtt", ".txt")
+SIDECARS = (".srt", ".vtt", ".txt", ".json")
 _CUE = re.compile(r"\s*(\S+)\s+-->\s+(\S+)")
 _MARKUP = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 
@@ -67,10 +69,14 @@ def look(root: str | os.PathLike[str], progress: Callable[[int, int], object] | 
     if problem := decode.why_not("av"):
         raise ImportError(f"reading a video's headers needs PyAV ({problem}): pip install 'evaat-fast[video]'")
     hidden: list[str] = []
-    files = list(plain.walk(root, hidden))
+    files, broken = list(plain.walk(root, hidden)), {}  # type: list[str], dict[str, str]
+    for tar in [name for name in files if name.lower().endswith(members.SUFFIX)]:
+        try:
+            files += _inside(root / tar, tar, hidden)
+        except VideoError as error:
+            broken[tar] = str(error).removeprefix(f"{root / tar}: ")
     names = [name for name in files if name.lower().endswith(ENDINGS)]
     videos: dict[str, VideoInfo] = {}
-    broken: dict[str, str] = {}
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         for done, (name, info) in enumerate(zip(names, pool.map(_probe, (root / name for name in names)), strict=True), 1):
             if isinstance(info, str):
@@ -81,14 +87,18 @@ def look(root: str | os.PathLike[str], progress: Callable[[int, int], object] | 
                 progress(done, len(names))
     there, captions, used, unread = set(files), [], [], {}  # type: set[str], list[Caption], list[str], dict[str, str]
     for video in videos:
+        own: list[Caption] = []
         for name in _beside(video, there):
+            if own and name.endswith(".json"):  # often the same again, among other things
+                continue
             try:
                 found = list(_captions(root / name, video))
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, VideoError) as error:
                 unread[name] = str(error).splitlines()[0].removeprefix(f"{root / name}: ")
                 continue
-            captions += found
-            used.append(name)
+            own += found
+            used += [name] * bool(found)
+        captions += own
     return Folder(root, videos, broken, tuple(hidden), tuple(captions), tuple(dict.fromkeys(used)), unread)
 
 
@@ -115,6 +125,14 @@ def _probe(path):
     return info
 
 
+def _inside(tar: Path, name: str, hidden: list[str]) -> Iterator[str]:
+    for member in members.names(tar):
+        if posixpath.basename(member).startswith(".") or not plain.is_text(member):
+            hidden.append(f"{name}/{member}")
+        else:
+            yield f"{name}/{member}"
+
+
 def _beside(video: str, there: set[str]) -> Iterator[str]:
     """monday.srt and monday.mp4.srt of monday.mp4."""
     stem, _ = posixpath.splitext(video)
@@ -125,7 +143,10 @@ def _beside(video: str, there: set[str]) -> Iterator[str]:
 
 
 def _captions(path: Path, video: str) -> Iterator[Caption]:
-    _, content = text.content(path, "captions")
+    content = text.decoded(path, members.read(path))
+    if path.suffix.lower() == ".json":
+        yield from (Caption(video, line) for line in dict.fromkeys(_said(content)))
+        return
     if path.suffix.lower() == ".txt":
         lines = [line.strip() for line in content.splitlines()]
         yield from (Caption(video, line) for line in dict.fromkeys(filter(None, lines)))
@@ -136,10 +157,19 @@ def _captions(path: Path, video: str) -> Iterator[Caption]:
             if "-->" not in line:
                 continue
             cue = _CUE.match(line)
-            times = [plain.seconds(said) for said in cue.groups()] if cue else [None]
-            if None in times:
+            start, stop = (plain.seconds(said) for said in cue.groups()) if cue else (None, None)
+            if start is None or stop is None:
                 raise ValueError(f"expected times as 00:01:02,500 --> 00:01:04,000, got {text.short(line.strip())}")
             words = " ".join(_MARKUP.sub("", " ".join(lines[number + 1 :])).split())
-            if words and times[1] > times[0]:
-                yield Caption(video, words, times[0], times[1])
+            if words and stop > start:
+                yield Caption(video, words, start, stop)
             break
+
+
+def _said(content: str) -> Iterator[str]:
+    found = json.loads(content)
+    for key in ("caption", "captions", "text", "texts"):
+        value = found.get(key) if isinstance(found, dict) else None
+        for line in value if isinstance(value, list) else [value]:
+            if isinstance(line, str) and line.strip():
+                yield " ".join(line.split())

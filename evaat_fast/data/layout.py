@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evaat_fast.data.decode import OutsideError, VideoError, probe
+from evaat_fast.data.decode import OutsideError, VideoError, members, probe
 
 Layout = Literal["whole", "clips", "chunks", "indexed"]
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -95,9 +95,9 @@ def find_clips(
 
 
 def of_path(path: str | os.PathLike[str]) -> Source:
-    """The Source of a file, or of a folder of chunks; VideoError where there is neither."""
+    """The Source of a file, of a member of a tar file, or of a folder of chunks; VideoError where there is none."""
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or (not path.is_dir() and members.place(path) is not None):
         return _whole(path)
     if not path.is_dir():
         raise VideoError(f"{path}: no such video")

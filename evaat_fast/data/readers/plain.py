@@ -9,7 +9,8 @@
 
 | column | what |
 |---|---|
-| path | of the video below the folder; its bare name will do where no other file has it; absolute where it lies below |
+| path | of the video below the folder; its bare name will do where no other file has it; absolute where it lies below; a member
+|      | of a tar file as shards/00001.tar/clip.mp4 |
 | caption | a sentence. Rows of one path, start and stop are one clip with several captions, of which training draws one |
 | start, stop | seconds, or [hh:]mm:ss[.f]; without them, or with both empty, the whole video |
 | split | "train" or "test", if given; empty, or without the column: by the video's path and a seed |
@@ -34,11 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from evaat_fast.data.choices import LABEL_COLUMNS, SPLITS, Split, check_choice
+from evaat_fast.data.decode import VideoError, members
 from evaat_fast.data.readers import text
 from evaat_fast.data.readers.large import LONGEST
 from evaat_fast.data.table import ClipTable
 
-__all__ = ["COLUMNS", "SUFFIXES", "NoCaptions", "columns_of", "normal", "read", "seconds", "walk"]
+__all__ = ["COLUMNS", "SUFFIXES", "NoCaptions", "columns_of", "is_text", "normal", "read", "seconds", "walk"]
 
 _log = logging.getLogger("evaat_fast")
 COLUMNS = ("path", "caption", "start", "stop", "split")
@@ -215,7 +217,7 @@ class _Places:
         if any(name == ".." or name.startswith("../") for name in spelt):
             row.fail("path", f"a video below {str(self.root)!r}")
         for name in spelt:
-            if os.path.exists(self.root / name):
+            if os.path.exists(self.root / name) or _in_tar(self.root / name):
                 return name
         wanted = unicodedata.normalize("NFC", list(spelt)[-1])
         by_path, by_name = self._listed
@@ -262,16 +264,24 @@ def walk(root: Path, skipped: list[str] | None = None) -> Iterator[str]:
         below = Path(folder).relative_to(root)
         for names in (folders, files):
             for name in sorted(names):
-                if name.startswith(".") or not _is_text(name):
+                if name.startswith(".") or not is_text(name):
                     skipped.append((below / name).as_posix())
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and _is_text(name))
-        yield from ((below / name).as_posix() for name in sorted(files) if not name.startswith(".") and _is_text(name))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and is_text(name))
+        yield from ((below / name).as_posix() for name in sorted(files) if not name.startswith(".") and is_text(name))
 
 
-def _is_text(name):
+def _in_tar(path):
+    try:
+        return members.place(path) is not None
+    except VideoError:  # said by the check
+        return False
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8; other bytes are surrogates in it."""
     try:
         return bool(name.encode())
-    except UnicodeEncodeError:  # bytes that are not UTF-8
+    except UnicodeEncodeError:
         return False
 
 
