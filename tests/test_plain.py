@@ -221,6 +221,23 @@ def test_a_wrong_row_of_a_table_is_named(folder):
         plain.read(folder / "c.parquet", folder / "videos", "train")
 
 
+def test_columns_of_other_types(folder):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    for columns, message in (
+        ({"path": [b"a.mp4"], "caption": ["x"]}, "c.parquet: path: expected a column of text, got binary"),
+        ({"path": ["a.mp4"], "caption": [{"x": 1}]}, "c.parquet: caption: expected a column of text, got struct"),
+    ):
+        pyarrow.parquet.write_table(pa.table(columns), folder / "c.parquet")
+        with pytest.raises(ValueError, match=message):
+            plain.read(folder / "c.parquet", folder / "videos", "train")
+    spans = {"start": pa.array([1500], pa.duration("ms")), "stop": pa.array([3000], pa.duration("ms"))}
+    table = pa.table({"path": pa.array(["a.mp4"]).dictionary_encode(), "caption": pa.array([["x"]]), **spans})
+    pyarrow.parquet.write_table(table, folder / "c.parquet")
+    assert plain.read(folder / "c.parquet", folder / "videos", "train", test_share=0.0)[0].start == 1.5
+
+
 def sides(folder, count, **options):
     text = "path,caption\n" + "".join(f"v{i}.mp4,c{i}\n" for i in range(count))
     return {s: {clip.video for clip in read(folder, text, s, **{"test_share": 0.2, **options})} for s in choices.SPLITS}

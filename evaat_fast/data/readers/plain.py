@@ -340,6 +340,12 @@ def _open_arrow(path):
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ValueError(f"{path}: names the column {twice[0]} {names.count(twice[0])} times")
+    for name in _NEEDED:
+        kind = table.schema.field(name).type
+        inner = kind.value_type if name == "caption" and pa.types.is_list(kind) else kind
+        inner = inner.value_type if pa.types.is_dictionary(inner) else inner
+        if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)):
+            raise ValueError(f"{path}: {name}: expected a column of text, got {kind}")
     return names, _arrow_rows(path, table)
 
 
