@@ -103,6 +103,12 @@ def test_accents_are_one_letter_or_two(folder, disk, said):
 
 def test_a_bare_name_is_enough_where_it_is_the_only_one(folder):
     assert read(folder, "path,caption\nmonday.mp4,runs\n")[0].video == "trip/monday.mp4"
+    for said in ("Monday.MP4", "TRIP/monday.mp4"):  # a camera writes the one, its owner the other
+        assert read(folder, f"path,caption\n{said},runs\n")[0].video == "trip/monday.mp4"
+    (folder / "videos" / "trip" / "X.mp4").write_bytes(b"x")
+    assert read(folder, "path,caption\nX.mp4,runs\n")[0].video == "trip/X.mp4"
+    with pytest.raises(ValueError, match=r"line 2 .*path: expected the name of one video; 2 have it: trip/X.mp4, trip/x.mp4"):
+        read(folder, "path,caption\ntrip\\x.MP4,runs\n")
     with pytest.raises(ValueError, match=r"line 2 .*path: expected the name of one video; 2 have it: home/x.mp4, trip/x.mp4"):
         read(folder, "path,caption\nx.mp4,runs\n")
     (folder / "elsewhere.mp4").write_bytes(b"x")

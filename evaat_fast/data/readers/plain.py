@@ -221,9 +221,11 @@ class _Places:
                 return name
         wanted = unicodedata.normalize("NFC", list(spelt)[-1])
         by_path, by_name = self._listed
-        if wanted in by_path:
-            return by_path[wanted]
-        found = by_name.get(wanted, []) if "/" not in wanted else []
+        found = by_path.get(wanted.casefold(), [])
+        if not found and "/" not in wanted:
+            found = by_name.get(wanted.casefold(), [])
+        # A camera's .MP4 may be written .mp4; but where there are both, they are two.
+        found = [name for name in found if unicodedata.normalize("NFC", name).endswith(wanted)] or found
         if len(found) > 1:
             row.fail(
                 "path", f"the name of one video; {len(found)} have it: {', '.join(found[:3])}; give the path below the folder"
@@ -239,13 +241,13 @@ class _Places:
         return row.fail("path", f"a video below {str(self.root)!r}")
 
     @functools.cached_property
-    def _listed(self) -> tuple[dict[str, str], dict[str, list[str]]]:
-        """({path in one spelling: as the disk has it}, {name: such paths}), of all files but hidden ones."""
-        by_path: dict[str, str] = {}
+    def _listed(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """({path in one spelling: as the disk has it}, {name: such paths}), without case, of all files but hidden ones."""
+        by_path: dict[str, list[str]] = {}
         by_name: dict[str, list[str]] = {}
         for name in walk(self.root):
-            spelt = unicodedata.normalize("NFC", name)
-            by_path[spelt] = name
+            spelt = unicodedata.normalize("NFC", name).casefold()
+            by_path.setdefault(spelt, []).append(name)
             by_name.setdefault(posixpath.basename(spelt), []).append(name)
         return by_path, by_name
 
