@@ -40,6 +40,16 @@ def demo(arguments: argparse.Namespace) -> None:
     )
 
 
+def init(arguments: argparse.Namespace) -> None:
+    from evaat_fast.train import begin, packages
+    from evaat_fast.train.log import Progress
+
+    packages.require("evaat-fast init", "av", "pyarrow", *packages.of_progress())
+    with Progress(0, "headers") as progress, _mistakes():
+        said = begin.write(arguments.folder, arguments.out, overwrite=arguments.overwrite, progress=progress.to)
+    print(said)
+
+
 def train(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import Diverged, evaluation, train
 
@@ -54,7 +64,9 @@ def train(arguments: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes the first prints
         return
     if result["metrics"]:  # not every corpus has a retrieval test
-        print("\n".join(evaluation.lines(result["metrics"], ("mAP", "nDCG"))))
+        ranks = () if config.data.kind == "ek100-mir" else ("R@1", "R@5", "R@10", "MedR")
+        names = [name for name in ("mAP", "nDCG", *ranks) if f"{name}_v2t" in result["metrics"]]
+        print("\n".join(evaluation.lines(result["metrics"], names)))
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
 
 
@@ -113,13 +125,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import ConfigError, outcome, packages, tasks, trainer
 
     config = _config(arguments)
-    if config.data.kind != arguments.task and not arguments.annotations:
+    task = arguments.task or ("retrieval" if config.data.kind == "csv" else "ek100-mir")
+    kind = tasks.kind_of(task)
+    if config.data.kind != kind and not arguments.annotations:
         raise ConfigError(
-            f"--task {arguments.task}: the configuration's data are {config.data.kind!r}; give the task's own files by "
+            f"--task {task}: the configuration's data are {config.data.kind!r}; give the task's own files by "
             "--annotations and --videos"
         )
-    if arguments.task == "ek100-mir":
-        config.data.kind = "ek100-mir"
+    if kind == "ek100-mir" or kind == "csv":
+        config.data.kind = kind
     packages.require("evaluation", *packages.of_data(config), *packages.of_progress())
     if arguments.json:
         _check_file(arguments.json)
@@ -132,7 +146,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     with _mistakes():
         record = outcome.run(
-            arguments.task,
+            task,
             config,
             arguments.checkpoint,
             trainer.choose_device(config),

@@ -84,6 +84,12 @@ def _parser():
     _add_set(command, "for both stages")
     command.set_defaults(run=_commands.demo)
 
+    command = commands.add_parser("init", help="a configuration and a file of captions for a folder of your own videos")
+    command.add_argument("folder", metavar="FOLDER", help="of videos, at any depth; captions beside them are used")
+    command.add_argument("--out", default=".", metavar="DIR", help="where captions.csv and config.toml are written (.)")
+    command.add_argument("--overwrite", action="store_true", help="replace them where they are there; never written captions")
+    command.set_defaults(run=_commands.init)
+
     command = commands.add_parser("train", help="train as a TOML file says; --keys lists what it can say")
     _add_run(command)
     command.add_argument("--keys", action="store_true", help="print every key with its default and meaning, as a TOML file")
@@ -106,7 +112,9 @@ def _parser():
 
     command = commands.add_parser("eval", help="a checkpoint on a benchmark's test set, beside the paper's numbers")
     _add_model(command)
-    command.add_argument("--task", choices=("ek100-mir", "egomcq", "charades-ego"), default="ek100-mir", help="(ek100-mir)")
+    command.add_argument(
+        "--task", choices=("ek100-mir", "egomcq", "charades-ego", "retrieval"), help="(ek100-mir; of data.kind = csv retrieval)"
+    )
     command.add_argument("--stage", choices=("zero-shot", "fine-tuned"), help="the rows of the paper to show (a guess)")
     command.add_argument("--json", metavar="FILE", help="write what came out, and all that repeating it needs")
     command.add_argument("--allow-partial", action="store_true", help="go on without clips that cannot be read, and say so")

@@ -14,10 +14,11 @@ from evaat_fast.data.choices import CORPORA, LABELLED, Corpus, Split, check_choi
 from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.labels import ActionClips, LabelledClips
-from evaat_fast.data.readers import charades, egoclip, egoclip_plus, egomcq, ek100, ek100_clips
+from evaat_fast.data.plain import PlainClips
+from evaat_fast.data.readers import charades, egoclip, egoclip_plus, egomcq, ek100, ek100_clips, plain
 from evaat_fast.data.table import ClipTable
 
-_MADE: dict[Corpus, type[ClipDataset]] = dict(zip(LABELLED, (EK100, LabelledClips, ActionClips), strict=True))
+_MADE: dict[Corpus, type[ClipDataset]] = dict(zip(LABELLED, (EK100, LabelledClips, ActionClips, PlainClips), strict=True))
 
 __all__ = ["open_corpus", "read_actions", "read_questions", "read_table"]
 
@@ -25,17 +26,26 @@ __all__ = ["open_corpus", "read_actions", "read_questions", "read_table"]
 def open_corpus(
     kind: Corpus, annotations: str | os.PathLike[str], videos: str | os.PathLike[str], split: Split, **options: Any
 ) -> ClipDataset:
-    """A split of a corpus, to train on or, for "ek100-mir" and "charades-ego", to evaluate.
+    """A split of a corpus, to train on or, for "ek100-mir", "charades-ego" and "csv", to evaluate.
 
     Args:
-        kind: "clips" for a table written by `ClipTable.save`, else the name of a corpus. annotations: as for `read_table`.
-        videos: the folder of its videos. split: "train" or "test". options: of `ClipDataset`, for "ek100-mir" of `EK100`.
+        kind: "clips" for a table written by `ClipTable.save`, "csv" for a folder of videos and a file of their captions, else
+            the name of a corpus. annotations: as for `read_table`, for "csv" the file.
+        videos: the folder of its videos. split: "train" or "test". options: of `ClipDataset`, for "ek100-mir" of `EK100`, for
+            "csv" of `PlainClips` and those of `readers.plain.read`: labels, test_share, split_seed.
 
     Raises:
         FileNotFoundError, ValueError: files that are missing or cannot be read, a corpus without such a split.
     """
     if kind == "ek100-mir":
         return EK100(annotations, videos, split, **options)
+    if kind == "csv":
+        how = {name: options.pop(name) for name in ("labels", "test_share") if name in options}
+        seed = options.pop("split_seed", 0)
+        table = plain.read(annotations, videos, split, seed=seed, **how)
+        if not len(table):
+            raise ValueError(f"{annotations}: it has no clip to {split} on: data.test_share, or a column split, says which are")
+        return PlainClips(table, videos, **options)
     table = read_table(kind, annotations, split)
     if kind == "charades-ego" and split == "test":
         return ClipDataset(table, videos, **options)
@@ -54,6 +64,8 @@ def read_table(kind: Corpus, annotations: str | os.PathLike[str], split: Split) 
     """
     check_choice("kind", kind, CORPORA)
     path = Path(annotations)
+    if kind == "csv":
+        raise ValueError("kind: the paths of 'csv' are of a folder of videos: call readers.plain.read")
     if (path / f"{split}.arrow").is_file():
         path = path / f"{split}.arrow"
     if kind == "clips" or path.suffix in (".arrow", ".parquet"):
