@@ -4,8 +4,8 @@
     print(index.add("videos"))                                       # what is new or changed
     print(index.search("push the red block left - a hand", k=5))     # score, time and file of five moments
 
-`store` is the folder on the disk, `scan` looks for videos, `windows` cuts them into clips, `embedder` is the model, `build` brings
-them together, `query` and `moments` are what is asked and found, `page` and `cut` show it.
+`store` is the folder on the disk, `scan` looks for videos, `windows` cuts them into clips, `embedder` is the model, `build`
+brings them together, `query` and `moments` are what is asked and found, `page` and `cut` show it.
 """
 
 from typing import TYPE_CHECKING

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,8 @@ class Progress:
 @dataclass(frozen=True)
 class Report:
     """What `Index.add` did. videos: indexed now. clips: of these. unchanged: videos left as they are. removed: videos that are
-    gone. changed: of `videos`, those that were indexed before. unreadable: {video: why}, of all that were looked at. seconds: it
-    took."""
+    gone. changed: of `videos`, those that were indexed before. unreadable: {video: why}, of all that were looked at. seconds:
+    how long it took."""
 
     videos: int
     clips: int
@@ -65,6 +65,10 @@ class Report:
     changed: int
     unreadable: dict[str, str]
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return asdict(self)
 
     def __str__(self) -> str:
         said = [f"{self.videos:,} videos indexed, {self.clips:,} clips"]
@@ -218,7 +222,7 @@ def build(
                     tell(name, event.share)
                     continue
                 stamp = todo[name].size, todo[name].mtime
-                if event.why is not None:
+                if event.windows is None:
                     group.unreadable[name], failed[name] = Problem(*stamp, event.why), event.why
                     group.dropped.append((first, group.clips))
                     clips -= group.clips - first
@@ -252,10 +256,17 @@ class _End:
 
     name: str
     windows: windows.Windows | None
-    why: str | None = None
+    why: str = ""
 
 
-def _events(pool, todo, base, settings, embedder, workers) -> Iterator[_Span | _End]:
+def _events(
+    pool: ThreadPoolExecutor,
+    todo: Mapping[str, scan.Found],
+    base: str,
+    settings: Settings,
+    embedder: Embedder,
+    workers: int,
+) -> Iterator[_Span | _End]:
     """What becomes of each video, in order; threads are ahead."""
     config = embedder.config
     height, width = config.size

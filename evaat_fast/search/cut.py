@@ -20,7 +20,9 @@ _FASTEST = 60  # frames per second that are kept
 __all__ = ["cut", "write"]
 
 
-def cut(found: Moments, folder: str | os.PathLike[str], progress: Callable[[Path], object] | None = None) -> dict[Path, str | None]:
+def cut(
+    found: Moments, folder: str | os.PathLike[str], progress: Callable[[Path], object] | None = None
+) -> dict[Path, str | None]:
     """Writes each moment as an mp4 file, named by its rank, its video and its time.
 
     Args:
@@ -123,7 +125,7 @@ def _sound(video, start, stop):
             container.seek(max(0, int((start + zero - 0.5) * 1e6)))
             at = 0
             for frame in container.decode(stream):
-                time = frame.time - zero
+                time = float(frame.time or 0.0) - zero
                 if time >= stop:
                     break
                 if time + frame.samples / frame.sample_rate <= start:

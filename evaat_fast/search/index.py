@@ -18,7 +18,7 @@ from evaat_fast.search.build import Progress, Report, build, plan_of, threads
 from evaat_fast.search.embedder import Embedder, Settings, check_same, check_settings, weights_of
 from evaat_fast.search.moments import Moments, events
 from evaat_fast.search.query import Like, Term, parse_like, parse_query, spoken
-from evaat_fast.search.store import File, BadIndex, Places, Store, alone
+from evaat_fast.search.store import BadIndex, File, Places, Store, alone
 from evaat_fast.search.vectors import Vectors
 
 FOLDER = ".evaat-index"  # of an index, in the folder of its videos
@@ -42,7 +42,7 @@ def find(folder: str | os.PathLike[str] = ".") -> Path:
 class Index:
     """Clips of videos as vectors, and where each of them is; `Index.open` or `Index.create` makes one.
 
-    folder: where it lies. settings: what its vectors are of. places: of all rows. `len(index)` is the number of clips that count.
+    folder: where it lies. settings: what its vectors are of. places: of all rows. `len(index)` is how many clips count.
     Names of videos are paths from the folder in which the index lies, of others absolute ones, so that videos and index can be
     moved together. One object may serve several threads; `reload` and `add` are for one of them.
     """

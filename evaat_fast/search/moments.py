@@ -40,7 +40,8 @@ def events(scores: np.ndarray, places: Places, k: int, allowed: np.ndarray | Non
     left = np.where(free, scores, np.float32(-np.inf))
     if not len(left):
         return []
-    mean, found = float(scores.mean()), []
+    mean = float(scores.mean())
+    found: list[Event] = []
     start, stop = places.start, places.stop
     while len(found) < k:
         best = int(left.argmax())
@@ -54,9 +55,19 @@ def events(scores: np.ndarray, places: Places, k: int, allowed: np.ndarray | Non
             def near(row, first=first, last=last, least=least):
                 return left[row] >= least
 
-            while first > file.first and near(first - 1) and stop[first - 1] >= start[first] and _fits(start, stop, first - 1, last):
+            while (
+                first > file.first
+                and near(first - 1)
+                and stop[first - 1] >= start[first]
+                and _fits(start, stop, first - 1, last)
+            ):
                 first -= 1
-            while last < file.last - 1 and near(last + 1) and start[last + 1] <= stop[last] and _fits(start, stop, first, last + 1):
+            while (
+                last < file.last - 1
+                and near(last + 1)
+                and start[last + 1] <= stop[last]
+                and _fits(start, stop, first, last + 1)
+            ):
                 last += 1
             rows = slice(file.first, file.last)
             left[rows][(start[rows] < stop[last]) & (stop[rows] > start[first])] = -np.inf
@@ -70,8 +81,8 @@ def _fits(start, stop, first, last):
 
 
 class Moment(NamedTuple):
-    """A row of `Moments`. score: cosine of its best clip. file: path. start, stop: seconds. peak: seconds, the middle of the best
-    clip. date: of the file."""
+    """A row of `Moments`. score: cosine of its best clip. file: path. start, stop: seconds. peak: seconds, the middle of the
+    best clip. date: of the file."""
 
     score: float
     file: str
@@ -85,8 +96,8 @@ class Moment(NamedTuple):
 class Moments:
     """What a search found, best first: columns of the same length, rows by number and in a loop, a table in `print`.
 
-    query: what was asked. score: float32 [n], cosines of the best clips with the query. file: paths, absolute. start, stop, peak:
-    float64 [n], seconds in the file; `peak` is the middle of the best clip. date: the files' dates, local time.
+    query: what was asked. score: float32 [n], cosines of the best clips with the query. file: paths, absolute. start, stop,
+    peak: float64 [n], seconds in the file; `peak` is the middle of the best clip. date: the files' dates, local time.
     """
 
     query: str
@@ -101,8 +112,8 @@ class Moments:
         return len(self.file)
 
     def __getitem__(self, row: int) -> Moment:
-        numbers = (float(self.score[row]), self.file[row], *(float(x[row]) for x in (self.start, self.stop, self.peak)))
-        return Moment(*numbers, self.date[row])  # type: ignore[arg-type]
+        start, stop, peak = (float(x[row]) for x in (self.start, self.stop, self.peak))
+        return Moment(float(self.score[row]), self.file[row], start, stop, peak, self.date[row])
 
     def __iter__(self) -> Iterator[Moment]:
         return (self[row] for row in range(len(self)))
@@ -122,11 +133,9 @@ class Moments:
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        rows = "".join(
-            f"<tr><td>{m.score:.3f}</td><td>{clock(m.start)} - {clock(m.stop)}</td><td>{html.escape(printable(m.file))}</td></tr>"
-            for m in self
-        )
-        return f"<table><tr><th>score</th><th>time</th><th>file</th></tr>{rows}</table>"
+        cells = ((f"{m.score:.3f}", f"{clock(m.start)} - {clock(m.stop)}", html.escape(printable(m.file))) for m in self)
+        rows = ("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+        return f"<table><tr><th>score</th><th>time</th><th>file</th></tr>{''.join(rows)}</table>"
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Rows as JSON takes them: dates in ISO 8601."""

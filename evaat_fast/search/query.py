@@ -56,7 +56,9 @@ def parse_like(text: str) -> Like:
     try:
         return Like(file, seconds_of(time))
     except ValueError:
-        raise ValueError(f"like: expected a time after the last @, as in video.mp4@12.5 or video.mp4@01:02, got {time!r}") from None
+        raise ValueError(
+            f"like: expected a time after the last @, as in video.mp4@12.5 or video.mp4@01:02, got {time!r}"
+        ) from None
 
 
 def seconds_of(text: str) -> float:

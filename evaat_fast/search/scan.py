@@ -34,7 +34,11 @@ def name_of(path: str | os.PathLike[str], base: str) -> str:
 def real(path: str | os.PathLike[str]) -> str:
     """An absolute path by which a folder has one name, whichever links lead to it; a link to a file keeps its own."""
     path = os.path.abspath(os.fspath(path))
-    return os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    return (
+        os.path.realpath(path)
+        if os.path.isdir(path)
+        else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    )
 
 
 def path_of(name: str, base: str) -> str:

@@ -4,9 +4,10 @@
     vectors-0000.f16                  float16 [rows, E], one row a clip, each of length 1
     places-0000.parquet               file, start, stop, size, mtime of each row, in the same order
 
-A commit appends vectors, writes places beside the former, and renames a new manifest into its place. What a killed process leaves
-behind the last manifest does not count, and the next one overwrites or removes it. Rows of videos that changed or are gone are
-listed as dead; where they are many `finish` copies the others to a new file. Nothing written depends on the time or the process.
+A commit appends vectors, writes places beside the former, and renames a new manifest into its place. What a killed process
+leaves behind the last manifest does not count, and the next one overwrites or removes it. Rows of videos that changed or are
+gone are listed as dead; where they are many `finish` copies the others to a new file. Nothing that is written depends on the
+time or the process.
 """
 
 import contextlib
@@ -57,9 +58,9 @@ class File(NamedTuple):
 class Manifest:
     """What of an index counts.
 
-    settings: what its vectors are of, see `evaat_fast.search.embedder.Settings`. width: numbers of a vector. rows: how many there
-    are. vectors, places: names of files. dead: [first, last) of rows that no longer count. roots: folders that are indexed.
-    unreadable: {video: its Problem}.
+    settings: what its vectors are of, see `evaat_fast.search.embedder.Settings`. width: numbers of a vector. rows: how many
+    there are. vectors, places: names of files. dead: [first, last) of rows that no longer count. roots: folders that are
+    indexed. unreadable: {video: its Problem}.
     """
 
     settings: dict[str, Any]

@@ -10,7 +10,9 @@ from torch import Tensor
 from evaat_fast.search.store import BadIndex
 
 _TILE = 8192  # rows: 8 MB of 256 float32 numbers; of 512 to 16,384 the fastest on two cores
-_KEPT = 1 << 25  # bytes that stay mapped behind the product: what was read stays in the system's cache, and is no memory of ours
+_KEPT = (
+    1 << 25
+)  # bytes that stay mapped behind the product: what was read stays in the system's cache, and is no memory of ours
 
 __all__ = ["Vectors"]
 
