@@ -5,6 +5,7 @@ names whatever is ready first, batches never reach beyond a commit, and commits 
 again therefore writes what an undisturbed one does, to the last bit.
 """
 
+import math
 import os
 import time
 from collections import deque
@@ -22,7 +23,8 @@ from evaat_fast.search.embedder import Embedder, Settings
 from evaat_fast.search.store import COLUMNS, Problem, Store
 
 _COMMIT = 256  # clips, or the video more that reaches them
-_BATCH = {"cpu": 16, "cuda": 64}
+_BATCH = 64  # clips, at most
+_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 18}  # of a batch
 _SPAN = 64 << 20  # bytes of frames that a thread decodes at once
 _SPANS = (16, 256)  # clips, at least and at most
 
@@ -174,6 +176,7 @@ def build(
     """
     device, began = embedder.device.type, time.monotonic()
     group, clips, done, read, failed = _Group(), 0, 0, 0, {}
+    size = max(4, min(_BATCH, _TOKENS[device] // math.prod(embedder.config.grid)))
     total = sum(one.size for one in todo.values())
 
     def tell(name: str, share: float = 0.0) -> None:
@@ -191,7 +194,6 @@ def build(
         group.vectors.append(pool.submit(embedder.clips, batch))
 
     def flush(everything: bool = False) -> None:
-        size = _BATCH[device]
         while sum(map(len, group.waiting)) >= size or (everything and group.waiting):
             some = torch.cat(group.waiting)
             group.waiting = [some[size:]] if len(some) > size else []

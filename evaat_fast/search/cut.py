@@ -68,18 +68,13 @@ def write(video: str | os.PathLike[str], path: Path, start: float, stop: float) 
             times = [start + float((i + Fraction(1, 2)) / rate) for i in range(count)]
             last = max(0.0, reader.end - 0.25 / reader.fps)
             sound = _sound(video, start, start + count / float(rate))
+            at, frames = 0, reader.read([min(times[0], last)])
+            more = max(1, _BLOCK // frames[0].nbytes)
             with av.open(str(part), "w") as out:
-                stream: Any = None
+                stream = _stream(out, frames.shape[2], frames.shape[1], rate)
                 voice: Any = out.add_stream("aac", rate=sound[0].sample_rate, layout=sound[0].layout.name) if sound else None
-                size = 0
-                at = 0
                 while at < count:
-                    more = max(1, _BLOCK // size) if size else 1
-                    frames = reader.read([min(time, last) for time in times[at : at + more]])
-                    size = frames[0].nbytes
-                    if stream is None:
-                        stream = _stream(out, frames.shape[2], frames.shape[1], rate)
-                    for frame in frames:
+                    for frame in reader.read([min(time, last) for time in times[at : at + more]]):
                         _put(out, stream, frame, at)
                         at += 1
                 out.mux(stream.encode(None))

@@ -116,6 +116,7 @@ class Embedder:
             loaded = factory.load(checkpoint, num_frames=_FRAMES, **model)
         self.model, self.tokenizer, self.crop = loaded.model.to(self.device), loaded.tokenizer, loaded.transform
         self.config = self.model.config
+        self._low = self.device.type == "cuda" or _products_in_bfloat16()
 
     @classmethod
     def of(cls, settings: Settings, device: str = "auto") -> "Embedder":
@@ -141,7 +142,7 @@ class Embedder:
     @torch.inference_mode()
     def clips(self, video: torch.Tensor) -> np.ndarray:
         """uint8 [B, T, S, S, 3] to float16 [B, E] of length 1."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._low):
             found = self.model.encode_video(video.to(self.device, non_blocking=True))
         return F.normalize(found.float(), dim=-1).half().cpu().numpy()
 
@@ -150,6 +151,11 @@ class Embedder:
         """float32 [B, E] of length 1, on the CPU."""
         tokens = trim(self.tokenizer(list(texts))).to(self.device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1).cpu()
+
+
+def _products_in_bfloat16() -> bool:
+    """Whether this CPU has them: a small model's batch then takes half as long. Others would compute them by way of float32."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def check_same(settings: Settings, checkpoint: str, found: str) -> None:

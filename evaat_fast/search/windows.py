@@ -44,7 +44,7 @@ def windows(path: str, seconds: float, stride: float, frames: int) -> Windows:
     fps, end = _facts(path)
     count = max(1, math.floor((end - seconds) / stride + 1e-6) + 1)
     start = np.arange(count) * stride
-    if end - (start[-1] + seconds) > _TAIL * seconds:
+    if end - (start[-1] + seconds) >= _TAIL * seconds - 1e-6:
         start = np.append(start, end - seconds)
     return _of(start, np.minimum(start + seconds, end), fps, end, frames)
 
