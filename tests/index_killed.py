@@ -1,10 +1,11 @@
 """Indexing that SIGKILL ends, many times in one process: python index_killed.py, with a JSON of what to do on stdin.
 
-{"videos": a folder, "checkpoint": weights, "phases": [{"kills": [[what, when], ...], "remove": names, "add": {name: file}}]}; what
-is "replace" or "fsync", the whenth call of which is the last, or "after", so many seconds. Each kill of a phase begins with the
-folder as the phase before left it, changed. Prints a line for a run that nothing ends and one for each kill: how the process ended
-and after how many seconds, whether the index opened then and how many rows it had, how a run that goes on ended, and the hashes of
-the files that it left.
+{"videos": a folder, "checkpoint": weights, "phases": [{"kills": [[what, when], ...], "remove": names, "add": {name: file}}]}
+
+what is "replace" or "fsync", the whenth call of which is the last, or "after", so many seconds. Each kill of a phase begins
+with the folder as the phase before left it, changed. Prints a line for a run that nothing ends and one for each kill: how the
+process ended and after how many seconds, whether the index opened then and how many rows it had, how a run that goes on ended,
+and the hashes of the files that it left.
 """
 
 import hashlib
