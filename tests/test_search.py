@@ -182,10 +182,15 @@ def kill(folder, checkpoint, *phases):
 
 @pytest.fixture(scope="module")
 def commits(tmp_path_factory):
-    """Videos of a commit each, of 256 clips of a second every tenth of it, and one that is no video."""
+    """Clips of a second every tenth of it: a video of one commit of 256, one of two, one that breaks off after its first, and
+    one that is no video."""
     folder = tmp_path_factory.mktemp("commits")
-    for n in range(3):
-        films.film(folder / f"{n}.mp4", [i / 4 for i in range(107 + n)], rate=4)
+    for name, length in (("0", 107), ("1", 214), ("2", 160)):
+        films.film(folder / f"{name}.mp4", [i / 4 for i in range(length)], rate=4)
+    data = bytearray((folder / "2.mp4").read_bytes())
+    at = data.index(b"mdat") + int(0.8 * (data.index(b"moov") - data.index(b"mdat")))
+    data[at : at + 150] = random.Random(0).randbytes(150)
+    (folder / "2.mp4").write_bytes(data)
     (folder / "1-broken.mp4").write_bytes(b"no video")
     return folder
 
@@ -203,15 +208,17 @@ def held(lines):
 def test_killed_runs_go_on_to_the_same_bytes(commits, place, tmp_path):
     folder = tmp_path / "v"
     shutil.copytree(commits, folder)
-    kills = [["replace", 3], ["replace", 5], ["fsync", 6]]
+    kills = [["replace", 3], ["replace", 7], ["fsync", 12]]
     # Then one is gone and one is new, so that the dead rows are many and the others are copied.
     more = {"kills": [["replace", 4], ["replace", 6]], "remove": ["0.mp4"], "add": {"4.mp4": str(place / "one.mp4")}}
     lines = kill(folder, place / "weights.safetensors", {"kills": kills}, more)
     killed, left = held(lines[:4])
-    assert killed == 3 and len(left) > 1
+    assert killed == 3 and left == {0, 514, 770}  # before the first commit, and within the second and third video
     assert held(lines[4:])[0] == 2
     manifest = json.loads((folder / ".evaat-index/index.json").read_text())
-    assert manifest["vectors"] == "vectors-0001.f16" and not manifest["dead"]
+    assert manifest["vectors"] == "vectors-0001.f16" and not manifest["dead"] and not manifest["partial"]
+    assert [f.name for f in Index.open(folder).files] == ["1.mp4", "4.mp4"]
+    assert manifest["unreadable"].keys() == {"1-broken.mp4", "2.mp4"}
 
 
 @pytest.mark.slow

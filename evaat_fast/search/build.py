@@ -1,8 +1,8 @@
 """From videos to rows of an index: decoding in threads, a batch at a time through the model, a commit every few hundred clips.
 
 Threads decode ahead; on a CPU the same threads embed, one batch each, so that no core waits for another. The order is that of
-names whatever is ready first, batches never reach beyond a commit, and commits end with a video: a run that is killed and begun
-again therefore writes what an undisturbed one does, to the last bit.
+names whatever is ready first, and batches never reach beyond a commit, so a run that is killed and begun again writes what an
+undisturbed one does, to the last bit.
 """
 
 import math
@@ -20,7 +20,7 @@ import torch
 from evaat_fast.data.decode import VideoError
 from evaat_fast.search import scan, windows
 from evaat_fast.search.embedder import Embedder, Settings
-from evaat_fast.search.store import COLUMNS, Problem, Store
+from evaat_fast.search.store import COLUMNS, Partial, Problem, Store
 
 _COMMIT = 256  # clips, or the video more that reaches them
 _BATCH = 64  # clips, at most
@@ -140,18 +140,22 @@ def threads(workers: int | None) -> int:
 
 @dataclass
 class _Group:
-    """What the next commit will have."""
+    """What the next commit will have. first: its row at which the current video begins."""
 
     vectors: list[Any] = field(default_factory=list)  # arrays, or futures of them
     waiting: list[torch.Tensor] = field(default_factory=list)  # clips that are not a batch yet
     clips: int = 0
+    first: int = 0
     places: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     dropped: list[tuple[int, int]] = field(default_factory=list)  # rows of videos that broke off
+    dead: list[tuple[int, int]] = field(default_factory=list)  # and those of them that were committed before
     unreadable: dict[str, Problem] = field(default_factory=dict)
 
-    def add(self, name: str, some: windows.Windows, size: int, mtime: int) -> None:
-        n = len(some)
-        columns = ([name] * n, some.start.tolist(), some.stop.tolist(), [size] * n, [mtime] * n)
+    def add(self, span: "_Span", found: scan.Found) -> None:
+        n = len(span.where)
+        self.waiting.append(torch.from_numpy(span.frames[span.where]))
+        self.clips += n
+        columns = ([span.name] * n, span.start.tolist(), span.stop.tolist(), [found.size] * n, [found.mtime] * n)
         for column, values in zip(COLUMNS, columns, strict=True):
             self.places[column] += values
 
@@ -165,7 +169,7 @@ def build(
     workers: int,
     progress: Callable[[Progress], object] | None = None,
 ) -> tuple[int, dict[str, str]]:
-    """Indexes videos.
+    """Indexes videos; the one that the manifest calls partial, from where it stands.
 
     Args:
         store: held by this process. todo: videos by name, in order. base: of names, see `scan.name_of`. workers: threads.
@@ -199,7 +203,7 @@ def build(
             group.waiting = [some[size:]] if len(some) > size else []
             embed(some[:size])
 
-    def commit() -> None:
+    def commit(partial: Partial | None = None) -> None:
         nonlocal group
         flush(everything=True)
         made = [x.result() if isinstance(x, Future) else x for x in group.vectors]
@@ -209,32 +213,37 @@ def build(
             keep[first:last] = False
         if not np.isfinite(vectors[keep].astype(np.float32)).all():
             raise ValueError(f"checkpoint: {settings.checkpoint}: its vectors are not finite; they cannot be searched")
-        store.append(vectors[keep], group.places, group.unreadable)
+        places = {name: [x for x, kept in zip(column, keep, strict=True) if kept] for name, column in group.places.items()}
+        store.append(vectors[keep], places, group.unreadable, group.dead, partial)
         group = _Group()
 
+    begun = store.manifest.partial
     with ThreadPoolExecutor(workers, "index", initializer=_one_thread) as pool:
-        first = 0  # row of the group at which the video begins
+        here = 0  # clips of the video
         try:
-            for event in _events(pool, todo, base, settings, embedder, workers):
-                name = event.name
+            for event in _events(pool, todo, base, settings, embedder, workers, begun):
+                name, found = event.name, todo[event.name]
                 if isinstance(event, _Span):
-                    group.waiting.append(torch.from_numpy(event.frames[event.where]))
-                    group.clips, clips = group.clips + len(event.where), clips + len(event.where)
+                    here = here or (begun.clips if begun and begun.name == name else 0)
+                    group.add(event, found)
+                    here, clips = here + len(event.where), clips + len(event.where)
                     flush()
                     tell(name, event.share)
+                    if group.clips >= _COMMIT and event.share < 1:
+                        commit(Partial(name, here, found.size, found.mtime))
                     continue
-                stamp = todo[name].size, todo[name].mtime
-                if event.windows is None:
-                    group.unreadable[name], failed[name] = Problem(*stamp, event.why), event.why
-                    group.dropped.append((first, group.clips))
-                    clips -= group.clips - first
-                else:
-                    group.add(name, event.windows, *stamp)
-                first, done, read = group.clips, done + 1, read + todo[name].size
+                if event.why:
+                    group.unreadable[name], failed[name] = Problem(found.size, found.mtime, event.why), event.why
+                    group.dropped.append((group.first, group.clips))
+                    here = here or (begun.clips if begun and begun.name == name else 0)
+                    committed = here - (group.clips - group.first)
+                    if committed:
+                        group.dead.append((store.manifest.rows - committed, store.manifest.rows))
+                    clips -= min(clips, here)
+                here, group.first, done, read = 0, group.clips, done + 1, read + found.size
                 tell(name)
                 if group.clips >= _COMMIT:
                     commit()
-                    first = 0
             commit()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -244,20 +253,22 @@ def build(
 
 @dataclass(frozen=True)
 class _Span:
-    """Some clips of a video. frames: uint8 [U, S, S, 3]. where: int64 [n, T], each clip's. share: of the video that is done."""
+    """Some clips of a video. frames: uint8 [U, S, S, 3]. where: int64 [n, T], each clip's. start, stop: float64 [n], seconds.
+    share: of the video that is done."""
 
     name: str
     frames: np.ndarray
     where: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
     share: float
 
 
 @dataclass(frozen=True)
 class _End:
-    """Of a video: all of its clips, or why there are none."""
+    """Of a video, and why none of its clips count, if it broke off."""
 
     name: str
-    windows: windows.Windows | None
     why: str = ""
 
 
@@ -268,48 +279,50 @@ def _events(
     settings: Settings,
     embedder: Embedder,
     workers: int,
+    begun: Partial | None,
 ) -> Iterator[_Span | _End]:
     """What becomes of each video, in order; threads are ahead."""
     config = embedder.config
     height, width = config.size
     most = _SPAN // (config.num_frames * height * width * 3)
     size = max(_SPANS[0], min(_SPANS[1], most))
+    paths = {name: scan.path_of(name, base) for name in todo}
 
     def plan(path):
         return windows.windows(path, settings.seconds, settings.stride, config.num_frames)
 
     def jobs():
         """(name, its windows or why there are none, the first clip, a decoded span)."""
-        paths = {name: scan.path_of(name, base) for name in todo}
         for name, planned in _ahead(((name, pool.submit(plan, path)) for name, path in paths.items()), 2 * workers):
             try:
                 some = planned.result()
             except (VideoError, OSError) as error:
                 yield name, _why(error, paths[name]), 0, None
                 continue
-            for at in range(0, len(some), size):
+            first = begun.clips if begun and begun.name == name else 0
+            for at in range(first, len(some), size):
                 yield name, some, at, pool.submit(windows.decode, paths[name], some.times[at : at + size], embedder.crop)
 
     broken = None
     for name, some, at, future in _ahead(jobs(), workers + 1):
         if future is None:
-            yield _End(name, None, some)
+            yield _End(name, some)
         elif name == broken:
             future.cancel()
         else:
-            path = scan.path_of(name, base)
             try:
                 frames, where = future.result()
-                yield _Span(name, frames, where, (at + len(where)) / len(some))
-                if at + size < len(some):
+                end = at + len(where)
+                yield _Span(name, frames, where, some.start[at:end], some.stop[at:end], end / len(some))
+                if end < len(some):
                     continue
-                status = os.stat(path)
+                status = os.stat(paths[name])
                 if (status.st_size, status.st_mtime_ns) != todo[name][:2]:
                     raise VideoError("it changed while it was read; index again")
-                yield _End(name, some)
+                yield _End(name)
             except (VideoError, OSError) as error:
                 broken = name
-                yield _End(name, None, _why(error, path))
+                yield _End(name, _why(error, paths[name]))
 
 
 def _ahead(things: Iterable[Any], count: int) -> Iterator[Any]:

@@ -315,8 +315,12 @@ class Index:
             found = scan.scan(given, self.base)
             roots = [scan.name_of(scan.real(path), self.base) for path in given]
             there = {file.name: (file.size, file.mtime) for file in places.files}
+            if partial := manifest.partial:
+                there.pop(partial.name, None)
             plan = plan_of(found, there, manifest.unreadable, _below(roots), retry)
             old = {*plan.gone, *plan.stale}
+            if partial and (partial.name not in plan.todo or plan.todo[partial.name][:2] != (partial.size, partial.mtime)):
+                old, partial = {*old, partial.name}, None
             dead = [(file.first, file.last) for file in places.files if file.name in old]
             kept = {name: why for name, why in manifest.unreadable.items() if name not in old and name not in plan.todo}
             folders = {name for name, path in zip(roots, given, strict=True) if os.path.isdir(path)}
@@ -324,10 +328,13 @@ class Index:
                 dead=tuple(sorted({*manifest.dead, *dead})),
                 roots=tuple(sorted({*manifest.roots, *folders})),
                 unreadable={**kept, **plan.known},
+                partial=partial,
             )
             clips, failed = 0, {}  # type: int, dict[str, str]
             if plan.todo:
-                clips, failed = build(store, self.embedder, self.settings, plan.todo, self.base, workers, progress)
+                todo = plan.todo  # what was begun goes on before anything else is appended
+                todo = {partial.name: todo[partial.name], **todo} if partial else todo
+                clips, failed = build(store, self.embedder, self.settings, todo, self.base, workers, progress)
             store.finish()
         self._take(store)
         refused = {**plan.refused, **{name: problem.why for name, problem in plan.known.items()}, **failed}

@@ -29,7 +29,7 @@ _DEAD = 0.25  # the share of dead rows from which the others are copied
 _TILE = 1 << 16  # rows that are copied at once
 COLUMNS = ("file", "start", "stop", "size", "mtime")
 
-__all__ = ["COLUMNS", "File", "BadIndex", "Manifest", "Places", "Problem", "Store", "alone"]
+__all__ = ["COLUMNS", "BadIndex", "File", "Manifest", "Partial", "Places", "Problem", "Store", "alone"]
 
 
 class BadIndex(ValueError):
@@ -42,6 +42,15 @@ class Problem(NamedTuple):
     size: int
     mtime: int
     why: str
+
+
+class Partial(NamedTuple):
+    """The video whose first clips alone are in the index, its last rows. size: bytes. mtime: nanoseconds."""
+
+    name: str
+    clips: int
+    size: int
+    mtime: int
 
 
 class File(NamedTuple):
@@ -60,7 +69,7 @@ class Manifest:
 
     settings: what its vectors are of, see `evaat_fast.search.embedder.Settings`. width: numbers of a vector. rows: how many
     there are. vectors, places: names of files. dead: [first, last) of rows that no longer count. roots: folders that are
-    indexed. unreadable: {video: its Problem}.
+    indexed. unreadable: {video: its Problem}. partial: a long video that a killed process had begun.
     """
 
     settings: dict[str, Any]
@@ -71,6 +80,7 @@ class Manifest:
     dead: tuple[tuple[int, int], ...] = ()
     roots: tuple[str, ...] = ()
     unreadable: dict[str, Problem] = field(default_factory=dict)
+    partial: Partial | None = None
 
     def dumps(self) -> bytes:
         values = asdict(self) | {"unreadable": {name: list(self.unreadable[name]) for name in sorted(self.unreadable)}}
@@ -119,6 +129,7 @@ class Store:
             if number == FORMAT:
                 found["places"], found["roots"] = tuple(found["places"]), tuple(found["roots"])
                 found["dead"] = tuple((first, last) for first, last in found["dead"])
+                found["partial"] = Partial(*found["partial"]) if found["partial"] else None
                 found["unreadable"] = {name: Problem(*values) for name, values in found["unreadable"].items()}
                 return Manifest(**found)
         except FileNotFoundError:
@@ -134,14 +145,16 @@ class Store:
 
         rows = self.manifest.rows
         codes, start, stop = np.full(rows, -1, np.int32), np.zeros(rows), np.zeros(rows)
-        dead = {first for first, _ in self.manifest.dead}
+        alive = np.ones(rows, bool)
+        for first, last in self.manifest.dead:
+            alive[first:last] = False
         files: list[File] = []
         at = 0
-        for name in self.manifest.places:
+        for part in self.manifest.places:
             try:
-                table = pyarrow.parquet.read_table(self.folder / name, columns=list(COLUMNS))
+                table = pyarrow.parquet.read_table(self.folder / part, columns=list(COLUMNS))
             except (OSError, pa.ArrowException) as error:
-                raise BadIndex(f"{self.folder / name} is damaged ({error}); remove the folder and index again") from None
+                raise BadIndex(f"{self.folder / part} is damaged ({error}); remove the folder and index again") from None
             n = len(table)
             if not n:
                 continue
@@ -153,9 +166,13 @@ class Store:
             sizes, times = (table.column(x).to_numpy()[firsts].tolist() for x in ("size", "mtime"))
             bounds = [*firsts.tolist(), n]
             for i, first in enumerate(bounds[:-1]):
-                if at + first not in dead:
-                    codes[at + first : at + bounds[i + 1]] = len(files)
-                    files.append(File(names[numbers[first]], at + first, at + bounds[i + 1], sizes[i], times[i]))
+                name, begin, end = names[numbers[first]], at + first, at + bounds[i + 1]
+                if not alive[begin]:
+                    continue
+                if files and files[-1].name == name and files[-1].last == begin:  # a long video, of several commits
+                    begin = files.pop().first
+                codes[begin:end] = len(files)
+                files.append(File(name, begin, end, sizes[i], times[i]))
             at += n
         if at != rows:
             raise BadIndex(f"{self.folder}: {at} places for {rows} vectors; remove the folder and index again")
@@ -171,13 +188,24 @@ class Store:
             if ours and path.name not in kept:
                 path.unlink(missing_ok=True)
 
-    def append(self, vectors: np.ndarray, places: Mapping[str, Sequence[Any]], unreadable: Mapping[str, Problem]) -> None:
+    def append(
+        self,
+        vectors: np.ndarray,
+        places: Mapping[str, Sequence[Any]],
+        unreadable: Mapping[str, Problem],
+        dead: Sequence[tuple[int, int]] = (),
+        partial: Partial | None = None,
+    ) -> None:
         """Commits rows, and what could not be read.
 
         Args:
-            vectors: float16 [n, width]. places: a list of n for each column. unreadable: {video: its Problem}.
+            vectors: float16 [n, width]. places: a list of n for each column. unreadable: {video: its Problem}. dead: earlier
+                rows that no longer count. partial: the last video, if more of it is to come.
         """
-        manifest = replace(self.manifest, unreadable={**self.manifest.unreadable, **unreadable})
+        old = self.manifest
+        manifest = replace(
+            old, unreadable={**old.unreadable, **unreadable}, dead=tuple(sorted({*old.dead, *dead})), partial=partial
+        )
         if len(vectors):
             with open(self.folder / manifest.vectors, "r+b" if manifest.rows else "wb") as file:
                 file.truncate(2 * manifest.rows * manifest.width)
