@@ -36,7 +36,7 @@ from evaat_fast.search.build import threads
 from evaat_fast.search.embedder import Embedder, Settings, weights_of
 from evaat_fast.search.store import Store
 
-FILMS = [{"film": "1920x1080", "s": 20}, {"film": "568x320", "s": 40}]
+FILMS = [{"film": "1920x1080", "s": 20}, {"film": "568x320", "s": 120}]
 COPIES = 12
 CLIPS, WIDTH, VIDEOS = 1_000_000, 256, 10_000
 OURS, ALONE = "evaat index", "decoding alone"
