@@ -154,6 +154,8 @@ def test_new_changed_and_deleted_videos(index, videos, place):
     found = index.search("push left", k=99, merge=False)
     assert len(found) == len(index) == 8 and {Path(f).name for f in found.file} == {"one.mp4", "two.mp4", "new.mp4"}
     assert len(opened) == 11  # what it has mapped stays
+    table = opened.search("push left", k=3)
+    assert table._repr_html_().count("<tr>") == 1 + len(table) and table[0] == next(iter(table))
     opened.reload()
     assert len(opened) == 8 and len(opened.search("push left", k=99, merge=False)) == 8
     fresh = Index.create(videos.parent / "fresh", place / "weights.safetensors", device="cpu")
@@ -310,6 +312,7 @@ def test_the_command_line(index, videos, tmp_path, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["query"] == "push left - a hand" and len(found["moments"]) == 2
     assert {"score", "file", "start", "stop", "peak", "date"} == found["moments"][0].keys()
+    assert found["moments"] == Index.open(videos).search("push left - a hand", k=2).to_dicts()
     assert (
         main(["search", "--like", "../two.mp4@00:01", "--cut", str(tmp_path / "cut"), "--page", str(tmp_path / "p.html")]) == 0
     )

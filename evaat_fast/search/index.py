@@ -1,5 +1,6 @@
 """An index of videos: open it, search it, add to it."""
 
+import copy
 import datetime
 import os
 import threading
@@ -16,7 +17,7 @@ from torch import Tensor
 from evaat_fast.search import scan, windows
 from evaat_fast.search.build import Progress, Report, build, plan_of, threads
 from evaat_fast.search.embedder import Embedder, Settings, check_same, check_settings, weights_of
-from evaat_fast.search.moments import Moments, events
+from evaat_fast.search.moments import Event, Moments, events
 from evaat_fast.search.query import Like, Term, parse_like, parse_query, spoken
 from evaat_fast.search.store import BadIndex, File, Places, Store, alone
 from evaat_fast.search.vectors import Vectors
@@ -44,21 +45,24 @@ class Index:
 
     folder: where it lies. settings: what its vectors are of. places: of all rows. `len(index)` is how many clips count.
     Names of videos are paths from the folder in which the index lies, of others absolute ones, so that videos and index can be
-    moved together. One object may serve several threads; `reload` and `add` are for one of them.
+    moved together. One object may serve several threads: a search sees what was there when it began.
     """
 
     def __init__(self, store: Store, device: str = "auto"):
         self.folder, self._device = store.folder, device
         self.base = os.path.realpath(self.folder.parent)
-        self._embedder: Embedder | None = None
-        self._lock = threading.Lock()
+        self._loaded: list[Embedder] = []  # none or one, which copies share
+        self._lock = threading.RLock()
+        self.settings: Settings
+        self.vectors: Vectors
+        self.places: Places
         self._take(store)
 
     def _take(self, store: Store) -> None:
-        self._store, self.settings = store, Settings.of(store.manifest.settings)
-        manifest = store.manifest
-        self.vectors = Vectors(self.folder / manifest.vectors, manifest.rows, manifest.width)
-        self.places: Places = store.places()
+        manifest, settings, places = store.manifest, Settings.of(store.manifest.settings), store.places()
+        vectors = Vectors(self.folder / manifest.vectors, manifest.rows, manifest.width)
+        with self._lock:
+            self._store, self.settings, self.vectors, self.places = store, settings, vectors, places
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, device: str = "auto") -> "Index":
@@ -112,7 +116,7 @@ class Index:
         settings = Settings(name, hashed, embedder.described(), seconds, overlap)
         with alone(folder):
             index = cls(Store.create(folder, asdict(settings), embedder.config.embed_dim), device)
-        index._embedder = embedder
+        index._loaded.append(embedder)
         return index
 
     def __len__(self) -> int:
@@ -139,9 +143,9 @@ class Index:
             BadIndex: the weights are not there, or others now.
         """
         with self._lock:
-            if self._embedder is None:
-                self._embedder = Embedder.of(self.settings, self._device)
-            return self._embedder
+            if not self._loaded:
+                self._loaded.append(Embedder.of(self.settings, self._device))
+            return self._loaded[0]
 
     def path(self, name: str) -> str:
         """The absolute path of a video."""
@@ -191,23 +195,25 @@ class Index:
         likes = [parse_like(x) if isinstance(x, str) else x for x in given]
         if not terms and not likes:
             raise ValueError("query: expected text, or like=..., got neither")
-        allowed = self.allowed(folder, after, before)
-        vector = self.vector(terms, likes)
+        with self._lock:
+            now = copy.copy(self)  # which nobody reloads
+        allowed = now.allowed(folder, after, before)
+        vector = now.vector(terms, likes)
         for one in likes:
-            if (rows := self._rows(one)) is not None:
+            if (rows := now._rows(one)) is not None:
                 allowed[rows] = False
-        found = events(self.vectors.scores(vector), self.places, k, allowed, merge) if len(self.vectors) else []
-        scores = [float(torch.dot(self.vectors.row(event.best), vector)) for event in found]
-        return self.moments(found, scores, spoken(terms, likes))
+        scores = now.vectors.scores(vector)
+        found = events(scores, now.places, k, allowed, merge)
+        return now.moments(found, scores, spoken(terms, likes))
 
-    def moments(self, found: Sequence[Any], scores: Sequence[float], query: str) -> Moments:
-        """A table of `events`."""
+    def moments(self, found: Sequence[Event], scores: np.ndarray, query: str) -> Moments:
+        """A table of `events`. scores: float32 [rows]."""
         places = self.places
         files = [places.files[places.codes[event.best]] for event in found]
         best = [event.best for event in found]
         return Moments(
             query,
-            np.array(scores, np.float32),
+            scores[best],
             [self.path(file.name) for file in files],
             places.start[[event.first for event in found]],
             places.stop[[event.last for event in found]],
@@ -349,11 +355,17 @@ class Index:
 
     def reload(self) -> None:
         """Takes up what another process has committed since."""
-        store = Store(self.folder)
-        if store.manifest != self._store.manifest:
+        for attempt in range(3):  # it may remove files between two of our steps
+            store = Store(self.folder)
+            if store.manifest == self._store.manifest:
+                return
             if store.manifest.settings != self._store.manifest.settings:
-                self._embedder = None
-            self._take(store)
+                self._loaded = []
+            try:
+                return self._take(store)
+            except BadIndex:
+                if attempt == 2:
+                    raise
 
 
 def _below(roots: Iterable[str]) -> Callable[[str], bool]:
