@@ -225,7 +225,7 @@ def index(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(f"VIDEOS: there is no folder {arguments.videos[0]!r}")
         raise Mistake("--out: where to? without one VIDEOS is a single folder, in which the index then lies")
     folder = Path(arguments.out) if arguments.out is not None else Path(arguments.videos[0]) / FOLDER
-    packages.require("indexing", "av", "pyarrow", "ftfy", "regex", "tokenizers", *packages.of_progress())
+    packages.require("indexing", "pyarrow", *packages.of_progress())  # the others when there is something to read
     if arguments.json:
         _check_file(arguments.json)
     given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames")}
@@ -237,6 +237,7 @@ def index(arguments: argparse.Namespace) -> None:
             check_folder(folder, "--out")
             if arguments.checkpoint is None:
                 raise Mistake("--checkpoint: of what? a file of weights, a run's folder, or a name as eva02_clip_b16")
+            packages.require("indexing", "av", "ftfy", "regex", "tokenizers")
             some = {name: value for name, value in given.items() if value is not None}
             opened = Index.create(folder, arguments.checkpoint, device=arguments.device, **some)
         with Progress(0, "index") as progress:

@@ -18,6 +18,7 @@ from evaat_fast.cli import main
 from evaat_fast.model import save_checkpoint
 from evaat_fast.search import Index, cut, moments, page, query, scan, windows
 from evaat_fast.search.store import BadIndex, File, Places, alone
+from evaat_fast.search.vectors import Vectors
 
 av = pytest.importorskip("av")
 pytest.importorskip("pyarrow")
@@ -92,6 +93,21 @@ def test_text_and_clips_add_and_subtract(index):
     assert np.allclose(found.score, np.sort(scores)[::-1], atol=1e-5) and len(found) == len(index) == 11
     expected = torch.stack([index.vectors.row(r) for r in range(11)]) @ index.vector([query.Term("push left", 1)])
     assert np.allclose(index.vectors.scores(index.vector([query.Term("push left", 1)])), expected.numpy(), atol=1e-6)
+
+
+def test_the_product_is_that_of_all_rows(tmp_path):
+    """In several threads, whose parts are no multiple of anything, and twice: what was dropped is read again."""
+    rows = torch.randn(100_003, 96).half()
+    (tmp_path / "v").write_bytes(rows.numpy().tobytes() + b"behind")
+    query, mapped = torch.randn(96), Vectors(tmp_path / "v", len(rows), 96)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3, 3):
+            torch.set_num_threads(count)
+            assert np.allclose(mapped.scores(query), (rows.float() @ query).numpy(), atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+    assert len(Vectors(tmp_path / "none", 0, 96).scores(query)) == 0
 
 
 def test_queries_are_read():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaat_fast.data.decode import VideoError
+from evaat_fast.data.decode import VideoError, why_not
 from evaat_fast.search import scan, windows
 from evaat_fast.search.embedder import Embedder, Settings
 from evaat_fast.search.store import COLUMNS, Partial, Problem, Store
@@ -178,6 +178,8 @@ def build(
     Returns:
         (clips, {video: why it could not be read}).
     """
+    if problem := why_not("av"):
+        raise ImportError(f"reading videos needs PyAV ({problem}): pip install 'evaat-fast[video]'")
     device, began = embedder.device.type, time.monotonic()
     group, clips, done, read, failed = _Group(), 0, 0, 0, {}
     size = max(4, min(_BATCH, _TOKENS[device] // math.prod(embedder.config.grid)))

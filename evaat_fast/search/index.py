@@ -317,7 +317,8 @@ class Index:
         with alone(self.folder):
             store = Store(self.folder)
             store.tidy()
-            manifest, places = store.manifest, store.places()
+            manifest = store.manifest
+            places = self.places if manifest == self._store.manifest else store.places()
             found = scan.scan(given, self.base)
             roots = [scan.name_of(scan.real(path), self.base) for path in given]
             there = {file.name: (file.size, file.mtime) for file in places.files}
@@ -342,7 +343,8 @@ class Index:
                 todo = {partial.name: todo[partial.name], **todo} if partial else todo
                 clips, failed = build(store, self.embedder, self.settings, todo, self.base, workers, progress)
             store.finish()
-        self._take(store)
+        if store.manifest != self._store.manifest:
+            self._take(store)
         refused = {**plan.refused, **{name: problem.why for name, problem in plan.known.items()}, **failed}
         changed = sum(name in plan.todo and name not in failed for name in plan.stale)
         gone = sum(name in there for name in plan.gone)

@@ -67,7 +67,7 @@ def scan(paths: Iterable[str | os.PathLike[str]], base: str) -> dict[str, Found]
             _look(full, base, found)
         else:
             raise FileNotFoundError(f"videos: there is no file or folder {full!r}")
-    return dict(sorted(found.items()))
+    return {name: found[name] for name in sorted(found)}
 
 
 def _walk(root, base, found, entered):

@@ -1,7 +1,9 @@
 """All vectors of an index against one query: half precision on the disk, single precision in the product."""
 
+import itertools
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -50,13 +52,23 @@ class Vectors:
     def scores(self, query: Tensor) -> np.ndarray:
         """float32 [rows]: the products of all vectors with one query, float32 [width]. May run in several threads at once."""
         found = torch.empty(self.rows)
-        wide = torch.empty(min(_TILE, self.rows), self.width)
-        dropped = 0
-        for first in range(0, self.rows, _TILE):
-            some = self._all[first : first + _TILE]
-            torch.mv(wide[: len(some)].copy_(some), query, out=found[first : first + _TILE])
+        count = max(1, min(torch.get_num_threads(), self.rows // (4 * _TILE)))
+        bounds = [part * self.rows // count // _TILE * _TILE for part in range(count)] + [self.rows]
+        if count == 1:
+            self._part(query, found, 0, self.rows)
+        else:  # threads of their own: torch's wait for each other after each tile
+            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for done in [pool.submit(self._part, query, found, *pair) for pair in itertools.pairwise(bounds)]:
+                    done.result()
+        return found.numpy()
+
+    def _part(self, query: Tensor, found: Tensor, begin: int, end: int) -> None:
+        wide = torch.empty(min(_TILE, end - begin), self.width)
+        dropped = -(-2 * begin * self.width // mmap.PAGESIZE) * mmap.PAGESIZE
+        for first in range(begin, end, _TILE):
+            some = self._all[first : min(first + _TILE, end)]
+            torch.mv(wide[: len(some)].copy_(some), query, out=found[first : first + len(some)])
             behind = 2 * (first + len(some)) * self.width // mmap.PAGESIZE * mmap.PAGESIZE
             if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED") and behind - dropped >= _KEPT:
                 self._mapped.madvise(mmap.MADV_DONTNEED, dropped, behind - dropped)
                 dropped = behind
-        return found.numpy()
