@@ -317,6 +317,33 @@ def search(arguments: argparse.Namespace) -> int | None:
     return 1 if failed else 0
 
 
+def serve(arguments: argparse.Namespace) -> None:
+    from evaat_fast.search import Index, find, server
+    from evaat_fast.train import packages
+
+    packages.require("serving", "av", "pyarrow", "ftfy", "regex", "tokenizers", "PIL", "starlette", "uvicorn")
+    if not 0 <= arguments.port < 1 << 16:
+        raise Mistake(f"--port: expected 0 to 65535, got {arguments.port}")
+    with _mistakes(RuntimeError):
+        opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
+
+    def started(address):
+        print(f"{opened!r}\n{address}  (Ctrl-C ends it)", flush=True)
+        if arguments.host not in server.LOCAL:
+            print("everyone who reaches this machine can see the videos", file=sys.stderr, flush=True)
+        if arguments.open:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    try:
+        server.serve(opened, arguments.host, arguments.port, started=started)
+    except OSError as error:
+        raise Mistake(
+            f"--host, --port: {arguments.host} port {arguments.port}: {error.strerror or error}; --port 0 takes a free one"
+        ) from None
+
+
 def convert(arguments: argparse.Namespace) -> None:
     from evaat_fast.model import convert
     from evaat_fast.train.trainer import check_folder

@@ -142,6 +142,7 @@ def _parser():
 
     _add_index(commands)
     _add_search(commands)
+    _add_serve(commands)
 
     command = commands.add_parser(
         "convert", help="a file of weights in other names: ours, EVA's, timm's, open_clip's, AVION's, ..."
@@ -228,6 +229,20 @@ def _add_search(commands):
     command.add_argument("--open", action="store_true", help="open that page (search.html in the index, without --page)")
     command.add_argument("--cut", metavar="DIR", help="write each moment there as an mp4 file")
     command.set_defaults(run=_commands.search)
+
+
+def _add_serve(commands):
+    command = commands.add_parser("serve", help="a page on this machine that searches indexed videos and plays what it finds")
+    command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
+    command.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 lets everyone in the network see the videos (127.0.0.1, this machine alone)",
+    )
+    command.add_argument("--open", action="store_true", help="open the page in a browser")
+    command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
+    command.set_defaults(run=_commands.serve)
 
 
 def _add_run(command):

@@ -5,7 +5,7 @@
     print(index.search("push the red block left - a hand", k=5))     # score, time and file of five moments
 
 `store` is the folder on the disk, `scan` looks for videos, `windows` cuts them into clips, `embedder` is the model, `build`
-brings them together, `query` and `moments` are what is asked and found, `page` and `cut` show it.
+brings them together, `query` and `moments` are what is asked and found; `page`, `cut` and `server` show it.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from evaat_fast import _lazy
 
 _LAZY = {"Index": "index", "Like": "query", "Moments": "moments", "find": "index"}
-_SUBMODULES = ("build", "cut", "embedder", "index", "moments", "page", "query", "scan", "store", "vectors", "windows")
+_SUBMODULES = ("build", "cut", "embedder", "index", "moments", "page", "query", "scan", "server", "store", "vectors", "windows")
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from evaat_fast.search import page as page
     from evaat_fast.search import query as query
     from evaat_fast.search import scan as scan
+    from evaat_fast.search import server as server
     from evaat_fast.search import store as store
     from evaat_fast.search import vectors as vectors
     from evaat_fast.search import windows as windows

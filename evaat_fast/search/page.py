@@ -44,7 +44,7 @@ def write(found: Moments, path: str | os.PathLike[str]) -> Path:
 
 def _shown(moment: Moment) -> dict[str, Any]:
     try:
-        picture = "data:image/jpeg;base64," + base64.b64encode(poster(moment)).decode()
+        picture = "data:image/jpeg;base64," + base64.b64encode(poster(moment.file, moment.peak)).decode()
     except VideoError:  # gone since it was indexed
         picture = None
     return {
@@ -58,15 +58,15 @@ def _shown(moment: Moment) -> dict[str, Any]:
     }
 
 
-def poster(moment: Moment, width: int = _WIDTH) -> bytes:
-    """The picture in the middle of a moment's best clip as JPEG, at most `width` pixels wide.
+def poster(video: str | os.PathLike[str], time: float, width: int = _WIDTH) -> bytes:
+    """The picture of a video at a time, seconds, as JPEG, at most `width` pixels wide.
 
     Raises:
         VideoError: the video cannot be read.
     """
     from PIL import Image
 
-    frame = read_clip(moment.file, max(0.0, moment.peak - 0.05), moment.peak + 0.05, 1)[0]
+    frame = read_clip(video, max(0.0, time - 0.05), time + 0.05, 1)[0]
     picture = Image.fromarray(torch.Tensor.numpy(frame))
     picture.thumbnail((width, 4 * width))
     out = io.BytesIO()
