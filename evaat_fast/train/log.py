@@ -91,7 +91,7 @@ class Progress:
     """
 
     def __init__(self, total: int, label: str, quiet: bool = False):
-        self._quiet, self._label, self._told = quiet, label, time.monotonic()
+        self.quiet, self._label, self._told = quiet, label, time.monotonic()
         self.bar = None
         if not quiet and sys.stderr.isatty():
             try:
@@ -116,7 +116,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(line, refresh=False)
             self.bar.update()
-        elif not self._quiet and time.monotonic() - self._told >= LIVE_SECONDS:
+        elif not self.quiet and time.monotonic() - self._told >= LIVE_SECONDS:
             self.say(f"{self._label}: {line}")
             self._told = time.monotonic()
 
@@ -129,7 +129,7 @@ class Progress:
     def say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line, file=sys.stdout)
-        elif not self._quiet:
+        elif not self.quiet:
             print(line, flush=True)
 
     def warn(self, line: str) -> None:

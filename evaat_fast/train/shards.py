@@ -5,7 +5,7 @@ DDP's. A checkpoint is read as whole tensors, whoever wrote it and how: any numb
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,47 +50,79 @@ def is_part(x: object) -> bool:
     return isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
-def whole(tree: Any, keep: bool | None = None) -> Any:
+def whole(tree: Any, keep: bool | None = None, group: Any = None) -> Any:
     """Tensors, or dicts, lists and tuples of them, with whole tensors in place of parts. Every process must call.
 
     Args:
         keep: whether this process needs them, then on the CPU; None: all do, where the parts are.
+        group: through which they are gathered, with keep on its first process alone; None: the one that they belong to.
     """
     if is_part(tree):
+        if group is not None:
+            return _gathered(tree, group)
         found = tree.detach().full_tensor()
         return found if keep is None else found.cpu() if keep else None
     if isinstance(tree, dict):
-        return {key: whole(x, keep) for key, x in tree.items()}
+        return {key: whole(x, keep, group) for key, x in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(whole(x, keep) for x in tree)
+        return type(tree)(whole(x, keep, group) for x in tree)
     return tree
+
+
+def _gathered(part, group):
+    """The whole tensor on the first process, None on the others, whatever became of the part's own group."""
+    main = torch.distributed.get_rank(group) == 0
+    found: Any = [None] * torch.distributed.get_world_size(group) if main else None
+    torch.distributed.gather_object(part.detach().to_local().cpu(), found, dst=0, group=group)
+    return torch.cat(found).view(part.shape) if main else None  # rows in the order of the processes, as FSDP cuts them
 
 
 def part_of(x: Tensor, like: Any) -> Tensor:
     """This process's part of a whole tensor, as `like` is of its own; x itself where that is whole."""
     from torch.distributed.tensor import distribute_tensor
 
-    if not is_part(like) or not isinstance(x, Tensor) or x.shape != like.shape:
+    if not is_part(like) or is_part(x) or not isinstance(x, Tensor) or x.shape != like.shape:
         return x
     return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def parts_of(stored: Mapping[str, Any], parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A checkpoint with parts where this process holds parts. Every process must call."""
+    """A checkpoint with parts where this process holds parts, and moments whose memory is not that of the file. Every process
+    must call."""
     content = dict(stored)
     for name in ("state_dict", "model_ema"):
         if name in stored:
             content[name] = {key: part_of(x, parameters.get(key)) for key, x in stored[name].items()}
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = stored["optimizer"]["state"]
+
+    def placed(x: Any, i: int) -> Any:
+        part = part_of(x, ordered[i])
+        # An optimiser takes moments as they are where they need not move; they may lie in a file.
+        return part.clone() if part is x and isinstance(x, Tensor) and not is_part(x) and not ordered[i].is_cuda else part
+
     content["optimizer"] = {
         **stored["optimizer"],
         "state": {
-            i: {key: part_of(x, ordered[i]) for key, x in state.items()} if 0 <= i < len(ordered) else state
-            for i, state in moments.items()
+            i: {key: placed(x, i) for key, x in state.items()} if 0 <= i < len(ordered) else state
+            for i, state in stored["optimizer"]["state"].items()
         },
     }
     return content
+
+
+def likeness(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Callable[[str, torch.Size], Tensor | None]:
+    """For `_parts.read` of a checkpoint: an empty part, where this process holds a part, of the tensor of a name."""
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def like(name: str, size: torch.Size) -> Tensor | None:
+        _, of, rest = (*name.split("/", 2), "", "")[:3]
+        held: Any = parameters.get(rest) if of in ("state_dict", "model_ema") else None
+        if of == "optimizer" and rest.startswith("state/"):
+            number = int(rest.split("/")[1])
+            held = ordered[number] if number < len(ordered) else None
+        return torch.empty_like(held.detach()) if is_part(held) and held.shape == size else None
+
+    return like
 
 
 def copy_of(model: EVA02AT) -> EVA02AT:
