@@ -30,7 +30,6 @@ from evaat_fast.train.steps import Steps, later
 from evaat_fast.train.stop import Signals, Stopped
 
 SAVE, STOP, FAIL = 1, 2, 3  # what a process wishes after a step; the last, because it has no batch for the next one
-_AFTER = 2.0  # seconds that a process waits which another one ended, so that torchrun shows that one's error
 _SPIKE_OF, _SPIKE_FROM = 50, 10  # losses that a spike is compared with, at most and at least
 
 
@@ -112,16 +111,16 @@ class Loop:
             Where it stands after the last step, which is still of this epoch. `heard` says whether it should be saved or end.
 
         Raises:
-            Diverged: a step was bad; Stopped: a signal came; OtherFailed: another process did. Those, and what else a batch
-            raises, when what was trained before it is saved, if it can be.
+            Diverged: a step was bad; Stopped: a signal came; OtherFailed: another process has no batch. Those, and what else a
+            batch raises, when what was trained before it is saved, if it can be.
         """
         try:
             return self._epoch(at, rng)
         except (Diverged, Stopped, OtherFailed):  # saved
             raise
         except Exception as error:
-            if not self._ended and (other := self._rescue(error)):
-                raise OtherFailed(other) from error
+            if not self._ended:
+                self._rescue(error)
             raise
 
     def _epoch(self, at: Position, rng: Mapping[str, Any] | None) -> Position:
@@ -298,17 +297,15 @@ class Loop:
             self._ended = True
             raise
 
-    def _rescue(self, error: Exception) -> str:
+    def _rescue(self, error: Exception) -> None:
         """Saves what was trained before a step that raised, here or in another process.
 
         Where each process holds all weights the first one saves its own. Where they are shared out all have to be there: none
         may have gone on, or be in the midst of an update. Where they are not, the last checkpoint stands.
-
-        Returns:
-            Which other process failed and why, where that is what ended this one; else "".
         """
         ranks, steps = self.steps.ranks, self.steps
-        other = announce(ranks, error) if ranks.several else ""
+        if ranks.several:
+            announce(ranks, error)
         # The device may be what is broken, and the error that brought us here is the one to see.
         with contextlib.suppress(Exception):
             kept = not steps.updating and steps.count == self._own > 0
@@ -329,6 +326,3 @@ class Loop:
             if found is not None:
                 self.save(at, ranks=found)
                 found.gather(None)  # nobody ends the others' part of it
-        if other:
-            time.sleep(_AFTER)
-        return other

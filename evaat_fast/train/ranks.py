@@ -24,6 +24,7 @@ from evaat_fast.train.config import Config, ConfigError
 
 # A rank that failed is heard of at the next collective, or after this long: gathering the embeddings of a test set included.
 _TIMEOUT = datetime.timedelta(minutes=10)
+_AFTER_SECONDS = 2.0  # that a process waits which another one ended, so that torchrun shows that one's error
 _MEET_SECONDS = 25.0  # that a process which failed waits for the others to notice; torchrun gives them 30
 
 
@@ -125,11 +126,28 @@ def announce(ranks: Ranks, error: BaseException) -> str:
     if ranks.store is None:
         return ""
     try:
-        mine = f"process {ranks.rank} failed: {brief(error)}"
-        first = ranks.store.compare_set("first", "", mine).decode()
+        first = ranks.store.compare_set("first", "", f"process {ranks.rank} failed: {brief(error)}").decode()
     except Exception:  # the store went with its process
         return ""
-    return "" if first == mine else first
+    return "" if first.endswith(f" failed: {brief(error)}") else first  # each says itself what all met
+
+
+@contextmanager
+def ending_together(ranks: Ranks) -> Iterator[None]:
+    """Where a process fails within it, the others, which meet its end in a collective, raise OtherFailed with its error."""
+    try:
+        yield
+    except OtherFailed:
+        time.sleep(_AFTER_SECONDS)
+        raise
+    except Exception as error:
+        other = announce(ranks, error) if ranks.several else ""
+        time.sleep(0.1)  # what was said last arrives
+        _cut(ranks)
+        if other:
+            time.sleep(_AFTER_SECONDS)
+            raise OtherFailed(other) from error
+        raise
 
 
 def brief(error: BaseException) -> str:
@@ -169,20 +187,25 @@ def meet_again(ranks: Ranks, state: object, hurry: Callable[[], object]) -> Rank
 
 
 def _break(ranks: Ranks) -> None:
-    """Ends the group without the others, who wait in it or will: they hear that its wires are cut, which none of gloo's own
-    ways to end a group tells them before the process is gone."""
-    port = int(os.environ["MASTER_PORT"])  # of the store, which is to stay
+    """Ends the group without the others, who wait in it or will."""
+    _cut(ranks)
+    abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
+    if abort is not None:  # of NCCL, whose kernels wait, too
+        abort()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _cut(ranks: Ranks) -> None:
+    """Shuts the sockets of gloo's, so that the others hear of it: none of gloo's own ways to end a group tells them before the
+    process is gone."""
+    port = int(os.environ.get("MASTER_PORT", "0"))  # of the store, which is to stay
     for descriptor, inode in ranks.wires:
         with contextlib.suppress(OSError):
             if os.fstat(descriptor).st_ino == inode:
                 with socket.socket(fileno=os.dup(descriptor)) as wire:
                     if port not in (wire.getpeername()[1], wire.getsockname()[1]):
                         wire.shutdown(socket.SHUT_RDWR)
-    abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
-    if abort is not None:  # of NCCL, whose kernels wait, too
-        abort()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _sockets() -> set[tuple[int, int]]:

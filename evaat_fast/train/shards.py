@@ -4,6 +4,7 @@ Each block of both towers is gathered when it is needed, and its gradient goes b
 DDP's. A checkpoint is read as whole tensors, whoever wrote it and how: any number of processes goes on from it.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,37 +13,51 @@ import torch
 from torch import Tensor
 
 from evaat_fast.model import EVA02AT
-from evaat_fast.train.config import Config
+from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.ranks import Ranks
 
 
 def shard(model: EVA02AT, config: Config, ranks: Ranks, device: torch.device) -> None:
-    """Leaves of each parameter this process's part, a DTensor, but for the temperature, which is one number.
+    """Leaves of each parameter this process's part, a DTensor, but for the temperature, which is one number, and whose gradient
+    `average_whole` averages. With "bfloat16-params" all that `Masters` keeps in float32 stays whole but the table of tokens, in
+    all 0.2 % of the base model: FSDP gathers the parameters of a block in one dtype.
 
     Args:
-        model: on `device`, the same on all processes. config: a Config; with "bfloat16-params" all gathered weights are
-            bfloat16, norms and embeddings too, which `Masters` keeps in float32, and gradients are added up in float32.
+        model: on `device`, the same on all processes. config: a Config; with "bfloat16-params" parts are gathered in bfloat16,
+            and gradients are added up in float32.
+
+    Raises:
+        ConfigError: "bfloat16-params" with a torch before 2.7.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # A linear layer's output is a view; nothing that is done to a block's is done in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    mesh, policy = DeviceMesh.from_group(ranks.group, device.type), MixedPrecisionPolicy()
+    mesh = DeviceMesh.from_group(ranks.group, device.type)
+    options: dict[str, Any] = {"mesh": mesh}
     if config.train.precision == "bfloat16-params":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if "ignored_params" not in inspect.signature(fully_shard).parameters:
+            raise ConfigError("train.precision: 'bfloat16-params' with train.parallel = 'fsdp' needs torch 2.7 or newer")
+        fully_shard(model.text.token_embedding, mesh=mesh)  # in float32, gathered when it is read
+        kept = model.meets_stream() - {"text.token_embedding.weight"}
+        options["ignored_params"] = {parameter for name, parameter in model.named_parameters() if name in kept}
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for tower, blocks in ((model.visual, model.visual.blocks), (model.text, model.text.transformer.resblocks)):
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(tower, mesh=mesh, mp_policy=policy)
+            fully_shard(block, **options)
+        fully_shard(tower, **options)
 
-    def mean(scale: Tensor) -> None:
-        assert scale.grad is not None
-        torch.distributed.all_reduce(scale.grad, group=ranks.group)
-        scale.grad /= ranks.world
 
-    if model.logit_scale.requires_grad:
-        model.logit_scale.register_post_accumulate_grad_hook(mean)
+def average_whole(parameters: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """The mean over the processes of the gradients of parameters that are not shared out; those of parts FSDP averages."""
+    gradients = [p.grad for p in parameters.values() if p.grad is not None and not is_part(p.grad)]
+    for dtype in dict.fromkeys(x.dtype for x in gradients):
+        some = [x for x in gradients if x.dtype == dtype]
+        mean = torch.cat([x.flatten() for x in some])
+        torch.distributed.all_reduce(mean, group=ranks.group)
+        mean /= ranks.world
+        torch._foreach_copy_(some, [x.view_as(y) for x, y in zip(mean.split([y.numel() for y in some]), some, strict=True)])
 
 
 def is_part(x: object) -> bool:

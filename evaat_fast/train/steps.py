@@ -21,6 +21,7 @@ from evaat_fast.train.optimizers import build_optimizer as build_optimizer
 from evaat_fast.train.optimizers import fit_optimizer as fit_optimizer
 from evaat_fast.train.optimizers import gradient_norm, set_lr
 from evaat_fast.train.ranks import Ranks
+from evaat_fast.train.shards import average_whole
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
 
@@ -131,8 +132,14 @@ class Steps:
             loss = batch_loss(self.model, batch, self.table, self.config, self.device, self.towers, self.ranks)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+        if self.ranks.group is not None and self.config.train.parallel == "fsdp":
+            average_whole(self.masters.parameters, self.ranks)
         self.masters.take_gradients()
         self.norm = gradient_norm(self.masters.parameters, self.config.optim.clip_norm)
+        if self.config.train.spike and self.ranks.group is not None:
+            # All have the same loss to the last bit, as its parts are added up in one order; were it not so, ranks would part.
+            loss = loss.detach().clone()
+            torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.MAX, group=self.ranks.group)
         good = torch.isfinite(loss.detach()) & torch.isfinite(self.norm) & (loss.detach() <= self._limit)
         self.bad.copy_(torch.maximum(self.bad, 1 - good.to(self.bad.dtype)))
         self.updating = True

@@ -28,7 +28,7 @@ from evaat_fast.train.loop import STOP, Inputs, Loop, Told
 from evaat_fast.train.loop import Diverged as Diverged
 from evaat_fast.train.masters import Masters
 from evaat_fast.train.meter import Meter, matmul_peak
-from evaat_fast.train.ranks import Ranks, started
+from evaat_fast.train.ranks import Ranks, ending_together, started
 from evaat_fast.train.setup import build_model as build_model
 from evaat_fast.train.setup import check_folder as check_folder
 from evaat_fast.train.setup import check_same_run as check_same_run
@@ -66,12 +66,12 @@ def train(
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
             checkpoint that is missing or does not fit. ImportError: packages that are missing, all of them named. Diverged:
             a step was bad; what was trained before it is saved. Stopped: a KeyboardInterrupt, see above. OSError: the last
-            checkpoint could not be written.
+            checkpoint could not be written. OtherFailed: another process of the run raised, as the message says.
     """
     device = choose_device(config)
     packages.require("training", *packages.of_data(config), *packages.of_progress(quiet))
     packages.require_boards(config)
-    with started(config, device) as ranks:
+    with started(config, device) as ranks, ending_together(ranks):
         return _train(config, device, ranks, resume, overwrite, quiet or not ranks.main, datasets)
 
 
@@ -150,7 +150,8 @@ def _train(
         content = json.dumps({**config.to_dict(), "run": run} if run else config.to_dict(), indent=1).encode()
         write_atomically(described, lambda f: f.write(content))
     done = at.epoch * length + at.step
-    log = Log(out / "log.jsonl" if ranks.main else None, at.epoch, done, boards.boards(config, done) if ranks.main else ())
+    shown, path = (boards.boards(config, done), out / "log.jsonl") if ranks.main else ([], None)
+    log = Log(path, at.epoch, done, shown, lambda text: progress.warn(text))
     if config.data.cache and not datasets and not config.data.workers:
         with Progress(len(usable), "decoding", quiet) as reading:
             inputs.decode(data, reading, usable)
