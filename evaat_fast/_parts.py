@@ -182,9 +182,9 @@ def _reason(error):
         error = error[0] if isinstance(error, tuple) else error
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error.__context__, OSError):  # torch's file is not as long as it should be, and why lies behind it
-        error = error.__context__
     text = "a part was cut short" if isinstance(error, EOFError) else str(error)
+    if "unexpected pos" in text:  # what torch has to say of a full disk
+        text = "a part could not be written whole: the disk is full, or files may not be so large"
     return f"{type(error).__name__}: {text}".splitlines()[0][:200]
 
 

@@ -1,8 +1,8 @@
 """Two processes that train, and one of them fails: python failing.py CONFIG FOLDER CASE..., over gloo.
 
 A case is PARALLEL-SAVED-RANK-HOW-STEP. HOW is batch, an error in place of the batch of a step; forward, before what the loss
-gathers; backward, in the midst of it; loss, a NaN; spike, sixteen times itself; update, in the midst of it; full, a disk without
-room for a checkpoint from there on. Then the run goes on, and ends as one that nothing has befallen, to the bit.
+gathers; backward, in the midst of it; loss, a NaN; spike, sixteen times itself; update, in the midst of it; full, a disk that
+has no room for a checkpoint from there on. Then the run goes on, and ends as one that nothing has befallen, to the bit.
 """
 
 import os
@@ -81,7 +81,8 @@ def fail(case, rank, path, folder, ports):
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print(f"{case}, process {rank}, {took:.0f} s: {found}", flush=True)
     if rank == 0:
-        stored = checkpoint.read(checkpoint.find(config.train.out))
+        found = checkpoint.find(config.train.out)
+        stored = checkpoint.read(found) if found else {"epoch": 0, "within": {"step": 0}}
         print(f"{case} stands at {6 * stored['epoch'] + stored['within']['step']}", flush=True)
     result = run(config, ports[1], resume=True)
     if rank == 0:

@@ -34,12 +34,25 @@ def open_corpus(
     Raises:
         FileNotFoundError, ValueError: files that are missing or cannot be read, a corpus without such a split.
     """
-    if kind == "ek100-mir":
-        return EK100(annotations, videos, split, **options)
-    table = read_table(kind, annotations, split)
+    try:
+        if kind == "ek100-mir":
+            return EK100(annotations, videos, split, **options)
+        table = read_table(kind, annotations, split)
+    except FileNotFoundError as error:
+        if str(error).startswith(("annotations: ", "clips: ")):
+            raise FileNotFoundError(f"{error}; {_wanted(kind, Path(annotations))}") from None
+        raise
     if kind == "charades-ego" and split == "test":
         return ClipDataset(table, videos, **options)
     return _MADE.get(kind, ClipDataset)(table, videos, **options)
+
+
+def _wanted(kind, path):
+    """What `annotations` can be."""
+    if (path / kind).is_dir():
+        return f"did you mean {str(path / kind)!r}?"
+    files = "a table that evaat-fast prepare wrote, in .arrow" if kind == "clips" else f"the published files of {kind!r}"
+    return f"expected {files}, or the folder PREPARED/{'DATASET' if kind == 'clips' else kind} that evaat-fast prepare made"
 
 
 def read_table(kind: Corpus, annotations: str | os.PathLike[str], split: Split) -> ClipTable:
