@@ -108,12 +108,15 @@ def check_precision(path, ranks):
     """What is bfloat16 as blocks run is what one process holds so, and the first loss is the same to the bit."""
     found, losses = {}, []
     for parallel in ("ddp", "fsdp"):
-        config = load(path, ["train.precision=bfloat16-params", f"train.parallel={parallel}", "optim.name=lamb"])
+        config = load(
+            path, ["train.precision=bfloat16-params", f"train.parallel={parallel}", "loss.learnable_temperature=true"]
+        )
         model, data = trainer.build_model(config).train(), inputs.splits(config).train
         if parallel == "fsdp":
             shards.shard(model, config, ranks, DEVICE)
         masters = Masters(model, torch.bfloat16 if parallel == "ddp" else None)
-        run = steps.Steps(masters, steps.build_optimizer(model, config, masters), data.relevancy_table, config, DEVICE, ranks)
+        optimizer, average = steps.build_optimizer(model, config, masters), Average(masters, 0.9)
+        run = steps.Steps(masters, optimizer, data.relevancy_table, config, DEVICE, ranks, average)
         seen = found[parallel] = {}
 
         def note(module, _, seen=seen, model=model):
