@@ -30,6 +30,7 @@ from evaat_fast.train.steps import Steps, later
 from evaat_fast.train.stop import Signals, Stopped
 
 SAVE, STOP, FAIL = 1, 2, 3  # what a process wishes after a step; the last, because it has no batch for the next one
+_REST_SECONDS = 10.0  # that a GPU may need for the step that it has begun
 _SPIKE_OF, _SPIKE_FROM = 50, 10  # losses that a spike is compared with, at most and at least
 
 
@@ -309,20 +310,31 @@ class Loop:
         # The device may be what is broken, and the error that brought us here is the one to see.
         with contextlib.suppress(Exception):
             kept = not steps.updating and steps.count == self._own > 0
-            for last in self._flying if kept else ():
+            if self.save.shared:  # which also ends what a GPU waits for
+                state = [self._at.epoch, self._at.step + len(self._flying)] if kept else None
+                found = meet_again(ranks, state, lambda: self.signals.heard)
+            else:
+                found = Ranks() if kept and ranks.main and self._at_rest() else None
+            if found is None:
+                return
+            for last in self._flying:
                 loss, norm = last.loss(), last.norm()
                 kept = kept and last.good(loss, norm)
                 if kept:
                     before = self._at
                     self._count(last, loss)
                     self._tell(before, last, loss, norm)
-            # How many clips the others could not read, nobody knows any more.
-            at = self._with(max(self._at.replaced, self._read - self._replaced))
-            if self.save.shared:
-                state = [at.epoch, at.step] if kept else None
-                found = meet_again(ranks, state, lambda: self.signals.heard)
-            else:
-                found = Ranks() if kept and ranks.main else None
-            if found is not None:
-                self.save(at, ranks=found)
+            if all(found.gather(kept)):
+                # How many clips the others could not read, nobody knows any more.
+                self.save(self._with(max(self._at.replaced, self._read - self._replaced)), ranks=found)
                 found.gather(None)  # nobody ends the others' part of it
+
+    def _at_rest(self) -> bool:
+        """Whether the device has done what it was given, and does not wait for another process."""
+        if self.steps.device.type != "cuda":
+            return True
+        given, end = torch.cuda.Event(), time.monotonic() + _REST_SECONDS
+        given.record(torch.cuda.current_stream(self.steps.device))
+        while not given.query() and time.monotonic() < end:
+            time.sleep(0.01)
+        return given.query()
