@@ -120,7 +120,7 @@ class Progress:
     """
 
     def __init__(self, total: int, label: str, quiet: bool = False):
-        self.quiet, self._label, self._told = quiet, label, time.monotonic()
+        self._quiet, self._label, self._told = quiet, label, time.monotonic()
         self.bar = None
         if not quiet and sys.stderr.isatty():
             try:
@@ -136,6 +136,11 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def quiet(self) -> bool:
+        """Whether it tells nothing but warnings."""
+        return self._quiet
+
     def step(self) -> None:
         if self.bar is not None:
             self.bar.update()
@@ -145,7 +150,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(line, refresh=False)
             self.bar.update()
-        elif not self.quiet and time.monotonic() - self._told >= LIVE_SECONDS:
+        elif not self._quiet and time.monotonic() - self._told >= LIVE_SECONDS:
             self.say(f"{self._label}: {line}")
             self._told = time.monotonic()
 
@@ -158,7 +163,7 @@ class Progress:
     def say(self, line: str) -> None:
         if self.bar is not None:
             self.bar.write(line, file=sys.stdout)
-        elif not self.quiet:
+        elif not self._quiet:
             print(line, flush=True)
 
     def warn(self, line: str) -> None:
