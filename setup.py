@@ -166,6 +166,7 @@ setup(
     package_data={
         "evaat_fast": ["py.typed", "*.pyi"],
         "evaat_fast.model": ["*.txt", "*.gz"],
+        "evaat_fast.search": ["*.html", "web/*"],
         "evaat_fast.train": ["*.html", "*.toml"],
         "evaat_fast.train.recipes": ["*.toml"],
     },

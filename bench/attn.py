@@ -31,7 +31,7 @@ def inputs(shape, dtype, device):
     make = lambda *s: torch.randn(*s, generator=generator, device=device).to(dtype)  # noqa: E731
     return {
         "qkv": make(B, N, 3 * H * D).requires_grad_(),
-        "grad": make(B, H, N, D),
+        "grad": make(B, N, H, D).transpose(1, 2),  # as models give it; torch reads others by the strides of the first
         "heads": H,
         "grid": (shape["T"], shape["Hp"], shape["Wp"]),
     }
@@ -90,11 +90,11 @@ def unpacked(backend=None):
 
 
 def on_gpu(forward):
-    """A provider of ours in Triton."""
+    """A provider of ours by a backend that `auto` leaves to others somewhere."""
 
     def provider(inputs, mode):
         if inputs["qkv"].device.type == "cpu":
-            raise Unavailable("Triton's kernels run on a GPU")
+            raise Unavailable("of a GPU")
         return step(forward)(inputs, mode)
 
     return provider
@@ -204,6 +204,8 @@ BENCH = Benchmark(
     providers={
         "evaat joint_attention_qkv_": step(packed()),
         "evaat joint_attention": step(unpacked()),
+        "evaat joint_attention_qkv_, SDPA": on_gpu(packed("sdpa")),
+        "evaat joint_attention, SDPA": on_gpu(unpacked("sdpa")),
         "evaat joint_attention_qkv_, Triton": on_gpu(packed("triton")),
         "evaat joint_attention, Triton": on_gpu(unpacked("triton")),
         **{name.format(core): rotated(CORES[core], how) for core in CORES for how, name in HOW.items()},

@@ -41,10 +41,10 @@ HEADLINE = [
     ("SwiGLU and LayerNorm, 50,240 x 2,048", "nvidia-h200/norm", "swiglu_norm C2048 bf16", "evaat", "eager"),
     *((f"rotation and attention, 32 clips of {T} frames", ATTENTION[0], f"B32 T{T} bf16", *ATTENTION[1:]) for T in (4, 16)),
     (
-        "the last in one Triton kernel of ours",
+        "the last against torch's attention with our rotation",
         ATTENTION[0],
         "B32 T16 bf16",
-        "evaat joint_attention, Triton",
+        "evaat joint_attention",
         "our rope3d + sdpa",
     ),
     ("rotation of q and k, 32 clips of 4 frames", "nvidia-h200/rope3d", "B32 T4 bf16", "evaat rope3d", "eager, as published"),

@@ -17,7 +17,20 @@ _LAZY = {
     "load": "factory",
     "get_tokenizer": "model",
 }
-_SUBMODULES = ("ops", "losses", "integrations", "model", "data", "eval", "factory", "train", "cli", "doctor", "kernels")
+_SUBMODULES = (
+    "ops",
+    "losses",
+    "integrations",
+    "model",
+    "data",
+    "eval",
+    "factory",
+    "train",
+    "search",
+    "cli",
+    "doctor",
+    "kernels",
+)
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
@@ -33,6 +46,7 @@ if TYPE_CHECKING:  # the same names for type checkers, which would take every na
     from evaat_fast import losses as losses
     from evaat_fast import model as model
     from evaat_fast import ops as ops
+    from evaat_fast import search as search
     from evaat_fast import train as train
     from evaat_fast.factory import create_model_and_transforms as create_model_and_transforms
     from evaat_fast.factory import load as load

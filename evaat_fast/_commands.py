@@ -3,6 +3,7 @@ what another one needs. A function returns the exit status, or None for 0."""
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -40,6 +41,16 @@ def demo(arguments: argparse.Namespace) -> None:
     )
 
 
+def init(arguments: argparse.Namespace) -> None:
+    from evaat_fast.train import begin, packages
+    from evaat_fast.train.log import Progress
+
+    packages.require("evaat-fast init", "av", "pyarrow", *packages.of_progress())
+    with Progress(0, "headers") as progress, _mistakes():
+        said = begin.write(arguments.folder, arguments.out, overwrite=arguments.overwrite, progress=progress.to)
+    print(said)
+
+
 def train(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import Diverged, evaluation, train
     from evaat_fast.train.ranks import OtherFailed
@@ -55,7 +66,9 @@ def train(arguments: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes the first prints
         return
     if result["metrics"]:  # not every corpus has a retrieval test
-        print("\n".join(evaluation.lines(result["metrics"], ("mAP", "nDCG"))))
+        ranks = () if config.data.kind == "ek100-mir" else ("R@1", "R@5", "R@10", "MedR")
+        names = [name for name in ("mAP", "nDCG", *ranks) if f"{name}_v2t" in result["metrics"]]
+        print("\n".join(evaluation.lines(result["metrics"], names)))
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
 
 
@@ -114,13 +127,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import ConfigError, outcome, packages, tasks, trainer
 
     config = _config(arguments)
-    if config.data.kind != arguments.task and not arguments.annotations:
+    task = arguments.task or ("retrieval" if config.data.kind == "csv" else "ek100-mir")
+    kind = tasks.kind_of(task)
+    if config.data.kind != kind and not arguments.annotations:
         raise ConfigError(
-            f"--task {arguments.task}: the configuration's data are {config.data.kind!r}; give the task's own files by "
+            f"--task {task}: the configuration's data are {config.data.kind!r}; give the task's own files by "
             "--annotations and --videos"
         )
-    if arguments.task == "ek100-mir":
-        config.data.kind = "ek100-mir"
+    if kind == "ek100-mir" or kind == "csv":
+        config.data.kind = kind
     packages.require("evaluation", *packages.of_data(config), *packages.of_progress())
     if arguments.json:
         _check_file(arguments.json)
@@ -133,7 +148,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     with _mistakes():
         record = outcome.run(
-            arguments.task,
+            task,
             config,
             arguments.checkpoint,
             trainer.choose_device(config),
@@ -211,6 +226,123 @@ def _check_file(path):
     check_folder(Path(path).parent, "--json")
     if Path(path).is_dir():
         raise ConfigError(f"--json: {path!r} is a folder; expected a file to write")
+
+
+def index(arguments: argparse.Namespace) -> None:
+    from evaat_fast.search import Index
+    from evaat_fast.search.index import FOLDER
+    from evaat_fast.train import packages
+    from evaat_fast.train.log import Progress, duration
+    from evaat_fast.train.trainer import check_folder
+
+    if arguments.out is None and (len(arguments.videos) > 1 or not Path(arguments.videos[0]).is_dir()):
+        if len(arguments.videos) == 1 and not Path(arguments.videos[0]).exists():
+            raise FileNotFoundError(f"VIDEOS: there is no folder {arguments.videos[0]!r}")
+        raise Mistake("--out: where to? without one VIDEOS is a single folder, in which the index then lies")
+    folder = Path(arguments.out) if arguments.out is not None else Path(arguments.videos[0]) / FOLDER
+    packages.require("indexing", "pyarrow", *packages.of_progress())  # the others when there is something to read
+    if arguments.json:
+        _check_file(arguments.json)
+    given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames")}
+    with _mistakes(RuntimeError):
+        if (folder / "index.json").exists():
+            opened = Index.open(folder, device=arguments.device)
+            opened.check(arguments.checkpoint, **given)
+        else:
+            check_folder(folder, "--out")
+            if arguments.checkpoint is None:
+                raise Mistake("--checkpoint: of what? a file of weights, a run's folder, or a name as eva02_clip_b16")
+            packages.require("indexing", "av", "ftfy", "regex", "tokenizers")
+            some = {name: value for name, value in given.items() if value is not None}
+            opened = Index.create(folder, arguments.checkpoint, device=arguments.device, **some)
+        with Progress(0, "index") as progress:
+
+            def advance(at):
+                left = f", {duration(at.remaining)} left" if at.bytes else ""
+                progress.to(at.bytes, at.all_bytes, f"{at.clips_per_second:.1f} clips/s{left}, {at.videos} of {at.of} videos")
+
+            report = opened.add(arguments.videos, retry=arguments.retry, workers=arguments.workers, progress=advance)
+    from evaat_fast.search.moments import printable
+
+    for name, why in list(report.unreadable.items())[:_SHOWN]:
+        print(f"cannot be read: {printable(name)}: {printable(why)}")
+    if (more := len(report.unreadable) - _SHOWN) > 0:
+        print(f"... and {more:,} more; --json FILE lists all")
+    print(f"{report}\n{folder}: {len(opened):,} clips of {len(opened.files):,} videos")
+    if arguments.json:
+        from evaat_fast._files import write_atomically
+
+        text = json.dumps(report.to_dict(), indent=1) + "\n"
+        write_atomically(arguments.json, lambda file: file.write(text.encode()))
+
+
+_SHOWN = 20  # unreadable videos that `index` names
+
+
+def search(arguments: argparse.Namespace) -> int | None:
+    from evaat_fast.search import Index, find
+    from evaat_fast.train import packages
+
+    if arguments.query is None and not arguments.like:
+        raise Mistake("QUERY: expected text, or --like FILE@TIME")
+    packages.require("searching", "av", "pyarrow", "ftfy", "regex", "tokenizers")
+    with _mistakes(RuntimeError):
+        opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
+        found = opened.search(
+            arguments.query,
+            like=arguments.like,
+            k=arguments.k,
+            folder=arguments.folder,
+            after=arguments.after,
+            before=arguments.before,
+            merge=not arguments.clips,
+        )
+    print(found.to_json() if arguments.json else found, flush=True)
+    say = functools.partial(print, file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.page or arguments.open:
+        from evaat_fast.search import page
+
+        path = page.write(found, arguments.page or opened.folder / "search.html")
+        say(f"page {path}")
+        if arguments.open:
+            import webbrowser
+
+            webbrowser.open(path.as_uri())
+    failed = False
+    if arguments.cut:
+        from evaat_fast.search import cut
+
+        for path, why in cut.cut(found, arguments.cut).items():
+            say(f"{path}: {why}" if why else path)
+            failed = failed or why is not None
+    return 1 if failed else 0
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    from evaat_fast.search import Index, find, server
+    from evaat_fast.train import packages
+
+    packages.require("serving", "av", "pyarrow", "ftfy", "regex", "tokenizers", "PIL", "starlette", "uvicorn")
+    if not 0 <= arguments.port < 1 << 16:
+        raise Mistake(f"--port: expected 0 to 65535, got {arguments.port}")
+    with _mistakes(RuntimeError):
+        opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
+
+    def started(address):
+        print(f"{opened!r}\n{address}  (Ctrl-C ends it)", flush=True)
+        if arguments.host not in server.LOCAL:
+            print("everyone who reaches this machine can see the videos", file=sys.stderr, flush=True)
+        if arguments.open:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    try:
+        server.serve(opened, arguments.host, arguments.port, started=started)
+    except OSError as error:
+        raise Mistake(
+            f"--host, --port: {arguments.host} port {arguments.port}: {error.strerror or error}; --port 0 takes a free one"
+        ) from None
 
 
 def convert(arguments: argparse.Namespace) -> None:

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
-        goes_on = {"train": "; --resume continues", "demo": "; the same command continues"}.get(arguments.command, "")
+        again = "; the same command continues"
+        goes_on = {"train": "; --resume continues", "demo": again, "index": again}.get(arguments.command, "")
         if text := "interrupted" if type(stop) is KeyboardInterrupt else str(stop):  # of several processes one speaks
             print(text + goes_on, file=sys.stderr)
         return getattr(stop, "status", 130)
@@ -84,6 +85,12 @@ def _parser():
     _add_set(command, "for both stages")
     command.set_defaults(run=_commands.demo)
 
+    command = commands.add_parser("init", help="a configuration and a file of captions for a folder of your own videos")
+    command.add_argument("folder", metavar="FOLDER", help="of videos, at any depth; captions beside them are used")
+    command.add_argument("--out", default=".", metavar="DIR", help="where captions.csv and config.toml are written (.)")
+    command.add_argument("--overwrite", action="store_true", help="replace them where they are there; never written captions")
+    command.set_defaults(run=_commands.init)
+
     command = commands.add_parser("train", help="train as a TOML file says; --keys lists what it can say")
     _add_run(command)
     command.add_argument("--keys", action="store_true", help="print every key with its default and meaning, as a TOML file")
@@ -106,7 +113,9 @@ def _parser():
 
     command = commands.add_parser("eval", help="a checkpoint on a benchmark's test set, beside the paper's numbers")
     _add_model(command)
-    command.add_argument("--task", choices=("ek100-mir", "egomcq", "charades-ego"), default="ek100-mir", help="(ek100-mir)")
+    command.add_argument(
+        "--task", choices=("ek100-mir", "egomcq", "charades-ego", "retrieval"), help="(ek100-mir; of data.kind = csv retrieval)"
+    )
     command.add_argument("--stage", choices=("zero-shot", "fine-tuned"), help="the rows of the paper to show (a guess)")
     command.add_argument("--json", metavar="FILE", help="write what came out, and all that repeating it needs")
     command.add_argument("--allow-partial", action="store_true", help="go on without clips that cannot be read, and say so")
@@ -130,6 +139,10 @@ def _parser():
     command.add_argument("--rows", type=int, default=8192, metavar="N", help="a file has (8192)")
     command.add_argument("--allow-partial", action="store_true", help="go on without clips that cannot be read, and say so")
     command.set_defaults(run=_commands.features)
+
+    _add_index(commands)
+    _add_search(commands)
+    _add_serve(commands)
 
     command = commands.add_parser(
         "convert", help="a file of weights in other names: ours, EVA's, timm's, open_clip's, AVION's, ..."
@@ -175,6 +188,61 @@ def _parser():
     )
     command.set_defaults(run=_commands.make_kitchen)
     return parser
+
+
+def _add_index(commands):
+    command = commands.add_parser(
+        "index", help="make videos searchable by text; run again, it takes up what is new, changed or gone"
+    )
+    command.add_argument("videos", metavar="VIDEOS", nargs="+", help="folders, or files")
+    command.add_argument(
+        "--checkpoint", metavar="PATH", help="weights: a file, a run's folder, or a name as eva02_clip_b16; needed once"
+    )
+    command.add_argument("--out", metavar="DIR", help="folder of the index (VIDEOS/.evaat-index)")
+    command.add_argument("--seconds", type=float, metavar="S", help="of a clip (2)")
+    command.add_argument("--overlap", type=float, metavar="SHARE", help="of a clip with the next (0.5)")
+    command.add_argument("--frames", type=int, metavar="T", help="of a clip (as the weights were trained; 4 for pictures)")
+    command.add_argument("--workers", type=int, metavar="N", help="threads that decode; one for each processor")
+    command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
+    command.add_argument("--retry", action="store_true", help="try again what could not be read")
+    command.add_argument("--json", metavar="FILE", help="write there what was indexed, and what could not be read")
+    command.set_defaults(run=_commands.index)
+
+
+def _add_search(commands):
+    command = commands.add_parser("search", help="the best moments of indexed videos for a text, or like another moment")
+    command.add_argument(
+        "query", metavar="QUERY", nargs="?", help='text; "a + b" adds, "a - b" takes away, signs with spaces around them'
+    )
+    command.add_argument(
+        "--like", action="append", default=[], metavar="FILE@TIME", help="as video.mp4@12.5 or @01:02; can be given again"
+    )
+    command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
+    command.add_argument("-k", "--k", type=int, default=10, metavar="N", help="moments (10)")
+    command.add_argument("--folder", metavar="DIR", help="only videos below it")
+    command.add_argument("--after", metavar="DATE", help="only files of this date or later, as 2026-05-31")
+    command.add_argument("--before", metavar="DATE", help="only files of earlier dates")
+    command.add_argument("--clips", action="store_true", help="single clips; those of one event are not united")
+    command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--page", metavar="FILE", help="write a page that shows them")
+    command.add_argument("--open", action="store_true", help="open that page (search.html in the index, without --page)")
+    command.add_argument("--cut", metavar="DIR", help="write each moment there as an mp4 file")
+    command.set_defaults(run=_commands.search)
+
+
+def _add_serve(commands):
+    command = commands.add_parser("serve", help="a page on this machine that searches indexed videos and plays what it finds")
+    command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
+    command.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 lets everyone in the network see the videos (127.0.0.1, this machine alone)",
+    )
+    command.add_argument("--open", action="store_true", help="open the page in a browser")
+    command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
+    command.set_defaults(run=_commands.serve)
 
 
 def _add_run(command):

@@ -103,7 +103,7 @@ def _versions():
 
 def _backends():
     lines = []
-    for name in ("cpu", "triton", "cuda"):
+    for name in ("cpu", "triton", "gluon", "cuda"):
         reason = _dispatch.why_not(name)
         lines.append(f"{name:<10}{'imports' if reason is None else 'not usable: ' + reason}")
     if os.environ.get("EVAAT_FAST_BACKEND"):
@@ -139,12 +139,15 @@ def _clips_per_second(decoder):
 def _table():
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    lines = [f"op x backend for {'CUDA' if cuda else 'CPU'} tensors (* serves a call that names none)"]
+    dtype = torch.bfloat16 if cuda else torch.float32  # as most train there
+    lacking = _dispatch.lacks_for_hopper(torch.device(device)) if cuda else ()
+    of = f"{'CUDA' if cuda else 'CPU'} tensors in {str(dtype).removeprefix('torch.')}"
+    lines = [f"op x backend for {of} (* serves a call that names none)"]
     ops, backends = (1 + max(map(len, names)) for names in (_dispatch.SUPPORT, _dispatch.BACKENDS))
     for op, row in _dispatch.SUPPORT.items():
         named = _dispatch.DEFAULT.get(op)
         order = (named,) if named else _dispatch.AUTO[op, cuda]
-        reasons = {b: _dispatch.unusable(op, b, device, torch.float32) for b in row}
+        reasons = {b: _dispatch.unusable(op, b, device, dtype, lacking) for b in row}
         served = next((b for b in order if b in reasons and reasons[b] is None), None)
         if named and served is None:
             why = reasons.get(named) or f"there is no {named} version of it"

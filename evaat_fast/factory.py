@@ -1,6 +1,7 @@
 """A model together with what belongs to it: imported after model and data, so that neither needs the other."""
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaat_fast.data.transforms import CentreCrop, RandomResizedCrop, eval_transform, train_transform
@@ -8,7 +9,14 @@ from evaat_fast.model import EVA02AT, CLIPTokenizer, create_model, get_tokenizer
 from evaat_fast.model.checkpoints import config_of, download, read
 from evaat_fast.model.checkpoints.load import load_stored
 
-__all__ = ["Loaded", "create_model_and_transforms", "load"]
+__all__ = ["NAMES", "Loaded", "create_model_and_transforms", "load", "locate"]
+
+# Weights by name: image-text models of EVA02-CLIP (arXiv 2303.15389), whose pictures are inflated to clips.
+NAMES = {
+    "eva02_clip_b16": "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k",
+    "eva02_clip_l14": "timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k",
+    "eva02_clip_l14_336": "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k",
+}
 
 
 class Loaded(NamedTuple):
@@ -25,7 +33,8 @@ def load(path: str | os.PathLike[str], **overrides: Any) -> Loaded:
 
     Args:
         path: a checkpoint of a run (or its folder), our weights, or those of others that say by names and shapes what they are
-            of: all that `evaat_fast.model.checkpoints.read` takes, or "hf-hub:owner/name".
+            of: all that `evaat_fast.model.checkpoints.read` takes; a key of `NAMES`, such as "eva02_clip_b16", or
+            "hf-hub:owner/name", which are downloaded once.
         overrides: fields of ModelConfig that the weights leave open, such as num_frames=16, image_size=(224, 320), or
             activation="quick_gelu" for a CLIP of open_clip.
 
@@ -37,9 +46,7 @@ def load(path: str | os.PathLike[str], **overrides: Any) -> Loaded:
         FileNotFoundError: no such file. ImportError: tokenizers or safetensors is needed and missing. RuntimeError: a download
             that failed.
     """
-    if isinstance(path, str) and path.startswith("hf-hub:"):
-        path = download(path.removeprefix("hf-hub:").strip("/"))
-    stored = read(path)
+    stored = read(locate(path))
     config = config_of(stored, overrides)
     try:
         model = EVA02AT(config).eval()
@@ -48,6 +55,18 @@ def load(path: str | os.PathLike[str], **overrides: Any) -> Loaded:
         raise ValueError(f"checkpoint: {stored.source}: its model cannot be built: {reason}") from None
     load_stored(model, stored)
     return Loaded(model, get_tokenizer(context_length=config.context_length), eval_transform(config.image_size))
+
+
+def locate(path: str | os.PathLike[str]) -> str:
+    """The local file or folder that `load` takes for `path`: itself, or what was downloaded for a name.
+
+    Raises:
+        ImportError: huggingface_hub is needed and missing. RuntimeError: a download that failed.
+    """
+    name = os.fspath(path)
+    if name.startswith("hf-hub:"):
+        return download(name.removeprefix("hf-hub:").strip("/"))
+    return download(NAMES[name]) if name in NAMES and not Path(name).exists() else name
 
 
 def create_model_and_transforms(

@@ -23,6 +23,7 @@ def build(kernel, signature, constants, arch, aligned=(), **options):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     names, given = kernel.arg_names, signature | constants
     missing = set(names) ^ set(given)
@@ -43,7 +44,8 @@ def build(kernel, signature, constants, arch, aligned=(), **options):
         return value
 
     types = {name: kind_of(given[name], (i,), name) for i, name in enumerate(names)}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -80,10 +82,10 @@ def loops(code):
     return found
 
 
-def inner_loop(code):
-    """The instructions of the loop that a kernel spends its time in: the shortest with a matrix product, or the longest."""
+def inner_loop(code, least=1):
+    """The loop that a kernel spends its time in, its instructions: the shortest with so many products, or the longest."""
     bodies = [[line for _, line in code[first : last + 1]] for first, last in loops(code)]
-    products = [body for body in bodies if any(re.match(r"\w*MMA", line) for line in body)]
+    products = [body for body in bodies if sum(bool(re.match(r"\w*MMA", line)) for line in body) >= least]
     return min(products, key=len) if products else max(bodies, key=len, default=[])
 
 
@@ -116,10 +118,10 @@ def executed(code, chunks=4):
         i = following
 
 
-def cell(used, code):
+def cell(used, code, least=1):
     """One cell of golden/resources.md, from `resources` and `listing`."""
     count = sum(not line.startswith("NOP") for _, line in code)
-    return f"{used['registers']} / {used['shared']} / {count} / {len(inner_loop(code))}"
+    return f"{used['registers']} / {used['shared']} / {count} / {len(inner_loop(code, least))}"
 
 
 def global_access(code):

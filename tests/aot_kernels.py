@@ -127,6 +127,20 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     return aot.build(kernel, types, {}, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
+def attn_sm90(arch, dtype="bf16", tail=32, keep=True, turned=True):
+    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys."""
+    from evaat_fast.kernels.attn import sm90
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
+    of = lambda rows: f"tensordesc<{dtype}[1, 1, {rows}, 64],{layout!r}>"  # noqa: E731
+    types = dict.fromkeys(("q", "out", "turned"), of(64)) | dict.fromkeys(("k", "v"), of(128))
+    types |= dict.fromkeys(("k_tail", "v_tail"), of(tail)) | {"lse": "*fp32", "table": table("fp32") if turned else None}
+    types["call"] = sm90.Call("i32", 1, *["i32"] * 5, "fp32", 1)
+    constants = dict(BN=128, TAIL=tail, D=64, STAGES=3, KEEP=keep, REGISTERS=160)
+    return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
+
+
 def of_rows(arch, name):
     """The kernels of the pairwise losses that take a row a program, E = 256 in bfloat16."""
     from evaat_fast.kernels.pairwise import panel
@@ -259,11 +273,18 @@ def _shipped():
 
 
 SHIPPED = dict(_shipped())
+# In Gluon, for one architecture.
+HOPPER = {
+    "attn sm90 bf16, tail 32, training": attn_sm90,
+    "attn sm90 bf16, tail 32": functools.partial(attn_sm90, keep=False),
+    "attn sm90 bf16, tail 128, training": functools.partial(attn_sm90, tail=128),
+    "attn sm90 fp16, tail 64, no rotation": functools.partial(attn_sm90, dtype="fp16", tail=64, keep=False, turned=False),
+}
 
 
 @functools.cache
 def compiled(name, arch):
-    return SHIPPED[name](arch)
+    return (SHIPPED | HOPPER)[name](arch)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import re
 
 import aot
 import pytest
-from aot_kernels import SHIPPED, lines, listing, used
+from aot_kernels import HOPPER, SHIPPED, lines, listing, used
 from golden import resources
 
 pytestmark = pytest.mark.aot
@@ -66,6 +66,22 @@ def test_attention_rarely_waits_for_products_on_hopper(name, arch):
     assert any("GMMA" in line for line in inner) and sum("WARPGROUP.DEPBAR" in line for line in inner) <= 3
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", HOPPER)
+def test_attention_in_gluon_fits_hopper(name):
+    """Its loop keeps its products in flight, touches no stack and makes weights before it waits for the product of the values.
+    What is on the stack is read once a tile."""
+    of_it, inner = used(name, 90), aot.inner_loop(listing(name, 90), 12)
+    if resources.triton_version() in resources.read():
+        assert resources.triton_cell(name, 90) == resources.read()[resources.triton_version()][name]["sm_90"]
+    assert of_it["stack"] <= 192 and of_it["shared"] <= aot.SHARED_LIMIT[90], of_it
+    ops = [line.split()[0] for line in inner]
+    waits = [i for i, line in enumerate(inner) if "WARPGROUP.DEPBAR" in line]
+    assert sum("HGMMA" in op for op in ops) == 12 and len(waits) == 2 and len(inner) <= 440
+    assert not any(op.startswith(("LDL", "STL")) for op in ops)
+    assert all(waits[0] < i < waits[1] for i, op in enumerate(ops) if op.startswith("MUFU.EX2"))
+
+
 @pytest.mark.sample(1)
 @compiles([89], "attn ")
 def test_attention_fits_ada(name, arch):
@@ -97,7 +113,7 @@ def of_this(compiler):
 
 
 def test_the_table_has_every_triton_kernel():
-    assert set(of_this(resources.triton_version())) == set(SHIPPED), "cd tests && python -m golden.resources"
+    assert set(of_this(resources.triton_version())) == {*SHIPPED, *HOPPER}, "cd tests && python -m golden.resources"
 
 
 @compiles(aot.ARCHS)

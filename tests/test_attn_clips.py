@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
 from evaat_fast.ops.attn.clips import nested_sdpa
+from evaat_fast.ops.attn.fused import attend
 from evaat_fast.ops.attn.plan import AttentionPlan
-from evaat_fast.ops.attn.triton import attend
 from evaat_fast.ops.rope3d.rotation import Rotation
 
 backends = pytest.mark.parametrize("backend", ["sdpa", "reference", pytest.param("triton", marks=pytest.mark.interpret)])

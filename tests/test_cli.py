@@ -241,7 +241,7 @@ def test_the_help_names_what_the_library_takes(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         offered[command] = " ".join(capsys.readouterr().out.split())
-    for words in (paper.TASKS, paper.STAGES, FRAMES, tasks.SCORES, [name for name in tricks.TRICKS if name != "ensemble"]):
+    for words in (tasks.TASKS, paper.STAGES, FRAMES, tasks.SCORES, [name for name in tricks.TRICKS if name != "ensemble"]):
         assert f"{{{','.join(words)}}}" in offered["eval"]
     assert f"{{{','.join(features.FORMATS)}}}" in offered["features"]
     assert all(name in offered["prepare"] for name in DATASETS)

@@ -86,6 +86,9 @@ def test_bad_overrides(text):
         ("data.cache=1", "data.cache: expected true or false, got 1"),
         ("train.out=1", "train.out: expected a string, got 1"),
         ("model.overrides=1", "model.overrides: expected a table, got 1"),
+        ("data.labels=verb", "data.labels: expected a list of strings, got 'verb'"),
+        ("data.labels=[1]", r"data.labels: expected a list of strings, got \[1\]"),
+        ("data.similarity=text-tower", "data.similarity: only 'csv' has it, got data.kind = 'ek100-mir'"),
         ("optim.lr=0", "optim.lr: expected a value above 0, got 0.0"),
         ("optim.lr=-1", "optim.lr: expected a value above 0"),
         ("optim.lr=nan", "optim.lr: expected a finite number"),
@@ -161,7 +164,7 @@ def test_evaluation_needs_no_output_folder(file):
 
 
 def test_every_key_has_a_type_that_can_be_checked():
-    assert {configs.kind(f) for f in configs.KEYS.values()} == {int, float, bool, str, dict}
+    assert {configs.kind(f) for f in configs.KEYS.values()} == {int, float, bool, str, dict, list}
 
 
 def test_warmup_and_cosine():

@@ -33,7 +33,7 @@ def test_other_devices_get_what_plain_torch_gives():
         (
             "nonsense",
             ValueError,
-            "backend: expected one of auto, triton, cuda, cpu, sdpa, reference, got 'nonsense'",
+            "backend: expected one of auto, gluon, triton, cuda, cpu, sdpa, reference, got 'nonsense'",
         ),
         ("sdpa", RuntimeError, "rope3d: backend 'sdpa' was asked for but cannot serve this call: no sdpa version of rope3d"),
         ("triton", RuntimeError, "triton takes CUDA tensors"),

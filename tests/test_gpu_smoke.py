@@ -52,7 +52,10 @@ def test_what_serves(device):
     assert pick("rope3d") == many
     learned = dispatch.pick("rope3d", torch.device(device), BF16, None, (dispatch.LEARNED,))
     assert learned == ours
-    assert pick("joint_attention") == "sdpa"
+    needs = dispatch.lacks_for_hopper(torch.device(device)) if device == "cuda" else ()
+    of_hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    chosen = dispatch.pick("joint_attention", torch.device(device), BF16, None, needs)
+    assert chosen == ("gluon" if of_hopper else "sdpa")
     assert pick("add_norm") == pick("swiglu_norm") == ours
 
 
@@ -112,7 +115,7 @@ def held_to_sdpa(function, inputs, cells, low=None):
         close(ours, theirs, exact, name)
 
 
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["sdpa", "deterministic"])
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}], ids=["auto", "deterministic"])
 def test_joint_attention(device, options):
     cells = grid(device)
     held_to_sdpa(lambda q, k, v: ops.joint_attention(q, k, v, grid=cells, **options), heads(device), cells)

@@ -18,6 +18,7 @@ LAYERS = [
     ("data", "eval"),
     ("factory",),
     ("train",),
+    ("search",),
     ("cli", "_commands", "doctor"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -91,7 +92,7 @@ def test_every_submodule_is_an_attribute():
     """After `import evaat_fast` alone: each in a process in which nothing else was imported."""
     packages = [
         ROOT / "evaat_fast",
-        *(ROOT / "evaat_fast" / name for name in ("data", "eval", "integrations", "losses", "model", "train")),
+        *(ROOT / "evaat_fast" / name for name in ("data", "eval", "integrations", "losses", "model", "search", "train")),
     ]
     names = []
     for package in packages:
@@ -113,7 +114,9 @@ for name in {sorted(names)} + ["evaat_fast.kernels"]:
     assert run.returncode == 0 and run.stdout == "", run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("name", ["evaat_fast", "evaat_fast.data", "evaat_fast.integrations", "evaat_fast.train"])
+@pytest.mark.parametrize(
+    "name", ["evaat_fast", "evaat_fast.data", "evaat_fast.integrations", "evaat_fast.search", "evaat_fast.train"]
+)
 def test_lazy_packages_list_their_names_and_name_what_is_missing(name):
     package = importlib.import_module(name)
     assert set(package.__all__) <= set(dir(package)) and "__doc__" in dir(package)

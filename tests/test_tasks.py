@@ -278,7 +278,7 @@ def test_what_is_not_defined_is_null_and_a_dash(run):
 
 def test_unknown_tasks_and_tricks(run):
     config, _, _ = run
-    with pytest.raises(ConfigError, match="--task: expected one of ek100-mir, egomcq, charades-ego, got 'mir'"):
+    with pytest.raises(ConfigError, match="--task: expected one of ek100-mir, egomcq, charades-ego, retrieval, got 'mir'"):
         tasks.open_task("mir", config, tasks.Options())
     with pytest.raises(ConfigError, match="--trick: expected one of flip"):
         tasks.open_task("ek100-mir", config, tasks.Options(tricks=("magic",)))

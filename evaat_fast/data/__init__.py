@@ -25,6 +25,7 @@ _SUBMODULES = (
     "dataset",
     "decode",
     "ek100",
+    "folder",
     "kinds",
     "kitchen",
     "kitchen_formats",
@@ -32,6 +33,7 @@ _SUBMODULES = (
     "kitchen_render",
     "labels",
     "layout",
+    "plain",
     "prepare",
     "prepare_videos",
     "readers",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from evaat_fast.data import dataset as dataset
     from evaat_fast.data import decode as decode
     from evaat_fast.data import ek100 as ek100
+    from evaat_fast.data import folder as folder
     from evaat_fast.data import kinds as kinds
     from evaat_fast.data import kitchen as kitchen
     from evaat_fast.data import kitchen_formats as kitchen_formats
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from evaat_fast.data import kitchen_render as kitchen_render
     from evaat_fast.data import labels as labels
     from evaat_fast.data import layout as layout
+    from evaat_fast.data import plain as plain
     from evaat_fast.data import prepare as prepare
     from evaat_fast.data import prepare_videos as prepare_videos
     from evaat_fast.data import readers as readers

@@ -15,7 +15,7 @@ from evaat_fast.data.table import ClipTable
 
 Kind = tuple[int, frozenset[int]]  # verb class, -1 for none; noun classes
 
-__all__ = ["Kind", "kinds_of", "kinds_relevancy"]
+__all__ = ["Kind", "kinds_of", "kinds_relevancy", "sets_relevancy"]
 
 
 def kinds_relevancy(kinds: Sequence[Kind], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -33,6 +33,27 @@ def kinds_relevancy(kinds: Sequence[Kind], dtype: torch.dtype = torch.float32) -
     # Two clips without nouns name the same (empty) set.
     iou = torch.where(union == 0, 1.0, common / union.clamp(min=1))
     return iou.add_(verbs[:, None] == verbs).mul_(0.5)
+
+
+def sets_relevancy(kinds: Sequence[Sequence[frozenset[int]]], dtype: torch.dtype = torch.float32) -> Tensor:
+    """[K, K]: the same between kinds of any number of label columns, each a set of classes: the mean over the columns of the
+    intersection over union. With a single verb and a set of nouns that is `kinds_relevancy`. Exactly 1 where all agree; two
+    empty sets do. A kind without any class is relevant to itself alone."""
+    total = torch.zeros(len(kinds), len(kinds), dtype=dtype)
+    columns = len(kinds[0]) if kinds else 0
+    for sets in zip(*kinds, strict=True):
+        column = {n: i for i, n in enumerate(sorted(frozenset().union(*sets)))}
+        hot = torch.zeros(len(kinds), len(column), dtype=dtype)
+        for row, classes in zip(hot, sets, strict=True):
+            row[[column[n] for n in classes]] = 1
+        common, size = hot @ hot.T, hot.sum(1)
+        union = size[:, None] + size - common
+        total += torch.where(union == 0, 1.0, common / union.clamp(min=1))
+    total /= max(columns, 1)
+    bare = torch.tensor([not any(kind) for kind in kinds], dtype=torch.bool)
+    total[bare], total[:, bare] = 0, 0
+    total[bare, bare] = 1
+    return total
 
 
 def kinds_of(table: ClipTable) -> tuple[list[Kind], Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evaat_fast.data.decode import OutsideError, VideoError, probe
+from evaat_fast.data.decode import OutsideError, VideoError, members, probe
 
 Layout = Literal["whole", "clips", "chunks", "indexed"]
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -63,7 +63,7 @@ def find(root: str | os.PathLike[str], videos: Iterable[str], missing: Literal["
     if missing == "skip":
         found = {name: place for name, place in found.items() if place.is_file() or _any_chunk(place)}
     elif absent := [name for name in names if name not in found]:
-        raise FileNotFoundError(_missing(root, absent, len(names), "videos"))
+        raise FileNotFoundError(missing_files(root, absent, len(names), "videos"))
     listed = {name: _chunk_files(place) for name, place in found.items() if place.is_dir()}
     length = _chunk_seconds(listed.values())
     return {n: _chunked(listed[n], length) if n in listed else _whole(place) for n, place in found.items()}
@@ -90,14 +90,14 @@ def find_clips(
         if path := folders.find(f"{video.rpartition('/')[0]}/{clip}".lstrip("/")):
             found[clip] = Source((path,), (float(start),), "clips")
     if found and missing == "raise" and (absent := [clip for clip in ids if clip not in found]):
-        raise FileNotFoundError(_missing(root, absent, len(ids), "clips"))
+        raise FileNotFoundError(missing_files(root, absent, len(ids), "clips"))
     return found
 
 
 def of_path(path: str | os.PathLike[str]) -> Source:
-    """The Source of a file, or of a folder of chunks; VideoError where there is neither."""
+    """The Source of a file, of a member of a tar file, or of a folder of chunks; VideoError where there is none."""
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or (not path.is_dir() and members.place(path) is not None):
         return _whole(path)
     if not path.is_dir():
         raise VideoError(f"{path}: no such video")
@@ -237,6 +237,7 @@ class _Folders:
         return self._listings[folder]
 
 
-def _missing(root, names, total, what):
+def missing_files(root: str | os.PathLike[str], names: Sequence[str], total: int, what: str) -> str:
+    """What to say of names that are not there."""
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"videos: {len(names)} of {total} {what} are not in {str(root)!r}: {listed}"

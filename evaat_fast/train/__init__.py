@@ -21,6 +21,7 @@ _LAZY = {
 }
 _SUBMODULES = (
     "averaging",
+    "begin",
     "boards",
     "caching",
     "checkpoint",
@@ -46,6 +47,7 @@ _SUBMODULES = (
     "sections",
     "shards",
     "setup",
+    "similarity",
     "steps",
     "stop",
     "tasks",
@@ -57,6 +59,7 @@ __all__ = [*_LAZY, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from evaat_fast.train import averaging as averaging
+    from evaat_fast.train import begin as begin
     from evaat_fast.train import boards as boards
     from evaat_fast.train import caching as caching
     from evaat_fast.train import checkpoint as checkpoint
@@ -82,6 +85,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import sections as sections
     from evaat_fast.train import setup as setup
     from evaat_fast.train import shards as shards
+    from evaat_fast.train import similarity as similarity
     from evaat_fast.train import steps as steps
     from evaat_fast.train import stop as stop
     from evaat_fast.train import tasks as tasks

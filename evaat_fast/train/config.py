@@ -38,7 +38,14 @@ __all__ = [
     "with_values",
 ]
 
-_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
+_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "a table",
+    list: "a list of strings",
+}
 
 
 class ConfigError(ValueError):
@@ -227,7 +234,8 @@ def _set(config: Config, name: str, value: Any, source: str, base: Path) -> None
     if wanted is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     named = wanted is bool and isinstance(value, str) and value in choices(KEYS[name])
-    if not (named or isinstance(value, wanted)) or (isinstance(value, bool) and wanted is not bool):
+    strings = not isinstance(value, list) or all(isinstance(item, str) for item in value)
+    if not (named or (isinstance(value, wanted) and strings)) or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(f"{source}: {name}: expected {_expected(KEYS[name])}, got {reprlib.repr(value)}")
     if KEYS[name].metadata.get("path") and value:
         if "\0" in value:
@@ -273,6 +281,16 @@ def check(config: Config, source: str = "config", *, training: bool = True) -> N
         )
     if training and config.loss.name == "sms" and config.data.kind not in LABELLED:
         raise ConfigError(f"{source}: loss.name: 'sms' needs labels, and data.kind = {config.data.kind!r} has none; use 'clip'")
+    if config.data.similarity != "labels":
+        if config.data.kind != "csv":
+            raise ConfigError(f"{source}: data.similarity: only 'csv' has it, got data.kind = {config.data.kind!r}")
+        if training and config.loss.name != "sms":
+            raise ConfigError(f"{source}: data.similarity: only loss.name = 'sms' reads it, got {config.loss.name!r}")
+        if training and not (config.train.init or config.model.pretrained):
+            raise ConfigError(
+                f"{source}: data.similarity: 'text-tower' is that of the weights that the run starts from: set train.init or "
+                "model.pretrained"
+            )
     if training and config.train.init and config.model.pretrained:
         raise ConfigError(f"{source}: train.init: give either this or model.pretrained, not both")
     if 0 < config.train.spike <= 1:

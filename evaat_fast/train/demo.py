@@ -88,7 +88,7 @@ def run(
     # Both stages see the same clips, which are decoded once.
     data = inputs.splits(configs["pretrain"])
     test = data.test
-    assert isinstance(data.train, EK100) and test is not None  # the toy kitchen is in EK-100's files
+    assert isinstance(data.train, EK100) and isinstance(test, EK100)  # the toy kitchen is in EK-100's files
     with Progress(len(data.train), "decoding", quiet) as progress:
         inputs.decode(data.train, progress)
     clock["decoding"] = time.perf_counter()

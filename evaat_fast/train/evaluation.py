@@ -1,4 +1,5 @@
-"""What a model retrieves: the EK-100 metrics of a test split, and how often the verb is right."""
+"""What a model retrieves: the EK-100 metrics of a test split, and how often the verb is right; of one's own clips recalls and
+ranks, and with label columns the same metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,20 +9,21 @@ import torch
 from torch import Tensor
 
 from evaat_fast.data.choices import Frames
-from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.kinds import kinds_relevancy
+from evaat_fast.data.plain import PlainClips
 from evaat_fast.data.video import VideoError
 from evaat_fast.eval import Result, mir, recall
 from evaat_fast.model import EVA02AT
 from evaat_fast.train import embedding
 from evaat_fast.train.config import Config
+from evaat_fast.train.inputs import Retrieval
 from evaat_fast.train.ranks import Ranks, in_order, interleaved
 
 
 @overload
 def evaluate(
     model: EVA02AT,
-    data: EK100,
+    data: Retrieval,
     config: Config,
     device: torch.device,
     *,
@@ -34,7 +36,7 @@ def evaluate(
 @overload
 def evaluate(
     model: EVA02AT,
-    data: EK100,
+    data: Retrieval,
     config: Config,
     device: torch.device,
     *,
@@ -46,7 +48,7 @@ def evaluate(
 
 def evaluate(
     model: EVA02AT,
-    data: EK100,
+    data: Retrieval,
     config: Config,
     device: torch.device,
     *,
@@ -59,7 +61,7 @@ def evaluate(
     Args:
         model: an EVA02AT. data: a test split. config: a Config. device: where the model is.
         frames: instead of config.eval.frames, what the model is shown of each clip: "ordered", "shuffled", "reversed"
-            or "frozen" (one frame, repeated); see EK100.
+            or "frozen" (one frame, repeated); see `ClipDataset`.
         ranks: the processes that share the work; each returns all of it.
         return_similarity: also return the float32 cosine similarities [clips, captions].
 
@@ -71,7 +73,7 @@ def evaluate(
     return (metrics, similarity) if return_similarity else metrics
 
 
-def measure(similarity: Tensor, data: EK100) -> dict[str, float]:
+def measure(similarity: Tensor, data: Retrieval) -> dict[str, float]:
     """The metrics of a similarity matrix [clips, captions]: what `mir.evaluate` gives, Recall@1, 5 and 10 and median ranks,
     and, where there are several verbs, "verb_accuracy": for how many clips the caption retrieved first has the clip's
     verb class, in per cent. nan for what the labels leave nothing to measure of."""
@@ -79,7 +81,7 @@ def measure(similarity: Tensor, data: EK100) -> dict[str, float]:
     return {**result.metrics, **{name: n for name, n in result.counts.items() if name in ("excluded_v2t", "excluded_t2v")}}
 
 
-def report(similarity: Tensor, data: EK100, kept: Tensor | None = None) -> Result:
+def report(similarity: Tensor, data: Retrieval, kept: Tensor | None = None) -> Result:
     """The metrics of `measure` with counts and notes.
 
     Args:
@@ -89,8 +91,16 @@ def report(similarity: Tensor, data: EK100, kept: Tensor | None = None) -> Resul
     every = torch.ones(len(similarity), dtype=torch.bool) if kept is None else kept
     relevancy = exact_relevancy(data)[every]
     similarity = similarity[every.to(similarity.device)]
-    result, found = mir.report(similarity, relevancy), recall.report(similarity, relevancy == 1)
+    found = recall.report(similarity, relevancy == 1)
+    if isinstance(data, PlainClips) and not data.labelled:
+        note = (
+            "without label columns the right captions are a clip's own, and there is no mAP or nDCG, which are of graded labels"
+        )
+        return Result(found.metrics, found.counts, (note, *found.notes))
+    result = mir.report(similarity, relevancy)
     metrics, counts = {**result.metrics, **found.metrics}, dict(result.counts)
+    if isinstance(data, PlainClips):
+        return Result(metrics, counts, result.notes + found.notes)
     verbs, caption_verbs = torch.as_tensor(data.clip_verbs)[every], torch.as_tensor(data.caption_verbs)
     if len(caption_verbs.unique()) > 1:
         right = caption_verbs[similarity.argmax(1).cpu()] == verbs
@@ -99,14 +109,21 @@ def report(similarity: Tensor, data: EK100, kept: Tensor | None = None) -> Resul
     return Result(metrics, counts, result.notes + found.notes)
 
 
-def exact_relevancy(data: EK100) -> Tensor:
+def exact_relevancy(data: Retrieval) -> Tensor:
     """float64 [clips, captions]: data.relevancy, which is float32, as the published matrices have it."""
+    if isinstance(data, PlainClips):
+        return data.relevancy
     return kinds_relevancy(data.kinds, torch.float64)[data.clip_kind][:, data.caption_kind]
 
 
 @torch.inference_mode()
 def embed(
-    model: EVA02AT, data: EK100, config: Config, device: torch.device, frames: Frames = "ordered", ranks: Ranks | None = None
+    model: EVA02AT,
+    data: Retrieval,
+    config: Config,
+    device: torch.device,
+    frames: Frames = "ordered",
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """float32 cosine similarities [clips, captions], on the CPU. With `ranks`, each process embeds its share, and all have all.
 
@@ -136,6 +153,9 @@ def embed(
 def summary(metrics: Mapping[str, float]) -> str:
     """One line."""
     verbs = f"  verbs {metrics['verb_accuracy']:.1f} %" if "verb_accuracy" in metrics else ""
+    if "mAP" not in metrics:
+        both = {k: (metrics[f"R@{k}_v2t"] + metrics[f"R@{k}_t2v"]) / 2 for k in (1, 5, 10)}
+        return "  ".join(f"R@{k} {value:.1f}" for k, value in both.items() if math.isfinite(value))
     return f"mAP {metrics['mAP']:.1f}  nDCG {metrics['nDCG']:.1f}{verbs}"
 
 

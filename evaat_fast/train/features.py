@@ -24,7 +24,6 @@ import torch
 
 from evaat_fast import _parts
 from evaat_fast._files import sha256, write_atomically
-from evaat_fast.data.corpora import open_corpus
 from evaat_fast.data.dataset import ClipDataset, captions
 from evaat_fast.train import embedding, inputs, outcome, trainer
 from evaat_fast.train.config import Config, ConfigError
@@ -70,13 +69,7 @@ def write(
         raise ConfigError(f"--rows: expected a number from 1, got {rows}")
     out, wanted = Path(out), inputs.model_config(config)
     config.train.init = os.fspath(checkpoint)
-    data = open_corpus(
-        config.data.kind,
-        config.data.annotations,
-        config.data.videos,
-        split,  # type: ignore[arg-type]
-        **inputs.of_evaluation(config, "broken" if partial else "raise"),
-    )
+    data = inputs.open_split(config, split, **inputs.of_evaluation(config, "broken" if partial else "raise"))  # type: ignore[arg-type]
     model = trainer.build_model(config).to(device).eval()
     texts = _texts(data)
     record = {

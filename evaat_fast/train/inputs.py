@@ -14,9 +14,12 @@ from torch.utils.data import DataLoader
 
 import evaat_fast
 from evaat_fast.data.check import Report, check
+from evaat_fast.data.choices import Split
 from evaat_fast.data.corpora import open_corpus
 from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.data.ek100 import EK100
+from evaat_fast.data.plain import PlainClips
+from evaat_fast.data.readers import plain
 from evaat_fast.data.transforms import eval_transform, train_transform
 from evaat_fast.model import EVA02AT, CLIPTokenizer, ModelConfig, draw_patches, get_config, trim
 from evaat_fast.train.config import Config, ConfigError
@@ -33,12 +36,16 @@ def model_config(config: Config) -> ModelConfig:
     return get_config(config.model.name, **config.model.overrides, **frames)
 
 
+# Test sets whose clips and captions are retrieved by each other.
+Retrieval = EK100 | PlainClips
+
+
 @dataclass(frozen=True)
 class Splits:
     """What a run trains on, and what it evaluates on: None for the corpora that have no retrieval test of their own."""
 
     train: ClipDataset
-    test: EK100 | None
+    test: Retrieval | None
 
 
 def splits(config: Config, missing: Literal["raise", "broken"] = "raise") -> Splits:
@@ -49,11 +56,8 @@ def splits(config: Config, missing: Literal["raise", "broken"] = "raise") -> Spl
         FileNotFoundError, ValueError: files that are missing or cannot be read.
     """
     wanted = model_config(config)
-    own = {"positive": config.data.positive} if config.data.kind == "ek100-mir" else {}
-    train = open_corpus(
-        config.data.kind,
-        config.data.annotations,
-        config.data.videos,
+    train = open_split(
+        config,
         "train",
         transform=train_transform(wanted.image_size, scale=(config.data.crop_scale, 1.0)),
         jitter=config.data.jitter,
@@ -61,22 +65,40 @@ def splits(config: Config, missing: Literal["raise", "broken"] = "raise") -> Spl
         missing="broken",
         seed=config.train.seed,
         cache=_cache(config),
-        **own,
+        **({"positive": config.data.positive} if config.data.kind == "ek100-mir" else {}),
+        **({"similarity": config.data.similarity} if config.data.kind == "csv" else {}),
         **_shared(config),
     )
-    return Splits(train, test_split(config, missing) if config.data.kind == "ek100-mir" else None)
+    tested = config.data.kind == "ek100-mir" or (config.data.kind == "csv" and _has_test(config))
+    return Splits(train, test_split(config, missing) if tested else None)
 
 
-def test_split(config: Config, missing: Literal["raise", "broken"] = "raise") -> EK100:
+def open_split(config: Config, split: Split, **options: Any) -> ClipDataset:
+    """`open_corpus` of config.data."""
+    data, own = config.data, {}
+    if data.kind == "csv":
+        own = {"labels": data.labels, "test_share": data.test_share, "split_seed": data.split_seed}
+    return open_corpus(data.kind, data.annotations, data.videos, split, **own, **options)
+
+
+def _has_test(config):
+    data = config.data
+    if data.test_share:  # then some video is tested
+        return True
+    return len(plain.read(data.annotations, data.videos, "test", labels=data.labels, test_share=0.0)) > 0
+
+
+def test_split(config: Config, missing: Literal["raise", "broken"] = "raise") -> Retrieval:
     """The test split of config.data.
 
     Raises:
         FileNotFoundError, ValueError: as `splits`. ConfigError: the corpus has none.
     """
-    if config.data.kind != "ek100-mir":
+    if config.data.kind not in ("ek100-mir", "csv"):
         raise ConfigError(f"data.kind: {config.data.kind!r} has no retrieval test; evaluate with evaat-fast eval --task")
-    places = config.data.annotations, config.data.videos
-    return EK100(*places, "test", cache=_cache(config), **of_evaluation(config, missing))
+    data = open_split(config, "test", cache=_cache(config), **of_evaluation(config, missing))
+    assert isinstance(data, Retrieval)
+    return data
 
 
 def of_evaluation(config: Config, missing: Literal["raise", "broken"] = "raise") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from evaat_fast._files import write_atomically
 
 LIVE_SECONDS = 60.0  # between lines where there is no bar
+_BYTES = 1 << 24  # what is more than this is shown as bytes are
 
 
 class Board(Protocol):
@@ -127,7 +128,7 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:
                 raise ImportError("the progress bar needs tqdm: pip install 'evaat-fast[train]'") from None
-            scale = total > 1 << 24  # of bytes
+            scale = total > _BYTES
             self.bar = tqdm(total=total, desc=label, leave=False, dynamic_ncols=True, unit_scale=scale)
 
     def __enter__(self) -> "Progress":
@@ -154,11 +155,17 @@ class Progress:
             self.say(f"{self._label}: {line}")
             self._told = time.monotonic()
 
-    def to(self, done: int, total: int) -> None:
-        """Where things stand, for what counts its steps itself."""
+    def to(self, done: int, total: int, line: str = "") -> None:
+        """Where things stand, for what counts its steps itself; a line with it is shown as `live` shows one."""
         if self.bar is not None:
             self.bar.total = total
+            self.bar.unit_scale = total > _BYTES
+            if line:
+                self.bar.set_postfix_str(line, refresh=False)
             self.bar.update(done - self.bar.n)
+        elif line and not self._quiet and time.monotonic() - self._told >= LIVE_SECONDS:
+            self.say(f"{self._label}: {line}")
+            self._told = time.monotonic()
 
     def say(self, line: str) -> None:
         if self.bar is not None:

@@ -25,7 +25,7 @@ from evaat_fast.model import EVA02AT
 from evaat_fast.train import embedding, evaluation, inputs, trainer
 from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Progress
-from evaat_fast.train.tasks import Options, Task, open_task
+from evaat_fast.train.tasks import RETRIEVAL, Options, Task, open_task
 
 __all__ = ["Incomplete", "guess_stage", "precision", "run", "run_of", "similarities", "text", "versions", "write"]
 
@@ -50,7 +50,7 @@ def run(
     """Evaluates checkpoints on a task; several are an ensemble, whose similarities are averaged.
 
     Args:
-        name: of `paper.TASKS`. config: its model, its data, which are the task's files, its batch size and precision.
+        name: of `tasks.TASKS`. config: its model, its data, which are the task's files, its batch size and precision.
         checkpoints: files of weights, or folders of parts. device: where to compute.
         stage: "zero-shot" or "fine-tuned", whose rows of the paper ours are put beside; None guesses by what the first
             checkpoint's run was trained on.
@@ -109,7 +109,7 @@ def run(
         "left_out": left_out,
         "notes": list(result.notes),
         "protocol": protocol,
-        "differences": paper.differences(name, protocol),
+        "differences": paper.differences(name, protocol) if name in paper.TASKS else [],
         "frames": task.data.frames,
         "checkpoint": os.fspath(checkpoints[0]) if len(checkpoints) == 1 else [os.fspath(path) for path in checkpoints],
         "checkpoint_sha256": [sha256(_parts.standing(path) or path) for path in checkpoints],
@@ -170,18 +170,25 @@ def text(record: Mapping[str, Any]) -> str:
     name, metrics = record["task"], {k: math.nan if v is None else v for k, v in record.items()}
     label = "ours" + "".join(f" + {trick}" for trick in record["protocol"]["tricks"])
     label += ", PARTIAL" * record["partial"] + (", another test set" if record["published_test_set"] is False else "")
-    lines = [f"{name}, {record['stage']}; the paper's numbers ({paper.PAPER}) and ours, in per cent"]
-    lines += [paper.table(name, record["stage"], [(label, metrics)]), ""]
+    if name in paper.TASKS:
+        lines = [f"{name}, {record['stage']}; the paper's numbers ({paper.PAPER}) and ours, in per cent"]
+        lines += [paper.table(name, record["stage"], [(label, metrics)]), ""]
+    else:
+        lines = [f"{label}, in per cent; MedR: the median rank, from 1"]
     if record["partial"]:
-        lines.append(f"PARTIAL: {record['left_out']} clips were left out; the paper's numbers are of all of them")
-    if record["published_test_set"] is None:
+        than = "; the paper's numbers are of all of them" if name in paper.TASKS else ""
+        lines.append(f"PARTIAL: {record['left_out']} clips were left out{than}")
+    if name not in paper.TASKS:
+        pass
+    elif record["published_test_set"] is None:
         lines.append("whether this is all of the published test set, its counts would tell, which are not known here")
     elif not record["published_test_set"]:
         counts = ", ".join(f"{number:,} {what}" for what, number in paper.COUNTS[name].items())
         lines.append(f"not the published test set{f', which has {counts}' if counts else ''}: not comparable with the paper's")
-    if name == "ek100-mir":
+    if name in RETRIEVAL:
         lines.append(f"{record['clips']} clips, {record['captions']} captions")
-        lines += evaluation.lines(metrics, ("R@1", "R@5", "R@10", "MedR"))
+        more = ("mAP", "nDCG") if name not in paper.TASKS and "mAP" in metrics else ()
+        lines += evaluation.lines(metrics, (*more, "R@1", "R@5", "R@10", "MedR"))
     elif name == "egomcq":
         lines.append(f"inter: {record['inter_questions']} questions of type 1, intra: {record['intra_questions']} of type 2")
     else:
@@ -202,7 +209,7 @@ def guess_stage(task: str, stored: Mapping[str, Any]) -> str:
     """\"fine-tuned\" where a checkpoint's run was trained on the task's own corpus, else "zero-shot"."""
     data = stored.get("config", {}).get("data", {})
     kind = data.get("kind", "ek100-mir" if data else "")
-    own = {"ek100-mir": ("ek100-mir", "ek100-clips"), "charades-ego": ("charades-ego",)}
+    own = {"ek100-mir": ("ek100-mir", "ek100-clips"), "charades-ego": ("charades-ego",), "retrieval": ("csv",)}
     return "fine-tuned" if kind in own.get(task, ()) else "zero-shot"
 
 
@@ -224,6 +231,8 @@ def run_of(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _published(name: str, clips: int, task: Task) -> bool | None:
     """Whether the test set has the published one's counts; None where those that are known leave it open."""
     mine = {"clips": clips, "captions": len(task.texts), "classes": len(task.texts)}
+    if name not in paper.TASKS:
+        return None
     counts = paper.COUNTS[name]
     if any(mine[what] != number for what, number in counts.items()):
         return False

@@ -15,8 +15,10 @@ EXTRAS = {
     "PIL": "train",
     "pyarrow": "video",
     "regex": "train",
+    "starlette": "serve",
     "tokenizers": "train",
     "tqdm": "train",
+    "uvicorn": "serve",
 }
 PAGE = ("jinja2", "matplotlib", "PIL")  # what `report` needs
 

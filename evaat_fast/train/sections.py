@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from evaat_fast.data.choices import Corpus, Decoder, Frames, Positive, Sampler
+from evaat_fast.data.choices import LABEL_COLUMNS, Corpus, Decoder, Frames, Positive, Sampler, Similarity
 
 
 def key(
@@ -31,8 +31,13 @@ class Model:
 
 @dataclass
 class Data:
-    """kind: the corpus, as `evaat-fast prepare` names them, or "clips" for a table that it wrote. annotations: the folder of
-    the published files, or what `prepare` made of them. videos: the folder of videos, whole or in chunks. crop_scale: least
+    """kind: the corpus, as `evaat-fast prepare` names them, "clips" for a table that it wrote, or "csv" for a folder of videos
+    and one file of captions, as `evaat-fast init` makes it. annotations: the folder of the published files, what `prepare` made
+    of them, or that one file. videos: the folder of videos, whole or in chunks. labels, test_share, split_seed, similarity are
+    of "csv": the columns that hold classes, by name or by a pattern with *, of which relevancy is made; which share of the
+    videos is tested where no column says so, 0 for none, drawn from split_seed and each path; and what clips are alike by,
+    their "labels", or equal captions where there are none, or for "sms" a table of the captions' similarities to the
+    "text-tower" that the run starts from. crop_scale: least
     share of the frame in a random training crop. jitter: draw each training frame within its segment of the clip, and not
     its middle; sampler: whose segments. positive: the text of a training clip, "own" or, for "ek100-mir", a "relevant" one
     drawn anew each time, as the SMS loss's authors do. decoder: "auto" takes the first that the doctor finds usable.
@@ -42,6 +47,10 @@ class Data:
     kind: Corpus = "ek100-mir"
     annotations: str = key("", path=True)
     videos: str = key("", path=True)
+    labels: list[str] = field(default_factory=lambda: list(LABEL_COLUMNS))
+    test_share: float = key(0.1, least=0, most=0.9)
+    split_seed: int = key(0, least=0, most=2**31 - 1)
+    similarity: Similarity = "labels"
     crop_scale: float = key(0.5, above=0, most=1)
     jitter: bool = True
     sampler: Sampler = "avion"
@@ -134,8 +143,8 @@ class Train:
 
 @dataclass
 class Eval:
-    """every: evaluate after so many epochs, 0 for only after the last; on the test split of "ek100-mir", the other corpora
-    have tasks of their own, see `evaat-fast eval --task`. frames: what the model is shown of each clip."""
+    """every: evaluate after so many epochs, 0 for only after the last; on the test split of "ek100-mir" or "csv", the other
+    corpora have tasks of their own, see `evaat-fast eval --task`. frames: what the model is shown of each clip."""
 
     every: int = key(0, least=0)
     batch_size: int = key(64, least=1)
@@ -171,6 +180,11 @@ def kind(spec: dataclasses.Field) -> type:
     found = get_origin(spec.type) or spec.type
     assert isinstance(found, type)
     return found
+
+
+def default(spec: dataclasses.Field) -> Any:
+    """What a key is where nothing says so."""
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
 def choices(spec: dataclasses.Field) -> tuple[str, ...]:

@@ -12,12 +12,14 @@ import torch
 import evaat_fast
 from evaat_fast.model import EVA02AT
 from evaat_fast.train.config import KEYS, Config, ConfigError
+from evaat_fast.train.sections import default
 
 # What a run may be continued with another value of: its gradients are clipped from there on, or cost less memory.
 _FREE = ("optim.clip_norm", "model.grad_checkpointing")
 # What decides what is learned besides the sections of which all does.
 _BOUND = (
     *("data.kind", "data.crop_scale", "data.jitter", "data.sampler", "data.positive"),
+    *("data.labels", "data.test_share", "data.split_seed", "data.similarity"),
     *("train.batch_size", "train.seed", "train.distinct", "train.precision", "train.ema"),
 )
 
@@ -75,7 +77,7 @@ def check_same_run(stored: Mapping[str, Any], config: Config, source: str | os.P
         section, name = key.split(".")
         if key in _FREE:
             continue
-        theirs = stored.get(section, {}).get(name, KEYS[key].default)  # keys are younger than some runs
+        theirs = stored.get(section, {}).get(name, default(KEYS[key]))  # keys are younger than some runs
         if theirs != ours[section][name]:
             raise ConfigError(
                 f"{source} was made with {key} = {theirs!r}, this run has {ours[section][name]!r}; to start another run from "

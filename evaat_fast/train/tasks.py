@@ -5,6 +5,7 @@
 | ek100-mir | the test split's | its captions | `mir`, `recall` |
 | egomcq | all candidates, each once | the questions' narrations | `mcq` |
 | charades-ego | whole test videos | the 157 class names | `charades` |
+| retrieval | the test split's, of one's own file of captions | its captions | `recall`, and `mir` with label columns |
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from evaat_fast.train.config import Config, ConfigError
 
 Scores = Literal["cosine", "lavila"]
 SCORES = ("cosine", "lavila")
+TASKS = (*paper.TASKS, "retrieval")
+RETRIEVAL = ("ek100-mir", "retrieval")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Task:
-    """name: of `paper.TASKS`. data: the clips. texts: what is embedded besides. compare: of embeddings of clips and texts makes
+    """name: of TASKS. data: the clips. texts: what is embedded besides. compare: of embeddings of clips and texts makes
     similarities. judge: of similarities and of which clips were read, bool [clips], makes a Result. normalize: whether
     embeddings are of length 1. protocol: what `paper.differences` takes."""
 
@@ -66,24 +69,34 @@ def open_task(name: str, config: Config, options: Options) -> Task:
         ConfigError: options that the task does not have. FileNotFoundError, ValueError: files that are missing or cannot be
             read; with options.partial missing videos are not among them.
     """
-    if name not in paper.TASKS:
-        raise ConfigError(f"--task: expected one of {', '.join(paper.TASKS)}, got {name!r}")
+    if name not in TASKS:
+        raise ConfigError(f"--task: expected one of {', '.join(TASKS)}, got {name!r}")
     if unknown := [trick for trick in options.tricks if trick not in tricks.TRICKS]:
         raise ConfigError(f"--trick: expected one of {', '.join(tricks.TRICKS)}, got {unknown[0]!r}")
-    if "dual-softmax" in options.tricks and name != "ek100-mir":
+    if "dual-softmax" in options.tricks and name not in RETRIEVAL:
         raise ConfigError(f"--trick: the dual softmax is of retrieval, ek100-mir; {name} has no such thing")
-    if options.scores not in SCORES or (options.scores != "cosine" and name == "ek100-mir"):
+    if options.scores not in SCORES or (options.scores != "cosine" and name in RETRIEVAL):
         raise ConfigError(f"--scores: expected cosine, or lavila for egomcq and charades-ego, got {options.scores!r}")
     if options.prompt.count("{}") != 1 or (options.prompt != "{}" and name != "charades-ego"):
         raise ConfigError(f"--prompt: expected a text with one {{}}, and for charades-ego only, got {options.prompt!r}")
-    task: Task = {"ek100-mir": _ek100, "egomcq": _egomcq, "charades-ego": _charades}[name](config, options)
+    if name in RETRIEVAL:
+        task = _retrieval(name, config, options)
+    else:
+        task = (_egomcq if name == "egomcq" else _charades)(config, options)
     if "three-crops" in options.tricks:
         task.data.transform = embedding.ThreeCrops(eval_transform(inputs.model_config(config).image_size))
     return task
 
 
-def _ek100(config: Config, options: Options) -> Task:
+def kind_of(name: str) -> str:
+    """The data.kind whose own task this is; of EgoMCQ its own name, which is none."""
+    return "csv" if name == "retrieval" else name
+
+
+def _retrieval(name: str, config: Config, options: Options) -> Task:
     data = inputs.test_split(config, options.missing)
+    if config.data.kind != kind_of(name):
+        raise ConfigError(f"--task: {name} is of data.kind = {kind_of(name)!r}, got {config.data.kind!r}")
 
     def judge(sim: Tensor, kept: Tensor) -> Result:
         if "dual-softmax" in options.tricks:
@@ -91,10 +104,10 @@ def _ek100(config: Config, options: Options) -> Task:
             sim[kept] = tricks.dual_softmax(sim[kept], options.temperature)
         return evaluation.report(sim, data, kept)
 
-    protocol = {"captions": "own narration by narration_id"}
+    protocol = {"captions": "own narration by narration_id" if name == "ek100-mir" else "each once"}
     if "dual-softmax" in options.tricks:
         protocol["dual_softmax_temperature"] = str(options.temperature)
-    return Task("ek100-mir", data, data.captions, embedding.similarity, judge, protocol=protocol)
+    return Task(name, data, data.captions, embedding.similarity, judge, protocol=protocol)
 
 
 def _egomcq(config: Config, options: Options) -> Task:

@@ -19,7 +19,7 @@ import torch
 
 import evaat_fast
 from evaat_fast._files import write_atomically
-from evaat_fast.train import boards, checkpoint, evaluation, inputs, packages, shards
+from evaat_fast.train import boards, checkpoint, evaluation, inputs, packages, shards, similarity
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.checkpoint import Position
 from evaat_fast.train.config import Config, ConfigError, absolute
@@ -124,6 +124,7 @@ def _train(
     length = len(given.sampler)
     model = build_model(config, stored)
     model.to(device)
+    table = _labels(config, data, out, device, ranks, model if stored is None else None)
     shared = ranks.several and config.train.parallel == "fsdp"
     if shared:
         shards.shard(model, config, ranks, device)
@@ -135,7 +136,6 @@ def _train(
         restored = checkpoint.restore(stored, masters, optimizer, stands, average)
         stored = {"config": stored["config"], "run": stored.get("run", ""), "rng": restored}  # and no more of it in memory
     fit_optimizer(optimizer, config, device)
-    table = torch.zeros(0, 0) if data.relevancy_table is None else data.relevancy_table
     steps = Steps(masters, optimizer, table, config, device, ranks, average)
     if config.train.compile:
         model.compile_blocks()
@@ -242,6 +242,15 @@ def _train(
         # What was complete when it was resumed may be saved the other way.
         "checkpoint": stands if stored and at == begun else last,
     }
+
+
+def _labels(config, data, out, device, ranks, model):
+    """float32 [K, K], the relevancy between kinds, where the loss reads one."""
+    if config.loss.name != "sms":
+        return torch.zeros(0, 0)
+    if config.data.similarity == "text-tower":
+        return similarity.labels(config, data, out, device, ranks, model)
+    return data.relevancy_table
 
 
 def _begin(told, config, at, stored, model, given, device, ranks, resume):

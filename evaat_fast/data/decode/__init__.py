@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from evaat_fast.data.choices import DECODERS, Decoder, check_choice
+from evaat_fast.data.decode import members
 from evaat_fast.data.decode.errors import OutsideError, VideoError
 from evaat_fast.data.decode.header import Header, VideoInfo
 
@@ -138,6 +139,6 @@ def probe(path: str | Path) -> VideoInfo:
 
 def _file(path):
     path = Path(path)
-    if not path.is_file():
+    if members.place(path) is None:
         raise VideoError(f"{path}: no such video")
     return path

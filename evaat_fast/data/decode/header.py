@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from evaat_fast.data.decode import members
 from evaat_fast.data.decode.errors import VideoError, reason
 from evaat_fast.data.decode.mp4 import UPRIGHT, missing_bytes, rotation_of, track_matrix
 
@@ -72,7 +73,7 @@ class Header:
             how: dict[str, Any] = {"timeout": _PATIENCE}
             if hasattr(av.container.InputContainer, "metadata_errors"):
                 how["metadata_errors"] = "replace"
-            self.container: Any = av.open(f"file:{path}", **how)
+            self.container: Any = av.open(_url(path), **how)
         except Exception as error:  # FFmpegError, OSError, or UnicodeDecodeError
             raise VideoError(f"{path}: {reason(path, error)}") from error
         try:
@@ -215,6 +216,14 @@ class Header:
 def rational(value: Any) -> Fraction | None:
     """A rational of PyAV's: to version 18 that is a Fraction or None, from 19 on an AVRational. None where it is not set."""
     return Fraction(value.numerator, value.denominator) if value else None
+
+
+def _url(path):
+    found = members.place(path)
+    if found is None or found[0] == path:
+        return f"file:{path}"
+    file, first, size = found
+    return f"subfile,,start,{first},end,{first + size},,:file:{file}"
 
 
 def _is_mp4(names):

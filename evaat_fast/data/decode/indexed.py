@@ -23,6 +23,8 @@ class IndexedReader(ABC):
             head.close()
         self._head = head  # its numbers; the container is closed
         self.path, self.fps = path, head.fps
+        if not path.is_file():
+            raise VideoError(f"{path}: {self.name} reads no part of a tar file; use the decoder 'av'")
         a, b, c, d = self.info.matrix
         if a * d - b * c < 0:
             raise VideoError(f"{path}: a mirrored picture; use the decoder 'av'")

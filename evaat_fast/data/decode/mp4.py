@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from evaat_fast.data.decode.members import place
+
 UPRIGHT = (1, 0, 0, 1)
 _MOST = 200_000  # boxes of a file; damaged ones have more
 
@@ -33,9 +35,9 @@ def right_angles(nine: Sequence[float]) -> tuple[int, int, int, int]:
 def track_matrix(path: Path) -> tuple[int, int, int, int]:
     """The display matrix of an mp4's (first, if there are several) video track, from its boxes."""
     try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            moov = next((body for name, body in boxes(file, 0, size) if name == b"moov"), None)
+        whole, first, size = place(path) or (path, 0, 0)
+        with open(whole, "rb") as file:
+            moov = next((body for name, body in boxes(file, first, first + size) if name == b"moov"), None)
             for name, trak in boxes(file, *moov) if moov else ():
                 if name != b"trak":
                     continue
@@ -53,9 +55,9 @@ def track_matrix(path: Path) -> tuple[int, int, int, int]:
 
 def missing_bytes(path: Path) -> int:
     """By how many bytes the last box of an mp4 is longer than the file."""
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        return max([0, *(end - size for _, (_, end) in boxes(file, 0, size))])
+    whole, first, size = place(path) or (path, 0, 0)
+    with open(whole, "rb") as file:
+        return max([0, *(end - first - size for _, (_, end) in boxes(file, first, first + size))])
 
 
 def boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, tuple[int, int]]]:

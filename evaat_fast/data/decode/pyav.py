@@ -1,7 +1,7 @@
 """PyAV: packets are read first, so that only what the wanted frames are made of is decoded, and only they are converted."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ _END = 2**62
 
 
 class AvReader:
-    """Frames of a file by time; see `decode.Reader`."""
+    """Frames of a file by time; see `decode.Reader`.
 
-    def __init__(self, path: Path):
+    change: what to make of each frame, uint8 [H, W, 3], as soon as it is decoded: a smaller one, where many are read at once.
+    """
+
+    def __init__(self, path: Path, change: Callable[[np.ndarray], np.ndarray] | None = None):
         self._head = Header(path)
-        self.path, self.fps = path, self._head.fps
+        self.path, self.fps, self._change = path, self._head.fps, change
         self._turn: tuple[int, int, int, int] | None = None
         self._step = round(1 / (self.fps * self._head.base))  # of a frame without a duration of its own
         self._seeks = True
@@ -62,7 +65,7 @@ class AvReader:
         return head.checked_end(end)
 
     def read(self, times: Sequence[float]) -> np.ndarray:
-        """uint8 [len(times), H, W, 3]."""
+        """uint8 [len(times), H, W, 3], or what `change` makes of it."""
         head = self._head
         wanted = [head.ticks(t) for t in times]
         try:
@@ -247,7 +250,8 @@ class AvReader:
         plane = rgb.planes[0]
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
         pixels = rows[:, : 3 * plane.width].reshape(plane.height, plane.width, 3)
-        return turned(pixels, self._turn)
+        upright = turned(pixels, self._turn)
+        return upright if self._change is None else self._change(upright)
 
     def _next(self):
         """The next packet; None at the end."""

@@ -1,4 +1,4 @@
-"""The published files of the benchmarks, each read into a `ClipTable` by a function of its own module.
+"""The published files of the benchmarks and one's own, each read into a `ClipTable` by a function of its own module.
 
 | module | reads |
 |---|---|
@@ -8,6 +8,7 @@
 | egoclip_plus | LaViLa's pickles |
 | egomcq | EgoVLP's egomcq.json |
 | charades | Charades-Ego: CSVs, classes, the clip lists of LaViLa and EgoVLP |
+| plain | a folder of videos and one file of captions |
 
 Whatever is wrong with a file is a ValueError of one line that names the file, the line or row, the column, what was expected
 and what came. Of millions of rows a few may be left out, which is counted and said.
@@ -27,6 +28,7 @@ _SUBMODULES = (
     "large",
     "pickled_arrays",
     "pickles",
+    "plain",
     "text",
 )
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from evaat_fast.data.readers import large as large
     from evaat_fast.data.readers import pickled_arrays as pickled_arrays
     from evaat_fast.data.readers import pickles as pickles
+    from evaat_fast.data.readers import plain as plain
     from evaat_fast.data.readers import text as text
 else:
     __getattr__, __dir__ = _lazy.attach(__name__, {}, _SUBMODULES)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["Row", "Unique", "class_list", "content", "number", "rows", "short"]
+__all__ = ["Row", "Unique", "class_list", "content", "decoded", "number", "rows", "short"]
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _CLOCK = re.compile(r"(\d{1,4}):(\d{1,2}):(\d{1,2}(?:\.\d+)?)", re.ASCII)
@@ -114,7 +114,11 @@ def content(path: str | os.PathLike[str], what: str = "annotations") -> tuple[Pa
         raise FileNotFoundError(f"{what}: there is no folder {str(path.parent)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"{what}: there is no file {str(path)!r}")
-    raw = path.read_bytes()
+    return path, decoded(path, path.read_bytes())
+
+
+def decoded(path: Path, raw: bytes) -> str:
+    """The text of a file's bytes; ValueError where they are not UTF-8."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path}: expected text in UTF-8, got UTF-16, by its first two bytes")
     try:
@@ -124,7 +128,7 @@ def content(path: str | os.PathLike[str], what: str = "annotations") -> tuple[Pa
         raise ValueError(f"{path}: line {line} is not UTF-8 text: byte {raw[error.start]:#04x}") from None
     if "\0" in text:
         raise ValueError(f"{path}: line {text[: text.index(chr(0))].count(chr(10)) + 1} is not UTF-8 text: byte 0x00")
-    return path, text
+    return text
 
 
 def rows(

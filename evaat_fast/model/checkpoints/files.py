@@ -296,6 +296,11 @@ def download(repo: str) -> str:
             reason = error
             break
     raise RuntimeError(
-        f"pretrained: could not download {repo!r} from the Hugging Face hub ({reason}). Without a network: download "
-        "the file elsewhere and pass its path"
+        f"pretrained: could not download {repo!r} from the Hugging Face hub ({_first(reason)}). Without a network: download "
+        f"the file elsewhere, https://huggingface.co/{repo}/resolve/main/{HUB_FILES[0]} or {HUB_FILES[1]}, and pass its path"
     )
+
+
+def _first(reason: Exception | str) -> str:
+    """The first line of a client's error, which may have many."""
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0]

@@ -1,7 +1,8 @@
 """joint_attention: 3-D RoPE and softmax attention over all tokens of a clip.
 
 `joint_attention` is rope3d followed by torch's scaled_dot_product_attention, on every device; `joint_attention_qkv_` is the
-same on the packed output of the qkv projection, rotated in place. By name a Triton kernel does both in one.
+same on the packed output of the qkv projection, rotated in place. On Hopper a kernel in Gluon does both in one, by name one in
+Triton.
 """
 
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -11,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast.ops._core.autocast import autocast_dtype
-from evaat_fast.ops._core.tensor import kind, memory_of, packed_base
+from evaat_fast.ops._core.tensor import is_transformed, keeps_numbers_elsewhere, kind, memory_of, packed_base
 from evaat_fast.ops.attn.clips import each_clip, sdpa_of_clips
+from evaat_fast.ops.attn.fused import FUSED, attend, attend_packed
 from evaat_fast.ops.attn.layout import gradient_like
 from evaat_fast.ops.attn.plan import AttentionPlan, plan
 from evaat_fast.ops.attn.reference import attention_reference
-from evaat_fast.ops.attn.triton import attend, attend_packed
 from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 from evaat_fast.ops.rope3d.rotate import consume, rotate
 from evaat_fast.ops.rope3d.rotation import Grid
@@ -79,7 +80,8 @@ def joint_attention(
             serves, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
-        backend: "auto", "sdpa", "triton" (head dims up to 128; slower than sdpa on an H200) or "reference".
+        backend: "auto", "gluon" (Hopper's heads of 64 in half precision, from 192 tokens on), "sdpa", "triton" (head dims up to
+            128; slower than sdpa on an H200) or "reference".
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). With
@@ -101,8 +103,9 @@ def joint_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     rope = (grid, freqs, prefix_tokens, positions, interleaved)
     shapes = (q.shape, k.shape, q.dtype, q.device)
-    call = plan(*shapes, rope, k_positions, scale, cu_seqlens, max_seqlen, deterministic, return_lse, backend)
-    if call.backend == "triton" and not (turns or packed_clips):
+    asked = (deterministic, return_lse, _is_transformed(q, k, v), backend)
+    call = plan(*shapes, rope, k_positions, scale, cu_seqlens, max_seqlen, *asked)
+    if call.backend in FUSED and not (turns or packed_clips):
         q, k, v = _readable(q, k, v)
     if not packed_clips:
         return _attend(q, k, v, call, return_lse)
@@ -162,7 +165,8 @@ def joint_attention_qkv_(
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
     rope = (grid, freqs, prefix_tokens, positions, interleaved)
-    call = plan(shape, shape, qkv.dtype, qkv.device, rope, None, scale, None, None, deterministic, return_lse, backend)
+    asked = (deterministic, return_lse, _is_transformed(qkv), backend)
+    call = plan(shape, shape, qkv.dtype, qkv.device, rope, None, scale, None, None, *asked)
     base = packed_base("joint_attention_qkv_", qkv, False) if call.rope else None
     # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
     in_place = call.rope and call.backend != "reference" and not call.rotation.learns() and not torch.compiler.is_compiling()
@@ -170,10 +174,16 @@ def joint_attention_qkv_(
         # unbind(2): its backward stacks the three gradients straight into the packed layout, one copy.
         q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
         return _attend(q, k, v, call, return_lse)
-    if call.backend == "triton" and qkv.numel() and call.scale >= 0:
+    if call.backend in FUSED and qkv.numel() and call.scale >= 0:
         out, lse = attend_packed(qkv, base, num_heads, call)
         return (out, lse) if return_lse else out
     return _attend(*consume(qkv, base, num_heads, call.rotation), call.without_rope(), return_lse)
+
+
+def _is_transformed(*tensors):
+    if torch.compiler.is_compiling():
+        return False
+    return any(is_transformed(x) or keeps_numbers_elsewhere(type(x)) for x in tensors)
 
 
 def _readable(*qkv):
@@ -204,8 +214,8 @@ def _check(q, k, v, packed_clips):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bool) -> Any:
     """[B, H, N, D], or that and the log-sum-exps, of checked q, k and v whose memory can be read; B = 1 for packed clips."""
-    on_triton = call.backend == "triton" and q.numel() and k.numel()
-    if call.rope and (not on_triton or call.rotation.learns()):  # else Triton turns within its passes
+    fused = call.backend in FUSED and q.numel() and k.numel()
+    if call.rope and (not fused or call.rotation.learns()):  # else the kernels turn within their passes
         # owned: nobody but the attention reads what is turned, so its gradients are turned back where they lie.
         if call.k_positions is None:
             q, k = rotate(q, k, call.rotation, owned=True)
@@ -213,10 +223,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: AttentionPlan, return_lse: bo
             q, k = rotate(q, None, call.rotation, owned=True)[0], rotate(k, None, call.k_rotation(), owned=True)[0]
         call = call.without_rope()
     lse = None
-    if on_triton:
+    if fused:
         out, lse = attend(q, k, v, call)
         return (out, lse) if return_lse else out
-    if call.backend == "reference" or return_lse:  # Triton of empty tensors
+    if call.backend == "reference" or return_lse:  # our kernels of empty tensors
         core = lambda q, k, v: attention_reference(q, k, v, call.scale, True)  # noqa: E731
         out, lse = core(q, k, v) if call.cu_seqlens is None else each_clip(core, q, k, v, call.cu_seqlens)
     elif call.cu_seqlens is not None:

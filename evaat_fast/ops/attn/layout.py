@@ -23,10 +23,15 @@ class _LikeOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dO):
-        aligned = torch.compiler.is_compiling() or dO.data_ptr() % 16 == 0
-        if dO.stride() == ctx.strides and aligned:
-            return dO
-        return dO.new_empty_strided(dO.shape, ctx.strides).copy_(dO)
+        return with_strides(dO, ctx.strides)
+
+
+def with_strides(dO: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """dO, or a copy of it with these strides and at 16 bytes."""
+    aligned = torch.compiler.is_compiling() or dO.data_ptr() % 16 == 0
+    if dO.stride() == strides and aligned:
+        return dO
+    return dO.new_empty_strided(dO.shape, strides).copy_(dO)
 
 
 def gradient_like(out: Tensor) -> Tensor:

@@ -68,14 +68,26 @@ def plan(
     max_seqlen: int | None,
     deterministic: bool,
     return_lse: bool,
+    transformed: bool,
     backend: str | None,
 ) -> AttentionPlan:
-    """The plan of queries [B, H, N, D] and keys [B, Hk, M, D], or of [total, H, D] and [total, Hk, D] with cu_seqlens."""
+    """The plan of queries [B, H, N, D] and keys [B, Hk, M, D], or of [total, H, D] and [total, Hk, D] with cu_seqlens.
+    transformed: by torch.func, or tensors of other classes."""
     (grid, freqs, prefix_tokens, positions, interleaved), head_dim = rope, shape[-1]
     _check_clips(cu_seqlens, max_seqlen, shape[0], device)
     alone = deterministic and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC_CALL: alone, dispatch.WIDE_HEADS: head_dim > 128}
+    if device.type == "cuda":
+        asked |= {
+            dispatch.DETERMINISTIC: deterministic or torch.are_deterministic_algorithms_enabled(),
+            dispatch.OTHER_SHAPE: head_dim != 64 or shape[-2] < 192 or shape[-2] != k_shape[-2],
+            dispatch.HALVES: not interleaved and (grid is not None or positions is not None),
+            dispatch.PACKED: cu_seqlens is not None,
+            dispatch.TRANSFORMED: transformed,
+        }
     wanted = tuple(need for need, is_asked in asked.items() if is_asked)
+    if device.type == "cuda":
+        wanted += dispatch.lacks_for_hopper(device)
     chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
     rest = (cu_seqlens, max_seqlen, scale, chosen)

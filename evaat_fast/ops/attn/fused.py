@@ -1,13 +1,18 @@
-"""joint_attention in Triton: its two passes as torch operators, and what autograd keeps between them."""
+"""joint_attention by kernels that turn within their passes, in Gluon or Triton: the two passes as torch operators, and what
+autograd keeps between them."""
 
 import torch
 from torch import Tensor
 
 from evaat_fast.ops._core.register import once_differentiable, register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows
+from evaat_fast.ops.attn import cudnn
+from evaat_fast.ops.attn.layout import with_strides
 from evaat_fast.ops.attn.plan import AttentionPlan
-from evaat_fast.ops.rope3d.rotate import empty, used_again
+from evaat_fast.ops.rope3d.rotate import empty, turn, used_again
 from evaat_fast.ops.rope3d.table import table_of
+
+FUSED = ("gluon", "triton")  # backends
 
 
 def _output(x):
@@ -44,14 +49,18 @@ def attn_forward(q: Tensor, k: Tensor, v: Tensor, keep: bool, call: AttentionPla
 
 def _launch_forward(q, k, v, out, lse, turned_q, turned_k, call):
     """turned_q: None not to keep them."""
-    from evaat_fast.kernels.attn.forward import forward
-    from evaat_fast.kernels.rope3d.rotate import rotate
+    from evaat_fast.kernels.attn import forward
 
-    (table, k_table), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
+    (table, _), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
     if call.rope:
-        rotate([k], [turned_k], k_table, *rotation, False)
+        turn([k], [turned_k], call.k_rotation())
         k = turned_k
-    forward(q, k, v, out, lse, turned_q, table, *rotation, call.scale, call.cu_seqlens)
+    if call.backend == "gluon":
+        from evaat_fast.kernels.attn import sm90
+
+        if sm90.serves(q, k, v):
+            return sm90.forward(q, k, v, out, lse, turned_q, table, rotation[0], call.scale)
+    forward.forward(q, k, v, out, lse, turned_q, table, *rotation, call.scale, call.cu_seqlens)
 
 
 def _backward_fake(q, k, v, *others):
@@ -68,6 +77,14 @@ def _backward_fake(q, k, v, *others):
 def attn_backward(q, k, v, out, lse, grad, grad_lse, need_q, need_kv, call):
     """dQ, dK and dV of queries and keys as they were before they were turned; q and k: turned. What is not needed is not
     written."""
+    if call.backend == "gluon" and grad_lse is None:
+        found = cudnn.gradients(q, k, v, out, lse, grad, call.scale)
+        if call.rope and call.k_positions is None:
+            turn(list(found[:2]), list(found[:2]), call.rotation.back())
+        elif call.rope:
+            turn([found[0]], [found[0]], call.rotation.back())
+            turn([found[1]], [found[1]], call.k_rotation().back())
+        return tuple(with_strides(x, (x[0].numel(), x.shape[3], x.shape[1] * x.shape[3], 1)) for x in found)
     dq, dk, dv = _backward_fake(q, k, v)
     wanted = (dq if need_q else None, dk if need_kv else None, dv if need_kv else None)
     _launch_backward(q, k, v, out, lse, grad, grad_lse, wanted, call)
@@ -157,6 +174,9 @@ def attn_qkv_backward(qkv, out, lse, grad, grad_lse, num_heads, call):
     """The gradient of the projection as it was before its queries and keys were turned."""
     dqkv = qkv.new_empty(qkv.shape)
     q, k, v = _parts(qkv, num_heads)
+    if call.backend == "gluon" and grad_lse is None:
+        turn(list(cudnn.gradients(q, k, v, out, lse, grad, call.scale)), list(_parts(dqkv, num_heads)), call.rotation.back())
+        return dqkv
     _launch_backward(q, k, v, out, lse, grad, grad_lse, _parts(dqkv, num_heads), call)
     return dqkv
 

@@ -1,0 +1,76 @@
+"""What is asked for: words that add and subtract, and moments to be like."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Like", "Term", "parse_like", "parse_query", "seconds_of"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A text, and whether it adds (1) or takes away (-1)."""
+
+    text: str
+    sign: int
+
+
+@dataclass(frozen=True)
+class Like:
+    """A moment. file: a path. time: seconds."""
+
+    file: str
+    time: float
+
+
+def parse_query(query: str) -> list[Term]:
+    """Texts between " + " and " - ", signs with spaces around them; the first may have one, too.
+
+    "push left + a red block - a hand" is three terms; "t-shirt" and "C++" are one word each.
+
+    Raises:
+        ValueError: no text, or nothing between two signs.
+    """
+    if not isinstance(query, str):
+        raise TypeError(f"query: expected text, got {type(query).__name__}")
+    parts = re.split(r"(?:^|(?<=\s))([+-])(?=\s)", query.strip())
+    if len(parts) > 1 and not parts[0].strip():
+        parts = parts[1:]
+    else:
+        parts = ["+", *parts]
+    terms = [Term(text.strip(), 1 if sign == "+" else -1) for sign, text in zip(parts[::2], parts[1::2], strict=True)]
+    if not all(term.text for term in terms):
+        raise ValueError(f"query: expected text, and some between two signs, got {query!r}")
+    return terms
+
+
+def parse_like(text: str) -> Like:
+    """FILE@SECONDS, FILE@MM:SS or FILE@HH:MM:SS.
+
+    Raises:
+        ValueError: anything else.
+    """
+    file, at, time = text.rpartition("@")
+    if not at or not file:
+        raise ValueError(f"like: expected FILE@SECONDS, as video.mp4@12.5 or video.mp4@01:02, got {text!r}")
+    try:
+        return Like(file, seconds_of(time))
+    except ValueError:
+        raise ValueError(
+            f"like: expected a time after the last @, as in video.mp4@12.5 or video.mp4@01:02, got {time!r}"
+        ) from None
+
+
+def seconds_of(text: str) -> float:
+    """12.5, "01:02.5" or "1:02:03" in seconds. Raises ValueError for what is no time."""
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)", text.strip())
+    if not match:
+        raise ValueError(f"expected seconds, mm:ss or hh:mm:ss, got {text!r}")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def spoken(terms: Sequence[Term], likes: Sequence[Like]) -> str:
+    """A query in one line."""
+    said = "".join(f" {'-' if term.sign < 0 else '+'} {term.text}" for term in terms).removeprefix(" + ").strip()
+    return " + ".join([*([said] if said else []), *(f"like {like.file}@{like.time:g}" for like in likes)])

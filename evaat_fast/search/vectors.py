@@ -1,0 +1,74 @@
+"""All vectors of an index against one query: half precision on the disk, single precision in the product."""
+
+import itertools
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaat_fast.search.store import BadIndex
+
+_TILE = 8192  # rows: 8 MB of 256 float32 numbers; of 512 to 16,384 the fastest on two cores
+_KEPT = (
+    1 << 25
+)  # bytes that stay mapped behind the product: what was read stays in the system's cache, and is no memory of ours
+
+__all__ = ["Vectors"]
+
+
+class Vectors:
+    """float16 [rows, width] of a file, mapped.
+
+    Args:
+        path: of vectors of length 1. rows, width: how many there are, of how many numbers; the file may go on behind them.
+
+    Raises:
+        BadIndex: the file is not there, or shorter.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], rows: int, width: int):
+        self.rows, self.width = rows, width
+        self._mapped: mmap.mmap | None = None
+        if not rows:
+            return
+        try:
+            with open(path, "rb") as file:
+                # A private copy, of which nothing is written: torch warns of memory that it may not write to.
+                self._mapped = mmap.mmap(file.fileno(), 2 * rows * width, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError):
+            raise BadIndex(f"{path} lacks vectors; remove the folder and index again") from None
+        self._all = torch.frombuffer(self._mapped, dtype=torch.float16).view(rows, width)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def row(self, number: int) -> Tensor:
+        """float32 [width]."""
+        return self._all[number].float()
+
+    def scores(self, query: Tensor) -> np.ndarray:
+        """float32 [rows]: the products of all vectors with one query, float32 [width]. May run in several threads at once."""
+        found = torch.empty(self.rows)
+        count = max(1, min(torch.get_num_threads(), self.rows // (4 * _TILE)))
+        bounds = [part * self.rows // count // _TILE * _TILE for part in range(count)] + [self.rows]
+        if count == 1:
+            self._part(query, found, 0, self.rows)
+        else:  # threads of their own: torch's wait for each other after each tile
+            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for done in [pool.submit(self._part, query, found, *pair) for pair in itertools.pairwise(bounds)]:
+                    done.result()
+        return found.numpy()
+
+    def _part(self, query: Tensor, found: Tensor, begin: int, end: int) -> None:
+        wide = torch.empty(min(_TILE, end - begin), self.width)
+        dropped = -(-2 * begin * self.width // mmap.PAGESIZE) * mmap.PAGESIZE
+        for first in range(begin, end, _TILE):
+            some = self._all[first : min(first + _TILE, end)]
+            torch.mv(wide[: len(some)].copy_(some), query, out=found[first : first + len(some)])
+            behind = 2 * (first + len(some)) * self.width // mmap.PAGESIZE * mmap.PAGESIZE
+            if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED") and behind - dropped >= _KEPT:
+                self._mapped.madvise(mmap.MADV_DONTNEED, dropped, behind - dropped)
+                dropped = behind

@@ -1,0 +1,293 @@
+"""From a folder of videos to a run: what `evaat-fast init` writes.
+
+    print(begin.write("Videos", "work"))      # work/captions.csv to fill in, and work/config.toml
+
+The configuration is sized by what is there: the median length of the clips decides how many frames are shown, their number the
+batch and the epochs, the machine the model.
+"""
+
+import csv
+import io
+import math
+import os
+import shlex
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evaat_fast._files import write_atomically
+from evaat_fast.data import ClipTable
+from evaat_fast.data.choices import SPLITS
+from evaat_fast.data.folder import Caption, Folder, look, tables
+from evaat_fast.data.readers import plain
+from evaat_fast.train.config import ConfigError, load, toml_value
+from evaat_fast.train.setup import check_folder
+
+CAPTIONS, CONFIG = "captions.csv", "config.toml"
+# A training step of the base model took 20,860 MiB for 64 clips of 4 frames, by docs/benchmarks.md.
+_MIB_PER_FRAME = 20_860 / (64 * 4)
+_CACHE = 2 << 30  # bytes of decoded clips that may be kept
+_WEIGHTS = "merged2b_s8b_b131k"
+_STEPS = 600
+_SHARE = 0.1  # of the videos is tested
+_SHOWN = 5
+
+__all__ = ["CAPTIONS", "CONFIG", "write"]
+
+
+@dataclass(frozen=True)
+class _Clips:
+    """What a run would be of: how many clips to train on, of how many captions (0 while nobody has written any, and then the
+    clips are the videos), the median length in seconds, and whether some can be tested, as there are two videos or more."""
+
+    train: int
+    captions: int
+    seconds: float
+    testable: bool
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """gpu: MiB of its memory, 0 without one. cores. memory: bytes."""
+
+    gpu: int
+    cores: int
+    memory: int
+
+
+def write(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] = ".",
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> str:
+    """Writes a file of captions, where there is none yet, and a configuration that trains on them.
+
+    Args:
+        folder: of videos, at any depth. out: where the files go; made where it is not there. progress: as for `folder.look`.
+        overwrite: replace a configuration that is there, and a file of captions in which nobody has written any.
+
+    Returns:
+        What was found and written, and which commands come next, in words.
+
+    Raises:
+        FileNotFoundError: no such folder, or no video in it. ConfigError: files that are there already, or a folder that cannot
+            be written to. ValueError: a file of captions that cannot be read. ImportError: PyAV or pyarrow is missing.
+    """
+    found, out = look(folder, progress), Path(out)
+    if not found.videos:
+        why = f"; {len(found.broken)} cannot be read, first {_first(found.broken)}" if found.broken else ""
+        raise FileNotFoundError(f"FOLDER: no video in {str(folder)!r}{why}")
+    check_folder(out, "--out")
+    said = [_of_videos(found)]
+    known = next(
+        (path for place in (out, found.root) for path in tables(place) if _rowed(path, found) & set(found.videos)), None
+    )
+    new = None if known else out / CAPTIONS
+    for path in filter(None, (new, out / CONFIG)):
+        if path == new and path.exists() and (path not in tables(out) or _rowed(path, found)):
+            raise ConfigError(f"{str(path)!r} is there already, and of something else: --out DIR writes elsewhere")
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{str(path)!r} is there already: --overwrite replaces it, --out DIR writes elsewhere")
+    out.mkdir(parents=True, exist_ok=True)
+    if known:
+        said.append(_of_table(known, found))
+    else:
+        assert new is not None
+        said.append(_write_captions(new, found))
+    annotations = known or new
+    assert annotations is not None
+    clips = _clips(annotations, found)
+    text = _config(clips, _largest(found), _machine(), _path(annotations, out), _path(found.root, out))
+    write_atomically(out / CONFIG, lambda file: file.write(text.encode()))
+    load(out / CONFIG)
+    said += [f"wrote {out / CONFIG}", "", "next:", *_next(annotations, out / CONFIG, clips)]
+    return "\n".join(said)
+
+
+def _of_videos(found: Folder) -> str:
+    seconds = sum(info.duration or 0.0 for info in found.videos.values())
+    lines = [f"{len(found.videos)} videos in {found.root}, {seconds / 60:.1f} minutes"]
+    for what, names in (("cannot be read", found.broken), ("no captions taken from", found.unread)):
+        lines += [f"  {what}: {name!r}: {why}" for name, why in list(names.items())[:_SHOWN]]
+        lines += [f"  and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    if found.hidden:
+        lines.append(f"  passed over: {len(found.hidden)} hidden names, first {found.hidden[0]!r}")
+    return "\n".join(lines)
+
+
+def _first(broken: dict[str, str]) -> str:
+    name, why = next(iter(broken.items()))
+    return f"{name!r}: {why}"
+
+
+def _parts(path: Path, found: Folder) -> list[ClipTable]:
+    """All clips of a file: those to train on, and those that its column split has tested."""
+    return [plain.read(path, found.root, split, test_share=0.0) for split in SPLITS]
+
+
+def _rowed(path: Path, found: Folder) -> set[str]:
+    """The videos that a file has captions of."""
+    try:
+        return {video for part in _parts(path, found) for video in part.videos()}
+    except plain.NoCaptions:
+        return set()
+
+
+def _of_table(path: Path, found: Folder) -> str:
+    rowed = _rowed(path, found)
+    lines = [f"captions: {path}, {sum(map(len, _parts(path, found)))} clips of {len(rowed)} videos"]
+    without = [name for name in found.videos if name not in rowed]
+    if without:
+        listed = ", ".join(map(repr, without[:3])) + (", ..." if len(without) > 3 else "")
+        lines.append(f"  {len(without)} videos have no caption there: {listed}")
+    gone = [name for name in rowed if name not in found.videos]
+    if gone:
+        lines.append(f"  {len(gone)} of its videos are not there or cannot be read, first {min(gone)!r}")
+    return "\n".join(lines)
+
+
+def _write_captions(path: Path, found: Folder) -> str:
+    """A row for each caption that lies beside a video, and for each other video one to fill in."""
+    told: dict[str, list[Caption]] = {}
+    for caption in found.captions:
+        told.setdefault(caption.video, []).append(caption)
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("path", "caption", "start", "stop"))
+    for name, info in found.videos.items():
+        if name not in told:
+            end = "" if info.duration is None else f"{math.floor(100 * info.duration) / 100:g}"
+            writer.writerow((name, "", "0" if end not in ("", "0") else "", "" if end == "0" else end))
+        for c in told.get(name, ()):
+            times = ("", "") if c.start is None or c.stop is None else (f"{c.start:.3f}", f"{c.stop:.3f}")
+            writer.writerow((name, c.text, *times))
+    content = file.getvalue()
+    # By the mark Excel knows UTF-8, which it would otherwise take for the local encoding, and save names that are nobody's.
+    encoded = content.encode("utf-8" if content.isascii() else "utf-8-sig")
+    write_atomically(path, lambda f: f.write(encoded))
+    line = f"wrote {path}: "
+    if told:
+        line += f"{len(found.captions)} captions of {len(found.sidecars)} files beside {len(told)} videos"
+    rest = len(found.videos) - len(told)
+    return line + (", and " if told and rest else "") + (f"{rest} videos to caption" if rest else "")
+
+
+def _clips(path: Path, found: Folder) -> _Clips:
+    durations = {name: info.duration for name, info in found.videos.items() if info.duration is not None}
+    try:
+        every = _parts(path, found)
+    except plain.NoCaptions:
+        count = len(found.videos)
+        return _Clips(max(1, round((1 - _SHARE) * count)), 0, statistics.median(durations.values() or [1.0]), count > 1)
+    testable = len(_rowed(path, found)) > 1 or len(every[1]) > 0
+    train = plain.read(path, found.root, "train", test_share=_SHARE if testable else 0.0)
+    lengths = [_length(train, row, durations) for row in range(len(train))]
+    captions = {plain.normal(text) for row in range(len(train)) for text in train.texts(row)[:1]}
+    return _Clips(len(train), len(captions), statistics.median(lengths or [1.0]), testable)
+
+
+def _length(table: ClipTable, row: int, durations: dict[str, float]) -> float:
+    length = table.stop(row) - table.start(row)
+    return durations.get(table.video(row), 1.0) if math.isnan(length) else length
+
+
+def _largest(found: Folder) -> int:
+    return max(info.width * info.height for info in found.videos.values())
+
+
+def _machine() -> _Machine:
+    gpu = torch.cuda.get_device_properties(0).total_memory >> 20 if torch.cuda.is_available() else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        memory = 0
+    return _Machine(gpu, cores, memory)
+
+
+def _path(path: Path, out: Path) -> str:
+    """Relative to the configuration where it lies below it, so that both can be moved together."""
+    whole = path.resolve()
+    try:
+        return whole.relative_to(out.resolve()).as_posix()
+    except ValueError:
+        return str(whole)
+
+
+def _power(limit: float) -> int:
+    """The largest power of two up to a limit, at least 2."""
+    return 1 << max(1, int(limit).bit_length() - 1)
+
+
+def _config(clips: _Clips, pixels: int, machine: _Machine, annotations: str, videos: str) -> str:
+    frames = (4 if clips.seconds <= 2 and machine.gpu else 8) if clips.seconds <= 10 else 16
+    distinct = 0 < clips.captions < clips.train
+    batch = min(64 if machine.gpu else 32, _power(clips.captions if distinct else clips.train / 2))
+    fitting = _power(0.8 * machine.gpu / (_MIB_PER_FRAME * frames)) if machine.gpu else batch
+    steps = max(1, clips.train // batch)
+    epochs = min(100, max(5, math.ceil(_STEPS / steps)))
+    cache = clips.train * 2 * frames * pixels * 3 <= min(_CACHE, machine.memory // 4)
+    counted = f"{clips.train} clips to train on, {clips.captions} captions" if clips.captions else "no captions yet"
+    if machine.gpu:
+        model = f"""name = "eva02_at_base_patch16_224"
+pretrained = "{_WEIGHTS}"    # EVA02-CLIP, from the Hugging Face hub; or the path of a file of weights"""
+        optim = "lr = 3e-5"
+    else:
+        model = f"""# Small enough for a CPU, from random weights. With a GPU take eva02_at_base_patch16_224, and
+# pretrained = "{_WEIGHTS}", which knows images and words already.
+name = "eva02_at_tiny_patch16_64\""""
+        optim = "lr = 1e-3\nweight_decay = 0.05\nbeta2 = 0.98"
+    micro = f"micro_batch = {fitting}    # clips that this GPU's memory holds at a time\n" if fitting < batch else ""
+    share = "test_share = 0.1    # of the videos, drawn by their paths; a column split outranks it"
+    if not clips.testable:
+        share = "test_share = 0.0    # there is one video only: name its test clips in a column split"
+    return f"""# Written by evaat-fast init: {counted}. Every key: evaat-fast train --keys
+
+[model]
+{model}
+num_frames = {frames}    # of each clip; half of the clips are shorter than {clips.seconds:.3g} seconds
+
+[data]
+kind = "csv"
+# Columns: path, caption, start, stop (seconds or mm:ss; empty for the whole video), and if you like split (train, test) and
+# labels: verb*, noun*, label*, class*, with several classes in a cell separated by ;
+annotations = {toml_value(annotations)}
+videos = {toml_value(videos)}
+{share}
+cache = {toml_value(cache)}    # keep decoded clips in memory
+workers = {0 if cache else min(machine.cores, 8)}
+
+[loss]
+name = "clip"    # or "sms", which learns from label columns how alike clips are, from the weights of a first run
+
+[optim]
+{optim}
+
+[schedule]
+warmup_epochs = 1
+
+[train]
+out = "run"
+epochs = {epochs}    # about {epochs * steps} steps
+batch_size = {batch}
+{micro}distinct = {toml_value(distinct)}    # no caption twice in a batch: the loss would call it wrong for the other clip
+
+[eval]
+every = {max(1, epochs // 5)}
+"""
+
+
+def _next(annotations: Path, config: Path, clips: _Clips) -> list[str]:
+    path = shlex.quote(str(config))
+    lines = [f"  evaat-fast check {path}", f"  evaat-fast train {path}"]
+    lines.append(f"  evaat-fast eval --checkpoint {shlex.quote(str(config.parent / 'run'))}")
+    if not clips.captions:
+        note = "a row a clip: a video may have many rows, with start and stop"
+        again = f"evaat-fast init ... --overwrite sizes {config.name} by them"
+        lines.insert(0, f"  fill in the column caption of {annotations} ({note}); {again}")
+    return lines

@@ -1,0 +1,287 @@
+"""Attention over all tokens of a clip on Hopper, in Gluon: the forward pass.
+
+A persistent grid: each program goes from tile to tile, 192 queries of a clip's head. One warp copies (TMA), three warpgroups
+turn and multiply 64 queries each (wgmma), so that the copies of a tile lie under the products of the one before. The keys that
+do not fill a block of 128 come first, in a block of 16, 32 or 64 of their own; tiles of fewer than three warpgroups come last.
+
+`warpgroup_mma_wait(0)` stands behind a wait for the next keys: without a block's end between them ptxas moves it above the
+exponentials, and the product of the values no longer runs beneath them.
+"""
+
+import functools
+from collections import namedtuple
+
+import torch
+import triton
+from evaat_fast.kernels.launch import on, table_of
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Names of Triton 3.6, and of later versions.
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+LOG2E = gl.constexpr(1.4426950408889634)
+ROWS = gl.constexpr(64)  # queries of a warpgroup
+GROUPS = gl.constexpr(3)  # warpgroups
+
+# heads, groups: of the queries, and of those to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head
+# of a head. blocks: of BN keys, without the tail. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
+Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale2 prefix")
+# What is in shared memory: two tiles' queries, and barriers by the name of what they guard.
+Shared = namedtuple("Shared", "q k v k_tail v_tail q_there q_free k_there k_free v_there v_free tail_there tail_free")
+Descriptors = namedtuple("Descriptors", "q k v k_tail v_tail out turned")
+
+
+@gluon.jit
+def _place(t, call):
+    """(clip, head, first query) of a tile; those of a head's end that are not whole come after all others."""
+    whole = t < call.full
+    of = gl.where(whole, t // call.per_head, t - call.full)
+    return of // call.heads, of % call.heads, gl.where(whole, t % call.per_head, call.per_head) * (GROUPS * ROWS)
+
+
+@gluon.jit
+def _copies(at, sh, call, BN: gl.constexpr, STAGES: gl.constexpr):
+    """The producer: copies what the consumers wait for, as soon as its place in shared memory is free."""
+    it = 0
+    for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
+        b, h, row = _place(t, call)
+        kv = h // call.groups
+        for c in gl.static_range(GROUPS):
+            place = (it % 2) * GROUPS + c
+            mbarrier.wait(sh.q_free.index(place), ((it // 2) & 1) ^ 1)
+            mbarrier.expect(sh.q_there.index(place), at.q.block_type.nbytes)
+            _load(at.q, [b, h, row + c * ROWS, 0], sh.q_there.index(place), sh.q.index(place))
+        tail = call.blocks * BN
+        mbarrier.wait(sh.tail_free.index(0), (it & 1) ^ 1)
+        mbarrier.expect(sh.tail_there.index(0), at.k_tail.block_type.nbytes)
+        _load(at.k_tail, [b, kv, tail, 0], sh.tail_there.index(0), sh.k_tail)
+        mbarrier.wait(sh.tail_free.index(1), (it & 1) ^ 1)
+        mbarrier.expect(sh.tail_there.index(1), at.v_tail.block_type.nbytes)
+        _load(at.v_tail, [b, kv, tail, 0], sh.tail_there.index(1), sh.v_tail)
+        for i in range(call.blocks):
+            n = it * call.blocks + i
+            s, free = n % STAGES, ((n // STAGES) & 1) ^ 1
+            mbarrier.wait(sh.k_free.index(s), free)
+            mbarrier.expect(sh.k_there.index(s), at.k.block_type.nbytes)
+            _load(at.k, [b, kv, i * BN, 0], sh.k_there.index(s), sh.k.index(s))
+            mbarrier.wait(sh.v_free.index(s), free)
+            mbarrier.expect(sh.v_there.index(s), at.v.block_type.nbytes)
+            _load(at.v, [b, kv, i * BN, 0], sh.v_there.index(s), sh.v.index(s))
+        it += 1
+
+
+@gluon.jit
+def _turn(q, table, b, h, row, call, D: gl.constexpr):
+    """The queries [64, D] in shared memory, turned where they lie."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    pairs = q.load(L).reshape((ROWS, D // 2, 2))
+    x, y = pairs.split()
+    P: gl.constexpr = x.type.layout
+    n = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, P))
+    c = gl.arange(0, D // 2, layout=gl.SliceLayout(0, P))
+    turned = ((n >= call.prefix) & (n < call.N))[:, None]
+    head = table.at + b.to(gl.int64) * table.b + h.to(gl.int64) * table.h
+    at = head + (n - call.prefix)[:, None] * (D // 2) + c[None, :]
+    cos, sin = gl.load(at, mask=turned, other=1.0), gl.load(at + table.half, mask=turned, other=0.0)
+    x, y = x.to(gl.float32), y.to(gl.float32)
+    q.store(gl.join(x * cos - y * sin, y * cos + x * sin).reshape((ROWS, D)).to(q.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def _weights(s, m, total, scale2, dtype: gl.constexpr, A: gl.constexpr):
+    """(largest score so far, the sum, what both were multiplied with, the weights as a product's left side)."""
+    new = gl.maximum(m, gl.max(s, 1) * scale2)
+    p = gl.exp2(s * scale2 - new[:, None])
+    alpha = gl.exp2(m - new)
+    return new, total * alpha + gl.sum(p, 1), alpha, gl.convert_layout(p.to(dtype), A)
+
+
+@gluon.jit
+def _attend(at, sh, out_lse, table, call, c: gl.constexpr, BN: gl.constexpr, TAIL: gl.constexpr,
+            D: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
+    """A consumer: warpgroup c."""
+    dtype: gl.constexpr = sh.q.dtype
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    TL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TAIL, 16])
+    OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
+    R: gl.constexpr = gl.SliceLayout(1, SL)
+    it = 0
+    for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
+        b, h, row = _place(t, call)
+        row += c * ROWS
+        place = (it % 2) * GROUPS + c
+        before = ((it + 1) % 2) * GROUPS + c
+        first = it * call.blocks
+        mbarrier.wait(sh.q_there.index(place), (it // 2) & 1)
+        if row < call.N:
+            kept = sh.q.index(place)
+            q = kept.reshape((ROWS, D))
+            if table is not None:
+                _turn(q, table, b, h, row, call, D)
+                if KEEP:
+                    _store(at.turned, [b, h, row, 0], kept)
+            mbarrier.wait(sh.tail_there.index(0), it & 1)
+            s_t = gl.zeros((ROWS, TAIL), gl.float32, TL)
+            product = warpgroup_mma(q, sh.k_tail.reshape((TAIL, D)).permute((1, 0)), s_t, use_acc=False, is_async=True)
+            # The result of the tile before has left its place by now.
+            tma.store_wait(pendings=1 if KEEP else 0)
+            mbarrier.arrive(sh.q_free.index(before), count=1, pred=it > 0)
+            s_t = warpgroup_mma_wait(0, deps=(product,))
+            mbarrier.arrive(sh.tail_free.index(0), count=1)
+            n = call.blocks * BN + gl.arange(0, TAIL, layout=gl.SliceLayout(0, TL))
+            s_t = gl.where((n < call.N)[None, :], s_t * call.scale2, -float("inf"))
+            m_t = gl.max(s_t, 1)
+            p_t = gl.exp2(s_t - m_t[:, None])
+            m, total = gl.convert_layout(m_t, R), gl.convert_layout(gl.sum(p_t, 1), R)
+            p = gl.convert_layout(p_t.to(dtype), A)
+            mbarrier.wait(sh.tail_there.index(1), it & 1)
+            acc = gl.zeros((ROWS, D), gl.float32, OL)
+            values = warpgroup_mma(p, sh.v_tail.reshape((TAIL, D)), acc, use_acc=False, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(values,))
+            mbarrier.arrive(sh.tail_free.index(1), count=1)
+            s = gl.zeros((ROWS, BN), gl.float32, SL)
+            mbarrier.wait(sh.k_there.index(first % STAGES), (first // STAGES) & 1)
+            product = warpgroup_mma(
+                q, sh.k.index(first % STAGES).reshape((BN, D)).permute((1, 0)), s, use_acc=False, is_async=True
+            )
+            s = warpgroup_mma_wait(0, deps=(product,))
+            mbarrier.arrive(sh.k_free.index(first % STAGES), count=1)
+            m, total, alpha, p = _weights(s, m, total, call.scale2, dtype, A)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
+            following = first + 1
+            mbarrier.wait(sh.k_there.index(following % STAGES), (following // STAGES) & 1, pred=call.blocks > 1)
+            for i in range(1, call.blocks):
+                j = first + i
+                k_at, v_at = j % STAGES, (j - 1) % STAGES
+                product = warpgroup_mma(q, sh.k.index(k_at).reshape((BN, D)).permute((1, 0)), s, use_acc=False, is_async=True)
+                mbarrier.wait(sh.v_there.index(v_at), ((j - 1) // STAGES) & 1)
+                values = warpgroup_mma(p, sh.v.index(v_at).reshape((BN, D)), acc, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(product,))
+                mbarrier.arrive(sh.k_free.index(k_at), count=1)
+                m, total, alpha, p = _weights(s, m, total, call.scale2, dtype, A)
+                following = j + 1
+                mbarrier.wait(sh.k_there.index(following % STAGES), (following // STAGES) & 1, pred=i + 1 < call.blocks)
+                acc = warpgroup_mma_wait(0, deps=(values,))
+                mbarrier.arrive(sh.v_free.index(v_at), count=1)
+                acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
+            last = first + call.blocks - 1
+            mbarrier.wait(sh.v_there.index(last % STAGES), (last // STAGES) & 1)
+            values = warpgroup_mma(p, sh.v.index(last % STAGES).reshape((BN, D)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(values,))
+            mbarrier.arrive(sh.v_free.index(last % STAGES), count=1)
+            acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, OL))[:, None]
+            rows = row + gl.arange(0, ROWS, layout=R)
+            gl.store(
+                out_lse + (b * call.heads + h).to(gl.int64) * call.N + rows, (m + gl.log2(total)) / LOG2E, mask=rows < call.N
+            )
+            if KEEP:
+                tma.store_wait(pendings=0)
+            q.store(acc.to(dtype))
+            fence_async_shared()
+            _store(at.out, [b, h, row, 0], kept)
+        else:  # no query of the tile is this warpgroup's: all that is left is to say so
+            tma.store_wait(pendings=0)
+            mbarrier.arrive(sh.q_free.index(before), count=1, pred=it > 0)
+            for i in gl.static_range(2):
+                mbarrier.wait(sh.tail_there.index(i), it & 1)
+                mbarrier.arrive(sh.tail_free.index(i), count=1)
+            for j in range(first, first + call.blocks):
+                mbarrier.wait(sh.k_there.index(j % STAGES), (j // STAGES) & 1)
+                mbarrier.arrive(sh.k_free.index(j % STAGES), count=1)
+                mbarrier.wait(sh.v_there.index(j % STAGES), (j // STAGES) & 1)
+                mbarrier.arrive(sh.v_free.index(j % STAGES), count=1)
+        it += 1
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, call, BN: gl.constexpr, TAIL: gl.constexpr,
+                             D: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """Descriptors of q, out and turned [1, 1, 64, D], of k, v [1, 1, BN, D] and of their tails [1, 1, TAIL, D]. lse: float32
+    [B, H, N]. KEEP: the turned queries, as the products see them, go to `turned`."""
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    at = Descriptors(q, k, v, k_tail, v_tail, out, turned)
+    of_q: gl.constexpr = 2 * GROUPS
+    sh = Shared(
+        gl.allocate_shared_memory(q.dtype, [of_q, 1, 1, ROWS, D], q.layout),
+        gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BN, D], q.layout),
+        gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BN, D], q.layout),
+        gl.allocate_shared_memory(q.dtype, [1, 1, TAIL, D], q.layout),
+        gl.allocate_shared_memory(q.dtype, [1, 1, TAIL, D], q.layout),
+        gl.allocate_shared_memory(gl.int64, [of_q, 1], B),
+        gl.allocate_shared_memory(gl.int64, [of_q, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [2, 1], B),
+        gl.allocate_shared_memory(gl.int64, [2, 1], B),
+    )
+    for i in gl.static_range(of_q):
+        mbarrier.init(sh.q_there.index(i), count=1)
+        mbarrier.init(sh.q_free.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(sh.k_there.index(i), count=1)
+        mbarrier.init(sh.k_free.index(i), count=GROUPS)
+        mbarrier.init(sh.v_there.index(i), count=1)
+        mbarrier.init(sh.v_free.index(i), count=GROUPS)
+    for i in gl.static_range(2):
+        mbarrier.init(sh.tail_there.index(i), count=1)
+        mbarrier.init(sh.tail_free.index(i), count=GROUPS)
+    gl.warp_specialize(
+        [
+            (_attend, (at, sh, lse, table, call, 0, BN, TAIL, D, STAGES, KEEP)),
+            (_attend, (at, sh, lse, table, call, 1, BN, TAIL, D, STAGES, KEEP)),
+            (_attend, (at, sh, lse, table, call, 2, BN, TAIL, D, STAGES, KEEP)),
+            (_copies, (at, sh, call, BN, STAGES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )
+
+
+def serves(*tensors):
+    """Whether the copies take q, k and v: TMA wants addresses and strides that are multiples of 16 bytes."""
+    return all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride for stride in x.stride()[:3]) for x in tensors)
+
+
+def stages_of(N):
+    """Blocks of keys in flight: three are 2 to 3 % faster on an H200 of 785, 1,025 and 1,569 tokens, 1 % slower of 6,273."""
+    return 3 if N < 3000 else 2
+
+
+def forward(q, k, v, out, lse, turned_q, table, prefix, scale, stages=None):
+    """As `forward.forward`, of heads of 64 in half precision and neighbouring pairs, of at least 192 queries and as many keys,
+    of clips that are not packed."""
+    (B, H, N, D), Hk, BN = q.shape, k.shape[1], 128
+    blocks = (N - 1) // BN
+    tail = max(16, triton.next_power_of_2(N - blocks * BN))
+    per_head, rest = divmod(triton.cdiv(N, ROWS.value), GROUPS.value)
+    full = B * H * per_head
+    tiles = full + (B * H if rest else 0)
+    layout = gl.NVMMASharedLayout(128, 16, rank=4)
+    of = lambda x, rows: TensorDescriptor.from_tensor(x, [1, 1, rows, D], layout)  # noqa: E731
+    call = Call(H, H // Hk, N, tiles, full, per_head, blocks, scale * LOG2E.value, prefix)
+    keep = turned_q is not None and table is not None
+    with on(q.device):
+        attn_forward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
+            of(q, 64), of(k, BN), of(v, BN), of(k, tail), of(v, tail), of(out, 64), of(turned_q if keep else q, 64),
+            lse, table_of(table), call, BN, tail, D, stages or stages_of(N), keep, 160, num_warps=4,
+        )  # fmt: skip
+
+
+@functools.cache
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
