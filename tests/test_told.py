@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import evaat_fast
+from evaat_fast.train import boards, meter, train
 from evaat_fast.train import log as logs
-from evaat_fast.train import meter, train
 from evaat_fast.train.log import read
 
 pytest.importorskip("av")
@@ -70,6 +70,32 @@ def test_tensorboard(configure, tmp_path):
     assert [event.step for event in events.Scalars("eval/mAP")] == [6]
 
 
+def test_tensorboard_after_a_kill(tmp_path):
+    """Each step once: what a checkpoint knows is there, what came after it is the resumed run's, and none of a replaced one."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown():
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+    def told(done, *losses):
+        log = logs.Log(tmp_path / "log.jsonl", 0, done, [boards.TensorBoard(tmp_path, done)])
+        for step, loss in enumerate(losses, done + 1):
+            log.write("step", 1, step=step, loss=loss)
+        return log
+
+    killed = told(0, 1.0, 2.0)
+    killed.sync()  # as a checkpoint is written
+    assert shown() == [(1, 1.0), (2, 2.0)]
+    killed.write("step", 1, step=3, loss=9.0)
+    killed.close()
+    told(2, 3.0, 4.0).close()
+    assert shown() == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    told(0, 5.0).close()
+    assert shown() == [(1, 5.0)]
+
+
 def test_wandb(configure, monkeypatch, tmp_path):
     """A stand-in for the package: what it is told, once, and by which name a resumed run finds its own."""
     said = []
@@ -87,6 +113,9 @@ def test_wandb(configure, monkeypatch, tmp_path):
     said.clear()
     train(configure("train.wandb=kitchens", "train.epochs=2"), resume=True, quiet=True)
     assert said[0]["id"] == first["id"] and [x[0] for x in said[1:-1] if "train/loss" in x[1]] == [4, 5, 6]
+    said.clear()
+    train(configure("train.wandb=kitchens", "train.epochs=1"), overwrite=True, quiet=True)
+    assert said[0]["id"] != first["id"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -25,6 +25,9 @@ class TensorBoard:
         for name, value in _numbers(event, values).items():
             self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -33,17 +36,18 @@ class WandB:
     """The same on Weights & Biases. A run that is resumed goes on in the run that it was there.
 
     Args:
-        project: its name there. folder: of the run, by whose path it is known there. config: a Config, shown beside it.
+        project: its name there. folder: of the run. config: a Config, shown beside it. run: the run's own name, by which and
+            its folder's path it is known there: it would not take the steps of one that replaces it.
     """
 
-    def __init__(self, project: str, folder: Path, config: Config) -> None:
+    def __init__(self, project: str, folder: Path, config: Config, run: str = "") -> None:
         import wandb  # type: ignore[import-not-found, unused-ignore]
 
         name = str(folder.resolve())
         self._run = wandb.init(
             project=project,
             name=folder.name,
-            id=hashlib.sha256(name.encode()).hexdigest()[:16],
+            id=hashlib.sha256((name + run).encode()).hexdigest()[:16],
             resume="allow",
             dir=name,
             config=config.to_dict(),
@@ -53,17 +57,20 @@ class WandB:
         if numbers := _numbers(event, values):
             self._run.log(numbers, step=step)
 
+    def flush(self) -> None:
+        """Its own process has all, and outlives this one."""
+
     def close(self) -> None:
         self._run.finish()
 
 
-def boards(config: Config, step: int = 0) -> list[Board]:
-    """Those that config.train asks for, opened. step: how many steps of the run are done."""
+def boards(config: Config, step: int = 0, run: str = "") -> list[Board]:
+    """Those that config.train asks for, opened. step: how many steps of the run are done. run: its name."""
     folder, found = Path(config.train.out), list[Board]()
     if config.train.tensorboard:
         found.append(TensorBoard(folder, step))
     if config.train.wandb:
-        found.append(WandB(config.train.wandb, folder, config))
+        found.append(WandB(config.train.wandb, folder, config, run))
     return found
 
 

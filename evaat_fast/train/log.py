@@ -21,6 +21,8 @@ class Board(Protocol):
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -69,9 +71,12 @@ class Log:
                 self._warn(f"log.jsonl could not be written ({error.strerror or error}); tries again")
             self._failed = True
         self._step = values.get("step", self._step)
+        self._tell(lambda board: board.write(event, self._step, {"epoch": epoch, **finite}))
+
+    def _tell(self, say: Callable[["Board"], object]) -> None:
         for board in list(self._boards):
             try:
-                board.write(event, self._step, {"epoch": epoch, **finite})
+                say(board)
             except Exception as error:  # a board is not worth a run
                 self._boards.remove(board)
                 self._warn(f"{type(board).__name__} is told no more: {type(error).__name__}: {error}")
@@ -89,6 +94,8 @@ class Log:
         if self._file is not None:
             self._flush()
             os.fsync(self._file.fileno())
+            # Those that keep what they are told for a while would not show it after a kill, and a resumed run not say it again.
+            self._tell(lambda board: board.flush())
 
     def close(self) -> None:
         if self._file is None:

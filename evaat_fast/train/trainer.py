@@ -150,7 +150,7 @@ def _train(
         content = json.dumps({**config.to_dict(), "run": run} if run else config.to_dict(), indent=1).encode()
         write_atomically(described, lambda f: f.write(content))
     done = at.epoch * length + at.step
-    shown, path = (boards.boards(config, done), out / "log.jsonl") if ranks.main else ([], None)
+    shown, path = (boards.boards(config, done, run), out / "log.jsonl") if ranks.main else ([], None)
     log = Log(path, at.epoch, done, shown, lambda text: progress.warn(text))
     if config.data.cache and not datasets and not config.data.workers:
         with Progress(len(usable), "decoding", quiet) as reading:
