@@ -32,6 +32,7 @@ MARGIN_CASES = (
     "verb noun",
     "own",
     "paper",
+    "charades",
     "mi_mm",
     "adaptive",
     "panels",
@@ -91,7 +92,7 @@ def call(case, k, part, video, text, scale, group=None, grad_mode="ddp", **optio
         "indexed codes": lambda: ops.IndexedRelevancy(codes, index["rows"].int(), index["columns"], 1 / 240),
         "verb noun": lambda: ops.VerbNounRelevancy(index["verb"], index["noun"], k["iou"]),
     }.get(case, lambda: c)()
-    return ops.sms_loss(video, text, relevancy, rule="paper" if case == "paper" else "code", **of)
+    return ops.sms_loss(video, text, relevancy, rule=case if case in ("paper", "charades") else "code", **of)
 
 
 def features(dtype):
