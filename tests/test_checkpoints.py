@@ -192,7 +192,7 @@ def hub(monkeypatch):
     """A Hugging Face hub of one's own: repository/file -> path, or an error to raise."""
     files = {}
 
-    def hf_hub_download(repo, name):
+    def hf_hub_download(repo, name, local_files_only=False):
         answer = files.get(f"{repo}/{name}", files.get(repo, EntryNotFoundError("404")))
         if isinstance(answer, Exception):
             raise answer
@@ -209,6 +209,8 @@ def test_hub(hub, tmp_path):
     model, path = small(), tmp_path / "pytorch_model.bin"
     save_checkpoint(model, path)
     hub["owner/name/pytorch_model.bin"] = path
+    assert equal(small(pretrained="hf-hub:owner/name").state_dict(), model.state_dict())
+    hub["owner/name"] = LocalEntryNotFoundError("no network and not cached")  # but for the one that is
     assert equal(small(pretrained="hf-hub:owner/name").state_dict(), model.state_dict())
 
 
