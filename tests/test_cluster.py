@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -17,9 +18,13 @@ from evaat_fast.train.log import read
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT, SUBMIT = ROOT / "docs" / "cluster" / "train.sbatch", ROOT / "docs" / "cluster" / "submit.py"
-# srun runs what follows its options, scontrol knows one node, python says what it was started with.
+# srun runs what follows its options once for each node, scontrol knows one, python says what it was started with.
 COMMANDS = {
-    "srun": '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
+    "srun": """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for ((node = 1; node < SLURM_NNODES; node++)); do "$@" & done
+"$@" && wait
+""",
     "scontrol": "#!/bin/bash\necho localhost\n",
     "torchrun": f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n',
     "python": f'#!/bin/bash\necho "started $RANK of $WORLD_SIZE, kernels in $TRITON_CACHE_DIR"\nexec {sys.executable} "$@"\n',
@@ -40,16 +45,21 @@ def slurm(tmp_path):
     return own | job | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_TMPDIR": str(tmp_path), "MASTER_PORT": "0"}
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_sbatch_script_trains_and_goes_on(slurm, tmp_path, times):
+@pytest.mark.parametrize("nodes, times", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_the_sbatch_script_trains_and_goes_on(slurm, tmp_path, nodes, times):
     pytest.importorskip("av")
     pytest.importorskip("tokenizers")
     configuration(tmp_path)
+    with socket.socket() as free:  # where both nodes meet
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    gpus = 2 // nodes
+    slurm |= {"SLURM_NNODES": str(nodes), "SLURM_GPUS_ON_NODE": str(gpus), "MASTER_PORT": str(port)}
     command = ["bash", str(SCRIPT), str(tmp_path / "run.toml"), "--set", "train.epochs=1"]
     run = subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     started = re.findall(r"started (\d) of (\d), kernels in (\S+)", run.stdout)
-    assert sorted(started) == [(str(r), "2", f"{tmp_path}/evaat-7/triton-{r}") for r in range(2)]
+    assert sorted(started) == [(str(r), "2", f"{tmp_path}/evaat-7/triton-{r % gpus}") for r in range(2)]
     steps = [r for r in read(tmp_path / "run/log.jsonl") if r["event"] == "step"]
     assert len(steps) == 3 and (tmp_path / "run/last.pt").is_file()
     before = (tmp_path / "run/last.pt").read_bytes()
