@@ -284,12 +284,12 @@ def download(repo: str) -> str:
     except ImportError:
         raise ImportError("pretrained='hf-hub:...' needs huggingface_hub: pip install huggingface_hub safetensors") from None
     reason: Exception | str = ""
-    local: dict[str, bool] = {}
+    local = False
     for name in HUB_FILES:
         try:
-            return hf_hub_download(repo, name, **local)
+            return hf_hub_download(repo, name, local_files_only=local)
         except LocalEntryNotFoundError as error:  # no network; what the cache has may be called otherwise
-            reason, local = reason if local else error, {"local_files_only": True}
+            reason, local = reason if local else error, True
         except EntryNotFoundError:
             reason = f"it has none of {', '.join(HUB_FILES)}"
         except Exception as error:  # the hub's client, its transport and the disk each have errors of their own
