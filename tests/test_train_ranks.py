@@ -94,6 +94,34 @@ def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
     assert run.returncode != 0 and run.stderr.count("lacks parts, or they are damaged") >= 1
 
 
+def test_a_job_may_train_twice(tmp_path):
+    """As pretraining and fine-tuning in one script: the second run does not look for the first one's processes."""
+    code = """
+import sys, time, torch
+from evaat_fast.train import load, ranks
+config = load(sys.argv[1])
+for number in range(2):
+    with ranks.started(config, torch.device("cpu")) as found:
+        assert found.gather((number, found.rank)) == [(number, 0), (number, 1)]
+    time.sleep(0 if found.rank else 2)
+"""
+    configuration(tmp_path)
+    (tmp_path / "twice.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "twice.py"), str(tmp_path / "run.toml")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_demo_under_torchrun(tmp_path):
+    """Both processes train, one makes the videos, prints and writes."""
+    run = torchrun(2, "demo", "--quick", "--out", str(tmp_path / "demo"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("1/4") == run.stdout.count("The page: ") == 1 and run.stdout.count("on cpu and 1 more") == 2
+    assert (tmp_path / "demo" / "index.html").is_file()
+
+
 def failing(tmp_path, *cases):
     """What `failing.py` says of them."""
     configuration(tmp_path)

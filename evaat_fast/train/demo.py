@@ -67,6 +67,8 @@ def run(
         ImportError: packages of the extras video and train are missing; all are named before anything is made. OSError: the
         disk is full.
     """
+    main = int(os.environ.get("RANK", "0")) == 0  # of several processes, which train together, one makes all else
+    quiet = quiet or not main
     say = (lambda *_: None) if quiet else (lambda line="": print(line, flush=True))
     out = trainer.check_folder(out, "--out")
     configs, texts = _configs(out, seed, quick, overrides)
@@ -83,6 +85,8 @@ def run(
         say(_forecast(configs, done, device, quick))
 
     say(f"1/4  the toy kitchen, in {out / configs['corpus']}")
+    while not (main or (out / configs["corpus"] / "kitchen.json").is_file()):
+        time.sleep(0.2)  # torchrun ends it with the process that makes them
     _corpus(out / configs["corpus"], quick, quiet)
     clock["corpus"] = time.perf_counter()
     # Both stages see the same clips, which are decoded once.
@@ -132,6 +136,8 @@ def run(
         "seconds": {b: round(clock[b] - clock[a], 1) for a, b in itertools.pairwise(clock)} | _earlier(configs, done),
         "epochs": {stage: configs[stage].train.epochs for stage in STAGES},
     }
+    if not main:
+        return results
     write_atomically(out / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     from evaat_fast.train import report
 

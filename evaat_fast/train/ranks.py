@@ -7,6 +7,7 @@
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import socket
@@ -24,6 +25,7 @@ from evaat_fast.train.config import Config, ConfigError
 
 # A rank that failed is heard of at the next collective, or after this long: gathering the embeddings of a test set included.
 _TIMEOUT = datetime.timedelta(minutes=10)
+_runs = itertools.count()  # that this process has connected for, as many as each of the others
 _AFTER_SECONDS = 2.0  # that a process waits which another one ended, so that torchrun shows that one's error
 _MEET_SECONDS = 25.0  # that a process which failed waits for the others to notice; torchrun gives them 30
 
@@ -99,7 +101,9 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
                 "environment, or processes that are started again look for those that are dead"
             )
     store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
-    store = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # So it does one run of a process that trains twice.
+    again = f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')} run {next(_runs)}"
+    store = torch.distributed.PrefixStore(again, store)
     before = _sockets()
     torch.distributed.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world)
     wires = tuple(_sockets() - before)
