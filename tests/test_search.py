@@ -182,6 +182,18 @@ def test_new_changed_and_deleted_videos(index, videos, place):
     assert index.update().unchanged == 3
 
 
+def test_the_last_video_changes_again_and_again(index, videos, place):
+    """Its dead rows lie right before its new ones, of the same name."""
+    for name, clips in (("three", 6), ("one", 2), ("three", 6), ("two", 3)):
+        shutil.copy(place / f"{name}.mp4", videos / "two.mp4")
+        for opened in (index, Index.open(videos)):
+            report = index.add(videos)
+            opened.reload()
+            assert {f.name: f.last - f.first for f in opened.files} == {"below/three.mp4": 6, "one.mp4": 2, "two.mp4": clips}
+        assert (report.videos, report.unchanged) == (0, 3)
+    assert len(index.search("push left", k=99, merge=False)) == len(index) == 11
+
+
 def test_videos_and_index_can_be_moved(index, videos, tmp_path):
     videos.rename(tmp_path / "moved")
     moved = Index.open(tmp_path / "moved")

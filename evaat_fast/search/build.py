@@ -318,8 +318,7 @@ def _events(
                 yield _Span(name, frames, where, some.start[at:end], some.stop[at:end], end / len(some))
                 if end < len(some):
                     continue
-                status = os.stat(paths[name])
-                if (status.st_size, status.st_mtime_ns) != todo[name][:2]:
+                if scan.stamp(os.stat(paths[name])) != todo[name][:2]:
                     raise VideoError("it changed while it was read; index again")
                 yield _End(name)
             except (VideoError, OSError) as error:
