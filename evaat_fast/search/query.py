@@ -4,11 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaat_fast.data.readers.text import short
+from evaat_fast.data.readers.text import seconds, short
 
 MOST = 64  # texts of a query, each of which the text tower reads
 
-__all__ = ["MOST", "Like", "Term", "parse_like", "parse_query", "seconds_of"]
+__all__ = ["MOST", "Like", "Term", "parse_like", "parse_query", "spoken"]
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,10 @@ def parse_like(text: str) -> Like:
     file, at, time = text.rpartition("@")
     if not at or not file:
         raise ValueError(f"like: expected FILE@SECONDS, as video.mp4@12.5 or video.mp4@01:02, got {text!r}")
-    try:
-        return Like(file, seconds_of(time))
-    except ValueError:
-        raise ValueError(
-            f"like: expected a time after the last @, as in video.mp4@12.5 or video.mp4@01:02, got {time!r}"
-        ) from None
-
-
-def seconds_of(text: str) -> float:
-    """12.5, "01:02.5" or "1:02:03" in seconds. Raises ValueError for what is no time."""
-    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)", text.strip())
-    if not match:
-        raise ValueError(f"expected seconds, mm:ss or hh:mm:ss, got {text!r}")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    found = seconds(time)
+    if found is None or found < 0:
+        raise ValueError(f"like: expected a time after the last @, as in video.mp4@12.5 or video.mp4@01:02, got {time!r}")
+    return Like(file, found)
 
 
 def spoken(terms: Sequence[Term], likes: Sequence[Like]) -> str:

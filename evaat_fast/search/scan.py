@@ -6,14 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from evaat_fast.data.layout import SUFFIXES
-
-# Besides those of data sets, which cameras and phones write.
-VIDEOS = frozenset(SUFFIXES) | {".3gp", ".m2ts", ".mpeg", ".mpg", ".mts", ".ogv", ".wmv"}
+from evaat_fast.data.layout import VIDEOS
 
 _INT64 = 1 << 63
 
-__all__ = ["VIDEOS", "Found", "name_of", "path_of", "real", "scan", "stamp"]
+__all__ = ["Found", "name_of", "path_of", "real", "scan", "stamp"]
 
 
 class Found(NamedTuple):
