@@ -1,16 +1,19 @@
 """An index under odd conditions: many threads, damaged files, dates that no calendar has, more moments than there are."""
 
 import json
+import os
 import random
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 import torch
 from test_search import index, place, rows, videos  # noqa: F401, fixtures
 
 from evaat_fast.search import Index, moments, scan
+from evaat_fast.search import index as search_index
 from evaat_fast.search.store import BadIndex
 from evaat_fast.search.vectors import Vectors
 
@@ -101,3 +104,38 @@ def mangled(data, draw):
     for _ in range(3):
         changed[draw.randrange(len(data))] = draw.choice(b'0123456789-[]{}",: \0\xff')
     return bytes(changed)
+
+
+def test_a_folder_that_cannot_be_read_is_not_gone(index, videos, monkeypatch):  # noqa: F811
+    """A disk that fails for a moment costs no hours of indexing; one that is empty does."""
+    lists = os.scandir
+
+    def fails(folder):
+        if os.path.basename(folder) == "below":
+            raise OSError(5, "Input/output error")
+        return lists(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", fails)
+        report = index.add(videos)
+    assert report.removed == 0 and len(index.files) == 3 and "cannot be read" in report.unreadable["below"]
+    again = index.add(videos)
+    assert (again.unchanged, again.unreadable) == (3, {}) and not index.unreadable
+    (videos / "below/three.mp4").unlink()
+    assert index.add(videos).removed == 1
+
+
+def test_two_that_make_an_index_at_once(place, videos, monkeypatch):  # noqa: F811
+    """The second one, whose model took longer, does not begin anew over the first one's."""
+    there, folder = place / "weights.safetensors", videos / ".evaat-index"
+    loads = search_index.Embedder
+
+    def slow(*given, **options):
+        monkeypatch.setattr(search_index, "Embedder", loads)
+        Index.create(folder, there, device="cpu").add(videos)
+        return loads(*given, **options)
+
+    monkeypatch.setattr(search_index, "Embedder", slow)
+    with pytest.raises(BadIndex, match="there is an index in .* already"):
+        Index.create(folder, there, device="cpu")
+    assert len(Index.open(folder)) == 11

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,14 @@ def plan_of(
             known[name] = Problem(*stamp, one.why)
         else:
             todo[name] = one
-    gone = [name for name in (*there, *unreadable) if name not in found and below(name)]
+    gone = [name for name in (*there, *unreadable) if name not in found and below(name) and not _unseen(name, found)]
     stale = [name for name in there if name in todo or name in known]
     return Plan(todo, known, gone, stale, unchanged, refused)
+
+
+def _unseen(name: str, found: Mapping[str, scan.Found]) -> bool:
+    """Whether it may well lie in a folder that cannot be read now, which is then among what was found."""
+    return any(str(folder) in found for folder in PurePosixPath(name).parents)
 
 
 def threads(workers: int | None) -> int:
