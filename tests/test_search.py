@@ -46,21 +46,32 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def videos(place, tmp_path):
-    """A folder with three videos, one of them below."""
-    folder = tmp_path / "videos"
+def three(place, folder):
+    """Three videos, one of them below, with the times of the originals."""
     (folder / "below").mkdir(parents=True)
     for name, to in (("one", "one.mp4"), ("two", "two.mp4"), ("three", "below/three.mp4")):
-        shutil.copy(place / f"{name}.mp4", folder / to)
+        shutil.copy2(place / f"{name}.mp4", folder / to)
     return folder
 
 
-@pytest.fixture
-def index(place, videos):
-    made = Index.create(videos / ".evaat-index", place / "weights.safetensors", device="cpu")
-    assert made.add(videos).videos == 3
+@pytest.fixture(scope="module")
+def built(place):
+    """An index of them."""
+    made = Index.create(three(place, place / "built") / ".evaat-index", place / "weights.safetensors", device="cpu")
+    assert made.add(place / "built").videos == 3
     return made
+
+
+@pytest.fixture
+def videos(place, tmp_path):
+    return three(place, tmp_path / "videos")
+
+
+@pytest.fixture
+def index(built, videos):
+    """A copy of it, for the same videos elsewhere."""
+    shutil.copytree(built.folder, videos / ".evaat-index")
+    return Index.open(videos, device="cpu")
 
 
 def test_vectors_are_those_of_clips_that_are_read_one_by_one(index):

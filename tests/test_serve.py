@@ -10,7 +10,7 @@ import urllib.parse
 
 import browser
 import pytest
-from test_search import index, place, videos  # noqa: F401, fixtures
+from test_search import built, index, place, videos  # noqa: F401, fixtures
 
 from evaat_fast.cli import main
 
