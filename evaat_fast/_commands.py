@@ -74,6 +74,9 @@ def train(arguments: argparse.Namespace) -> None:
         else:
             print("not measured: too few test clips, or captions, for a rank to mean anything")
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
+    if config.data.kind == "csv":
+        folder, run = (shlex.quote(str(path)) for path in (config.data.videos, config.train.out))
+        print(f"next: evaat-fast index {folder} --checkpoint {run}")
 
 
 def _run_of(arguments, training=True):

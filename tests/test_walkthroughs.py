@@ -235,7 +235,7 @@ def test_own_videos(tmp_path, evaat_fast, visits, hub):
                 writer.writerows({**row, "caption": CAPTIONS[i % len(CAPTIONS)]} for i, row in enumerate(rows))
     assert ran[:2] == ["index", "serve"] and set(ran) == {"init", "check", "train", "index", "serve", "search"}
     assert "nothing wrong found" in said and said.count("of 12 videos") >= 2 and "clips of 12 videos" in said
-    assert "captions: captions.csv, 12 clips of 12 videos" in said
+    assert "captions: captions.csv, 12 clips of 12 videos" in said and "next: evaat-fast index 'Phone Videos' --check" in said
     served = [found for _, _, found in visits if found is not None]
     assert len(served) == 2 and all(len({m["file"] for m in found}) == 12 for found in served)
     assert sum("<video" in page for address, page, _ in visits if address.startswith("file:")) == 1
