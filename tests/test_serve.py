@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import browser
 import pytest
-from test_search import index, place, videos  # noqa: F401, fixtures
+from test_search import built, index, place, videos  # noqa: F401, fixtures
 
 from evaat_fast.cli import main
 

@@ -19,7 +19,7 @@ from evaat_fast.search.build import Progress, Report, build, plan_of, threads
 from evaat_fast.search.embedder import Embedder, Settings, check_same, check_settings, weights_of
 from evaat_fast.search.moments import Event, Moments, events
 from evaat_fast.search.query import Like, Term, parse_like, parse_query, spoken
-from evaat_fast.search.store import BadIndex, File, Places, Store, alone
+from evaat_fast.search.store import MANIFEST, BadIndex, File, Places, Store, alone
 from evaat_fast.search.vectors import Vectors
 
 FOLDER = ".evaat-index"  # of an index, in the folder of its videos
@@ -28,16 +28,25 @@ __all__ = ["FOLDER", "Index", "find"]
 
 
 def find(folder: str | os.PathLike[str] = ".") -> Path:
-    """The index of a folder, or of the nearest one above it that has one.
+    """The index of a folder, of the nearest one above it that has one, or of the only one directly below it that does.
 
     Raises:
-        BadIndex: there is none.
+        BadIndex: there is none, or several below.
     """
     start = Path(folder).absolute()
     for place in (start, *start.parents):
-        if (place / FOLDER / "index.json").is_file():
+        if (place / FOLDER / MANIFEST).is_file():
             return place / FOLDER
-    raise BadIndex(f"there is no index in {str(start)!r} or above it: evaat-fast index VIDEOS makes one, --index names another")
+    below = sorted(path.parent for path in start.glob(f"*/{FOLDER}/{MANIFEST}"))
+    if len(below) == 1:
+        return below[0]
+    if below:
+        names = ", ".join(repr(path.parent.name) for path in below[:3]) + (", ..." if len(below) > 3 else "")
+        raise BadIndex(f"there are {len(below)} indexes below {str(start)!r}, of {names}: --index names one")
+    raise BadIndex(
+        f"there is no index in {str(start)!r}, above it or directly below: evaat-fast index VIDEOS makes one, --index names "
+        "another"
+    )
 
 
 class Index:
@@ -78,7 +87,7 @@ class Index:
             BadIndex (a ValueError): there is none, or it is damaged; the message says what to do.
         """
         folder = Path(folder)
-        if not (folder / "index.json").is_file() and (folder / FOLDER / "index.json").is_file():
+        if not (folder / MANIFEST).is_file() and (folder / FOLDER / MANIFEST).is_file():
             folder = folder / FOLDER
         for attempt in range(3):  # a writer may remove files between two of our steps
             try:
@@ -98,6 +107,7 @@ class Index:
         overlap: float = 0.5,
         frames: int | None = None,
         device: str = "auto",
+        overwrite: bool = False,
     ) -> "Index":
         """An empty index.
 
@@ -105,12 +115,13 @@ class Index:
             folder: to be made. checkpoint: what `evaat_fast.load` takes: a file, a run's folder, "eva02_clip_b16".
             seconds: of a clip, 0.5 to 60. overlap: the share of a clip that the next one has, too, 0 to 0.9.
             frames: of a clip; None: as many as the weights were trained with, 4 for those of pictures.
-            device: as for `open`.
+            device: as for `open`. overwrite: in the place of one that is there, whatever that is of.
 
         Raises:
-            BadIndex: there is one already. ValueError: a setting out of range. FileNotFoundError, RuntimeError: no weights.
+            BadIndex: there is one already, or another process is writing it. ValueError: a setting out of range.
+            FileNotFoundError, RuntimeError: no weights.
         """
-        if (Path(folder) / "index.json").exists():
+        if (Path(folder) / MANIFEST).exists() and not overwrite:
             raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
         name, hashed = weights_of(checkpoint)
         Settings(name, hashed, {}, seconds, overlap)  # out of range is said before a model is loaded

@@ -127,9 +127,13 @@ class Store:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any], width: int) -> "Store":
-        """An empty index."""
+        """An empty index. Who still reads one that it replaces has its vectors: they get a file of another name."""
         path = Path(folder) / MANIFEST
-        content = Manifest(dict(settings), width).dumps()
+        manifest = Manifest(dict(settings), width)
+        if path.exists():
+            numbers = [int(old.stem[8:]) for old in path.parent.glob("vectors-[0-9][0-9][0-9][0-9].f16")]
+            manifest = replace(manifest, vectors=f"vectors-{max(numbers, default=-1) + 1:04}.f16")
+        content = manifest.dumps()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
         return cls(folder)
