@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from test_search import index, place, rows, videos  # noqa: F401, fixtures
+from test_search import built, index, place, rows, videos  # noqa: F401, fixtures
 
 from evaat_fast.search import Index, moments, scan
 from evaat_fast.search import index as search_index

@@ -322,7 +322,7 @@ def test_it_ends_while_a_video_plays(index, videos):  # noqa: F811
                 began = time.monotonic()
                 running.send_signal(signal.SIGINT)
                 said = running.communicate(timeout=30)[1]
-                assert time.monotonic() - began < 2 and said == "interrupted\n"
+                assert time.monotonic() - began < 2 and said == ""
         finally:
             running.kill()
 

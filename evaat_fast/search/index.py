@@ -128,7 +128,7 @@ class Index:
         embedder = Embedder(name, device, **({} if frames is None else {"num_frames": frames}))
         settings = Settings(name, hashed, embedder.described(), seconds, overlap)
         with alone(folder):
-            if (Path(folder) / "index.json").exists():  # of another process, while the model was loaded
+            if not overwrite and (Path(folder) / "index.json").exists():  # of another process, while the model was loaded
                 raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
             index = cls(Store.create(folder, asdict(settings), embedder.config.embed_dim), device)
         index._loaded.append(embedder)
