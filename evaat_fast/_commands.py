@@ -53,6 +53,7 @@ def init(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     from evaat_fast.train import Diverged, evaluation, train
+    from evaat_fast.train.ranks import OtherFailed
 
     if arguments.keys:
         from evaat_fast.train.config import template
@@ -60,7 +61,7 @@ def train(arguments: argparse.Namespace) -> None:
         print(template())
         return
     config = _run_of(arguments)
-    with _mistakes(Diverged):
+    with _mistakes(Diverged, OtherFailed):
         result = train(config, resume=arguments.resume, overwrite=arguments.overwrite)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first prints
         return

@@ -4,13 +4,13 @@ Everything in it is a tensor by name; what is none lies under "rest", as JSON. T
 which nothing is taken but what such a table is made of: a folder from elsewhere executes nothing.
 """
 
-import collections
 import contextlib
 import json
 import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch import Tensor
 _REST = "rest"
 
 
-def write(path: str | os.PathLike[str], tree: Any, group: Any = None) -> None:
+def write(path: str | os.PathLike[str], tree: Any, group: Any = None, ready: Callable[[], object] = lambda: None) -> None:
     """Writes dicts, lists and tuples of tensors, numbers and strings. Every process of the group must call; what is no tensor
     is the first one's. A folder that is there already stands until the new one is whole.
 
     Args:
         path: the folder. tree: where it has DTensors, each process writes its part. group: a process group; None: this process.
+        ready: called on the first process before what is written takes its place; what it raises is an OSError here.
 
     Raises:
         OSError: it cannot be written, on every process.
@@ -46,10 +47,13 @@ def write(path: str | os.PathLike[str], tree: Any, group: Any = None) -> None:
         with _quietly():
             dcp.save(tensors, checkpoint_id=str(new), process_group=group, no_dist=group is None)
     except (Exception, dcp.CheckpointException) as error:  # of any process, raised on all of them
+        if main:
+            shutil.rmtree(new, ignore_errors=True)  # a disk that was full need not stay so
         raise OSError(f"the parts of a checkpoint could not be written: {_reason(error)}") from error
     problem = None
     if main:
         try:
+            ready()
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 path.rename(old)
@@ -63,11 +67,18 @@ def write(path: str | os.PathLike[str], tree: Any, group: Any = None) -> None:
         raise problem
 
 
-def read(path: str | os.PathLike[str], tensors: bool = True) -> Any:
+def read(
+    path: str | os.PathLike[str],
+    tensors: bool | Callable[[str], bool] = True,
+    like: Callable[[str, torch.Size], Tensor | None] = lambda name, size: None,
+) -> Any:
     """What `write` wrote, whole, on the CPU; any process reads all of it alone.
 
     Args:
-        path: the folder. tensors: False reads all but those, and has None in their places.
+        path: the folder. tensors: which are read, by a name as "/optimizer/state/0/step"; False: none. Others are None in what
+            is returned.
+        like: makes the tensor that is filled with one of such a name and size: a DTensor, and only this process's part is read;
+            None: a whole one on the CPU.
 
     Raises:
         ValueError: no such checkpoint, or one with parts missing or damaged.
@@ -93,12 +104,17 @@ def read(path: str | os.PathLike[str], tensors: bool = True) -> Any:
     try:
         reader = Reader(str(folder))
         known = reader.read_metadata().state_dict_metadata
-        wanted = {name: of for name, of in known.items() if tensors or name == _REST}
-        content = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in wanted.items()}
+        chosen = tensors if callable(tensors) else lambda name: tensors
+        content = {}
+        for name, of in known.items():
+            if name == _REST or chosen(name):
+                given = like(name, of.size)
+                content[name] = torch.empty(of.size, dtype=of.properties.dtype) if given is None else given
         with _quietly():
             dcp.load(content, storage_reader=reader, no_dist=True)
         rest = json.loads(bytes(content[_REST].numpy()).decode())
-        return _unpack(rest, content if tensors else collections.defaultdict(lambda: None))
+        absent = dict.fromkeys(known.keys() - content.keys())  # by name: one that is in no file at all is an error
+        return _unpack(rest, {**content, **absent})
     except (Exception, dcp.CheckpointException) as error:
         raise ValueError(f"checkpoint: {str(path)!r} lacks parts, or they are damaged: {_reason(error)}") from None
 
@@ -167,6 +183,8 @@ def _reason(error):
     while error.__cause__ is not None:
         error = error.__cause__
     text = "a part was cut short" if isinstance(error, EOFError) else str(error)
+    if "unexpected pos" in text:  # what torch has to say of a full disk
+        text = "a part could not be written whole: the disk is full, or files may not be so large"
     return f"{type(error).__name__}: {text}".splitlines()[0][:200]
 
 

@@ -98,7 +98,7 @@ def test_bad_overrides(text):
         ("train.batch_size=1", "train.batch_size: expected a value of at least 2, got 1"),
         ("loss.name=smss", r"loss.name: expected one of clip, sms, got 'smss'; did you mean 'sms'\?"),
         ("eval.frames=frosen", r"eval.frames: expected one of .*; did you mean 'frozen'\?"),
-        ("train.processes=2", "train.processes: torchrun starts several"),
+        ("train.processes=-1", "train.processes: expected a value of at least 0"),
         ("optim=3", "--set: optim: expected section.key, as optim.name: it is a section, of optim.name, optim.lr, "),
         ("train.spike=0.5", "train.spike: expected 0, for never, or a value above 1, got 0.5"),
         ("optim.layer_decay=0", "optim.layer_decay: expected a value above 0"),

@@ -56,8 +56,9 @@ def test_steps_are_those_of_autocast_to_the_last_bit(loss):
         config.optim.clip_norm = 0.1
         steps = training(config)
         losses = [steps(batch) for batch in batches(3, steps.model)]
-        moments = steps.optimizer.state_dict()["state"]
-        flat = {f"{name} {i}": x for i, state in moments.items() for name, x in state.items()}
+        names = {p: name for name, p in steps.masters.parameters.items()}
+        moments = {names[p]: state for p, state in steps.optimizer.state.items()}
+        flat = {f"{name} {of}": x for of, state in moments.items() for name, x in state.items()}
         runs.append({**steps.masters.state_dict(), **flat, "losses": torch.stack(losses)})
     assert runs[0].keys() == runs[1].keys()
     for name, x in runs[0].items():

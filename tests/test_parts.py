@@ -84,6 +84,15 @@ def test_what_is_no_tensor_is_read_alone(tmp_path):
     assert found["list"] == given["list"] and found["yes"] is True
 
 
+def test_what_is_not_wanted_is_not_read(tmp_path):
+    path = tmp_path / "last.parts"
+    _parts.write(path, {"state_dict": {"x": torch.ones(3)}, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}})
+    asked = []
+    found = _parts.read(path, lambda name: name.startswith("/state_dict/"), lambda name, size: asked.append((name, size)))
+    assert found["optimizer"]["state"][0]["exp_avg"] is None and torch.equal(found["state_dict"]["x"], torch.ones(3))
+    assert ("/state_dict/x", torch.Size([3])) in asked and not [name for name, _ in asked if "optimizer" in name]
+
+
 @pytest.mark.parametrize("module,name", [("os", "system"), ("torch.distributed.checkpoint.metadata", "os.system")])
 def test_a_table_of_contents_executes_nothing(tmp_path, module, name):
     path, hit = tmp_path / "last.parts", tmp_path / "hit"

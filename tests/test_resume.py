@@ -16,7 +16,7 @@ import torch
 from evaat_fast.cli import main
 from evaat_fast.train import Diverged, Stopped, checkpoint, embedding, inputs, load, steps, stop, train
 from evaat_fast.train.config import ConfigError
-from evaat_fast.train.log import read
+from evaat_fast.train.log import Log, read
 
 pytest.importorskip("av")
 pytest.importorskip("pyarrow")
@@ -110,17 +110,21 @@ def test_told_to_stop_in_the_last_step_of_an_epoch_or_in_an_evaluation(configure
         pytest.raises(Stopped, match="in epoch 1, which is saved"),
     ):
         train(config, quiet=True)
-    original = embedding.of_clips
+    original, seen = embedding.of_clips, []
+    config.eval.batch_size = 4
 
     def interrupted(*arguments, **options):
         for batch in original(*arguments, **options):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
+            seen.append(batch)
+            if len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
             yield batch
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="stopped by Ctrl-C"):
         patch.setattr(embedding, "of_clips", interrupted)
         train(config, resume=True, quiet=True)  # the evaluation that is still to be made of the first epoch
+    assert len(seen) == 1  # and not all of it first
     assert_same_run(train(config, resume=True, quiet=True), whole)
 
 
@@ -140,10 +144,21 @@ def test_told_to_stop_while_it_saves_it_does_not_evaluate_first(configure, whole
 
 
 def test_a_second_ctrl_c_does_not_wait(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with stop.Signals(quiet=True) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.heard == signal.SIGINT and signals.name == "Ctrl-C"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+
+def test_of_torchrun_a_ctrl_c_comes_twice(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with stop.Signals(quiet=True) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's, of the same one
-        assert signals.heard == signal.SIGINT and signals.name == "Ctrl-C"
+        assert signals.heard == signal.SIGINT
         later = time.monotonic() + 60
         monkeypatch.setattr(time, "monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):
@@ -173,6 +188,52 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(configure, whole, capsys
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert_same_run(train(configure(*OPTIONS), resume=True, quiet=True), whole)
+
+
+def test_a_log_waits_for_room(tmp_path):
+    path, said = tmp_path / "log.jsonl", []
+    log = Log(path, warn=said.append)
+    log.write("step", 1, step=1)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, resource.RLIM_INFINITY))
+        log.write("step", 1, step=2)
+        log.write("step", 1, step=3)
+        with pytest.raises(OSError):
+            log.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert said == ["log.jsonl could not be written (File too large); tries again"]
+    log.write("step", 1, step=4)
+    log.sync()
+    log.close()
+    assert [r["step"] for r in read(path)] == [1, 2, 3, 4]
+
+
+def test_a_board_that_fails_is_told_no_more(tmp_path):
+    class Board:
+        def write(self, *_):
+            raise ValueError("full")
+
+    said = []
+    log = Log(tmp_path / "log.jsonl", boards=[Board()], warn=said.append)
+    log.write("step", 1, step=1)
+    log.write("step", 1, step=2)
+    log.close()
+    assert said == ["Board is told no more: ValueError: full"] and len(read(tmp_path / "log.jsonl")) == 2
+
+
+def test_a_checkpoint_is_read_where_it_lies(tmp_path):
+    """Eight processes of one machine that go on from a file do not hold it in memory eight times."""
+
+    def held():
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+    content = dict.fromkeys(("model_config", "config", "optimizer", "rng"), {})
+    torch.save({**content, "epoch": 1, "state_dict": {"x": torch.ones(1 << 25)}}, tmp_path / "last.pt")
+    before = held()
+    stored = checkpoint.read(tmp_path / "last.pt")
+    assert stored["state_dict"]["x"].sum() == 1 << 25 and held() - before < 1 << 15  # KiB, of 128 MiB
 
 
 def nan_gradient(loss):
@@ -292,7 +353,7 @@ def test_torchrun_starts_a_job_again_and_another_number_of_processes_ends_it(con
     assert "goes on in epoch 1, after step " in run.stdout, run.stdout + run.stderr[-3000:]
     assert run.stderr.count("which is saved; --resume continues") == 1
     found = untimed(tmp_path / "run/log.jsonl")
-    assert found == two[: len(found)] and 8 <= [r["step"] for r in found if r["event"] == "step"][-1] < 12
+    assert found == two[: len(found)] and 7 <= [r["step"] for r in found if r["event"] == "step"][-1] < 12
     train(load(tmp_path / "run.toml", OPTIONS), resume=True, quiet=True)
     ended = untimed(tmp_path / "run/log.jsonl")
     assert len(ended) == len(two)
@@ -319,6 +380,27 @@ def test_a_job_that_overwrites_is_started_again_as_what_it_is(configure, monkeyp
     assert [r["step"] for r in read(old["log"]) if r["event"] == "step"] == [1, 2]
     run = train(config, overwrite=True, quiet=True)
     assert [r["step"] for r in read(run["log"]) if r["event"] == "step"] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("saved", ["file", "parts"])
+def test_a_run_that_replaces_another_and_is_killed_before_it_saves(configure, whole, capsys, saved):
+    """--resume goes on with it, and not with the one that it replaced."""
+    old = train(configure(*OPTIONS, "train.seed=7", "train.epochs=1", f"train.save_as={saved}"), quiet=True)
+    config = configure(*OPTIONS)
+    with at_step(1, lambda loss: 1 / 0), pytest.raises(ZeroDivisionError):
+        train(config, overwrite=True, quiet=True)
+    assert checkpoint.find(config.train.out) == old["checkpoint"]
+    run = train(config, resume=True)
+    said = capsys.readouterr().out
+    assert "is of the run that this one replaced before it was killed" in said and "no checkpoint to resume yet" in said
+    assert_same_run(run, whole)
+
+
+def test_another_file_to_start_from_is_not_read_and_said(configure, capsys):
+    train(configure(*OPTIONS, "train.epochs=1"), quiet=True)
+    train(configure(*OPTIONS, "train.init=other.pt"), resume=True)
+    said = capsys.readouterr().err
+    assert "other.pt' is not read, as the run goes on; it began from ''" in said
 
 
 def test_what_is_asked_is_not_what_was(configure):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,44 @@ def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
     assert run.returncode != 0 and run.stderr.count("lacks parts, or they are damaged") >= 1
 
 
+def failing(tmp_path, *cases):
+    """What `failing.py` says of them."""
+    configuration(tmp_path)
+    command = [sys.executable, str(SCRIPT.with_name("failing.py")), str(tmp_path / "run.toml"), str(tmp_path), *cases]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60 * (1 + len(cases)))
+    assert run.returncode == 0, run.stderr[-3000:]
+    for case in cases:
+        assert f"{case} goes on" in run.stdout
+    return run.stdout
+
+
+def test_a_process_that_fails_loses_nothing(tmp_path):
+    said = failing(tmp_path, "fsdp-parts-1-forward-8")
+    assert "stands at 7" in said and "process 0, " in said
+    assert "OtherFailed: process 1 failed: ZeroDivisionError: a bad batch" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases",
+    [
+        {"ddp-file-1-batch-3": 2, "ddp-file-1-forward-8": 7, "ddp-file-0-backward-8": 7, "ddp-parts-1-backward-9": 8},
+        {"ddp-file-1-spike-12": 11, "ddp-file-1-update-8": 8, "ddp-parts-1-full-7": 6, "ddp-file-0-full-7": 6},
+        {"fsdp-file-0-batch-9": 8, "fsdp-file-1-backward-8": 7, "fsdp-file-0-forward-2": 1, "fsdp-parts-1-forward-7": 6},
+        {"fsdp-parts-1-loss-9": 8, "fsdp-parts-0-spike-12": 11, "fsdp-file-1-update-8": 6, "fsdp-parts-1-batch-1": 0},
+        {"fsdp-parts-1-full-7": 6, "fsdp-file-0-full-7": 6},
+    ],
+    ids=["ddp", "ddp-2", "fsdp", "fsdp-2", "full"],
+)
+def test_whatever_fails_loses_nothing(tmp_path, cases):
+    said = failing(tmp_path, *cases)
+    for case, step in cases.items():
+        # What was half updated cannot be kept, nor what a full disk has no room for: the last checkpoint stands, of an epoch.
+        assert f"{case} stands at {step}" in said, said
+    assert all(int(seconds) < 60 for seconds in re.findall(r", process \d, (\d+) s: ", said))
+
+
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_run(tmp_path):
     """One that waits for it forever would be worse than any error."""
     configuration(tmp_path)
@@ -130,6 +169,12 @@ def test_what_several_processes_cannot_do_is_said(tmp_path, monkeypatch, change,
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=message), ranks.started(configuration(tmp_path, change), torch.device("cpu")):
         pass
+
+
+def test_too_few_processes_are_said(tmp_path):
+    with pytest.raises(ConfigError, match="train.processes: expected 8, as torchrun --nproc-per-node starts them, got 1"):
+        with ranks.started(configuration(tmp_path, "train.processes=8"), torch.device("cpu")):
+            pass
 
 
 def test_shares():

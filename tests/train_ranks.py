@@ -104,6 +104,42 @@ def check_checkpoint(path, file, parallel, ranks):
     assert all(x["exp_avg"].norm() > 0 for x in moments)
 
 
+def check_precision(path, ranks):
+    """What is bfloat16 as blocks run is what one process holds so, and the first loss is the same to the bit."""
+    found, losses = {}, []
+    for parallel in ("ddp", "fsdp"):
+        config = load(
+            path, ["train.precision=bfloat16-params", f"train.parallel={parallel}", "loss.learnable_temperature=true"]
+        )
+        model, data = trainer.build_model(config).train(), inputs.splits(config).train
+        if parallel == "fsdp":
+            shards.shard(model, config, ranks, DEVICE)
+        masters = Masters(model, torch.bfloat16 if parallel == "ddp" else None)
+        optimizer, average = steps.build_optimizer(model, config, masters), Average(masters, 0.9)
+        run = steps.Steps(masters, optimizer, data.relevancy_table, config, DEVICE, ranks, average)
+        seen = found[parallel] = {}
+
+        def note(module, _, seen=seen, model=model):
+            place = next(name for name, other in model.named_modules() if other is module)
+            seen.update({f"{place}.{name}": p.dtype for name, p in module.named_parameters(recurse=False)})
+
+        inner = [m for m in model.modules() if m is not model and not isinstance(m, torch.nn.LayerNorm)]
+        for module in inner:
+            module.register_forward_pre_hook(note)
+
+        def of_norms(module, _, seen=seen, model=model):
+            for name, m in model.named_modules():
+                if isinstance(m, torch.nn.LayerNorm) and m.weight.device.type != "meta":
+                    seen[f"{name}.weight"] = m.weight.dtype
+
+        model.visual.blocks[0].register_forward_pre_hook(of_norms)
+        data.set_epoch(0)
+        batches = inputs.loader(config, data, inputs.sampler(config, data), inputs.tokenizer(config), DEVICE, ranks)
+        losses.append([run(batch).item() for batch in itertools.islice(batches, 2)])
+    assert found["ddp"] == found["fsdp"] and set(found["ddp"].values()) == {torch.bfloat16, torch.float32}
+    assert losses[0][0] == losses[1][0] and abs(losses[0][1] - losses[1][1]) < 1e-2 * losses[0][1]
+
+
 def check_failure(file, ranks):
     """What one process cannot put in its place, all hear of, and the next write is whole."""
     _parts.write(file, {"n": 1}, ranks.group)
@@ -129,6 +165,7 @@ def main(rank, world, path, folder, cases):
     for name, (parallel, kind) in itertools.product(cases, (("ddp", "pt"), ("fsdp", "parts"))):
         config = load(path, [*CASES[name], f"train.parallel={parallel}"])
         losses, weights = trained(config, ranks, f"{folder}/{name}-{parallel}-{world}.{kind}")
+        assert all(other == losses for other in ranks.gather(losses))  # to the bit, or limits of it would part them
         alone, expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone), rtol=1e-10, atol=1e-12)
         for key, value in weights.items():
@@ -136,6 +173,7 @@ def main(rank, world, path, folder, cases):
             torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10, msg=lambda text, of=of: f"{of}: {text}")
     for parallel, kind in (("fsdp", "pt"), ("ddp", "parts")):
         check_checkpoint(path, f"{folder}/{parallel}-{world}.{kind}", parallel, ranks)
+    check_precision(path, ranks)
     check_failure(f"{folder}/failed-{world}.parts", ranks)
     print("rank", rank, "of", world, "agrees", flush=True)
     leave()

@@ -3,10 +3,12 @@
 data = open_corpus("ek100-mir", "annotations", "videos", "train", num_frames=4)
 """
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -23,6 +25,32 @@ _MADE: dict[Corpus, type[ClipDataset]] = dict(zip(LABELLED, (EK100, LabelledClip
 __all__ = ["open_corpus", "read_actions", "read_questions", "read_table"]
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _hinting(function: _F) -> _F:
+    """Says what `annotations` can be where a file of theirs is missing."""
+
+    @functools.wraps(function)
+    def called(kind, annotations, *arguments, **options):
+        try:
+            return function(kind, annotations, *arguments, **options)
+        except FileNotFoundError as error:
+            if kind != "csv" and str(error).startswith(("annotations: ", "clips: ")):
+                raise FileNotFoundError(f"{error}; {_wanted(kind, Path(annotations))}") from None
+            raise
+
+    return cast(_F, called)
+
+
+def _wanted(kind, path):
+    if (path / kind).is_dir():
+        return f"did you mean {str(path / kind)!r}?"
+    files = "a table that evaat-fast prepare wrote, in .arrow" if kind == "clips" else f"the published files of {kind!r}"
+    return f"expected {files}, or the folder PREPARED/{'DATASET' if kind == 'clips' else kind} that evaat-fast prepare made"
+
+
+@_hinting
 def open_corpus(
     kind: Corpus, annotations: str | os.PathLike[str], videos: str | os.PathLike[str], split: Split, **options: Any
 ) -> ClipDataset:

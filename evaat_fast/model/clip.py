@@ -129,15 +129,19 @@ class EVA02AT(nn.Module):
         """
         if dtype not in (torch.bfloat16, torch.float16):
             raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype!r}")
-        kept = self.no_weight_decay() | {"logit_scale", "text.token_embedding.weight", "visual.freqs"}
-        for place, module in self.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                kept |= {f"{place}.{name}" for name, _ in module.named_parameters()}
-        exact = {}
+        exact, kept = {}, self.meets_stream()
         for name, parameter in self.named_parameters():
             if name not in kept and parameter.dtype != dtype:
                 exact[name], parameter.data = parameter.data, parameter.data.to(dtype)
         return exact
+
+    def meets_stream(self) -> set[str]:
+        """Names of the parameters that meet the stream and are none of a matrix product: see `hold_matrices`."""
+        kept = self.no_weight_decay() | {"logit_scale", "text.token_embedding.weight", "visual.freqs"}
+        for place, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                kept |= {f"{place}.{name}" for name, _ in module.named_parameters()}
+        return kept
 
     def no_weight_decay(self) -> set[str]:
         """Names of the embeddings that weight decay should leave alone, besides vectors and scalars."""

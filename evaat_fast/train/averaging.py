@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evaat_fast.train.masters import Masters
+from evaat_fast.train.shards import is_part
 
 
 class Average:
@@ -26,13 +27,17 @@ class Average:
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
         """After a step. skip: a scalar on the weights' device, 1 where there was none: the average then stays."""
-        average, trained = list(self.weights.values()), list(self._trained.values())
-        if skip is None:
-            torch._foreach_lerp_(average, trained, 1 - self.decay)
-            return
-        weight = (1 - skip) * (1 - self.decay)  # the host does not know it yet
-        weights: Any = [weight.to(x.dtype) for x in average]
-        torch._foreach_lerp_(average, trained, weights)
+        for parts in (False, True):  # which torch does not take together
+            names = [name for name, x in self.weights.items() if is_part(x) == parts]
+            average, trained = [self.weights[name] for name in names], [self._trained[name] for name in names]
+            if not names:
+                continue
+            if skip is None:
+                torch._foreach_lerp_(average, trained, 1 - self.decay)
+                continue
+            weight = (1 - skip) * (1 - self.decay)  # the host does not know it yet
+            weights: Any = [weight.to(x.dtype) for x in average]
+            torch._foreach_lerp_(average, trained, weights)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's, with averaged weights."""

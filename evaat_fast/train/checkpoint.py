@@ -5,7 +5,9 @@ The weights lie under "state_dict", the masters where a model holds rounded ones
 """
 
 import contextlib
+import copy
 import dataclasses
+import json
 import os
 import time
 import zlib
@@ -23,7 +25,7 @@ from evaat_fast.train.averaging import Average
 from evaat_fast.train.config import Config, absolute
 from evaat_fast.train.masters import Masters
 from evaat_fast.train.ranks import Ranks
-from evaat_fast.train.shards import parts_of, whole
+from evaat_fast.train.shards import likeness, parts_of, whole
 
 LAST, PARTS = "last.pt", "last.parts"
 
@@ -59,6 +61,8 @@ def save(
     clips: Mapping[str, int] | None = None,
     average: Average | None = None,
     ranks: Ranks | None = None,
+    run: str = "",
+    ready: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes a checkpoint atomically.
 
@@ -68,6 +72,8 @@ def save(
         config: the run's Config, whose paths are stored as absolute ones. clips: of `fingerprint`, what it was trained on.
         average: of the weights, stored as "model_ema", which those who load a model take before "state_dict".
         ranks: the processes. Where weights are shared out, or parts written, every process must call.
+        run: what tells it from another run in its folder. ready: called on the process that writes, before the new file
+            takes the place of an older one.
 
     Raises:
         OSError: it cannot be written; an older file stands as it was.
@@ -85,6 +91,7 @@ def save(
         "config": absolute(config).to_dict(),
         "rng": rng,
         "clips": dict(clips or {}),
+        "run": run,
         "version": evaat_fast.__version__,
     }
     if average is not None:
@@ -92,11 +99,12 @@ def save(
     if path.suffix == ".parts":
         if not ranks.main:
             del content["rng"]  # the first one's is kept
-        _parts.write(path, content, ranks.group)
+        _parts.write(path, content, ranks.group, ready)
         return
-    content = whole(content, keep=ranks.main)
+    content = whole(content, ranks.main, ranks.group if ranks.again else None)
     if not ranks.main:
         return
+    ready()
     try:
         write_atomically(path, lambda file: torch.save(content, file))
     except RuntimeError as error:  # torch's, that its file is not as long as it should be; the reason lies behind it
@@ -109,19 +117,21 @@ class Saver:
     """Writes `last.pt` of a run: when it is time, and on the process that writes.
 
     Args:
-        write: called with a Position, writes the file. config: a Config. main: whether this process writes.
-        say: is told what could not be written, while the run goes on. together: every process has a part of what is written.
+        write: called with a Position, and those of other processes that are not the run's, writes the file. config: a Config.
+        main: whether this process writes. say: is told what could not be written, while the run goes on. together: every
+            process takes part in writing. shared: none has all the weights.
     """
 
     def __init__(
         self,
-        write: Callable[[Position], None],
+        write: Callable[..., None],
         config: Config,
         main: bool,
         say: Callable[[str], object],
         together: bool = False,
+        shared: bool = False,
     ):
-        self._write, self._main, self._say, self.together = write, main, say, together
+        self._write, self._main, self._say, self._together, self.shared = write, main, say, together or shared, shared
         self._name = PARTS if config.train.save_as == "parts" else LAST
         self._steps, self._seconds = config.train.save_steps, 60 * config.train.save_minutes
         self._last, self._failed, self._asked = time.monotonic(), False, False
@@ -131,20 +141,23 @@ class Saver:
         """Whether the run should be saved after so many steps of its own, in the midst of an epoch."""
         late = self._seconds and time.monotonic() - self._last > (min(self._seconds, 60) if self._failed else self._seconds)
         due = self._main and bool((late and not self._asked) or (self._steps and step % self._steps == 0))
-        self._asked = self._asked or due  # once: of several processes all save a step later
+        self._asked = self._asked or due  # once, until it is saved
         return due
 
-    def __call__(self, at: Position, must: bool = False) -> None:
+    def __call__(self, at: Position, must: bool = False, ranks: Ranks | None = None) -> None:
         """Saves. What fails is said, and tried again within a minute: the run goes on, and the older file stands.
 
+        Args:
+            at: where the run stands. must: there is no later time. ranks: those that are left of the run's processes.
+
         Raises:
-            OSError: it failed, and `must`: there is no later time.
+            OSError: it failed, and `must`.
         """
-        if not (self._main or self.together):
+        if not (self._main or self._together):
             self.at = at
             return
         try:
-            self._write(at)
+            self._write(at, *([] if ranks is None else [ranks]))
             self.at, self._failed = at, False
         except OSError as error:
             stands = "nothing is saved yet" if self.at is None else f"that of {self.at} stands"
@@ -162,19 +175,23 @@ def fingerprint(rows: np.ndarray) -> dict[str, int]:
     return {"count": len(rows), "crc32": zlib.crc32(np.ascontiguousarray(rows, np.int64).tobytes())}
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint of a run as a dict.
+def read(path: str | os.PathLike[str], tensors: bool = True) -> dict[str, Any]:
+    """A checkpoint of a run as a dict. The tensors of a file are read where they are used: processes of one machine that read
+    the same file share its memory.
+
+    Args:
+        path: the file, or a folder of parts. tensors: False has None in place of those of a folder.
 
     Raises:
         FileNotFoundError: no such file. ValueError: a file that `save` did not write.
     """
     path = Path(path)
     if _parts.is_parts(path):
-        return _checked(_parts.read(path), path)
+        return _checked(_parts.read(path, tensors), path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
         if found := damage(path):
             raise ValueError(f"checkpoint: {str(path)!r} {found}: copy it again, or start anew with --overwrite") from None
@@ -213,6 +230,20 @@ def written(path: Path) -> int:
     return (path if stands is None else stands / ".metadata").stat().st_mtime_ns
 
 
+def named(described: Path) -> str | None:
+    """How the run of a folder is called in its config.json; None: there is none, or an older version wrote it."""
+    try:
+        name = json.loads(described.read_text()).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def is_of(stored: Mapping[str, Any], described: Path) -> bool:
+    """Whether a checkpoint is of the run that began last in its folder, and not of one that this was to replace."""
+    return named(described) in (None, stored.get("run", ""))
+
+
 def remove_other(path: Path) -> None:
     """Once a run is saved as a file, its parts are of the past, and the other way round."""
     if path.name == LAST:
@@ -241,12 +272,21 @@ def restore(
     optimizer: torch.optim.Optimizer,
     path: str | os.PathLike[str],
     average: Average | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Puts a checkpoint's weights, moments and random state in their places.
+
+    Args:
+        stored: of `read`; where it has no tensors, this process's parts of them are read. masters: a model's.
+        optimizer: theirs. path: where it was read. average: of the weights.
+
+    Returns:
+        The random state, for `restore_rng`, in memory of its own.
 
     Raises:
         ValueError: they do not fit, so the file is damaged or another version wrote it.
     """
+    if stored["rng"].get("cpu") is None and _parts.is_parts(path):
+        stored = _checked(_parts.read(path, like=likeness(masters.parameters, optimizer)), Path(path))
     try:
         stored = parts_of(stored, masters.parameters, optimizer)
         masters.load_state_dict(stored["state_dict"])
@@ -254,6 +294,7 @@ def restore(
         if average is not None:
             average.load_state_dict(stored["model_ema"])
         restore_rng(stored["rng"])
+        return copy.deepcopy(stored["rng"])
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint: {str(path)!r} cannot be continued: {reason}") from None

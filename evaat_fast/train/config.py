@@ -270,8 +270,6 @@ def check(config: Config, source: str = "config", *, training: bool = True) -> N
         section, leaf = name.split(".")
         if not getattr(getattr(config, section), leaf):
             raise ConfigError(f"{source}: {name}: a path is required")
-    if config.train.processes > 1:
-        raise ConfigError(f"{source}: train.processes: torchrun starts several; set it to 1")
     if training and config.schedule.warmup_epochs > config.train.epochs:
         raise ConfigError(
             f"{source}: schedule.warmup_epochs: expected at most train.epochs={config.train.epochs}, "

@@ -1,11 +1,12 @@
 """What a run tells: a JSONL file for programs, a progress bar or plain lines for people."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,19 +26,25 @@ class Board(Protocol):
 
 class Log:
     """One JSON object a line. Every record has "event" ("start", "step", "epoch", "eval", "extended" or "diverged") and
-    "epoch".
+    "epoch". What a full disk has no room for is kept until it has.
 
     Args:
         path: the file; None: nothing is written, as by all processes but the first. keep, steps: how many epochs and steps of
             an earlier run stay; what it logged after them is dropped, so that the log of a run that was resumed is that of a
-            run that was not. boards: are told the same.
+            run that was not. boards: are told the same; one that fails is told no more. warn: is told what cannot be written.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, keep: int = 0, steps: int = 0, boards: Sequence["Board"] = ()
+        self,
+        path: str | os.PathLike[str] | None,
+        keep: int = 0,
+        steps: int = 0,
+        boards: Sequence["Board"] = (),
+        warn: Callable[[str], object] = lambda text: print(text, file=sys.stderr),
     ) -> None:
         self._file: Any = None
-        self._boards, self._step = boards, steps
+        self._boards, self._step, self._warn = list(boards), steps, warn
+        self._waiting, self._failed = b"", False
         self.evaluated: set[int] = set()  # the epochs of an earlier run that were
         if path is None:
             return
@@ -46,29 +53,51 @@ class Log:
         self.evaluated = {r["epoch"] for r in kept if r["event"] == "eval"}
         lines = "".join(json.dumps(r) + "\n" for r in kept)
         write_atomically(path, lambda file: file.write(lines.encode()))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
 
     def write(self, event: str, epoch: int, **values: Any) -> None:
         if self._file is None:
             return
         # JSON has no NaN, which a metric is where labels leave nothing to measure.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"event": event, "epoch": epoch, **finite}) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps({"event": event, "epoch": epoch, **finite}) + "\n").encode()
+        try:
+            self._flush()
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                self._warn(f"log.jsonl could not be written ({error.strerror or error}); tries again")
+            self._failed = True
         self._step = values.get("step", self._step)
-        for board in self._boards:
-            board.write(event, self._step, {"epoch": epoch, **finite})
+        for board in list(self._boards):
+            try:
+                board.write(event, self._step, {"epoch": epoch, **finite})
+            except Exception as error:  # a board is not worth a run
+                self._boards.remove(board)
+                self._warn(f"{type(board).__name__} is told no more: {type(error).__name__}: {error}")
+
+    def _flush(self) -> None:
+        while self._waiting:  # of a line a part may have room
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def sync(self) -> None:
-        """Proves that what was written is on the disk: a checkpoint should not know more than the log."""
+        """Proves that what was written is on the disk: a checkpoint should not know more than the log.
+
+        Raises:
+            OSError: it is not.
+        """
         if self._file is not None:
+            self._flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            for board in self._boards:
-                board.close()
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            self._flush()
+        self._file.close()
+        for board in self._boards:
+            board.close()
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -107,6 +136,11 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it tells nothing but warnings."""
+        return self._quiet
 
     def step(self) -> None:
         if self.bar is not None:

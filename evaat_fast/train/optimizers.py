@@ -31,11 +31,14 @@ def build_optimizer(model: EVA02AT, config: Config, masters: Masters | None = No
     """With weight decay on the matrices only: not on vectors, scalars and the positional embeddings. It updates the masters of
     what the model holds in a lower precision. A group's "lr_scale" is what its learning rate is multiplied by."""
     spared, decay = model.no_weight_decay(), config.optim.layer_decay
-    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {(0, True): [], (0, False): []}
+    groups: dict[tuple[int, bool, bool], list[torch.nn.Parameter]] = {(0, True, False): [], (0, False, False): []}
+    # Of those FSDP shares some out and leaves others whole, which no optimiser takes together.
+    apart = model.meets_stream() if config.train.precision == "bfloat16-params" else ()
     for name, parameter in (masters or Masters(model)).parameters.items():
         if parameter.requires_grad:
             place = depth(name, model) if decay != 1 else 0
-            groups.setdefault((place, parameter.ndim >= 2 and name not in spared), []).append(parameter)
+            matrix = parameter.ndim >= 2 and name not in spared
+            groups.setdefault((place, matrix, not matrix and name in apart), []).append(parameter)
     listed = [
         {
             "params": parameters,
@@ -43,7 +46,7 @@ def build_optimizer(model: EVA02AT, config: Config, masters: Masters | None = No
             "lr_scale": decay**place,
             **({"adapt": matrices} if config.optim.name == "lamb" else {}),
         }
-        for (place, matrices), parameters in groups.items()
+        for (place, matrices, _), parameters in groups.items()
     ]
     betas, eps = (config.optim.beta1, config.optim.beta2), config.optim.eps
     if config.optim.name == "lamb":

@@ -5,10 +5,14 @@
 `train.batch_size` is that of all of them together: a run's loss, order of clips and crops do not depend on how many there are.
 """
 
+import contextlib
 import datetime
+import json
 import os
+import socket
+import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +24,26 @@ from evaat_fast.train.config import Config, ConfigError
 
 # A rank that failed is heard of at the next collective, or after this long: gathering the embeddings of a test set included.
 _TIMEOUT = datetime.timedelta(minutes=10)
+_AFTER_SECONDS = 2.0  # that a process waits which another one ended, so that torchrun shows that one's error
+_MEET_SECONDS = 25.0  # that a process which failed waits for the others to notice; torchrun gives them 30
+
+
+class OtherFailed(RuntimeError):
+    """Another process of the run failed, and so this one ends."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: of this process, from 0. world: how many there are. group: theirs, None for one process."""
+    """rank: of this process, from 0. world: how many there are. group: theirs, None for one process. store: where they meet
+    again should the group break; None: nowhere. wires: of the group, its sockets' descriptors and inodes. again: whether the
+    group is of such a meeting, and not the one that parts of tensors belong to."""
 
     rank: int = 0
     world: int = 1
     group: Any = None
+    store: Any = None
+    wires: tuple[tuple[int, int], ...] = ()
+    again: bool = False
 
     @property
     def several(self) -> bool:
@@ -62,6 +77,11 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
     """
     environ = os.environ
     world = int(environ.get("WORLD_SIZE", "1"))
+    if config.train.processes not in (0, world):
+        raise ConfigError(
+            f"train.processes: expected {config.train.processes}, as torchrun --nproc-per-node starts them, got {world}; "
+            "0 takes any number"
+        )
     if world == 1:
         yield Ranks()
         return
@@ -71,7 +91,6 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
         raise ConfigError("train.cuda_graph: one process only; several are not captured yet")
     # Beside NCCL gloo, for what is said of a step: over NCCL alone each step would wait for the GPU to hear it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    found: dict[str, Any] = {}
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store outlives processes that are started again, with the addresses of those that are dead: PyTorch 135712.
         if environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environ.get("LOCAL_WORLD_SIZE") != str(world):
@@ -79,12 +98,13 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
                 "torchrun --max-restarts: on several machines it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
                 "environment, or processes that are started again look for those that are dead"
             )
-        store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
-        prefix = f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        found = dict(store=torch.distributed.PrefixStore(prefix, store), rank=rank, world_size=world)
-    torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **found)
+    store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
+    store = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    before = _sockets()
+    torch.distributed.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world)
+    wires = tuple(_sockets() - before)
     try:
-        yield Ranks(torch.distributed.get_rank(), world, torch.distributed.group.WORLD)
+        yield Ranks(rank, world, torch.distributed.group.WORLD, torch.distributed.PrefixStore("failed", store), wires)
     finally:
         leave()
 
@@ -93,7 +113,110 @@ def leave() -> None:
     """Ends the connection between the processes. Gloo's threads let go of the last collective's tensors after it is done, and
     need Python's lock for it: one that still waits for the lock when the interpreter ends aborts the process."""
     time.sleep(0.1)  # without the lock
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def announce(ranks: Ranks, error: BaseException) -> str:
+    """Tells the other processes that this one failed, unless another one has before, whose end is what this one met.
+
+    Returns:
+        What the other one said; "" where this one is the first, or nobody can know.
+    """
+    if ranks.store is None:
+        return ""
+    try:
+        first = ranks.store.compare_set("first", "", f"process {ranks.rank} failed: {brief(error)}").decode()
+    except Exception:  # the store went with its process
+        return ""
+    return "" if first.endswith(f" failed: {brief(error)}") else first  # each says itself what all met
+
+
+@contextmanager
+def ending_together(ranks: Ranks) -> Iterator[None]:
+    """Where a process fails within it, the others, which meet its end in a collective, raise OtherFailed with its error."""
+    try:
+        yield
+    except OtherFailed:
+        time.sleep(_AFTER_SECONDS)
+        raise
+    except Exception as error:
+        other = announce(ranks, error) if ranks.several else ""
+        time.sleep(0.1)  # what was said last arrives
+        _cut(ranks)
+        if other:
+            time.sleep(_AFTER_SECONDS)
+            raise OtherFailed(other) from error
+        raise
+
+
+def brief(error: BaseException) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+
+
+def meet_again(ranks: Ranks, state: object, hurry: Callable[[], object]) -> Ranks | None:
+    """After a process has failed, which breaks the group: a new one of all of them, over gloo, if all come within half a minute
+    and all say the same of their state. What a collective left unfinished ends with an error, on GPUs too.
+
+    Args:
+        ranks: the processes, of whose group nothing works from now on. state: of this one, for JSON; None: it has none that
+            could be kept. hurry: true where a signal came: torchrun, which kills soon.
+
+    Returns:
+        The new group, or None: somebody does not come, or has another state.
+    """
+    if ranks.store is None:
+        return None
+    names = [f"state {rank}" for rank in range(ranks.world)]
+    with contextlib.suppress(Exception):
+        ranks.store.set(names[ranks.rank], json.dumps(state))
+        _break(ranks)  # only now: the others, who notice, find what was said
+        end = time.monotonic() + _MEET_SECONDS
+        while not ranks.store.check(names):
+            if time.monotonic() > end or hurry():
+                return None
+            time.sleep(0.02)
+        states = {ranks.store.get(name) for name in names}
+        if state is None or len(states) > 1:
+            return None
+        store, wait = torch.distributed.PrefixStore("again", ranks.store), datetime.timedelta(seconds=_MEET_SECONDS)
+        torch.distributed.init_process_group("gloo", timeout=wait, store=store, rank=ranks.rank, world_size=ranks.world)
+        return Ranks(ranks.rank, ranks.world, torch.distributed.group.WORLD, again=True)
+    return None
+
+
+def _break(ranks: Ranks) -> None:
+    """Ends the group without the others, who wait in it or will."""
+    _cut(ranks)
+    abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
+    if abort is not None:  # of NCCL, whose kernels wait, too
+        abort()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _cut(ranks: Ranks) -> None:
+    """Shuts the sockets of gloo's, so that the others hear of it: none of gloo's own ways to end a group tells them before the
+    process is gone."""
+    port = int(os.environ.get("MASTER_PORT", "0"))  # of the store, which is to stay
+    for descriptor, inode in ranks.wires:
+        with contextlib.suppress(OSError):
+            if os.fstat(descriptor).st_ino == inode:
+                with socket.socket(fileno=os.dup(descriptor)) as wire:
+                    if port not in (wire.getpeername()[1], wire.getsockname()[1]):
+                        wire.shutdown(socket.SHUT_RDWR)
+
+
+def _sockets() -> set[tuple[int, int]]:
+    """Descriptors and inodes of this process's sockets; none where there is no /proc."""
+    found = set()
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # the listing's own, which is closed by now
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(name), status.st_ino))
+    return found
 
 
 def interleaved(count: int, ranks: Ranks) -> range:
@@ -111,8 +234,8 @@ def in_order(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Wishes:
-    """What the processes wish after a step, 0 for nothing: each says its wish and learns the largest of all, of the step
-    before, so that nobody waits for another. `wishes(1)`; one process learns its own at once.
+    """What the processes wish between two steps, 0 for nothing: each says its wish, goes on with what it has to do, and hears
+    the largest of all. One process hears its own.
 
     Args:
         ranks: the processes. They call it equally often.
@@ -121,19 +244,14 @@ class Wishes:
     def __init__(self, ranks: Ranks):
         self._ranks, self._said, self._work = ranks, torch.zeros(1, dtype=torch.int64), None
 
-    def __call__(self, wish: int) -> int:
-        if self._ranks.group is None:
-            return wish
-        heard = self.last()
+    def say(self, wish: int) -> None:
         self._said = torch.full((1,), wish, dtype=torch.int64)  # on the CPU: over gloo, whatever computes
-        group, largest = self._ranks.group, torch.distributed.ReduceOp.MAX
-        self._work = torch.distributed.all_reduce(self._said, largest, group=group, async_op=True)
-        return heard
+        if self._ranks.group is not None:
+            group, largest = self._ranks.group, torch.distributed.ReduceOp.MAX
+            self._work = torch.distributed.all_reduce(self._said, largest, group=group, async_op=True)
 
-    def last(self) -> int:
-        """What was said last and is not known yet, by all processes together."""
-        if self._work is None:
-            return 0
-        self._work.wait()
-        self._work = None
+    def hear(self) -> int:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
         return int(self._said)

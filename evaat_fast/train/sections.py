@@ -109,8 +109,8 @@ class Train:
     "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU;
     "bfloat16-params" computes the same without casts, as it holds the weights of matrix products in bfloat16 and updates
     float32 masters of them. parallel: several processes hold all weights each ("ddp"), or share them out ("fsdp").
-    processes: leave it at 1, torchrun says how many. save_as: one file, last.pt, or last.parts, a folder to which each process
-    writes its own part.
+    processes: how many torchrun should start, an error where it is another number; 0 for any. save_as: one file, last.pt, or
+    last.parts, a folder to which each process writes its own part.
     save_every: epochs; save_steps, save_minutes: in the midst of one, too, 0 for never. ema: decay of an average of the
     weights, which is then what is evaluated and loaded, 0 for none. micro_batch: clips of each process that are embedded at a
     time, 0 for all at once; the gradients are those of the whole batch, in less memory and a third more time. spike: stop at a
@@ -128,7 +128,7 @@ class Train:
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16", "bfloat16-params"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    processes: int = key(1, least=1)
+    processes: int = key(0, least=0)
     save_as: Literal["file", "parts"] = "file"
     save_every: int = key(1, least=1)
     save_steps: int = key(0, least=0)

@@ -21,6 +21,7 @@ from evaat_fast.train.optimizers import build_optimizer as build_optimizer
 from evaat_fast.train.optimizers import fit_optimizer as fit_optimizer
 from evaat_fast.train.optimizers import gradient_norm, set_lr
 from evaat_fast.train.ranks import Ranks
+from evaat_fast.train.shards import average_whole
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound on a learnable temperature, 1 / 0.01
 
@@ -36,7 +37,7 @@ class Steps:
         average: of the weights, updated after each step.
 
     Attributes:
-        updating: whether an update began that has not ended, as where it failed.
+        updating: whether an update began that has not ended, as where it failed. count: of the calls that ended.
         norm: of the last step's gradient, a scalar on the device, before clipping.
         bad: a scalar on the device, 1 once a loss or a gradient was not finite, or a loss above `limit`: from that step on
             nothing is updated, so that the weights are those before it by the time the host hears of it.
@@ -61,7 +62,7 @@ class Steps:
             ddp, whole = torch.nn.parallel.DistributedDataParallel, not config.train.micro_batch
             # Its one buffer, the frequencies, is a constant that need not be sent before each step.
             self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole, broadcast_buffers=False)
-        self.norm, self.updating = torch.zeros((), device=device), False
+        self.norm, self.updating, self.count = torch.zeros((), device=device), False, 0
         self.bad, self._limit = torch.zeros((), device=device), torch.full((), math.inf, device=device)
         setattr(optimizer, "found_inf", self.bad)  # noqa: B010, where GradScaler sets it, too, and optimisers look for it
         self.table = table.to(device)
@@ -83,11 +84,13 @@ class Steps:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         if not self.config.train.cuda_graph:
-            return self._run(self._moved(batch))
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            loss = self._replay(self._moved(batch))
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            loss = self._run(self._moved(batch))
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                loss = self._replay(self._moved(batch))
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.count += 1
         return loss
 
     def _replay(self, batch: dict[str, Tensor]) -> Tensor:
@@ -129,8 +132,14 @@ class Steps:
             loss = batch_loss(self.model, batch, self.table, self.config, self.device, self.towers, self.ranks)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+        if self.ranks.group is not None and self.config.train.parallel == "fsdp":
+            average_whole(self.masters.parameters, self.ranks)
         self.masters.take_gradients()
         self.norm = gradient_norm(self.masters.parameters, self.config.optim.clip_norm)
+        if self.config.train.spike and self.ranks.group is not None:
+            # All have the same loss to the last bit, as its parts are added up in one order; were it not so, ranks would part.
+            loss = loss.detach().clone()
+            torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.MAX, group=self.ranks.group)
         good = torch.isfinite(loss.detach()) & torch.isfinite(self.norm) & (loss.detach() <= self._limit)
         self.bad.copy_(torch.maximum(self.bad, 1 - good.to(self.bad.dtype)))
         self.updating = True

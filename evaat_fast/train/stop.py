@@ -39,6 +39,7 @@ class Signals:
     def __init__(self, quiet: bool = False) -> None:
         self.heard, self._quiet, self._pid = 0, quiet, os.getpid()
         self._at_once, self._times, self._first = False, 0, 0.0
+        self._echo = _ECHO_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -60,9 +61,11 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Where nothing would be lost: a signal raises Stopped at once."""
+        """Where nothing would be lost: a signal raises Stopped at once, one that came before too."""
         self._at_once = True
         try:
+            if self.heard:
+                raise Stopped(f"stopped by {self.name}", self.heard)
             yield
         finally:
             self._at_once = False
@@ -76,7 +79,7 @@ class Signals:
                 raise Stopped(f"stopped by {self.name}", number)
             if not self._quiet:  # print is not for signal handlers: it may have been interrupted itself
                 os.write(2, f"\n{self.name}: finishes the step and saves; once more stops at once\n".encode())
-        elif number == signal.SIGINT and time.monotonic() - self._first > _ECHO_SECONDS:
+        elif number == signal.SIGINT and time.monotonic() - self._first >= self._echo:
             self._times += 1
             if self._times > 1:
                 os._exit(128 + number)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from evaat_fast._files import write_atomically
 from evaat_fast.train import boards, checkpoint, evaluation, inputs, packages, shards, similarity
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.checkpoint import Position
-from evaat_fast.train.config import Config, ConfigError
+from evaat_fast.train.config import Config, ConfigError, absolute
 from evaat_fast.train.log import Log, Progress, duration
 from evaat_fast.train.loop import STOP, Inputs, Loop, Told
 from evaat_fast.train.loop import Diverged as Diverged
 from evaat_fast.train.masters import Masters
 from evaat_fast.train.meter import Meter, matmul_peak
-from evaat_fast.train.ranks import Ranks, started
+from evaat_fast.train.ranks import Ranks, ending_together, started
 from evaat_fast.train.setup import build_model as build_model
 from evaat_fast.train.setup import check_folder as check_folder
 from evaat_fast.train.setup import check_same_run as check_same_run
@@ -65,12 +66,12 @@ def train(
         ConfigError: what the configuration asks for cannot be had here. FileNotFoundError, ValueError: data or a
             checkpoint that is missing or does not fit. ImportError: packages that are missing, all of them named. Diverged:
             a step was bad; what was trained before it is saved. Stopped: a KeyboardInterrupt, see above. OSError: the last
-            checkpoint could not be written.
+            checkpoint could not be written. OtherFailed: another process of the run raised, as the message says.
     """
     device = choose_device(config)
     packages.require("training", *packages.of_data(config), *packages.of_progress(quiet))
     packages.require_boards(config)
-    with started(config, device) as ranks:
+    with started(config, device) as ranks, ending_together(ranks):
         return _train(config, device, ranks, resume, overwrite, quiet or not ranks.main, datasets)
 
 
@@ -86,10 +87,14 @@ def _train(
     out = check_folder(config.train.out)
     last = out / (checkpoint.PARTS if config.train.save_as == "parts" else checkpoint.LAST)
     stands = checkpoint.find(out)
+    described = out / "config.json"
     resume = any(ranks.gather(resume or _restarted(out, overwrite)))  # of several machines some do not know of a restart
     if stands and not (resume or overwrite):
         raise ConfigError(f"train.out: {str(out)!r} already holds a run: --resume continues it, --overwrite replaces it")
-    stored = checkpoint.read(stands) if resume and stands else None
+    stored = checkpoint.read(stands, tensors=False) if resume and stands else None
+    replaced = stored is not None and not checkpoint.is_of(stored, described)
+    if replaced:  # by a run that was killed before it saved anything: that is the one to go on with
+        stored = None
     at = Position()
     if stored is not None:
         assert stands is not None
@@ -97,6 +102,13 @@ def _train(
         at = checkpoint.position(stored, stands)
         if at.epoch + bool(at.step) > config.train.epochs:
             raise ConfigError(f"train.epochs: {config.train.epochs}, and {stands} is of {at}")
+    found = ranks.gather(str(at) if stored else "")
+    if other := next((rank for rank, text in enumerate(found) if text != found[0]), 0):
+        states = [text or "none" for text in (found[0], found[other])]
+        raise ConfigError(
+            f"train.out: all processes need the same folder {str(out)!r}; process 0 finds a checkpoint there of {states[0]}, "
+            f"process {other} of {states[1]}"
+        )
 
     splits = datasets or inputs.splits(config)
     data, test = splits.train, splits.test
@@ -121,24 +133,25 @@ def _train(
     average = Average(masters, config.train.ema) if config.train.ema else None
     if stored:
         assert stands is not None
-        checkpoint.restore(stored, masters, optimizer, stands, average)
-        stored = {name: stored[name] for name in ("config", "rng")}  # weights and moments lie in the host's memory else
+        restored = checkpoint.restore(stored, masters, optimizer, stands, average)
+        stored = {"config": stored["config"], "run": stored.get("run", ""), "rng": restored}  # and no more of it in memory
     fit_optimizer(optimizer, config, device)
     steps = Steps(masters, optimizer, table, config, device, ranks, average)
     if config.train.compile:
         model.compile_blocks()
 
+    run = stored["run"] if stored else ranks.gather(f"{_job()}{uuid.uuid4().hex}")[0]
     # An old last.pt stands until the new run's first one takes its place.
     out.mkdir(parents=True, exist_ok=True)
     if ranks.main:
         for left in out.glob(f".{checkpoint.LAST}.*.tmp"):  # by a run that was killed while it wrote
             left.unlink()
-        described, content = out / "config.json", json.dumps(config.to_dict(), indent=1).encode()
-        # Of a run that goes on it stays: by its age `_restarted` knows the job's own checkpoints, however often it is started.
-        if stored is None or not described.is_file() or described.read_bytes() != content:
-            write_atomically(described, lambda f: f.write(content))
+        # Its name for the run is what tells whether an old checkpoint in the folder is of this one.
+        content = json.dumps({**config.to_dict(), "run": run} if run else config.to_dict(), indent=1).encode()
+        write_atomically(described, lambda f: f.write(content))
     done = at.epoch * length + at.step
-    log = Log(out / "log.jsonl" if ranks.main else None, at.epoch, done, boards.boards(config, done) if ranks.main else ())
+    shown, path = (boards.boards(config, done), out / "log.jsonl") if ranks.main else ([], None)
+    log = Log(path, at.epoch, done, shown, lambda text: progress.warn(text))
     if config.data.cache and not datasets and not config.data.workers:
         with Progress(len(usable), "decoding", quiet) as reading:
             inputs.decode(data, reading, usable)
@@ -147,14 +160,14 @@ def _train(
     peak = matmul_peak(device) if ranks.main and not quiet else None
     told = Told(log, progress, Meter(config.train.batch_size, device, peak and peak * ranks.world))
 
-    def write(at: Position) -> None:
-        checkpoint.save(last, masters, optimizer, at, config, drawn, average, ranks)
+    def write(at: Position, ranks: Ranks = ranks) -> None:
+        # A checkpoint should not know more than the log.
+        checkpoint.save(last, masters, optimizer, at, config, drawn, average, ranks, run, log.sync)
         if ranks.main:
             checkpoint.remove_other(last)
 
-    save = checkpoint.Saver(
-        write, config, ranks.main, progress.warn, shared or (ranks.several and config.train.save_as == "parts")
-    )
+    together = ranks.several and config.train.save_as == "parts"
+    save = checkpoint.Saver(write, config, ranks.main, progress.warn, together, shared)
     save.at, begun = at if stored else None, at
     signals = Signals(quiet=not ranks.main)
     loop = Loop(steps, given, config, told, save, signals)
@@ -172,11 +185,14 @@ def _train(
     metrics: dict[str, float] | None = None if test is not None else {}
     try:
         with signals:
+            if replaced:
+                progress.say(f"{out.name}: {stands} is of the run that this one replaced before it was killed, and not read")
             _begin(told, config, at, stored, model, given, device, ranks, resume)
             if stored and not at.step and due(at.epoch):  # it ended while it was evaluated, or after all of it
                 missing = ranks.gather(at.epoch not in log.evaluated)[0]
                 if missing or at.epoch == config.train.epochs:
-                    metrics = evaluated()
+                    with signals.at_once():
+                        metrics = evaluated()
                 if missing and metrics is not None:
                     log.write("eval", at.epoch, **metrics)
             rng = stored["rng"] if stored and at.step else None
@@ -198,7 +214,6 @@ def _train(
                 # Before the evaluation, which a test clip that cannot be decoded ends.
                 final = epoch == config.train.epochs
                 if loop.heard or due(epoch) or final or epoch % config.train.save_every == 0:
-                    log.sync()
                     save(at, must=final or loop.heard == STOP)
                 if loop.heard == STOP:
                     progress.say(line)
@@ -260,6 +275,9 @@ def _begin(told, config, at, stored, model, given, device, ranks, resume):
         return
     where = f"in epoch {at.epoch + 1}, after step {at.step} of {length}" if at.step else f"after epoch {at.epoch}"
     before = stored["config"]["train"]["epochs"]
+    first, asked = stored["config"]["train"].get("init", ""), absolute(config).train.init
+    if first != asked and not told.progress.quiet:
+        told.progress.warn(f"{out.name}: train.init = {asked!r} is not read, as the run goes on; it began from {first!r}")
     told.progress.say(f"{out.name}: goes on {where}, of {epochs} epochs, {on}, from {checkpoint.find(out)}")
     if before != epochs:
         told.log.write("extended", at.epoch, epochs=epochs, before=before)
@@ -269,9 +287,13 @@ def _begin(told, config, at, stored, model, given, device, ranks, resume):
 
 
 def _restarted(out: Path, overwrite: bool) -> bool:
-    """Whether torchrun started this process again, and the folder's checkpoint is of the same job. A job that overwrites
-    another run writes its configuration first."""
+    """Whether torchrun started this process again, and the folder's run is of the same job. A job that overwrites another run
+    has given its own a name first."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
-    last, first = checkpoint.find(out), out / "config.json"
-    return not overwrite or bool(last and first.exists() and checkpoint.written(last) >= first.stat().st_mtime_ns)
+    return not overwrite or (checkpoint.named(out / "config.json") or "?").startswith(_job())
+
+
+def _job() -> str:
+    """What torchrun calls the job."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "job") + " "

@@ -9,6 +9,7 @@ exponentials, and the product of the values no longer runs beneath them.
 """
 
 import functools
+import inspect
 from collections import namedtuple
 
 import torch
@@ -25,7 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Names of Triton 3.6, and of later versions.
+if "functions_and_args" not in inspect.signature(gl.warp_specialize).parameters:
+    raise ImportError(f"attention in Gluon needs Triton 3.6 or later, got {triton.__version__}")
+# Names of later versions, and of Triton 3.6.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
@@ -278,7 +281,8 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, scale, stages=None):
     with on(q.device):
         attn_forward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
             of(q, 64), of(k, BN), of(v, BN), of(k, tail), of(v, tail), of(out, 64), of(turned_q if keep else q, 64),
-            lse, table_of(table), call, BN, tail, D, stages or stages_of(N), keep, 160, num_warps=4,
+            lse, table_of(table), call, BN, tail, D, stages or stages_of(N), keep, 160,
+            num_warps=4, enable_fp_fusion=True,  # the second is off by default from Triton 3.10 on
         )  # fmt: skip
 
 

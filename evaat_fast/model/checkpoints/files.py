@@ -81,7 +81,8 @@ def read(path: str | os.PathLike[str]) -> Stored:
     path = Path(path)
     path = path if not path.is_dir() or _parts.is_parts(path) else _inside(path)
     if _parts.is_parts(path):
-        return Stored(*_taken(_parts.read(path), path), str(path))
+        # An optimiser's moments are twice the weights.
+        return Stored(*_taken(_parts.read(path, lambda name: not name.startswith("/optimizer/")), path), str(path))
     of_hub = path.name.removesuffix(".index.json") in HUB_FILES
     beside = _open_clip_hints(path.with_name(_OPEN_CLIP_CONFIG)) if of_hub else {}
     if not path.is_file():
