@@ -167,8 +167,8 @@ def search_line(searched: Mapping[str, Any]) -> str:
     pairs = [f"{name} {right} of {asked}" for name, (right, asked) in searched["pairs"].items()]
     right, asked = searched["pairs_right"], searched["pairs_asked"]
     return (
-        f"search in {searched['clips']} clips of the test videos: the event is among the first five for {searched['hits']} "
-        f"of {searched['queries']} texts;\nof two verbs that time tells apart the right one is first for {right} of {asked}"
+        f"search, in {searched['clips']} clips of the test videos: the event is among the first five for {searched['hits']} of "
+        f"{searched['queries']} texts;\nof two verbs that only time tells apart the right one is first for {right} of {asked}"
         + (f" ({', '.join(pairs)})" if asked else "")
     )
 
@@ -193,15 +193,12 @@ def _search(out, run, test, device):
     hits, queries = measure.hits(found)
     pairs = measure.pairs(found, test, kitchen.PAIRS)
 
-    def asked(verb, nouns):
-        """The caption of a kind, if any."""
-        return next((one for one in found if test.kinds[one.kind] == (verb, nouns)), None)
-
-    # Two captions of other verbs and nouns, then the first two that differ in nothing but the direction.
-    first = found[0]
-    second = next((x for x in found if not set(test.kinds[x.kind]) & set(test.kinds[first.kind])), found[-1])
-    both = ([asked(verb, nouns) for verb in pair] for pair in kitchen.PAIRS for _, nouns in test.kinds)
-    chosen = [[first], [second], next((pair for pair in both if None not in pair), [])]
+    # Two captions with nothing in common, and the first two that differ in nothing but the direction.
+    kinds = {test.kinds[one.kind]: one for one in found}
+    (verb, nouns), first = next(iter(kinds.items()))
+    second = next((one for kind, one in kinds.items() if kind[0] != verb and not kind[1] & nouns), found[-1])
+    both = ([kinds.get((v, nouns)) for v in pair] for pair in kitchen.PAIRS for _, nouns in kinds)
+    chosen: list[Any] = [[first], [second], next((pair for pair in both if None not in pair), [])]
     searches = [
         [report.search(test, x.caption, x.moments.to_dicts()[:SHOWN], x.clips[:SHOWN], SECONDS, out) for x in together]
         for together in chosen
