@@ -86,7 +86,7 @@ def test_page_is_whole_and_self_contained(run):
     verbs = [{word for word in query.split() if word not in (*kitchen.COLOURS, *kitchen.SHAPES)} for query in searched["asked"]]
     assert verbs[2] | verbs[3] == {"push", "left", "right"}, "the last two differ in time alone"
     assert f"first five for {searched['hits']}." in " ".join(text.split()) and f"in {searched['clips']} overlapping" in text
-    assert len(re.findall(r"corpus-quick/videos/P01/P01_02.MP4/\d+.MP4, \d+.\d – \d+.\d s", html)) == 4 * 5
+    assert len(re.findall(r"corpus-quick/videos/P02/P02_00.MP4/\d+.MP4, \d+.\d – \d+.\d s", html)) == 4 * 5
     for row in (*results["metrics"], results["controls"][-1]):
         assert f"{row['mAP']:.1f}" in text and f"{row['verb_accuracy']:.1f}" in text
     assert "prefers-color-scheme: dark" in html and "currentColor" in html
