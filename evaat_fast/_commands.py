@@ -302,7 +302,10 @@ def search(arguments: argparse.Namespace) -> int | None:
     if arguments.page or arguments.open:
         from evaat_fast.search import page
 
-        path = page.write(found, arguments.page or opened.folder / "search.html")
+        try:
+            path = page.write(found, arguments.page or opened.folder / "search.html")
+        except OSError as error:
+            raise Mistake(f"--page: the page cannot be written: {error}; --page FILE writes it elsewhere") from None
         say(f"page {path}")
         if arguments.open:
             import webbrowser
@@ -330,7 +333,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     def started(address):
         print(f"{opened!r}\n{address}  (Ctrl-C ends it)", flush=True)
-        if arguments.host not in server.LOCAL:
+        if not server.is_local(arguments.host):
             print("everyone who reaches this machine can see the videos", file=sys.stderr, flush=True)
         if arguments.open:
             import webbrowser

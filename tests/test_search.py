@@ -118,6 +118,9 @@ def test_queries_are_read():
     for bad in ("", "  ", "a + + b", "a -  - b"):
         with pytest.raises(ValueError, match="query: expected text"):
             query.parse_query(bad)
+    with pytest.raises(ValueError, match="query: expected at most 64 texts, got 65"):
+        query.parse_query("a + " * 64 + "a")
+    assert len(query.parse_query("- \x1b[31m\U0001f35d" * 64)) == 1
     for text, time in (("a@b.mp4@12.5", 12.5), ("a.mp4@01:02", 62), ("a.mp4@1:02:03.5", 3723.5), ("a.mp4@.5", 0.5)):
         assert query.parse_like(text) == query.Like(text.rpartition("@")[0], time)
     for bad in ("a.mp4", "a@b.mp4", "@3", "a.mp4@", "a.mp4@nan", "a.mp4@-1", "a.mp4@1:2:3:4"):
@@ -180,6 +183,18 @@ def test_new_changed_and_deleted_videos(index, videos, place):
     assert {(m.file, m.start): pytest.approx(m.score, abs=2e-3) for m in found} == theirs
     assert index.add(videos / "one.mp4").unchanged == 1 and len(index) == 8  # of a file alone nothing else is gone
     assert index.update().unchanged == 3
+
+
+def test_the_last_video_changes_again_and_again(index, videos, place):
+    """Its dead rows lie right before its new ones, of the same name."""
+    for name, clips in (("three", 6), ("one", 2), ("three", 6), ("two", 3)):
+        shutil.copy(place / f"{name}.mp4", videos / "two.mp4")
+        for opened in (index, Index.open(videos)):
+            report = index.add(videos)
+            opened.reload()
+            assert {f.name: f.last - f.first for f in opened.files} == {"below/three.mp4": 6, "one.mp4": 2, "two.mp4": clips}
+        assert (report.videos, report.unchanged) == (0, 3)
+    assert len(index.search("push left", k=99, merge=False)) == len(index) == 11
 
 
 def test_videos_and_index_can_be_moved(index, videos, tmp_path):

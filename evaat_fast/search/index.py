@@ -62,6 +62,8 @@ class Index:
         manifest, settings, places = store.manifest, Settings.of(store.manifest.settings), store.places()
         vectors = Vectors(self.folder / manifest.vectors, manifest.rows, manifest.width)
         with self._lock:
+            if getattr(self, "settings", settings) != settings:
+                self._loaded = []  # another list: a search that has begun goes on with the former model
             self._store, self.settings, self.vectors, self.places = store, settings, vectors, places
 
     @classmethod
@@ -115,6 +117,8 @@ class Index:
         embedder = Embedder(name, device, **({} if frames is None else {"num_frames": frames}))
         settings = Settings(name, hashed, embedder.described(), seconds, overlap)
         with alone(folder):
+            if (Path(folder) / "index.json").exists():  # of another process, while the model was loaded
+                raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
             index = cls(Store.create(folder, asdict(settings), embedder.config.embed_dim), device)
         index._loaded.append(embedder)
         return index
@@ -150,6 +154,16 @@ class Index:
     def path(self, name: str) -> str:
         """The absolute path of a video."""
         return scan.path_of(name, self.base)
+
+    def real_path(self, name: str) -> str:
+        """The absolute path of a video by which no link leads: that to which links led when it was indexed."""
+        links, head, rest = self._store.manifest.links, name, ""
+        while links and head:
+            if head in links:
+                return self.path(links[head] + rest)
+            head, slash, last = head.rpartition("/")
+            rest = f"{slash}{last}{rest}"
+        return self.path(name)
 
     def check(self, checkpoint: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         """Raises BadIndex unless the index is of these weights and settings (seconds, overlap, frames); None says nothing."""
@@ -319,12 +333,14 @@ class Index:
             store.tidy()
             manifest = store.manifest
             places = self.places if manifest == self._store.manifest else store.places()
-            found = scan.scan(given, self.base)
+            links: dict[str, str] = {}
+            found = scan.scan(given, self.base, links)
             roots = [scan.name_of(scan.real(path), self.base) for path in given]
+            below = _below(roots)
             there = {file.name: (file.size, file.mtime) for file in places.files}
             if partial := manifest.partial:
                 there.pop(partial.name, None)
-            plan = plan_of(found, there, manifest.unreadable, _below(roots), retry)
+            plan = plan_of(found, there, manifest.unreadable, below, retry)
             old = {*plan.gone, *plan.stale}
             if partial and (partial.name not in plan.todo or plan.todo[partial.name][:2] != (partial.size, partial.mtime)):
                 old, partial = {*old, partial.name}, None
@@ -336,6 +352,7 @@ class Index:
                 roots=tuple(sorted({*manifest.roots, *folders})),
                 unreadable={**kept, **plan.known},
                 partial=partial,
+                links={**{name: leads for name, leads in manifest.links.items() if not below(name)}, **links},
             )
             clips, failed = 0, {}  # type: int, dict[str, str]
             if plan.todo:
@@ -361,8 +378,6 @@ class Index:
             store = Store(self.folder)
             if store.manifest == self._store.manifest:
                 return
-            if store.manifest.settings != self._store.manifest.settings:
-                self._loaded = []
             try:
                 return self._take(store)
             except BadIndex:
@@ -385,10 +400,9 @@ def _below(roots: Iterable[str]) -> Callable[[str], bool]:
 def _nanoseconds(what: str, value: str | datetime.date) -> int:
     """Of a date, its first; without a zone, local."""
     try:
-        if isinstance(value, str):
-            value = datetime.datetime.fromisoformat(value)
-        if not isinstance(value, datetime.datetime):
-            value = datetime.datetime(value.year, value.month, value.day)
-        return round(value.timestamp() * 1e9)
+        date = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
+        if not isinstance(date, datetime.datetime):
+            date = datetime.datetime(date.year, date.month, date.day)
+        return round(date.timestamp() * 1e9)
     except (ValueError, AttributeError, OverflowError):
         raise ValueError(f"{what}: expected a date as 2026-05-31, got {value!r}") from None
