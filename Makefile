@@ -45,7 +45,7 @@ $(STAMP)-torch: | $(PYTHON)
 	@mkdir -p build && touch $@
 
 $(STAMP)-user: $(SOURCES) $(STAMP)-torch
-	$(PIP) -e ".[video,train]"
+	$(PIP) -e ".[video,train,serve]"
 	@touch $@
 
 # timm wants a torchvision, and each torchvision one torch: pip is told to keep the torch that is there. Where there is no

@@ -5,7 +5,9 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -68,8 +70,14 @@ def train(arguments: argparse.Namespace) -> None:
     if result["metrics"]:  # not every corpus has a retrieval test
         ranks = () if config.data.kind == "ek100-mir" else ("R@1", "R@5", "R@10", "MedR")
         names = [name for name in ("mAP", "nDCG", *ranks) if f"{name}_v2t" in result["metrics"]]
-        print("\n".join(evaluation.lines(result["metrics"], names)))
+        if any(math.isfinite(result["metrics"][f"{name}_{way}"]) for name in names for way in ("v2t", "t2v")):
+            print("\n".join(evaluation.lines(result["metrics"], names)))
+        else:
+            print("not measured: too few test clips, or captions, for a rank to mean anything")
     print(f"checkpoint {result['checkpoint']}\nlog        {result['log']}")
+    if config.data.kind == "csv":
+        folder, run = (shlex.quote(str(path)) for path in (config.data.videos, config.train.out))
+        print(f"next: evaat-fast index {folder} --checkpoint {run}")
 
 
 def _run_of(arguments, training=True):
@@ -231,6 +239,7 @@ def _check_file(path):
 def index(arguments: argparse.Namespace) -> None:
     from evaat_fast.search import Index
     from evaat_fast.search.index import FOLDER
+    from evaat_fast.search.store import MANIFEST
     from evaat_fast.train import packages
     from evaat_fast.train.log import Progress, duration
     from evaat_fast.train.trainer import check_folder
@@ -245,16 +254,17 @@ def index(arguments: argparse.Namespace) -> None:
         _check_file(arguments.json)
     given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames")}
     with _mistakes(RuntimeError):
-        if (folder / "index.json").exists():
-            opened = Index.open(folder, device=arguments.device)
-            opened.check(arguments.checkpoint, **given)
-        else:
+        if new := arguments.overwrite or not (folder / MANIFEST).exists():
             check_folder(folder, "--out")
             if arguments.checkpoint is None:
                 raise Mistake("--checkpoint: of what? a file of weights, a run's folder, or a name as eva02_clip_b16")
             packages.require("indexing", "av", "ftfy", "regex", "tokenizers")
             some = {name: value for name, value in given.items() if value is not None}
-            opened = Index.create(folder, arguments.checkpoint, device=arguments.device, **some)
+            opened = Index.create(folder, arguments.checkpoint, device=arguments.device, overwrite=arguments.overwrite, **some)
+            arguments.begun = arguments.overwrite
+        else:
+            opened = Index.open(folder, device=arguments.device)
+            opened.check(arguments.checkpoint, **given)
         with Progress(0, "index") as progress:
 
             def advance(at):
@@ -268,7 +278,10 @@ def index(arguments: argparse.Namespace) -> None:
         print(f"cannot be read: {printable(name)}: {printable(why)}")
     if (more := len(report.unreadable) - _SHOWN) > 0:
         print(f"... and {more:,} more; --json FILE lists all")
-    print(f"{report}\n{folder}: {len(opened):,} clips of {len(opened.files):,} videos")
+    print(f"{report}\n{_has(opened)}")
+    if new and len(opened):
+        where = _index_option(folder)
+        print(f"next: evaat-fast search TEXT{where}, or for a page evaat-fast serve{where} --open")
     if arguments.json:
         from evaat_fast._files import write_atomically
 
@@ -277,6 +290,22 @@ def index(arguments: argparse.Namespace) -> None:
 
 
 _SHOWN = 20  # unreadable videos that `index` names
+
+
+def _has(index):
+    return f"{index.folder}: {len(index):,} clips of {len(index.files):,} videos"
+
+
+def _index_option(folder):
+    """What `search` and `serve` need to be told here, so that they find an index."""
+    from evaat_fast.search import find
+    from evaat_fast.search.index import FOLDER
+    from evaat_fast.search.store import BadIndex
+
+    with contextlib.suppress(BadIndex):
+        if find().samefile(folder):
+            return ""
+    return f" --index {shlex.quote(os.fspath(folder.parent if folder.name == FOLDER else folder))}"
 
 
 def search(arguments: argparse.Namespace) -> int | None:
@@ -302,7 +331,10 @@ def search(arguments: argparse.Namespace) -> int | None:
     if arguments.page or arguments.open:
         from evaat_fast.search import page
 
-        path = page.write(found, arguments.page or opened.folder / "search.html")
+        try:
+            path = page.write(found, arguments.page or opened.folder / "search.html")
+        except OSError as error:
+            raise Mistake(f"--page: the page cannot be written: {error}; --page FILE writes it elsewhere") from None
         say(f"page {path}")
         if arguments.open:
             import webbrowser
@@ -329,8 +361,8 @@ def serve(arguments: argparse.Namespace) -> None:
         opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
 
     def started(address):
-        print(f"{opened!r}\n{address}  (Ctrl-C ends it)", flush=True)
-        if arguments.host not in server.LOCAL:
+        print(f"{_has(opened)}\n{address}  (Ctrl-C ends it)", flush=True)
+        if not server.is_local(arguments.host):
             print("everyone who reaches this machine can see the videos", file=sys.stderr, flush=True)
         if arguments.open:
             import webbrowser
@@ -338,7 +370,8 @@ def serve(arguments: argparse.Namespace) -> None:
             webbrowser.open(address)
 
     try:
-        server.serve(opened, arguments.host, arguments.port, started=started)
+        with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
+            server.serve(opened, arguments.host, arguments.port, started=started)
     except OSError as error:
         raise Mistake(
             f"--host, --port: {arguments.host} port {arguments.port}: {error.strerror or error}; --port 0 takes a free one"

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             also = ", not both" if given else "; train --keys prints one to start from, evaat-fast recipes lists the paper's"
             parser.error(f"{arguments.command}: expected CONFIG.toml or --recipe NAME{also}")
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a failed download is one line of ours, not twelve warnings before it
     try:
         return _run(arguments)
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as stop:
         again = "; the same command continues"
-        goes_on = {"train": "; --resume continues", "demo": again, "index": again}.get(arguments.command, "")
+        index = again + (" without --overwrite" if getattr(arguments, "begun", False) else "")
+        goes_on = {"train": "; --resume continues", "demo": again, "index": index}.get(arguments.command, "")
         if text := "interrupted" if type(stop) is KeyboardInterrupt else str(stop):  # of several processes one speaks
             print(text + goes_on, file=sys.stderr)
         return getattr(stop, "status", 130)
@@ -68,16 +70,15 @@ def _complain(arguments, error):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="evaat-fast", description="Train and evaluate EVA02-AT; without a command: what works here, and why not."
+        prog="evaat-fast",
+        description="Train and evaluate EVA02-AT, and search your own videos by text; without a command: what works here, and "
+        "why not.",
     )
     parser.add_argument("--version", action="version", version=f"evaat-fast {__version__}")
     parser.set_defaults(run=_commands.doctor, command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    command = commands.add_parser("doctor", help="versions, and which backend serves which op here")
-    command.set_defaults(run=_commands.doctor)
-
-    command = commands.add_parser("demo", help="make a small corpus, train on it, and write a page that shows the result")
+    command = commands.add_parser("demo", help="make a small corpus, train on it, show the result as a page")
     command.add_argument("--out", default="demo", metavar="DIR", help="folder of the corpus, the runs and the page (demo)")
     command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and crops (0)")
     command.add_argument("--quick", action="store_true", help="a tiny corpus and few epochs, to see that all of it works")
@@ -85,11 +86,26 @@ def _parser():
     _add_set(command, "for both stages")
     command.set_defaults(run=_commands.demo)
 
-    command = commands.add_parser("init", help="a configuration and a file of captions for a folder of your own videos")
+    command = commands.add_parser(
+        "init",
+        help="captions and a configuration for a folder of your own videos",
+        description="A configuration and a file of captions for a folder of your own videos.",
+    )
     command.add_argument("folder", metavar="FOLDER", help="of videos, at any depth; captions beside them are used")
     command.add_argument("--out", default=".", metavar="DIR", help="where captions.csv and config.toml are written (.)")
     command.add_argument("--overwrite", action="store_true", help="replace them where they are there; never written captions")
     command.set_defaults(run=_commands.init)
+
+    command = commands.add_parser(
+        "check",
+        help="what is missing or unreadable in a run's data",
+        description="What is missing, unreadable or outside its video in a run's data.",
+    )
+    _add_run(command)
+    command.add_argument("--all", action="store_true", help="read the header of every file, not of each video's ends alone")
+    command.add_argument("--json", metavar="FILE", help="write the findings there too, with every clip they touch")
+    _add_set(command)
+    command.set_defaults(run=_commands.check)
 
     command = commands.add_parser("train", help="train as a TOML file says; --keys lists what it can say")
     _add_run(command)
@@ -100,18 +116,11 @@ def _parser():
     group.add_argument("--overwrite", action="store_true", help="start anew where train.out already holds a run")
     command.set_defaults(run=_commands.train)
 
-    command = commands.add_parser("recipes", help="the paper's runs as configurations; with a NAME, that file")
-    command.add_argument("name", metavar="NAME", nargs="?")
-    command.set_defaults(run=_commands.recipes)
-
-    command = commands.add_parser("check", help="what is missing, unreadable or outside its video in a run's data")
-    _add_run(command)
-    command.add_argument("--all", action="store_true", help="read the header of every file, not of each video's ends alone")
-    command.add_argument("--json", metavar="FILE", help="write the findings there too, with every clip they touch")
-    _add_set(command)
-    command.set_defaults(run=_commands.check)
-
-    command = commands.add_parser("eval", help="a checkpoint on a benchmark's test set, beside the paper's numbers")
+    command = commands.add_parser(
+        "eval",
+        help="a checkpoint on a test set, beside the paper's numbers",
+        description="A checkpoint on a benchmark's test set, beside the paper's numbers.",
+    )
     _add_model(command)
     command.add_argument(
         "--task", choices=("ek100-mir", "egomcq", "charades-ego", "retrieval"), help="(ek100-mir; of data.kind = csv retrieval)"
@@ -131,6 +140,10 @@ def _parser():
     )
     command.set_defaults(run=_commands.evaluate)
 
+    _add_index(commands)
+    _add_search(commands)
+    _add_serve(commands)
+
     command = commands.add_parser("features", help="embeddings of clips and captions, for other programs")
     _add_model(command)
     command.add_argument("--out", required=True, metavar="DIR", help="folder of the files; an interrupted run goes on there")
@@ -140,26 +153,15 @@ def _parser():
     command.add_argument("--allow-partial", action="store_true", help="go on without clips that cannot be read, and say so")
     command.set_defaults(run=_commands.features)
 
-    _add_index(commands)
-    _add_search(commands)
-    _add_serve(commands)
+    command = commands.add_parser("recipes", help="the paper's runs as configurations; with a NAME, that file")
+    command.add_argument("name", metavar="NAME", nargs="?")
+    command.set_defaults(run=_commands.recipes)
 
     command = commands.add_parser(
-        "convert", help="a file of weights in other names: ours, EVA's, timm's, open_clip's, AVION's, ..."
+        "prepare",
+        help="check a download of a data set and convert its metadata",
+        description="Check a download of a data set and convert its metadata; can be run again.",
     )
-    command.add_argument("source", metavar="IN", help="a file, the index of one in shards, or a folder that holds one")
-    command.add_argument("target", metavar="OUT", help="the file to write: .safetensors, or another name for torch's format")
-    layouts = ("ours", "eva", "timm", "open_clip", "avion", "lavila")
-    command.add_argument("--to", choices=layouts, default="ours", help="whose names (ours)")
-    command.add_argument(
-        "--activation", choices=("gelu", "quick_gelu"), help="of a CLIP whose file does not say: OpenAI's is quick"
-    )
-    command.add_argument(
-        "--norm", choices=("clip", "lavila", "timm"), help="the pixels' mean that it was trained with, if IN says another"
-    )
-    command.set_defaults(run=_commands.convert)
-
-    command = commands.add_parser("prepare", help="check a download of a data set and convert its metadata; can be run again")
     command.add_argument(
         "dataset", metavar="DATASET", help="ek100-mir, ek100-clips, egoclip, egoclip-plus, egomcq or charades-ego"
     )
@@ -178,6 +180,23 @@ def _parser():
     chunking.add_argument("--dry-run", action="store_true", help="say what it will cost, and stop")
     command.set_defaults(run=_commands.prepare)
 
+    command = commands.add_parser(
+        "convert",
+        help="weights in other names: ours, EVA's, timm's, open_clip's, ...",
+        description="A file of weights in other names: ours, EVA's, timm's, open_clip's, AVION's.",
+    )
+    command.add_argument("source", metavar="IN", help="a file, the index of one in shards, or a folder that holds one")
+    command.add_argument("target", metavar="OUT", help="the file to write: .safetensors, or another name for torch's format")
+    layouts = ("ours", "eva", "timm", "open_clip", "avion", "lavila")
+    command.add_argument("--to", choices=layouts, default="ours", help="whose names (ours)")
+    command.add_argument(
+        "--activation", choices=("gelu", "quick_gelu"), help="of a CLIP whose file does not say: OpenAI's is quick"
+    )
+    command.add_argument(
+        "--norm", choices=("clip", "lavila", "timm"), help="the pixels' mean that it was trained with, if IN says another"
+    )
+    command.set_defaults(run=_commands.convert)
+
     command = commands.add_parser("make-kitchen", help="generate the toy kitchen, a corpus in EK-100's layout")
     command.add_argument("dir", metavar="DIR")
     command.add_argument("--train-clips", type=int, default=1536)
@@ -187,12 +206,17 @@ def _parser():
         "--formats", choices=("ek100", "all"), default="ek100", help="all: also every other real layout (ek100)"
     )
     command.set_defaults(run=_commands.make_kitchen)
+
+    command = commands.add_parser("doctor", help="versions, and which backend serves which op here")
+    command.set_defaults(run=_commands.doctor)
     return parser
 
 
 def _add_index(commands):
     command = commands.add_parser(
-        "index", help="make videos searchable by text; run again, it takes up what is new, changed or gone"
+        "index",
+        help="make videos searchable by text; again: what is new or gone",
+        description="Make videos searchable by text; run again, it takes up what is new, changed or gone.",
     )
     command.add_argument("videos", metavar="VIDEOS", nargs="+", help="folders, or files")
     command.add_argument(
@@ -205,12 +229,17 @@ def _add_index(commands):
     command.add_argument("--workers", type=int, metavar="N", help="threads that decode; one for each processor")
     command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
     command.add_argument("--retry", action="store_true", help="try again what could not be read")
+    command.add_argument("--overwrite", action="store_true", help="index anew, with other weights or settings")
     command.add_argument("--json", metavar="FILE", help="write there what was indexed, and what could not be read")
     command.set_defaults(run=_commands.index)
 
 
 def _add_search(commands):
-    command = commands.add_parser("search", help="the best moments of indexed videos for a text, or like another moment")
+    command = commands.add_parser(
+        "search",
+        help="the best moments of indexed videos for a text",
+        description="The best moments of indexed videos for a text, or like another moment.",
+    )
     command.add_argument(
         "query", metavar="QUERY", nargs="?", help='text; "a + b" adds, "a - b" takes away, signs with spaces around them'
     )
@@ -232,7 +261,11 @@ def _add_search(commands):
 
 
 def _add_serve(commands):
-    command = commands.add_parser("serve", help="a page on this machine that searches indexed videos and plays what it finds")
+    command = commands.add_parser(
+        "serve",
+        help="a page that searches indexed videos and plays what it finds",
+        description="A page on this machine that searches indexed videos and plays what it finds.",
+    )
     command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
     command.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
     command.add_argument(

@@ -27,6 +27,10 @@ _PACKAGES = (
     "regex",
     "tqdm",
     "matplotlib",
+    "pillow",
+    "jinja2",
+    "starlette",
+    "uvicorn",
 )
 _ISA = ("plain C++", "AVX2", "AVX-512")
 
@@ -83,7 +87,7 @@ def _versions():
     lines.append("packages  " + ", ".join(f"{p} {v}" for p, v in found if v))
     missing = [p for p, v in found if not v and p not in ("decord", "torchcodec")]
     if missing:
-        lines.append("missing   " + ", ".join(missing) + "  (extras: video, train, bench)")
+        lines.append("missing   " + ", ".join(missing) + "  (extras: video, train, serve, bench)")
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         capability = ".".join(map(str, torch.cuda.get_device_capability()))

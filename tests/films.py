@@ -97,3 +97,29 @@ def shorten_edit(path, seconds):
 def shown(times, asked):
     """The numbers of the frames on screen: the last stored at or before each asked time, the first before that."""
     return [max((n for n, time in enumerate(times) if time <= t + 1e-9), default=0) for t in asked]
+
+
+def phone(folder):
+    """A dozen videos as a phone's folder has them, each some seconds: turned and upright ones, of variable frame rate, with odd
+    names and endings; and beside them what is none. Returns the names of those that cannot be read."""
+
+    def shot(name, count, rate=15, wobble=0.0, **how):
+        times = [(n + wobble * (n % 3)) / rate for n in range(count)]
+        return film(folder / name, times, rate=rate, **{"size": (192, 112), **how})
+
+    first = shot("IMG_0001.MOV", 45, turn=90, sound=True)
+    shot("IMG_0002.MOV", 40, turn=180)
+    shot("IMG_0003.MOV", 60, turn=270, sound=True)
+    shot("hevc.mov", 30, codec="libx265", options={"x265-params": "log-level=none"})
+    shot("screen.webm", 30, codec="libvpx-vp9")
+    shot('clip\'s "best" 100%.mp4', 38)
+    shot("tiny.mp4", 5)
+    shot("Sommer 2026/VID 20260801 (1).mp4", 45, wobble=0.3)
+    shot("Sommer 2026/Café größe 猫.mp4", 50, rate=12)
+    shot("Sommer 2026/Strand/PXL_20260802.mp4", 30, size=(112, 192))
+    shot("WhatsApp/VID-20260803-WA0001.mp4", 45, wobble=0.2, size=(176, 144))
+    shot("old/MOV00001.3gp", 40, rate=10, size=(176, 144))
+    (folder / "half copied.mp4").write_bytes(first.read_bytes()[:1500])
+    for name in ("empty.mp4", ".DS_Store", "._IMG_0001.MOV", "IMG_0004.HEIC", "Thumbs.db"):
+        (folder / name).touch()
+    return {"half copied.mp4", "empty.mp4"}

@@ -18,10 +18,15 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow.parquet  # noqa: F401, once for all processes, and so below
+import av  # noqa: F401, once for all processes, and so what follows: importing takes longer than indexing
+import pyarrow.dataset  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import safetensors.torch  # noqa: F401
 import torch
 
 import evaat_fast
+import evaat_fast.data.decode.pyav
+import evaat_fast.ops.norm.cpu  # noqa: F401
 from evaat_fast.search import Index
 
 torch.set_num_threads(1)

@@ -46,12 +46,14 @@ def rows(path="captions.csv"):
         return list(csv.DictReader(file))
 
 
-def fill(path="captions.csv", text="clip {}"):
+def fill(path="captions.csv", text="clip {}", split=()):
     content = rows(path)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["path", "caption", "start", "stop"])
+        writer = csv.DictWriter(file, ["path", "caption", "start", "stop", *["split"] * bool(split)])
         writer.writeheader()
-        writer.writerows({**row, "caption": row["caption"] or text.format(i)} for i, row in enumerate(content))
+        for i, row in enumerate(content):
+            row["caption"] = row["caption"] or text.format(i)
+            writer.writerow({**row, "split": split[i]} if split else row)
 
 
 def test_from_a_folder_to_a_run(folder, tmp_path, capsys):
@@ -59,6 +61,9 @@ def test_from_a_folder_to_a_run(folder, tmp_path, capsys):
     assert "4 videos in" in said and "3 hidden names" in said and "notes.txt" not in said
     for name in ("empty.mp4': the file is empty", "text.mp4': ", "cut.mp4': ", "dangling.mp4': no such video"):
         assert f"cannot be read: '{name}" in said
+    assert "Errno" not in said and f"evaat-fast index '{folder}' --checkpoint run\n" in said
+    assert f"evaat-fast index '{folder}' --checkpoint eva02_clip_b16\n" in said and "  evaat-fast serve --open" in said
+    assert f"evaat-fast init '{folder}' --overwrite " in said
     assert "fill in the column caption of captions.csv" in said and "evaat-fast check config.toml" in said
     found = {row["path"]: (row["caption"], float(row["start"]), float(row["stop"])) for row in rows()}
     assert set(found) == {"one.mp4", "trip/Été, 1.mp4", 'trip/"quoted".mov', "trip/deep/line\nbreak.mkv"}
@@ -81,9 +86,14 @@ def test_from_a_folder_to_a_run(folder, tmp_path, capsys):
     small = ["--set", "train.epochs=1", "--set", "model.overrides={patch_size=32, vision_layers=1, text_layers=1}"]
     said = run(capsys, "train", "config.toml", *small, "--set", "train.device=cpu", "--set", "model.num_frames=2")
     assert "R@1" in said and (tmp_path / "run/last.pt").is_file()
+    fill(split=["train", "train", "train", "test"])
+    said = run(
+        capsys, "train", "config.toml", *small, "--set", "model.num_frames=2", "--set", "train.device=cpu", "--overwrite"
+    )
+    assert "not measured: too few test clips" in said and "R@1" not in said
 
 
-def test_captions_beside_the_videos(folder, tmp_path, capsys):
+def test_captions_beside_the_videos(folder, tmp_path, capsys, monkeypatch):
     (folder / "one.srt").write_bytes(
         b"\xef\xbb\xbf1\r\n00:00:00,250 --> 00:00:01,000\r\n<i>he runs</i>\r\n{\\an8}fast\r\n\r\n"
         b"2\r\n00:00:01,000 --> 00:00:01,000\r\nnothing\r\n\r\n3\r\n00:00:01,500 --> 00:00:02,000\r\nstops\r\n"
@@ -104,6 +114,9 @@ def test_captions_beside_the_videos(folder, tmp_path, capsys):
     ]
     said = run(capsys, "check", "work/config.toml")
     assert "nothing wrong found" in said and load("work/config.toml").data.videos == str(folder)
+    monkeypatch.chdir("work")
+    said = run(capsys, "init", folder, "--overwrite", "--out", "..")
+    assert f"evaat-fast serve --open --index '{folder}'" in said and "--checkpoint ../run\n" in said
 
 
 def test_a_file_of_captions_in_the_folder(folder, tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 from evaat_fast.data import ClipTable, choices
 from evaat_fast.data.kinds import kinds_relevancy, sets_relevancy
 from evaat_fast.data.plain import PlainClips
-from evaat_fast.data.readers import plain
+from evaat_fast.data.readers import plain, text
 
 pytest.importorskip("pyarrow")
 
@@ -41,7 +41,7 @@ def read(folder, text, split="train", name="captions.csv", encoding="utf-8", **o
     + [(bad, None) for bad in ("", "soon", "1:2:3:4", "1:75", "1:70:00", "nan", "1,5", "-1:00", "٣")],
 )
 def test_times(said, seconds):
-    assert plain.seconds(said) == seconds
+    assert text.seconds(said) == seconds
 
 
 def test_a_file_of_captions(folder):
@@ -149,6 +149,15 @@ def test_missing_videos_are_left_to_the_check(folder):
         ("path,caption,start,stop\na.mp4,runs,2,2\n", "stop: expected a time after start = 2"),
         ("path,caption,start,stop\na.mp4,runs,-1,2\n", "line 2 cannot be read: start: expected seconds"),
         ("path,caption,start,stop\na.mp4,runs,2,\n", "stop: expected .* as start is given; or neither, for the whole video"),
+        (
+            "path,caption,start_ms,stop_ms\na.mp4,runs,2,3\n",
+            "expected times in columns start and stop, .*got start_ms, stop_ms",
+        ),
+        ("path,caption,Start,Stop\na.mp4,runs,2,3\n", "expected times in columns start and stop, .*got Start, Stop"),
+        ("path,caption,start frame,end frame\na.mp4,runs,2,3\n", "expected times in .*got start frame, end frame"),
+        ("path,caption,start,end\na.mp4,runs,2,3\n", "expected times in columns start and stop, .*got end"),
+        ("path,caption,start,stop\na.mp4,runs,1500ms,2s\n", "start: expected seconds or a time as 1:02:03.5, got '1500ms'"),
+        ("path,caption,start,stop\na.mp4,runs,0:0:1:12,2\n", "start: expected seconds or a time as 1:02:03.5, got '0:0:1:12'"),
         ("path,caption,start\na.mp4,runs,2\n", "stop: expected a column of this name beside the other one"),
         ("path,caption,start,stop\na.mp4,runs,0,900000\n", "stop: expected seconds, of no video of two days or more"),
         ("path,caption,split\na.mp4,runs,dev\n", "split: expected train or test, or nothing, got 'dev'"),
@@ -187,6 +196,20 @@ def test_rows_without_a_caption_and_columns_that_are_not_read_are_said(folder, c
     assert "columns that are not read: mood; data.labels names those that hold classes" in caplog.text
     caplog.clear()
     assert len(read(folder, "path,caption,mood\na.mp4,runs,x\n", labels=["mood"])) == 1 and not caplog.text
+    many = [f"c{n}" for n in range(10_000)]
+    assert len(read(folder, f"path,caption,{','.join(many)}\na.mp4,runs{',1' * 10_000}\n")) == 1
+    assert "c8, c9 and 9,990 more; data.labels" in caplog.text
+    caplog.clear()
+    spare = "path,caption,start,stop,end_time,to\na.mp4,runs,1,2,x,x\n"  # beside times, or as labels, they are others
+    assert read(folder, spare, labels=["to"])[0].stop == 2 and "not read: end_time;" in caplog.text
+    assert read(folder, "path,caption,to\na.mp4,runs,x\n", labels=["to"])[0].video == "a.mp4"
+
+
+def test_names_that_no_disk_has(folder):
+    """Too long, of a tar file that is none, or of a folder: missing videos, as others."""
+    long = "a" * 5000
+    table = read(folder, f"path,caption\n{long}.mp4,runs\n{long}.tar/x.mp4,sits\n")
+    assert list(PlainClips(table, folder / "videos", num_frames=1, missing="broken").sources) == []
 
 
 @pytest.mark.parametrize("name", ["captions.parquet", "captions.arrow"])
@@ -215,6 +238,17 @@ def test_typed_columns(folder, name):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=f"{name}: cannot be read"):
         plain.read(path, folder / "videos", "train")
+
+
+def test_nanoseconds_need_no_pandas(folder):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    times = {name: pa.array([at, None], pa.duration("ns")) for name, at in (("start", 1_500_000_001), ("stop", 2_400_000_000))}
+    table = pa.table({"path": ["a.mp4", "b.mov"], "caption": ["runs", "sits"], **times})
+    pyarrow.parquet.write_table(table, folder / "captions.parquet")
+    clip = plain.read(folder / "captions.parquet", folder / "videos", "train", test_share=0.0)[0]
+    assert (clip.start, clip.stop) == (1.5, 2.4)
 
 
 def test_a_wrong_row_of_a_table_is_named(folder):

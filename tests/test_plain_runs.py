@@ -84,6 +84,8 @@ def test_without_labels(toml, tmp_path, capsys):
     assert "note: without label columns the right captions are a clip's own, and there is no mAP or nDCG" in said
     said = run(capsys, "train", toml, "--set", "train.epochs=1", "--resume", code=2)
     assert "was made with data.labels = []" in said
+    said = run(capsys, "train", toml, "--overwrite", "--set", 'train.distinct="nouns"', code=2)
+    assert 'train.distinct: "nouns" needs clips with noun classes' in said and (tmp_path / "run/last.pt").exists()
 
 
 def test_a_run_that_tests_nothing(toml, tmp_path, capsys):

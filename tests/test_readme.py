@@ -67,12 +67,20 @@ def as_run_here(words):
     raise AssertionError(f"a page shows a command that no test runs: {shlex.join(words)}")
 
 
-# Pages of data sets are followed on files of their layouts, by test_walkthroughs.py.
-COMMANDED = [path for path in SHOWN if path.parent.name != "datasets"]
-COMMANDS = [line.split("#")[0].strip() for path in COMMANDED for code in blocks(path, "bash") for line in code.splitlines()]
+# Pages of data sets and of one's own videos are followed on files of theirs, by test_walkthroughs.py.
+FOLLOWED = [path for path in SHOWN if path.parent.name == "datasets" or path.stem == "own-videos"]
 
 
-@pytest.mark.parametrize("command", list(dict.fromkeys(filter(None, COMMANDS))))
+def commands(paths):
+    lines = [line.split("#")[0].strip() for path in paths for code in blocks(path, "bash") for line in code.splitlines()]
+    return list(filter(None, lines))
+
+
+COMMANDS = commands([path for path in SHOWN if path not in FOLLOWED])
+COMMANDS = [line for line in dict.fromkeys(COMMANDS) if line not in commands(FOLLOWED)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_shell_commands(command):
     run = subprocess.run(as_run_here(shlex.split(command)), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -7,11 +7,14 @@ import re
 import signal
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
 from evaat_fast.cli import main
-from evaat_fast.train import demo, load, report, steps
+from evaat_fast.data import kitchen, layout
+from evaat_fast.search import Index, Moments, measure
+from evaat_fast.train import demo, inputs, load, report, steps
 
 for package in ("av", "decord", "tokenizers", "jinja2", "matplotlib"):
     pytest.importorskip(package)
@@ -52,7 +55,7 @@ class Page(HTMLParser):
 
 def test_files(run):
     out, results = run
-    names = {"corpus-quick", "pretrain", "finetune", "pretrain.toml", "finetune.toml", "results.json", "index.html"}
+    names = {"corpus-quick", "pretrain", "finetune", "pretrain.toml", "finetune.toml", "index", "results.json", "index.html"}
     assert {p.name for p in out.iterdir()} == names
     assert json.loads((out / "results.json").read_text()) == results
     assert [r["name"] for r in results["metrics"]][:2] == ["random scores", "before training"]
@@ -76,8 +79,14 @@ def test_page_is_whole_and_self_contained(run):
     assert all(link.startswith(("#", "data:")) for link in page.links)
     assert all(url.startswith(("data:", "#")) for url in re.findall(r"url\(([^)]*)\)", html))
     assert "<script" not in html and "@import" not in html
-    assert page.counts["table"] == 2 and page.counts["section"] == 16
+    assert page.counts["table"] == 2 and page.counts["section"] == 19
     text = " ".join(page.text)
+    searched = results["search"]
+    assert len(searched["asked"]) == 4 and all(f"“{query}”" in text for query in searched["asked"])
+    verbs = [{word for word in query.split() if word not in (*kitchen.COLOURS, *kitchen.SHAPES)} for query in searched["asked"]]
+    assert verbs[2] | verbs[3] == {"push", "left", "right"}, "the last two differ in time alone"
+    assert f"first five for {searched['hits']}." in " ".join(text.split()) and f"in {searched['clips']} overlapping" in text
+    assert len(re.findall(r"corpus-quick/videos/P02/P02_00.MP4/\d+.MP4, \d+.\d – \d+.\d s", html)) == 4 * 5
     for row in (*results["metrics"], results["controls"][-1]):
         assert f"{row['mAP']:.1f}" in text and f"{row['verb_accuracy']:.1f}" in text
     assert "prefers-color-scheme: dark" in html and "currentColor" in html
@@ -85,8 +94,6 @@ def test_page_is_whole_and_self_contained(run):
 
 def test_queries_mark_what_is_right(run):
     out, _ = run
-    from evaat_fast.train import inputs
-
     # The file says what was run: the small corpus, few epochs, the seed, and what was overridden.
     config = load(out / "pretrain.toml")
     assert (config.train.epochs, config.train.seed, config.model.num_frames) == (2, 0, 4)
@@ -98,6 +105,43 @@ def test_queries_mark_what_is_right(run):
     assert all(q["found"][0]["right"] and q["found"][0]["text"] == q["text"] for q in found["video_to_text"])
     worst = report.queries(-test.relevancy.double(), test)
     assert not any(f["right"] or f["verb"] for q in worst["text_to_video"] for f in q["found"])
+
+
+def test_what_is_found_is_judged_by_the_table(run, monkeypatch):
+    """A search that knows the answers, one that knows their opposites, and one that finds what nobody narrated."""
+    out, results = run
+    test = inputs.test_split(load(out / "pretrain.toml"))
+    index = Index.open(out / "index")
+    (source,) = test.sources.values()
+    assert len(index.files) == len(source.files) > 1 and len(index) == results["search"]["clips"]
+
+    def finds(wanted, offset=0.0):
+        def search(query, k):
+            kind = test.caption_kind[test.captions.index(query)]
+            clips = [test.table[row] for row in (test.clip_kind == wanted(int(kind))).nonzero()[:, 0].tolist()]
+            middles = np.array([(clip.start + clip.stop) / 2 + offset for clip in clips])
+            homes = [layout.home(source, second) for second in middles]
+            peak = middles - np.array([source.starts[home] for home in homes])
+            files = [str(source.files[home].resolve()) for home in homes]
+            return Moments(query, np.zeros(len(peak), np.float32), files, peak - 0.5, peak + 0.5, peak, [None] * len(peak))
+
+        monkeypatch.setattr(index, "search", search)
+        return measure.answers(index, test)
+
+    number = {kind: i for i, kind in enumerate(test.kinds)}
+
+    def opposite(kind):
+        verb, nouns = test.kinds[kind]
+        return number.get((verb ^ 1, nouns), kind)
+
+    both = {kind for kind in range(len(number)) if opposite(kind) != kind}
+    right = finds(lambda kind: kind)
+    assert measure.hits(right) == (40, 40) and [one.kinds[0] for one in right] == test.caption_kind.tolist()
+    assert sum(n for n, _ in measure.pairs(right, test, kitchen.PAIRS).values()) == len(both) > 0
+    wrong = measure.pairs(finds(opposite), test, kitchen.PAIRS)
+    assert {right for right, _ in wrong.values()} == {0} and sum(asked for _, asked in wrong.values()) == len(both)
+    beyond = finds(lambda kind: kind, offset=1e4)
+    assert measure.hits(beyond) == (0, 40) and all(set(one.clips) == {-1} for one in beyond)
 
 
 def test_table_has_a_row_for_everything(run):

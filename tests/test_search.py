@@ -16,7 +16,7 @@ import torch
 import evaat_fast
 from evaat_fast.cli import main
 from evaat_fast.model import save_checkpoint
-from evaat_fast.search import Index, cut, moments, page, query, scan, windows
+from evaat_fast.search import Index, cut, find, moments, page, query, scan, windows
 from evaat_fast.search.store import BadIndex, File, Places, alone
 from evaat_fast.search.vectors import Vectors
 
@@ -46,21 +46,32 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def videos(place, tmp_path):
-    """A folder with three videos, one of them below."""
-    folder = tmp_path / "videos"
+def three(place, folder):
+    """Three videos, one of them below, with the times of the originals."""
     (folder / "below").mkdir(parents=True)
     for name, to in (("one", "one.mp4"), ("two", "two.mp4"), ("three", "below/three.mp4")):
-        shutil.copy(place / f"{name}.mp4", folder / to)
+        shutil.copy2(place / f"{name}.mp4", folder / to)
     return folder
 
 
-@pytest.fixture
-def index(place, videos):
-    made = Index.create(videos / ".evaat-index", place / "weights.safetensors", device="cpu")
-    assert made.add(videos).videos == 3
+@pytest.fixture(scope="module")
+def built(place):
+    """An index of them."""
+    made = Index.create(three(place, place / "built") / ".evaat-index", place / "weights.safetensors", device="cpu")
+    assert made.add(place / "built").videos == 3
     return made
+
+
+@pytest.fixture
+def videos(place, tmp_path):
+    return three(place, tmp_path / "videos")
+
+
+@pytest.fixture
+def index(built, videos):
+    """A copy of it, for the same videos elsewhere."""
+    shutil.copytree(built.folder, videos / ".evaat-index")
+    return Index.open(videos, device="cpu")
 
 
 def test_vectors_are_those_of_clips_that_are_read_one_by_one(index):
@@ -118,6 +129,9 @@ def test_queries_are_read():
     for bad in ("", "  ", "a + + b", "a -  - b"):
         with pytest.raises(ValueError, match="query: expected text"):
             query.parse_query(bad)
+    with pytest.raises(ValueError, match="query: expected at most 64 texts, got 65"):
+        query.parse_query("a + " * 64 + "a")
+    assert len(query.parse_query("- \x1b[31m\U0001f35d" * 64)) == 1
     for text, time in (("a@b.mp4@12.5", 12.5), ("a.mp4@01:02", 62), ("a.mp4@1:02:03.5", 3723.5), ("a.mp4@.5", 0.5)):
         assert query.parse_like(text) == query.Like(text.rpartition("@")[0], time)
     for bad in ("a.mp4", "a@b.mp4", "@3", "a.mp4@", "a.mp4@nan", "a.mp4@-1", "a.mp4@1:2:3:4"):
@@ -180,6 +194,18 @@ def test_new_changed_and_deleted_videos(index, videos, place):
     assert {(m.file, m.start): pytest.approx(m.score, abs=2e-3) for m in found} == theirs
     assert index.add(videos / "one.mp4").unchanged == 1 and len(index) == 8  # of a file alone nothing else is gone
     assert index.update().unchanged == 3
+
+
+def test_the_last_video_changes_again_and_again(index, videos, place):
+    """Its dead rows lie right before its new ones, of the same name."""
+    for name, clips in (("three", 6), ("one", 2), ("three", 6), ("two", 3)):
+        shutil.copy(place / f"{name}.mp4", videos / "two.mp4")
+        for opened in (index, Index.open(videos)):
+            report = index.add(videos)
+            opened.reload()
+            assert {f.name: f.last - f.first for f in opened.files} == {"below/three.mp4": 6, "one.mp4": 2, "two.mp4": clips}
+        assert (report.videos, report.unchanged) == (0, 3)
+    assert len(index.search("push left", k=99, merge=False)) == len(index) == 11
 
 
 def test_videos_and_index_can_be_moved(index, videos, tmp_path):
@@ -371,6 +397,49 @@ def test_the_page_is_safe_and_whole(videos, tmp_path):
     assert f"{odd.as_uri()}#t=0.500,2.000" in text and "http" not in text
 
 
+def test_an_index_is_made_anew_of_other_weights(index, videos, place, capsys):
+    """Who has opened the old one still searches it, and takes up the new one; a mistake leaves it as it was."""
+    before = (index.folder / "index.json").read_bytes()
+    other = ["--checkpoint", str(place / "others.safetensors"), "--seconds", "1"]
+    assert main(["index", str(videos), "--overwrite"]) == 2 and "--checkpoint: of what?" in capsys.readouterr().err
+    assert main(["index", str(videos), "--overwrite", *other, "--overlap", "2"]) == 2
+    assert main(["index", str(videos), "--overwrite", "--checkpoint", "nothing"]) == 2
+    with alone(index.folder):
+        assert main(["index", str(videos), "--overwrite", *other]) == 2
+    assert (index.folder / "index.json").read_bytes() == before
+    query, mine = torch.ones(index.vectors.width), len(index)
+    scores = index.vectors.scores(query)
+    assert main(["index", str(videos), "--overwrite", *other]) == 0
+    assert "next: evaat-fast search TEXT --index " in capsys.readouterr().out
+    assert (index.vectors.scores(query) == scores).all() and len(index) == mine
+    index.reload()
+    fresh = Index.create(videos.parent / "fresh", place / "others.safetensors", seconds=1, device="cpu")
+    fresh.add(videos)
+    assert len(index) == len(fresh) > mine and np.array_equal(index.vectors.scores(query), fresh.vectors.scores(query))
+    assert [p.name for p in index.folder.glob("vectors-*")] == ["vectors-0001.f16"]
+    assert main(["index", str(videos)]) == 0 and "next:" not in capsys.readouterr().out
+
+
+def test_an_index_is_found(tmp_path, monkeypatch):
+    """That of a folder, or above it, or the only one directly below."""
+    some = [tmp_path / name / ".evaat-index" for name in ("a", "b b", ".")]
+
+    def made(folder):
+        folder.mkdir(parents=True)
+        (folder / "index.json").touch()
+
+    with pytest.raises(BadIndex, match="there is no index in .*, above it or directly below"):
+        find(tmp_path)
+    made(some[0])
+    assert find(tmp_path) == find(some[0].parent) == some[0]
+    made(some[1])
+    with pytest.raises(BadIndex, match="2 indexes below .*, of 'a', 'b b': --index names one"):
+        find(tmp_path)
+    made(some[2])
+    (tmp_path / "c").mkdir()
+    assert find(tmp_path) == find(tmp_path / "c") == some[2] and find(some[1].parent) == some[1]
+
+
 def test_what_is_wrong_is_said(index, videos, place, tmp_path, capsys, monkeypatch):
     def error(*arguments):
         assert main(list(map(str, arguments))) == 2
@@ -387,7 +456,8 @@ def test_what_is_wrong_is_said(index, videos, place, tmp_path, capsys, monkeypat
     )
     assert "QUERY: expected text" in error("search", "--index", videos)
     assert "k: expected an int from 1, got 0" in error("search", "x", "--index", videos, "-k", 0)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     assert "evaat-fast index VIDEOS makes one" in error("search", "x")
     with alone(index.folder):
         assert "another process is indexing" in error("index", videos)

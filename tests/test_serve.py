@@ -5,12 +5,19 @@ import http.client
 import json
 import os
 import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
 import threading
+import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import browser
 import pytest
-from test_search import index, place, videos  # noqa: F401, fixtures
+from test_search import built, index, place, videos  # noqa: F401, fixtures
 
 from evaat_fast.cli import main
 
@@ -21,9 +28,9 @@ from evaat_fast.search import server  # noqa: E402
 
 
 @contextlib.contextmanager
-def serving(index):  # noqa: F811
+def serving(index, *names):  # noqa: F811
     """The port of its pages."""
-    running = uvicorn.Server(uvicorn.Config(server.app(index), port=0, log_level="warning"))
+    running = uvicorn.Server(uvicorn.Config(server.app(index, *names), port=0, log_level="warning"))
     thread = threading.Thread(target=running.run)
     thread.start()
     try:
@@ -101,7 +108,7 @@ def test_mistakes_are_said(index):  # noqa: F811
             ({"q": "a", "folder": "nowhere"}, "folder: expected one with videos"),
             ({"q": "a", "folder": "../.."}, "folder: expected one with videos"),
             ({"q": "a", "folder": "a\0b"}, ""),
-            ({"q": "a", "k": "many"}, "invalid literal"),
+            ({"q": "a", "k": "many"}, "k: expected how many"),
             ({"like": "nothing@1"}, "like: expected a moment"),
             ({"like": "/etc/passwd@1"}, "like: expected a moment"),
         ):
@@ -144,6 +151,180 @@ def test_nothing_else_is_given_out(index, videos, tmp_path):  # noqa: F811
         three.unlink()
         three.symlink_to(secret)
         assert get(port, f"/video/{key}")[0] == get(port, f"/poster/{key}?t=1")[0] == 404
+
+
+def test_links_lead_where_they_led(index, place, videos, tmp_path):  # noqa: F811
+    """A folder that was a link when it was indexed plays; what leads elsewhere since does not, though of the same size and
+    time."""
+    outside, secret = tmp_path / "outside", tmp_path / "secret"
+    for folder in (outside, secret):
+        folder.mkdir()
+        shutil.copy(place / "two.mp4", folder / "film.mp4")
+    (videos / "linked").symlink_to(outside)
+    (videos / "single.mp4").symlink_to(outside / "film.mp4")
+    index.add(videos)
+    state = os.stat(outside / "film.mp4")
+    (secret / "film.mp4").write_bytes(b"S" * state.st_size)
+    shutil.copytree(videos / "below", tmp_path / "copy")
+    for path, like in ((secret / "film.mp4", outside / "film.mp4"), (tmp_path / "copy/three.mp4", videos / "below/three.mp4")):
+        os.utime(path, ns=(like.stat().st_mtime_ns,) * 2)
+    keys = {name: server._key(name) for name in ("linked/film.mp4", "single.mp4", "below/three.mp4")}
+    with serving(index) as port:
+
+        def given(name):
+            return [get(port, address)[0] for address in (f"/video/{keys[name]}", f"/poster/{keys[name]}?t=1")]
+
+        assert all(given(name) == [200, 200] for name in keys)
+        (videos / "linked").unlink()
+        (videos / "linked").symlink_to(secret)
+        (videos / "single.mp4").unlink()
+        (videos / "single.mp4").symlink_to(secret / "film.mp4")
+        (videos / "below").rename(tmp_path / "was")
+        (videos / "below").symlink_to(tmp_path / "copy")
+        content = (place / "two.mp4").read_bytes()  # the one that was indexed
+        assert [get(port, f"/video/{keys[name]}")[2] == content for name in ("linked/film.mp4", "single.mp4")] == [True, True]
+        assert given("below/three.mp4") == [404, 404]
+        outside.rename(tmp_path / "gone")
+        outside.symlink_to(secret)
+        assert given("linked/film.mp4") == given("single.mp4") == [404, 404]
+
+
+def test_what_was_compared_is_read(index, videos, monkeypatch):  # noqa: F811
+    """A file that is replaced between the look and the reading; and by a pipe, which nobody waits for."""
+    from starlette.responses import FileResponse
+
+    path, answers = videos / "one.mp4", FileResponse.__call__
+    content, stamp = path.read_bytes(), path.stat().st_mtime_ns
+
+    async def replaced(self, *scope):
+        path.unlink()
+        path.write_bytes(b"S" * len(content))
+        await answers(self, *scope)
+
+    key = server._key("one.mp4")
+    with serving(index) as port:
+        monkeypatch.setattr(FileResponse, "__call__", replaced)
+        for more in ({}, {"Range": "bytes=5-"}):
+            path.write_bytes(content)
+            os.utime(path, ns=(stamp, stamp))
+            assert get(port, f"/video/{key}", **more)[2] == content[5 if more else 0 :]
+        path.unlink()
+        os.mkfifo(path)
+        assert get(port, f"/video/{key}")[0] == 404
+
+
+def test_ranges_are_bounded(index, videos):  # noqa: F811
+    """However many are asked for, no more comes than the file has, and what makes no sense is refused."""
+    content = (videos / "one.mp4").read_bytes()
+    address, n = f"/video/{server._key('one.mp4')}", len(content)
+    with serving(index) as port:
+        for asked, status, length in (
+            ("bytes=-1", 206, 1),
+            (f"bytes=-{'9' * 30}", 206, n),
+            ("bytes=" + ",".join(["0-"] * 90), 206, n),
+            ("bytes=" + ",".join(["0-"] * 9000), 200, n),
+            ("bytes=5-2", 400, None),
+            (f"bytes={n}-", 416, 0),
+            ("bytes=" + "9" * 5000 + "-", 400, None),
+        ):
+            answer = get(port, address, Range=asked)
+            assert answer[0] == status and length in (None, len(answer[2])), asked[:30]
+        spread = get(port, address, Range="bytes=" + ",".join(f"{i}-{i}" for i in range(0, 190, 2)))
+        assert spread[0] == 206 and len(spread[2]) < 100 * 200
+        assert get(port, address, "HEAD", Range="bytes=1-3")[1]["content-length"] == "3"
+
+
+def test_names_of_the_server(index):  # noqa: F811
+    """A site that has its own name lead here is refused, also where every address is answered."""
+    with serving(index, ["localhost", "::1"]) as port:
+        for name, status in (
+            ("LOCALHOST", 200),
+            ("[::1]", 200),
+            (f"[::1]:{port}", 200),
+            ("192.168.1.5", 400),
+            ("localhost.evil.example", 400),
+            ("evil@localhost", 400),
+            ("localhost:80:80", 400),
+            ("[::1", 400),
+            ("", 400),
+        ):
+            assert get(port, "/", Host=name)[0] == status, name
+    with serving(index, ["box.local"], True) as port:
+        for name, status in (("192.168.1.5:80", 200), ("[fe80::1]", 200), ("box.local", 200), ("evil.example", 400)):
+            assert get(port, "/", Host=name)[0] == status, name
+    assert server.is_local("127.0.0.2") and server.is_local("::1") and not server.is_local("0.0.0.0")
+    assert server._address("::", 80) == "http://[::1]:80/" and server._address("", 80) == "http://127.0.0.1:80/"
+
+
+def test_a_search_does_not_wait_for_pictures(index, monkeypatch):  # noqa: F811
+    """More of them than the server has threads."""
+    began, go = threading.Semaphore(0), threading.Event()
+
+    def waits(path, time):
+        began.release()
+        assert go.wait(20)
+        return b"picture %g" % time
+
+    monkeypatch.setattr(server.page, "poster", waits)
+    key = server._key("one.mp4")
+    with serving(index) as port, ThreadPoolExecutor(50) as pool:
+        asked = [pool.submit(get, port, f"/poster/{key}?t={n}") for n in range(50)]
+        try:
+            assert began.acquire(timeout=20)
+            time.sleep(0.3)
+            assert found(port, q="push")[0] == get(port, f"/video/{key}")[0] == 200 and not any(a.done() for a in asked)
+        finally:
+            go.set()
+        assert [a.result()[2] for a in asked] == [b"picture %d" % n for n in range(50)]
+
+
+def test_the_picture_of_a_changed_video(index, place, videos, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(server, "EVERY", 0.0)
+    monkeypatch.setattr(server.page, "poster", lambda path, time: open(path, "rb").read())
+    with serving(index) as port:
+        for name in ("one.mp4", "two.mp4"):
+            shutil.copy(place / name, videos / "one.mp4")
+            type(index).open(videos, device="cpu").add(videos)
+            assert found(port, q="push")[0] == 200
+            _, headers, body = get(port, f"/poster/{server._key('one.mp4')}?t=1")
+            assert body == (place / name).read_bytes() and "no-cache" in headers["cache-control"]
+
+
+def test_an_index_that_is_damaged_meanwhile(index, videos, monkeypatch):  # noqa: F811
+    """What was there before is searched."""
+    monkeypatch.setattr(server, "EVERY", 0.0)
+    manifest = index.folder / "index.json"
+    text = manifest.read_text()
+    with serving(index) as port:
+        for bad in ("", "[" * 100_000, '{"format": 1}', text.replace('"rows": ', '"rows": -'), text.replace("vectors-", "/x")):
+            manifest.write_text(bad)
+            assert found(port, q="push")[0] == get(port, "/api/index")[0] == 200, bad[:20]
+        manifest.unlink()
+        manifest.mkdir()
+        assert found(port, q="push")[0] == 200
+        shutil.rmtree(index.folder)
+        assert found(port, q="push")[0] == 200
+
+
+def test_it_ends_while_a_video_plays(index, videos):  # noqa: F811
+    with open(videos / "one.mp4", "ab") as file:  # longer than a connection holds
+        file.write(struct.pack(">I4s", 50_000_000, b"free"))
+        file.truncate(file.tell() + 50_000_000 - 8)
+    index.add(videos)
+    command = [sys.executable, "-m", "evaat_fast", "serve", "--index", str(videos), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            running.stdout.readline()
+            port = int(running.stdout.readline().split()[0].rstrip("/").rpartition(":")[2])
+            with socket.create_connection(("127.0.0.1", port)) as playing:
+                playing.sendall(f"GET /video/{server._key('one.mp4')} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                assert playing.recv(100).startswith(b"HTTP/1.1 200")
+                began = time.monotonic()
+                running.send_signal(signal.SIGINT)
+                said = running.communicate(timeout=30)[1]
+                assert time.monotonic() - began < 2 and said == ""
+        finally:
+            running.kill()
 
 
 def test_what_another_process_adds_is_found(index, place, videos, monkeypatch):  # noqa: F811

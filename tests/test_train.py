@@ -351,6 +351,24 @@ def test_sampler_draws_one_clip_of_a_kind():
     assert first != list(EpochSampler(kinds, 48, seed=4, distinct=True))
 
 
+def test_sampler_keeps_the_kinds_of_a_group_together():
+    """96 kinds of 12 groups: a batch of 48 holds six whole groups; one of 20 two, and what of a third has room."""
+    kinds = torch.arange(96).repeat_interleave(4)[torch.randperm(384)]
+    groups = kinds % 12
+    for size, whole in ((48, 6), (20, 2)):
+        sampler = EpochSampler(kinds, size, seed=3, distinct=True, groups=groups)
+        batches = list(sampler)
+        first = Counter(groups[batches[0]].tolist())
+        assert sorted(first.values()) == [size - 8 * whole, *[8] * whole][size % 8 == 0 :]
+        assert all(len(set(kinds[batch].tolist())) == size for batch in batches)
+        assert max(Counter(i for batch in batches for i in batch).values()) == 1
+    assert sorted(i for b in EpochSampler(kinds, 48, distinct=True, groups=groups) for i in b) == list(range(384))
+    # A kind without clips left does not come again with its group: 3 batches of 2, as without groups.
+    few = torch.tensor([0] * 3 + [1] + [2] * 2)
+    batches = list(EpochSampler(few, 2, distinct=True, groups=torch.tensor([0] * 4 + [1] * 2)))
+    assert all(len(set(few[batch].tolist())) == 2 for batch in batches) and len(batches) == 3
+
+
 def test_sampler_wastes_no_more_than_it_must():
     kinds = torch.tensor([0] * 5 + [1] * 3 + [2] * 2 + [3] * 2)  # at most 3 batches of 3: then kind 0 is alone with one more
     batches = list(EpochSampler(kinds, 3, distinct=True))

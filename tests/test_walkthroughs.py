@@ -1,16 +1,24 @@
-"""The pages of docs/datasets, followed word by word on miniature files of the real names and layouts, whole and damaged."""
+"""The pages of docs/datasets, followed word by word on miniature files of the real names and layouts, whole and damaged; and
+that of one's own videos, on such as a phone has."""
 
+import csv
+import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import threading
+import urllib.request
 from pathlib import Path
 
 import formats
 import pytest
 from corpus import corpus
-from test_readme import blocks
+from test_readme import blocks, commands
 
+import evaat_fast as package
 from evaat_fast.cli import main
 from evaat_fast.train.config import toml_value
 
@@ -157,3 +165,80 @@ def test_damage_is_named_and_counted(page, spoilt, evaat_fast):
     run = evaat_fast(prepare, spoilt)
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
     assert re.search(rf"{table.name}: (the last )?line", run.stderr), run.stderr
+
+
+OWN = ROOT / "docs" / "own-videos.md"
+CAPTIONS = ["a dog runs", "somebody opens the door", "waves on the beach", "somebody closes the door"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Weights of pictures where a download would put them."""
+    small = {**TINY["model"]["overrides"], "num_frames": 1}
+    package.model.save_checkpoint(package.create_model("eva02_at_tiny_patch16_64", **small), tmp_path / "hub.safetensors")
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", lambda *_: str(tmp_path / "hub.safetensors"))
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """What came of each address that was to be opened: a served page is asked as a browser would, then comes Ctrl-C."""
+    seen = []
+
+    def opened(address):
+        if not address.startswith("http"):
+            seen.append((address, Path(urllib.request.url2pathname(address.removeprefix("file://"))).read_text(), None))
+            return
+        threading.Thread(target=visit, args=(address,), daemon=True).start()
+
+    def visit(address):
+        def get(path):
+            with urllib.request.urlopen(address + path, timeout=60) as answer:
+                return answer.read()
+
+        try:
+            page, found = get("").decode(), json.loads(get("api/search?q=the+dog+runs"))["moments"]
+            best = found[0]
+            assert get(f"poster/{best['key']}?t={best['peak']}")[:2] == b"\xff\xd8" and len(get(f"video/{best['key']}")) > 1000
+            seen.append((address, page, found))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("webbrowser.open", opened)
+    return seen
+
+
+def test_own_videos(tmp_path, evaat_fast, visits, hub):
+    """Also what the page says around its commands: captions are written after the first init, and nothing is changed by any."""
+    pytest.importorskip("uvicorn")
+    films = pytest.importorskip("films")
+    folder, table = tmp_path / "Phone Videos", tmp_path / "captions.csv"
+    unreadable = films.phone(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    small = " ".join(f"--set {shlex.quote(f'model.{k}={toml_value(v)}')}" for k, v in TINY["model"].items() if k != "name")
+    added = {"train": f" {small} --set train.epochs=2 --set train.device=cpu", "serve": " --port 0", "init": "", "index": ""}
+    ran, said = [], ""
+    for line in commands([OWN]):
+        what = line.split()[1]
+        run = evaat_fast(line + added.get(what, ""), tmp_path)
+        assert run.returncode == 0 and not run.stderr, f"{line}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
+        ran.append(what)
+        said += run.stdout
+        if what == "init" and ran.count("init") == 1:
+            assert "fill in the column caption" in run.stdout and f"index '{folder.name}' --checkpoint run" in run.stdout
+            assert all(f"cannot be read: {name!r}" in run.stdout for name in unreadable)
+            with open(table, newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file))
+            assert len(rows) == 12
+            with open(table, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows({**row, "caption": CAPTIONS[i % len(CAPTIONS)]} for i, row in enumerate(rows))
+    assert ran[:2] == ["index", "serve"] and set(ran) == {"init", "check", "train", "index", "serve", "search"}
+    assert "nothing wrong found" in said and said.count("of 12 videos") >= 2 and "clips of 12 videos" in said
+    assert "captions: captions.csv, 12 clips of 12 videos" in said and "next: evaat-fast index 'Phone Videos' --check" in said
+    served = [found for _, _, found in visits if found is not None]
+    assert len(served) == 2 and all(len({m["file"] for m in found}) == 12 for found in served)
+    assert sum("<video" in page for address, page, _ in visits if address.startswith("file:")) == 1
+    assert any((tmp_path / "moments").glob("*.mp4"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path for path in folder.rglob("*") if path.is_file()} - set(before) == set((folder / ".evaat-index").glob("*"))

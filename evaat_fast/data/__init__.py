@@ -17,6 +17,7 @@ _LAZY = {
     "read_clip": "video",
 }
 _SUBMODULES = (
+    "below",
     "cache",
     "check",
     "choices",
@@ -46,6 +47,7 @@ __all__ = [*_LAZY, *_SUBMODULES]
 
 
 if TYPE_CHECKING:
+    from evaat_fast.data import below as below
     from evaat_fast.data import cache as cache
     from evaat_fast.data import check as check
     from evaat_fast.data import choices as choices

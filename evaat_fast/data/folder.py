@@ -4,7 +4,7 @@
     found.videos["trip/monday.mp4"].duration
     found.captions           # of monday.srt, monday.vtt and monday.txt
 
-A video is a file with an ending of ENDINGS whose header can be read, or a member of a tar file. Files of its name hold
+A video is a file with an ending of `layout.VIDEOS` whose header can be read, or a member of a tar file. Files of its name hold
 captions: text files of all of it, one a line; without one, JSON files, as WebDataset has them, under "caption" or "text"; and
 subtitles with times.
 """
@@ -18,16 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaat_fast.data import decode
+from evaat_fast.data import below, decode
 from evaat_fast.data.decode import VideoError, VideoInfo, members
+from evaat_fast.data.layout import VIDEOS
 from evaat_fast.data.readers import plain, text
 
-ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv")
 SIDECARS = (".srt", ".vtt", ".txt", ".json")
 _CUE = re.compile(r"\s*(\S+)\s+-->\s+(\S+)")
 _MARKUP = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 
-__all__ = ["ENDINGS", "SIDECARS", "Caption", "Folder", "look", "tables"]
+__all__ = ["SIDECARS", "Caption", "Folder", "look", "tables"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def look(root: str | os.PathLike[str], progress: Callable[[int, int], object] | 
     if problem := decode.why_not("av"):
         raise ImportError(f"reading a video's headers needs PyAV ({problem}): pip install 'evaat-fast[video]'")
     hidden: list[str] = []
-    files, broken = list(plain.walk(root, hidden)), {}  # type: list[str], dict[str, str]
+    files, broken = list(below.walk(root, hidden)), {}  # type: list[str], dict[str, str]
     for tar in [name for name in files if name.lower().endswith(members.SUFFIX)]:
         try:
             files += _inside(root / tar, tar, hidden)
         except VideoError as error:
             broken[tar] = str(error).removeprefix(f"{root / tar}: ")
-    names = [name for name in files if name.lower().endswith(ENDINGS)]
+    names = [name for name in files if name.lower().endswith(VIDEOS)]
     videos: dict[str, VideoInfo] = {}
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
         for done, (name, info) in enumerate(zip(names, pool.map(_probe, (root / name for name in names)), strict=True), 1):
@@ -127,7 +127,7 @@ def _probe(path):
 
 def _inside(tar: Path, name: str, hidden: list[str]) -> Iterator[str]:
     for member in members.names(tar):
-        if posixpath.basename(member).startswith(".") or not plain.is_text(member):
+        if posixpath.basename(member).startswith(".") or not below.is_text(member):
             hidden.append(f"{name}/{member}")
         else:
             yield f"{name}/{member}"
@@ -157,7 +157,7 @@ def _captions(path: Path, video: str) -> Iterator[Caption]:
             if "-->" not in line:
                 continue
             cue = _CUE.match(line)
-            start, stop = (plain.seconds(said) for said in cue.groups()) if cue else (None, None)
+            start, stop = (text.seconds(said) for said in cue.groups()) if cue else (None, None)
             if start is None or stop is None:
                 raise ValueError(f"expected times as 00:01:02,500 --> 00:01:04,000, got {text.short(line.strip())}")
             words = " ".join(_MARKUP.sub("", " ".join(lines[number + 1 :])).split())

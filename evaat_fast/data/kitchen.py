@@ -22,7 +22,10 @@ import numpy as np
 
 from evaat_fast.data.kitchen_render import COLOURS, SHAPES, VERBS, Segment, encode_video
 
-__all__ = ["COLOURS", "SHAPES", "VERBS", "Kitchen", "generate"]
+__all__ = ["COLOURS", "PAIRS", "SHAPES", "VERBS", "Kitchen", "generate"]
+
+# Verb classes that are alike but for time: three times a movement and its reverse; and two that move on the spot.
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
 
 _VERSION = 3  # of the pictures: a corpus of another version is made anew
 _STAMP = "kitchen.json"

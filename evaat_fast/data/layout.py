@@ -23,10 +23,12 @@ from evaat_fast.data.decode import OutsideError, VideoError, members, probe
 
 Layout = Literal["whole", "clips", "chunks", "indexed"]
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
+# And what cameras and phones write, of one's own.
+VIDEOS = (*SUFFIXES, ".3gp", ".flv", ".m2ts", ".mpeg", ".mpg", ".mts", ".ogv", ".wmv")
 _PLACES = ("", "videos", "clips")  # folders that a download brings with it
 _SAMPLED = 8  # videos whose durations decide what a chunk's name means
 
-__all__ = ["SUFFIXES", "Layout", "Source", "find", "find_clips", "of_path"]
+__all__ = ["SUFFIXES", "VIDEOS", "Layout", "Source", "find", "find_clips", "of_path"]
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ def find_clips(
 def of_path(path: str | os.PathLike[str]) -> Source:
     """The Source of a file, of a member of a tar file, or of a folder of chunks; VideoError where there is none."""
     path = Path(path)
-    if path.is_file() or (not path.is_dir() and members.place(path) is not None):
+    if os.path.isfile(path) or (not os.path.isdir(path) and members.place(path) is not None):
         return _whole(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise VideoError(f"{path}: no such video")
     return _folder(path, path.stat().st_mtime_ns)
 

@@ -5,7 +5,8 @@
     print(index.search("push the red block left - a hand", k=5))     # score, time and file of five moments
 
 `store` is the folder on the disk, `scan` looks for videos, `windows` cuts them into clips, `embedder` is the model, `build`
-brings them together, `query` and `moments` are what is asked and found; `page`, `cut` and `server` show it.
+brings them together, `query` and `moments` are what is asked and found; `page`, `cut` and `server` show it, and `measure`
+says how much of it is right.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +14,21 @@ from typing import TYPE_CHECKING
 from evaat_fast import _lazy
 
 _LAZY = {"Index": "index", "Like": "query", "Moments": "moments", "find": "index"}
-_SUBMODULES = ("build", "cut", "embedder", "index", "moments", "page", "query", "scan", "server", "store", "vectors", "windows")
+_SUBMODULES = (
+    "build",
+    "cut",
+    "embedder",
+    "index",
+    "measure",
+    "moments",
+    "page",
+    "query",
+    "scan",
+    "server",
+    "store",
+    "vectors",
+    "windows",
+)
 
 __all__ = [*_LAZY, *_SUBMODULES]
 
@@ -23,6 +38,7 @@ if TYPE_CHECKING:
     from evaat_fast.search import cut as cut
     from evaat_fast.search import embedder as embedder
     from evaat_fast.search import index as index
+    from evaat_fast.search import measure as measure
     from evaat_fast.search import moments as moments
     from evaat_fast.search import page as page
     from evaat_fast.search import query as query

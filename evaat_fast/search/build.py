@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,14 @@ def plan_of(
             known[name] = Problem(*stamp, one.why)
         else:
             todo[name] = one
-    gone = [name for name in (*there, *unreadable) if name not in found and below(name)]
+    gone = [name for name in (*there, *unreadable) if name not in found and below(name) and not _unseen(name, found)]
     stale = [name for name in there if name in todo or name in known]
     return Plan(todo, known, gone, stale, unchanged, refused)
+
+
+def _unseen(name: str, found: Mapping[str, scan.Found]) -> bool:
+    """Whether it may well lie in a folder that cannot be read now, which is then among what was found."""
+    return any(str(folder) in found for folder in PurePosixPath(name).parents)
 
 
 def threads(workers: int | None) -> int:
@@ -318,8 +324,7 @@ def _events(
                 yield _Span(name, frames, where, some.start[at:end], some.stop[at:end], end / len(some))
                 if end < len(some):
                     continue
-                status = os.stat(paths[name])
-                if (status.st_size, status.st_mtime_ns) != todo[name][:2]:
+                if scan.stamp(os.stat(paths[name])) != todo[name][:2]:
                     raise VideoError("it changed while it was read; index again")
                 yield _End(name)
             except (VideoError, OSError) as error:

@@ -164,7 +164,7 @@ def check_same(settings: Settings, checkpoint: str, found: str) -> None:
         other = f" ({settings.checkpoint})" if settings.checkpoint != checkpoint else ""
         raise BadIndex(
             f"checkpoint: {checkpoint} is not what the index was made with{other}: its vectors mean nothing to other weights; "
-            "index into another folder (--out), or remove this one and index again"
+            "index anew with --overwrite, or into another folder with --out"
         )
 
 
@@ -173,4 +173,7 @@ def check_settings(stored: Settings, asked: dict[str, Any]) -> None:
     has = {**dataclasses.asdict(stored), "frames": stored.model["num_frames"]}
     for name, value in asked.items():
         if value is not None and value != has[name]:
-            raise BadIndex(f"--{name}: the index has {has[name]!r}, got {value!r}; index into another folder (--out)")
+            raise BadIndex(
+                f"--{name}: the index has {has[name]!r}, got {value!r}; index anew with --overwrite, or into another folder "
+                "with --out"
+            )

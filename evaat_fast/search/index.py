@@ -19,7 +19,7 @@ from evaat_fast.search.build import Progress, Report, build, plan_of, threads
 from evaat_fast.search.embedder import Embedder, Settings, check_same, check_settings, weights_of
 from evaat_fast.search.moments import Event, Moments, events
 from evaat_fast.search.query import Like, Term, parse_like, parse_query, spoken
-from evaat_fast.search.store import BadIndex, File, Places, Store, alone
+from evaat_fast.search.store import MANIFEST, BadIndex, File, Places, Store, alone
 from evaat_fast.search.vectors import Vectors
 
 FOLDER = ".evaat-index"  # of an index, in the folder of its videos
@@ -28,16 +28,25 @@ __all__ = ["FOLDER", "Index", "find"]
 
 
 def find(folder: str | os.PathLike[str] = ".") -> Path:
-    """The index of a folder, or of the nearest one above it that has one.
+    """The index of a folder, of the nearest one above it that has one, or of the only one directly below it that does.
 
     Raises:
-        BadIndex: there is none.
+        BadIndex: there is none, or several below.
     """
     start = Path(folder).absolute()
     for place in (start, *start.parents):
-        if (place / FOLDER / "index.json").is_file():
+        if (place / FOLDER / MANIFEST).is_file():
             return place / FOLDER
-    raise BadIndex(f"there is no index in {str(start)!r} or above it: evaat-fast index VIDEOS makes one, --index names another")
+    below = sorted(path.parent for path in start.glob(f"*/{FOLDER}/{MANIFEST}"))
+    if len(below) == 1:
+        return below[0]
+    if below:
+        names = ", ".join(repr(path.parent.name) for path in below[:3]) + (", ..." if len(below) > 3 else "")
+        raise BadIndex(f"there are {len(below)} indexes below {str(start)!r}, of {names}: --index names one")
+    raise BadIndex(
+        f"there is no index in {str(start)!r}, above it or directly below: evaat-fast index VIDEOS makes one, --index names "
+        "another"
+    )
 
 
 class Index:
@@ -62,6 +71,8 @@ class Index:
         manifest, settings, places = store.manifest, Settings.of(store.manifest.settings), store.places()
         vectors = Vectors(self.folder / manifest.vectors, manifest.rows, manifest.width)
         with self._lock:
+            if getattr(self, "settings", settings) != settings:
+                self._loaded = []  # another list: a search that has begun goes on with the former model
             self._store, self.settings, self.vectors, self.places = store, settings, vectors, places
 
     @classmethod
@@ -76,7 +87,7 @@ class Index:
             BadIndex (a ValueError): there is none, or it is damaged; the message says what to do.
         """
         folder = Path(folder)
-        if not (folder / "index.json").is_file() and (folder / FOLDER / "index.json").is_file():
+        if not (folder / MANIFEST).is_file() and (folder / FOLDER / MANIFEST).is_file():
             folder = folder / FOLDER
         for attempt in range(3):  # a writer may remove files between two of our steps
             try:
@@ -96,6 +107,7 @@ class Index:
         overlap: float = 0.5,
         frames: int | None = None,
         device: str = "auto",
+        overwrite: bool = False,
     ) -> "Index":
         """An empty index.
 
@@ -103,18 +115,21 @@ class Index:
             folder: to be made. checkpoint: what `evaat_fast.load` takes: a file, a run's folder, "eva02_clip_b16".
             seconds: of a clip, 0.5 to 60. overlap: the share of a clip that the next one has, too, 0 to 0.9.
             frames: of a clip; None: as many as the weights were trained with, 4 for those of pictures.
-            device: as for `open`.
+            device: as for `open`. overwrite: in the place of one that is there, whatever that is of.
 
         Raises:
-            BadIndex: there is one already. ValueError: a setting out of range. FileNotFoundError, RuntimeError: no weights.
+            BadIndex: there is one already, or another process is writing it. ValueError: a setting out of range.
+            FileNotFoundError, RuntimeError: no weights.
         """
-        if (Path(folder) / "index.json").exists():
+        if (Path(folder) / MANIFEST).exists() and not overwrite:
             raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
         name, hashed = weights_of(checkpoint)
         Settings(name, hashed, {}, seconds, overlap)  # out of range is said before a model is loaded
         embedder = Embedder(name, device, **({} if frames is None else {"num_frames": frames}))
         settings = Settings(name, hashed, embedder.described(), seconds, overlap)
         with alone(folder):
+            if not overwrite and (Path(folder) / "index.json").exists():  # of another process, while the model was loaded
+                raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
             index = cls(Store.create(folder, asdict(settings), embedder.config.embed_dim), device)
         index._loaded.append(embedder)
         return index
@@ -150,6 +165,16 @@ class Index:
     def path(self, name: str) -> str:
         """The absolute path of a video."""
         return scan.path_of(name, self.base)
+
+    def real_path(self, name: str) -> str:
+        """The absolute path of a video by which no link leads: that to which links led when it was indexed."""
+        links, head, rest = self._store.manifest.links, name, ""
+        while links and head:
+            if head in links:
+                return self.path(links[head] + rest)
+            head, slash, last = head.rpartition("/")
+            rest = f"{slash}{last}{rest}"
+        return self.path(name)
 
     def check(self, checkpoint: str | os.PathLike[str] | None = None, **settings: Any) -> None:
         """Raises BadIndex unless the index is of these weights and settings (seconds, overlap, frames); None says nothing."""
@@ -319,12 +344,14 @@ class Index:
             store.tidy()
             manifest = store.manifest
             places = self.places if manifest == self._store.manifest else store.places()
-            found = scan.scan(given, self.base)
+            links: dict[str, str] = {}
+            found = scan.scan(given, self.base, links)
             roots = [scan.name_of(scan.real(path), self.base) for path in given]
+            below = _below(roots)
             there = {file.name: (file.size, file.mtime) for file in places.files}
             if partial := manifest.partial:
                 there.pop(partial.name, None)
-            plan = plan_of(found, there, manifest.unreadable, _below(roots), retry)
+            plan = plan_of(found, there, manifest.unreadable, below, retry)
             old = {*plan.gone, *plan.stale}
             if partial and (partial.name not in plan.todo or plan.todo[partial.name][:2] != (partial.size, partial.mtime)):
                 old, partial = {*old, partial.name}, None
@@ -336,6 +363,7 @@ class Index:
                 roots=tuple(sorted({*manifest.roots, *folders})),
                 unreadable={**kept, **plan.known},
                 partial=partial,
+                links={**{name: leads for name, leads in manifest.links.items() if not below(name)}, **links},
             )
             clips, failed = 0, {}  # type: int, dict[str, str]
             if plan.todo:
@@ -361,8 +389,6 @@ class Index:
             store = Store(self.folder)
             if store.manifest == self._store.manifest:
                 return
-            if store.manifest.settings != self._store.manifest.settings:
-                self._loaded = []
             try:
                 return self._take(store)
             except BadIndex:
@@ -385,10 +411,9 @@ def _below(roots: Iterable[str]) -> Callable[[str], bool]:
 def _nanoseconds(what: str, value: str | datetime.date) -> int:
     """Of a date, its first; without a zone, local."""
     try:
-        if isinstance(value, str):
-            value = datetime.datetime.fromisoformat(value)
-        if not isinstance(value, datetime.datetime):
-            value = datetime.datetime(value.year, value.month, value.day)
-        return round(value.timestamp() * 1e9)
+        date = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
+        if not isinstance(date, datetime.datetime):
+            date = datetime.datetime(date.year, date.month, date.day)
+        return round(date.timestamp() * 1e9)
     except (ValueError, AttributeError, OverflowError):
         raise ValueError(f"{what}: expected a date as 2026-05-31, got {value!r}") from None

@@ -13,6 +13,7 @@ import numpy as np
 from evaat_fast.search.store import Places
 
 _KEEP = 0.75  # of the height of a hit above the mean score, which neighbours that belong to it have
+_SORTED = 256  # events, from which sorting all scores costs less than looking for the highest each time
 LONGEST = 30.0  # seconds: of an event, so that a picture that stands still is no moment of an hour
 
 __all__ = ["LONGEST", "Event", "Moment", "Moments", "clock", "events", "printable"]
@@ -36,17 +37,15 @@ def events(scores: np.ndarray, places: Places, k: int, allowed: np.ndarray | Non
         scores: float32 [rows]. places: of the rows. allowed: bool [rows], of rows that may be found; None: all that count.
         merge: False: clips as they are.
     """
-    free = places.codes >= 0 if allowed is None else allowed & (places.codes >= 0)
+    finite = np.isfinite(scores)  # of a damaged vector it is not
+    free = finite & (places.codes >= 0) if allowed is None else allowed & finite & (places.codes >= 0)
     left = np.where(free, scores, np.float32(-np.inf))
-    if not len(left):
+    if not free.any():
         return []
-    mean = float(scores.mean())
+    mean = float(scores[finite].mean())
     found: list[Event] = []
     start, stop = places.start, places.stop
-    while len(found) < k:
-        best = int(left.argmax())
-        if left[best] == -np.inf:
-            break
+    for best in _best_first(left, k):
         first = last = best
         if merge:
             file = places.files[places.codes[best]]
@@ -73,7 +72,18 @@ def events(scores: np.ndarray, places: Places, k: int, allowed: np.ndarray | Non
             left[rows][(start[rows] < stop[last]) & (stop[rows] > start[first])] = -np.inf
         left[first : last + 1] = -np.inf
         found.append(Event(first, last, best))
+        if len(found) == k:
+            break
     return found
+
+
+def _best_first(left: np.ndarray, k: int) -> Iterator[int]:
+    """Rows from the highest on, without those that became -inf meanwhile."""
+    if k > _SORTED:  # looking through all for each would take hours for a million
+        yield from (row for row in np.argsort(-left, kind="stable").tolist() if left[row] > -np.inf)
+        return
+    while left[best := int(left.argmax())] > -np.inf:
+        yield best
 
 
 def _fits(start, stop, first, last):

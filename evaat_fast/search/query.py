@@ -4,7 +4,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Like", "Term", "parse_like", "parse_query", "seconds_of"]
+from evaat_fast.data.readers.text import seconds, short
+
+MOST = 64  # texts of a query, each of which the text tower reads
+
+__all__ = ["MOST", "Like", "Term", "parse_like", "parse_query", "spoken"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def parse_query(query: str) -> list[Term]:
     "push left + a red block - a hand" is three terms; "t-shirt" and "C++" are one word each.
 
     Raises:
-        ValueError: no text, or nothing between two signs.
+        ValueError: no text, nothing between two signs, or more than MOST texts.
     """
     if not isinstance(query, str):
         raise TypeError(f"query: expected text, got {type(query).__name__}")
@@ -40,7 +44,9 @@ def parse_query(query: str) -> list[Term]:
         parts = ["+", *parts]
     terms = [Term(text.strip(), 1 if sign == "+" else -1) for sign, text in zip(parts[::2], parts[1::2], strict=True)]
     if not all(term.text for term in terms):
-        raise ValueError(f"query: expected text, and some between two signs, got {query!r}")
+        raise ValueError(f"query: expected text, and some between two signs, got {short(query)}")
+    if len(terms) > MOST:
+        raise ValueError(f"query: expected at most {MOST} texts, got {len(terms):,} between its signs")
     return terms
 
 
@@ -53,21 +59,10 @@ def parse_like(text: str) -> Like:
     file, at, time = text.rpartition("@")
     if not at or not file:
         raise ValueError(f"like: expected FILE@SECONDS, as video.mp4@12.5 or video.mp4@01:02, got {text!r}")
-    try:
-        return Like(file, seconds_of(time))
-    except ValueError:
-        raise ValueError(
-            f"like: expected a time after the last @, as in video.mp4@12.5 or video.mp4@01:02, got {time!r}"
-        ) from None
-
-
-def seconds_of(text: str) -> float:
-    """12.5, "01:02.5" or "1:02:03" in seconds. Raises ValueError for what is no time."""
-    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)", text.strip())
-    if not match:
-        raise ValueError(f"expected seconds, mm:ss or hh:mm:ss, got {text!r}")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    found = seconds(time)
+    if found is None or found < 0:
+        raise ValueError(f"like: expected a time after the last @, as in video.mp4@12.5 or video.mp4@01:02, got {time!r}")
+    return Like(file, found)
 
 
 def spoken(terms: Sequence[Term], likes: Sequence[Like]) -> str:

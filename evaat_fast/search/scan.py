@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from evaat_fast.data.layout import SUFFIXES
+from evaat_fast.data.layout import VIDEOS
 
-# Besides those of data sets, which cameras and phones write.
-VIDEOS = frozenset(SUFFIXES) | {".3gp", ".m2ts", ".mpeg", ".mpg", ".mts", ".ogv", ".wmv"}
+_INT64 = 1 << 63
 
-__all__ = ["VIDEOS", "Found", "name_of", "path_of", "real", "scan"]
+__all__ = ["Found", "name_of", "path_of", "real", "scan", "stamp"]
 
 
 class Found(NamedTuple):
@@ -20,6 +19,11 @@ class Found(NamedTuple):
     size: int
     mtime: int
     why: str | None = None
+
+
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """(size, mtime) by which a file is known again. Nanoseconds of 64 bits end in 2262, and there are files of later dates."""
+    return status.st_size, max(-_INT64, min(status.st_mtime_ns, _INT64 - 1))
 
 
 def name_of(path: str | os.PathLike[str], base: str) -> str:
@@ -46,49 +50,66 @@ def path_of(name: str, base: str) -> str:
     return os.path.normpath(os.path.join(base, name))
 
 
-def scan(paths: Iterable[str | os.PathLike[str]], base: str) -> dict[str, Found]:
+def scan(paths: Iterable[str | os.PathLike[str]], base: str, links: dict[str, str] | None = None) -> dict[str, Found]:
     """All videos below folders, and files that are named themselves, by name and in its order.
 
     Hidden files and folders are left out, links are followed, no folder is entered twice.
 
     Args:
-        paths: files or folders. base: absolute, see `name_of`.
+        paths: files or folders. base: absolute, see `name_of`. links: {name of a link on the way: name of where it leads} is
+            added to it.
 
     Raises:
         FileNotFoundError: a path that is not there.
     """
     found: dict[str, Found] = {}
     entered: set[tuple[int, int]] = set()
+    links = {} if links is None else links
     for path in paths:
         full = real(path)
         if os.path.isdir(full):
-            _walk(full, base, found, entered)
+            _walk(full, base, found, entered, links)
         elif os.path.lexists(full):
+            if os.path.islink(full):
+                _follow(full, base, links)
             _look(full, base, found)
         else:
             raise FileNotFoundError(f"videos: there is no file or folder {full!r}")
     return {name: found[name] for name in sorted(found)}
 
 
-def _walk(root, base, found, entered):
-    waiting = [root]
+def _walk(root, base, found, entered, links):
+    waiting = [(root, False)]
     while waiting:
-        folder = waiting.pop()
+        folder, linked = waiting.pop()
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in entered:
                 continue
             entered.add((status.st_dev, status.st_ino))
+            if linked:
+                _follow(folder, base, links)
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
                     if entry.is_dir():
-                        waiting.append(entry.path)
+                        waiting.append((entry.path, entry.is_symlink()))
                     elif os.path.splitext(entry.name)[1].lower() in VIDEOS:
+                        if entry.is_symlink():
+                            _follow(entry.path, base, links)
                         _look(entry.path, base, found, entry)
         except OSError as error:
             found[name_of(folder, base)] = Found(0, 0, f"a folder that cannot be read: {error.strerror}")
+
+
+def _follow(path, base, links):
+    name, leads = name_of(path, base), name_of(os.path.realpath(path), base)
+    try:
+        (name + leads).encode()
+    except UnicodeEncodeError:  # what lies there has a name that is not UTF-8, too
+        return
+    links[name] = leads
 
 
 def _look(path, base, found, entry=None):
@@ -109,4 +130,4 @@ def _look(path, base, found, entry=None):
         why = "not a file"
     elif not status.st_size:
         why = "the file is empty"
-    found[name] = Found(status.st_size, status.st_mtime_ns, why)
+    found[name] = Found(*stamp(status), why)

@@ -1,22 +1,27 @@
 """A page for an index on this machine: a search field, and what is found as snippets that play from the original files.
 
 `serve(Index.open("videos"))` runs it until it is interrupted; `app` is the same for another ASGI server. A video is addressed
-by a hash of its name, never by a path, and only what the index has is given out, while it is the file that was indexed.
+by a hash of its name, never by a path, and only what the index has is given out, while it is the file that was indexed: opened
+once, compared by where it lies, size and time, and read from what was opened.
 """
 
+import contextlib
 import functools
 import hashlib
+import ipaddress
 import os
+import re
 import stat
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from evaat_fast.data.decode import VideoError
-from evaat_fast.search import page
+from evaat_fast.search import page, scan
 from evaat_fast.search.index import Index
 from evaat_fast.search.moments import Moment, clock, printable
 from evaat_fast.search.query import Like
@@ -31,10 +36,13 @@ PORT = 8765
 MOST = 200  # moments of a request
 LOCAL = ("127.0.0.1", "localhost", "::1")
 EVERY = 2.0  # seconds between looks for what another process has committed
+_DECODING = 2  # posters at once: the search field must stay quick
+_HOST = re.compile(r"\[([0-9a-f:.]+)\](?::\d+)?|([^:\[\]@/\s]+)(?::\d+)?", re.IGNORECASE)
 _POSTERS = 512  # that are kept, some 20 KB each
 _PAGES = {"": ("index.html", "text/html"), "app.js": ("app.js", "text/javascript"), "app.css": ("app.css", "text/css")}
 # Browsers go by these: QuickTime's container plays as mp4 where its codec does.
 _TYPES = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/mp4", ".webm": "video/webm", ".mkv": "video/x-matroska"}
+_FRESH = {"Cache-Control": "private, no-cache"}  # a video that changes keeps its address
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "media-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -43,7 +51,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-__all__ = ["PORT", "app", "serve"]
+__all__ = ["PORT", "app", "is_local", "serve"]
 
 
 class _Served:
@@ -53,8 +61,7 @@ class _Served:
         self.index = index
         self._lock = threading.Lock()
         self._looked = time.monotonic()
-        self._posters: OrderedDict[tuple[str, float], bytes] = OrderedDict()
-        self._decoding = threading.Semaphore(2)  # of posters at once: the search field must stay quick
+        self._posters: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
         self._take()
 
     def _take(self) -> None:
@@ -68,35 +75,58 @@ class _Served:
             self._looked = time.monotonic()
             try:
                 self.index.reload()
-            except BadIndex:  # in the middle of a commit; the next look finds it whole
+            except (BadIndex, OSError):  # in the middle of a commit, or gone; a later look may find it whole
                 return
             self._take()
 
-    def file(self, key: str) -> tuple[File, str] | None:
-        """A video and its path, if it is in the index and still the file that was indexed."""
+    def open(self, key: str) -> tuple[File, str, IO[bytes]] | None:
+        """A video, its path and it opened, if it is in the index and still the file that was indexed."""
         file = self.by_key.get(key)
         if file is None:
             return None
-        path = self.index.path(file.name)
+        path = self.index.real_path(file.name)
+        opened = None
         try:
-            found = os.stat(path)
+            opened = open(path, "rb", buffering=0, opener=_at_once)
+            found = os.fstat(opened.fileno())
+            same = stat.S_ISREG(found.st_mode) and scan.stamp(found) == (file.size, file.mtime)
+            # A folder above it may be a link by now that leads elsewhere.
+            if same and os.path.realpath(path) == path and os.path.samestat(os.lstat(path), found):
+                return file, path, opened
         except (OSError, ValueError):
-            return None
-        same = stat.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) == (file.size, file.mtime)
-        return (file, path) if same else None
+            pass
+        if opened is not None:
+            opened.close()
+        return None
 
-    def poster(self, key: str, path: str, at: float) -> bytes:
+    def kept(self, key: str, at: float) -> bytes | tuple[tuple[Any, ...], str] | None:
+        """The picture of a video at a time, if it is known; else what `decode` takes, None where there is no such video."""
+        if (found := self.open(key)) is None:
+            return None
+        file, path, opened = found
+        opened.close()
+        name = (key, file.size, file.mtime, at)
         with self._lock:
-            if (kept := self._posters.get((key, at))) is not None:
-                self._posters.move_to_end((key, at))
-                return kept
-        with self._decoding:
-            picture = page.poster(path, at)
+            if (picture := self._posters.get(name)) is not None:
+                self._posters.move_to_end(name)
+                return picture
+        return name, path
+
+    def decode(self, name: tuple[Any, ...], path: str) -> bytes:
+        """The picture that `kept` does not have."""
+        picture = page.poster(path, name[-1])
         with self._lock:
-            self._posters[key, at] = picture
+            self._posters[name] = picture
             while len(self._posters) > _POSTERS:
                 self._posters.popitem(last=False)
         return picture
+
+    @functools.cached_property
+    def decoding(self) -> Any:
+        """Holds back those who wait for a picture, without a thread; made within the loop of the server."""
+        import anyio
+
+        return anyio.CapacityLimiter(_DECODING)
 
     def folders(self) -> list[str]:
         """Those that videos lie in, and those above them below the index's own."""
@@ -114,19 +144,23 @@ def _key(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:24]
 
 
-def app(index: Index, hosts: Sequence[str] = LOCAL) -> "Starlette":
+def _at_once(path: str, flags: int) -> int:
+    """Does not wait for the other end of a pipe that has taken a file's place."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def app(index: Index, hosts: Sequence[str] = LOCAL, numbers: bool = False) -> "Starlette":
     """The pages of an index as an ASGI application.
 
     Args:
         index: to search. hosts: names under which a browser may address it, so that no other site reaches it through a name of
-            its own; "*" is any.
+            its own; "*" is any. numbers: or by an IP address, whichever; no site has one for a name.
 
     Raises:
         ImportError: starlette is missing.
     """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
 
     served = _Served(index)
@@ -140,20 +174,30 @@ def app(index: Index, hosts: Sequence[str] = LOCAL) -> "Starlette":
             ("/poster/{key}", _poster),
         )
     ]
-    allowed = [f"[{host}]" if ":" in host else host for host in hosts]
-    return Starlette(
-        routes=routes,
-        middleware=[Middleware(_Headers), Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)],
-    )
+    allowed = frozenset(host.lower() for host in hosts)
+    made = Starlette(routes=routes, middleware=[Middleware(_Guard, hosts=allowed, numbers=numbers)])
+    made.router.redirect_slashes = False
+    return made
 
 
-class _Headers:
-    """Puts what keeps a browser from doing more than it must on every answer."""
+class _Guard:
+    """Answers only those who call the server by its own name, and puts what keeps a browser from doing more than it must on
+    every answer."""
 
-    def __init__(self, app: Any):
-        self.app = app
+    def __init__(self, app: Any, hosts: frozenset[str], numbers: bool):
+        self.app, self.hosts, self.numbers = app, hosts, numbers
+
+    def _allows(self, scope: Any) -> bool:
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        found = _HOST.fullmatch(given[0].strip()) if len(given) == 1 else None
+        if found is None:
+            return False
+        name = (found[1] or found[2]).lower()
+        return name in self.hosts or "*" in self.hosts or (self.numbers and _number(name) is not None)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
         async def with_headers(message):
             if message["type"] == "http.response.start":
                 given = {name.lower() for name, _ in message["headers"]}
@@ -161,7 +205,13 @@ class _Headers:
                 message["headers"] = [*message["headers"], *(pair for pair in more if pair[0] not in given)]
             await send(message)
 
-        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif self._allows(scope):
+            await self.app(scope, receive, with_headers)
+        else:
+            said = "not a name of this server; open it by its address in numbers\n"
+            await PlainTextResponse(said, 400)(scope, receive, with_headers)
 
 
 def _static(name: str, request: "Request") -> "Response":
@@ -198,13 +248,15 @@ def _search(served: _Served, request: "Request") -> "Response":
     given = request.query_params
     try:
         likes = [_like(served, text) for text in given.getlist("like")]
-        k = min(MOST, max(1, int(given.get("k") or 24)))
+        many = given.get("k") or "24"
+        if not (many.isascii() and many.isdecimal()):
+            raise ValueError("k: expected how many moments")
         folder = given.get("folder")
         began = time.perf_counter()
         found = served.index.search(
             (given.get("q") or "").strip() or None,
             like=likes,
-            k=k,
+            k=min(MOST, max(1, int(many[:9]))),
             folder=None if not folder else served.index.path(folder),
             after=given.get("after") or None,
             before=given.get("before") or None,
@@ -212,15 +264,14 @@ def _search(served: _Served, request: "Request") -> "Response":
     except (ValueError, VideoError, OSError, RuntimeError) as error:
         return JSONResponse({"error": str(error).splitlines()[0] if str(error) else type(error).__name__}, 400)
     took = time.perf_counter() - began
-    keys = {served.index.path(file.name): key for key, file in served.by_key.items()}
-    moments = [_shown(moment, keys.get(moment.file, ""), served.index.base) for moment in found]
+    moments = [_shown(moment, served.index.base) for moment in found]
     return JSONResponse({"query": printable(found.query), "moments": moments, "seconds": round(took, 3)})
 
 
-def _shown(moment: Moment, key: str, base: str) -> dict[str, Any]:
-    name = os.path.relpath(moment.file, base) if moment.file.startswith(base + os.sep) else moment.file
+def _shown(moment: Moment, base: str) -> dict[str, Any]:
+    name = scan.name_of(moment.file, base)
     return {
-        "key": key,
+        "key": _key(name),
         "file": printable(name),
         "score": round(moment.score, 4),
         "start": round(moment.start, 3),
@@ -247,26 +298,32 @@ def _like(served: _Served, text: str) -> Like:
 def _video(served: _Served, request: "Request") -> "Response":
     from starlette.responses import FileResponse
 
-    found = served.file(request.path_params["key"])
+    found = served.open(request.path_params["key"])
     if found is None:
         return _missing()
-    kind = _TYPES.get(os.path.splitext(found[1])[1].lower(), "application/octet-stream")
-    return FileResponse(found[1], media_type=kind, headers={"Cache-Control": "private, max-age=3600"})
+    file, path, opened = found
+    kind = _TYPES.get(os.path.splitext(file.name)[1].lower(), "application/octet-stream")
+    # What was compared is what is read: the path may lead elsewhere by now.
+    again = f"/dev/fd/{opened.fileno()}" if os.path.isdir("/dev/fd") else path
+    answer = FileResponse(again, media_type=kind, headers=_FRESH, stat_result=os.fstat(opened.fileno()))
+    weakref.finalize(answer, opened.close)
+    return answer
 
 
-def _poster(served: _Served, request: "Request") -> "Response":
+async def _poster(served: _Served, request: "Request") -> "Response":
+    from anyio.to_thread import run_sync
     from starlette.responses import Response
 
-    key = request.path_params["key"]
-    found = served.file(key)
     try:
         at = round(float(request.query_params.get("t", "0")), 3)
-        if found is None or not 0 <= at < 1e7:
+        if not 0 <= at < 1e7:
             return _missing()
-        picture = served.poster(key, found[1], at)
+        picture = await run_sync(served.kept, request.path_params["key"], at)
+        if isinstance(picture, tuple):
+            picture = await run_sync(served.decode, *picture, limiter=served.decoding)
     except (ValueError, VideoError, OSError):
         return _missing()
-    return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+    return _missing() if picture is None else Response(picture, media_type="image/jpeg", headers=_FRESH)
 
 
 def _missing() -> "Response":
@@ -298,6 +355,15 @@ def serve(index: Index, host: str = "127.0.0.1", port: int = PORT, *, started: C
 
     import uvicorn
 
+    class Server(uvicorn.Server):
+        """Hangs up when it ends: a film that plays would hold it, and end in a traceback."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for connection in list(self.server_state.connections):
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await super().shutdown(sockets)
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     with listening:
@@ -305,12 +371,36 @@ def serve(index: Index, host: str = "127.0.0.1", port: int = PORT, *, started: C
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(128)
-        hosts = LOCAL if host in LOCAL else ("*",)
-        config = uvicorn.Config(app(index, hosts), log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+        pages = app(index, LOCAL) if host in LOCAL else app(index, _names(host), numbers=not is_local(host))
+        config = uvicorn.Config(pages, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         threading.Thread(target=_load, args=(index,), daemon=True).start()
         if started is not None:  # who comes now waits in the queue of the socket
             started(_address(host, listening.getsockname()[1]))
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    address = _number(host)
+    return host in LOCAL or (address is not None and address.is_loopback)
+
+
+def _number(host: str) -> Any:
+    """The IP address that a text is, or None."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _names(host: str) -> tuple[str, ...]:
+    """By which others may call this machine."""
+    import socket
+
+    own = {host, socket.gethostname(), f"{socket.gethostname()}.local"}
+    with contextlib.suppress(OSError):
+        own.add(socket.getfqdn())
+    return (*LOCAL, *sorted(own - {""}))
 
 
 def _load(index):
@@ -321,5 +411,6 @@ def _load(index):
 
 
 def _address(host, port):
-    name = f"[{host}]" if ":" in host else {"0.0.0.0": "127.0.0.1"}.get(host, host)
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/"

@@ -69,7 +69,8 @@ class Manifest:
 
     settings: what its vectors are of, see `evaat_fast.search.embedder.Settings`. width: numbers of a vector. rows: how many
     there are. vectors, places: names of files. dead: [first, last) of rows that no longer count. roots: folders that are
-    indexed. unreadable: {video: its Problem}. partial: a long video that a killed process had begun.
+    indexed. unreadable: {video: its Problem}. partial: a long video that a killed process had begun. links: {name of a link
+    below the folders: name of where it led}.
     """
 
     settings: dict[str, Any]
@@ -81,9 +82,21 @@ class Manifest:
     roots: tuple[str, ...] = ()
     unreadable: dict[str, Problem] = field(default_factory=dict)
     partial: Partial | None = None
+    links: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = (self.rows, self.width, *(n for pair in self.dead for n in pair))
+        names = (self.vectors, *self.places, *self.roots, *self.links, *self.links.values())
+        if not all(type(n) is int for n in counts) or not all(isinstance(name, str) for name in names):
+            raise TypeError("a number or a name is none")
+        if self.rows < 0 or self.width < 1 or not all(0 <= first <= last <= self.rows for first, last in self.dead):
+            raise ValueError("rows out of range")
+        if any(os.path.basename(name) != name for name in (self.vectors, *self.places)):
+            raise ValueError("a file of another folder")
 
     def dumps(self) -> bytes:
         values = asdict(self) | {"unreadable": {name: list(self.unreadable[name]) for name in sorted(self.unreadable)}}
+        values["links"] = dict(sorted(self.links.items()))
         return (json.dumps({"format": FORMAT, **values}, indent=1) + "\n").encode()
 
 
@@ -114,9 +127,13 @@ class Store:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any], width: int) -> "Store":
-        """An empty index."""
+        """An empty index. Who still reads one that it replaces has its vectors: they get a file of another name."""
         path = Path(folder) / MANIFEST
-        content = Manifest(dict(settings), width).dumps()
+        manifest = Manifest(dict(settings), width)
+        if path.exists():
+            numbers = [int(old.stem[8:]) for old in path.parent.glob("vectors-[0-9][0-9][0-9][0-9].f16")]
+            manifest = replace(manifest, vectors=f"vectors-{max(numbers, default=-1) + 1:04}.f16")
+        content = manifest.dumps()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
         return cls(folder)
@@ -134,7 +151,7 @@ class Store:
                 return Manifest(**found)
         except FileNotFoundError:
             raise BadIndex(f"there is no index in {str(self.folder)!r}; evaat-fast index VIDEOS makes one") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadIndex(f"{path} is damaged ({error}); remove the folder and index again") from None
         raise BadIndex(f"{path} is of format {number!r}, this version reads {FORMAT}; remove the folder and index again")
 
@@ -153,17 +170,20 @@ class Store:
         for part in self.manifest.places:
             try:
                 table = pyarrow.parquet.read_table(self.folder / part, columns=list(COLUMNS))
-            except (OSError, pa.ArrowException) as error:
+                n = len(table)
+                if not n:
+                    continue
+                column = table.column("file").combine_chunks()
+                column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+                numbers, names = column.indices.to_numpy(), column.dictionary.cast(pa.string()).to_pylist()
+                start[at : at + n], stop[at : at + n] = table.column("start").to_numpy(), table.column("stop").to_numpy()
+                # Of a video that changed the dead rows of its former version may lie right before its own.
+                begins = np.diff(numbers, prepend=-1) != 0
+                begins[1:] |= np.diff(alive[at : at + n])
+                firsts = np.flatnonzero(begins)
+                sizes, times = (table.column(x).to_numpy()[firsts].tolist() for x in ("size", "mtime"))
+            except (OSError, ValueError, KeyError, AttributeError, pa.ArrowException) as error:
                 raise BadIndex(f"{self.folder / part} is damaged ({error}); remove the folder and index again") from None
-            n = len(table)
-            if not n:
-                continue
-            column = table.column("file").combine_chunks()
-            column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-            numbers, names = column.indices.to_numpy(), column.dictionary.to_pylist()
-            start[at : at + n], stop[at : at + n] = table.column("start").to_numpy(), table.column("stop").to_numpy()
-            firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
-            sizes, times = (table.column(x).to_numpy()[firsts].tolist() for x in ("size", "mtime"))
             bounds = [*firsts.tolist(), n]
             for i, first in enumerate(bounds[:-1]):
                 name, begin, end = names[numbers[first]], at + first, at + bounds[i + 1]
@@ -207,7 +227,10 @@ class Store:
             old, unreadable={**old.unreadable, **unreadable}, dead=tuple(sorted({*old.dead, *dead})), partial=partial
         )
         if len(vectors):
-            with open(self.folder / manifest.vectors, "r+b" if manifest.rows else "wb") as file:
+            path = self.folder / manifest.vectors
+            if not manifest.rows:  # a new file: somebody may have mapped what an index that is gone left in its place
+                path.unlink(missing_ok=True)
+            with open(path, "r+b" if manifest.rows else "wb") as file:
                 file.truncate(2 * manifest.rows * manifest.width)
                 file.seek(0, os.SEEK_END)
                 file.write(np.ascontiguousarray(vectors, "<f2").tobytes())

@@ -1,8 +1,10 @@
 """All vectors of an index against one query: half precision on the disk, single precision in the product."""
 
+import functools
 import itertools
 import mmap
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -57,9 +59,9 @@ class Vectors:
         if count == 1:
             self._part(query, found, 0, self.rows)
         else:  # threads of their own: torch's wait for each other after each tile
-            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for done in [pool.submit(self._part, query, found, *pair) for pair in itertools.pairwise(bounds)]:
-                    done.result()
+            pool = _pool(torch.get_num_threads())
+            for done in [pool.submit(self._part, query, found, *pair) for pair in itertools.pairwise(bounds)]:
+                done.result()
         return found.numpy()
 
     def _part(self, query: Tensor, found: Tensor, begin: int, end: int) -> None:
@@ -72,3 +74,23 @@ class Vectors:
             if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED") and behind - dropped >= _KEPT:
                 self._mapped.madvise(mmap.MADV_DONTNEED, dropped, behind - dropped)
                 dropped = behind
+
+
+_making = threading.Lock()
+
+
+def _pool(count: int) -> ThreadPoolExecutor:
+    with _making:
+        return _made(count, os.getpid())  # in a process that was forked off they do not run
+
+
+@functools.lru_cache(maxsize=4)
+def _made(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads of one thread of torch each. That is also what threads that begin later would have of torch, so all begin here,
+    and what this one has is said again."""
+    before, begun = torch.get_num_threads(), threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, "scores", initializer=torch.set_num_threads, initargs=(1,))
+    for done in [pool.submit(begun.wait) for _ in range(count)]:
+        done.result()
+    torch.set_num_threads(before)
+    return pool

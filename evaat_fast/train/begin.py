@@ -105,7 +105,7 @@ def write(
     text = _config(clips, _largest(found), _machine(), _path(annotations, out), _path(found.root, out))
     write_atomically(out / CONFIG, lambda file: file.write(text.encode()))
     load(out / CONFIG)
-    said += [f"wrote {out / CONFIG}", "", "next:", *_next(annotations, out / CONFIG, clips)]
+    said += [f"wrote {out / CONFIG}", "", *_next(annotations, out / CONFIG, clips, found.root)]
     return "\n".join(said)
 
 
@@ -282,12 +282,19 @@ every = {max(1, epochs // 5)}
 """
 
 
-def _next(annotations: Path, config: Path, clips: _Clips) -> list[str]:
-    path = shlex.quote(str(config))
-    lines = [f"  evaat-fast check {path}", f"  evaat-fast train {path}"]
-    lines.append(f"  evaat-fast eval --checkpoint {shlex.quote(str(config.parent / 'run'))}")
+def _next(annotations: Path, config: Path, clips: _Clips, videos: Path) -> list[str]:
+    path, folder, run = (shlex.quote(str(x)) for x in (config, videos, config.parent / "run"))
+    lines = ["next, to train on captions:"]
     if not clips.captions:
         note = "a row a clip: a video may have many rows, with start and stop"
-        again = f"evaat-fast init ... --overwrite sizes {config.name} by them"
-        lines.insert(0, f"  fill in the column caption of {annotations} ({note}); {again}")
-    return lines
+        lines.append(f"  fill in the column caption of {annotations} ({note})")
+        out = "" if config.parent == Path() else f" --out {shlex.quote(str(config.parent))}"
+        lines.append(f"  evaat-fast init {folder}{out} --overwrite    # sizes {config.name} by them")
+    lines += [f"  evaat-fast check {path}", f"  evaat-fast train {path}"]
+    lines += [f"  evaat-fast index {folder} --checkpoint {run}"]
+    lines += ["or, to search at once, with weights that know pictures and words (600 MB are downloaded once):"]
+    lines += [f"  evaat-fast index {folder} --checkpoint eva02_clip_b16"]
+    whole, here = videos.resolve(), Path.cwd()
+    near = whole.parent == here or whole in (here, *here.parents)  # where `search` looks for an index
+    where = "" if near else f" --index {folder}"
+    return [*lines, "then:", f"  evaat-fast search TEXT{where}", f"  evaat-fast serve --open{where}"]

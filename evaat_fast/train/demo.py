@@ -1,16 +1,19 @@
-"""The demo: makes a corpus, trains on it as the paper does, evaluates, and writes a page that shows what was learned.
+"""The demo: makes a corpus, trains on it as the paper does, evaluates, searches its test videos, and writes a page of it all.
 
-`run("demo")` leaves everything in the folder demo: corpus, configurations, runs, results.json and index.html. Interrupted, it
-goes on there.
+`run("demo")` leaves everything in the folder demo: corpus, configurations, runs, the index, results.json and index.html.
+Interrupted, it goes on there.
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -38,6 +41,9 @@ QUICK = {
 }
 RANDOM_DRAWS = 20
 SHOWN = 5
+# The index of the test videos: clips as long as those that were narrated, four a second.
+INDEX = "index"
+SECONDS, OVERLAP = 1.0, 0.75
 # Seconds a clip and core, of two AVX-512 cores, for what is said beforehand.
 _MAKING, _DECODING = 0.028, 0.008
 
@@ -109,7 +115,7 @@ def run(
         rows.append((f"after {'pretraining' if stage == 'pretrain' else 'fine-tuning'} ({loss})", trained["metrics"]))
         clock[stage] = time.perf_counter()
 
-    say("4/4  controls and the page")
+    say("4/4  controls, searches and the page")
     config, model = configs["finetune"], trained["model"]
     controls, similarities = [], {}
     for frames in FRAMES:
@@ -117,9 +123,12 @@ def run(
         metrics, similarities[frames] = shown
         controls.append((frames, metrics))
     clock["controls"] = time.perf_counter()
+    searched, searches = _search(out, Path(config.train.out), test, device)
+    clock["search"] = time.perf_counter()
     results = {
         "metrics": [{"name": name, **_finite(metrics)} for name, metrics in rows],
         "controls": [{"name": name, **_finite(metrics)} for name, metrics in controls],
+        "search": searched,
         "seed": seed,
         "quick": quick,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
@@ -142,11 +151,76 @@ def run(
     from evaat_fast.train import report
 
     logs = {stage: read(Path(configs[stage].train.out) / "log.jsonl") for stage in STAGES}
-    page = report.write(out / "index.html", results, logs, report.queries(similarities["ordered"], test, SHOWN))
+    listed = report.queries(similarities["ordered"], test, SHOWN)
+    page = report.write(out / "index.html", results, logs, listed, searches)
     say()
     say(table(results))
+    say()
+    say(search_line(searched))
     say(f"\n{time.perf_counter() - clock['start']:.0f} s. The page: {page.resolve()}")
+    say("Go on with:")
+    say(f'    evaat-fast search "{searched["asked"][0]}" --index {shlex.quote(str(out / INDEX))}')
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    say(
+        f"    evaat-fast serve --index {shlex.quote(str(out / INDEX))}"
+        + "      # after pip install 'evaat-fast[serve]'" * bool(missing)
+    )
     return results
+
+
+def search_line(searched: Mapping[str, Any]) -> str:
+    """What is measured of the search, as text."""
+    pairs = [f"{name} {right} of {asked}" for name, (right, asked) in searched["pairs"].items()]
+    right, asked = searched["pairs_right"], searched["pairs_asked"]
+    return (
+        f"search, in {searched['clips']} clips of the test videos: the event is among the first five for {searched['hits']} of "
+        f"{searched['queries']} texts;\nof two verbs that only time tells apart the right one is first for {right} of {asked}"
+        + (f" ({', '.join(pairs)})" if asked else "")
+    )
+
+
+def _search(out, run, test, device):
+    """Indexes the test videos; (what results.json holds of it, what the page shows)."""
+    from evaat_fast.data import kitchen
+    from evaat_fast.search import Index, measure
+    from evaat_fast.search.store import BadIndex
+    from evaat_fast.train import report
+
+    folder = out / INDEX
+    try:
+        index = Index.open(folder, device=str(device))
+        index.check(run, seconds=SECONDS, overlap=OVERLAP)
+    except BadIndex:  # none, or of other weights
+        if (folder / "index.json").exists():
+            shutil.rmtree(folder)
+        index = Index.create(folder, run, seconds=SECONDS, overlap=OVERLAP, device=str(device))
+    index.add([file for source in test.sources.values() for file in source.files])
+    found = measure.answers(index, test)
+    hits, queries = measure.hits(found)
+    pairs = measure.pairs(found, test, kitchen.PAIRS)
+
+    # Two captions with nothing in common, and the first two that differ in nothing but the direction.
+    kinds = {test.kinds[one.kind]: one for one in found}
+    (verb, nouns), first = next(iter(kinds.items()))
+    second = next((one for kind, one in kinds.items() if kind[0] != verb and not kind[1] & nouns), found[-1])
+    both = ([kinds.get((v, nouns)) for v in pair] for pair in kitchen.PAIRS for _, nouns in kinds)
+    chosen: list[Any] = [[first], [second], next((pair for pair in both if None not in pair), [])]
+    searches = [
+        [report.search(test, x.caption, x.moments.to_dicts()[:SHOWN], x.clips[:SHOWN], SECONDS, out) for x in together]
+        for together in chosen
+        if together
+    ]
+    names = {" / ".join(kitchen.VERBS[v] for v in pair): list(counts) for pair, counts in pairs.items()}
+    searched = {
+        "clips": len(index),
+        "hits": hits,
+        "queries": queries,
+        "pairs": names,
+        "pairs_right": sum(right for right, _ in names.values()),
+        "pairs_asked": sum(asked for _, asked in names.values()),
+        "asked": [one["text"] for together in searches for one in together],
+    }
+    return searched, searches
 
 
 def table(results: Mapping[str, Any]) -> str:

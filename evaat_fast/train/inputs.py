@@ -18,6 +18,7 @@ from evaat_fast.data.choices import Split
 from evaat_fast.data.corpora import open_corpus
 from evaat_fast.data.dataset import ClipDataset
 from evaat_fast.data.ek100 import EK100
+from evaat_fast.data.labels import ActionClips, LabelledClips
 from evaat_fast.data.plain import PlainClips
 from evaat_fast.data.readers import plain
 from evaat_fast.data.transforms import eval_transform, train_transform
@@ -148,7 +149,19 @@ def sampler(config: Config, data: ClipDataset, rows: np.ndarray | None = None) -
     if kinds is None:
         kinds = data.caption_kinds() if config.train.distinct else torch.zeros(len(data), dtype=torch.int64)
     usable = None if rows is None else torch.from_numpy(rows)
-    return EpochSampler(kinds, config.train.batch_size, config.train.seed, config.train.distinct, usable)
+    groups = _noun_groups(data) if config.train.distinct == "nouns" else None
+    return EpochSampler(kinds, config.train.batch_size, config.train.seed, bool(config.train.distinct), usable, groups)
+
+
+def _noun_groups(data):
+    """For each clip the number of its set of noun classes."""
+    if not isinstance(data, LabelledClips) or isinstance(data, ActionClips):
+        raise ConfigError(
+            'train.distinct: "nouns" needs clips with noun classes, as data.kind = "ek100-mir" has them; expected true'
+        )
+    numbers: dict[frozenset[int], int] = {}
+    groups = torch.tensor([numbers.setdefault(nouns, len(numbers)) for _, nouns in data.kinds])
+    return groups[data.clip_kind]
 
 
 def decode(data: ClipDataset, progress: Progress, rows: np.ndarray | None = None) -> None:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,6 +16,7 @@ from torch import Tensor
 from evaat_fast._files import write_atomically
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.transforms import eval_transform
+from evaat_fast.data.video import read_clip
 
 # A placeholder that becomes currentColor: the figure's text and axes follow the page's theme.
 _INK = "#123456"
@@ -22,13 +24,17 @@ _COLOURS = {"blue": "#3b82c4", "green": "#2e9e6b", "orange": "#d9822b"}
 
 
 def write(
-    path: Path, results: Mapping[str, Any], logs: Mapping[str, Sequence[Mapping[str, Any]]], queries: Mapping[str, Any]
+    path: Path,
+    results: Mapping[str, Any],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    queries: Mapping[str, Any],
+    searches: Sequence[Sequence[Mapping[str, Any]]] = (),
 ) -> Path:
     """Writes the page.
 
     Args:
         path: the HTML file. results: what `demo.run` returns. logs: {"pretrain": records, "finetune": records}.
-        queries: from `queries`.
+        queries: from `queries`. searches: each one or two texts side by side, as `search` gives them.
 
     Returns:
         path.
@@ -40,7 +46,7 @@ def write(
     source = resources.files("evaat_fast.train").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.1f}"
-    page = environment.from_string(source).render(results=results, curves=curves(logs), **queries)
+    page = environment.from_string(source).render(results=results, curves=curves(logs), searches=searches, **queries)
     write_atomically(path, lambda file: file.write(page.encode("utf-8")))
     return path
 
@@ -62,9 +68,7 @@ def queries(similarity: Tensor, data: EK100, shown: int = 5) -> dict[str, Any]:
         return strips[clip]
 
     def judge(clip, caption):
-        (verb, nouns), (own_verb, own_nouns) = data.kinds[data.clip_kind[clip]], data.kinds[data.caption_kind[caption]]
-        value = float(relevancy[clip, caption])
-        return {"right": value == 1, "verb": verb == own_verb, "noun": nouns == own_nouns, "relevancy": value}
+        return {**_judged(data, clip, caption), "relevancy": float(relevancy[clip, caption])}
 
     captions, clips = _first_of_each(data.caption_verbs), _first_of_each(data.clip_verbs)
     to_video = []
@@ -88,6 +92,35 @@ def queries(similarity: Tensor, data: EK100, shown: int = 5) -> dict[str, Any]:
     return {"text_to_video": to_video, "video_to_text": to_text, "frames": data.num_frames, "size": transform.image_size}
 
 
+def search(
+    data: EK100, caption: int, moments: Sequence[Mapping[str, Any]], clips: Sequence[int], seconds: float, root: Path
+) -> dict[str, Any]:
+    """What a search found, for the template.
+
+    Args:
+        data: the test split. caption: of it, what was searched. moments: what was found: file, start, stop, peak, score.
+        clips: the test clip that each shows, -1 for none. seconds: of a picture. root: the folder that files are named from.
+    """
+    found = []
+    for moment, clip in zip(moments, clips, strict=True):
+        first, last = max(0.0, moment["peak"] - seconds / 2), moment["peak"] + seconds / 2
+        frames = eval_transform(_sides(data))(read_clip(moment["file"], first, last, data.num_frames))
+        place = os.path.relpath(moment["file"], os.path.realpath(root))
+        time = f"{moment['start']:.1f} – {moment['stop']:.1f} s"
+        text = data.clips[clip].texts[0] if clip >= 0 else "between two clips"
+        judged = _judged(data, clip, caption)
+        found.append({"strip": _film(frames), "file": place, "time": time, "text": text, "score": moment["score"], **judged})
+    return {"text": data.captions[caption], "found": found}
+
+
+def _judged(data, clip, caption):
+    """What is right of a test clip, -1 for none, for a caption."""
+    if clip < 0:
+        return {"right": False, "verb": False, "noun": False}
+    (verb, nouns), (own_verb, own_nouns) = data.kinds[data.clip_kind[clip]], data.kinds[data.caption_kind[caption]]
+    return {"right": verb == own_verb and nouns == own_nouns, "verb": verb == own_verb, "noun": nouns == own_nouns}
+
+
 def _first_of_each(verbs: Tensor) -> list[int]:
     """The first index of each verb class, in the order of the classes."""
     first: dict[int, int] = {}
@@ -97,19 +130,28 @@ def _first_of_each(verbs: Tensor) -> list[int]:
 
 
 def _strip(data, clip):
-    """The frames that the model is given of a clip, side by side, as a JPEG data URI; sharper than a small model's."""
+    """The frames that the model is given of a clip; sharper than a small model's."""
+    own, data.frames = data.transform, "ordered"
+    data.transform = eval_transform(_sides(data))
+    try:
+        return _film(data[clip]["video"])
+    finally:
+        data.transform = own
+
+
+def _sides(data):
+    """(height, width) of pictures on the page, in its pixels."""
+    return max(72, data.transform.height), max(72, data.transform.width)
+
+
+def _film(frames):
+    """Frames [T, H, W, 3] side by side, as a JPEG data URI."""
     try:
         from PIL import Image
     except ImportError:
         raise ImportError("the page's pictures need pillow: pip install 'evaat-fast[train]'") from None
-    own, data.frames = data.transform, "ordered"
-    data.transform = eval_transform((max(72, own.height), max(72, own.width)))
-    try:
-        frames = torch.cat(list(data[clip]["video"]), 1)
-    finally:
-        data.transform = own
     buffer = io.BytesIO()
-    Image.fromarray(frames.numpy()).save(buffer, "JPEG", quality=82)
+    Image.fromarray(torch.cat(list(frames), 1).numpy()).save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

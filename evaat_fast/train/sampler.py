@@ -15,6 +15,8 @@ class EpochSampler:
         distinct: at most one clip of a kind in a batch, as InfoNCE needs it: to that loss every other caption of the
             batch is a wrong one. The kinds with the most clips left come first, which wastes the fewest clips.
         rows: the clips to draw from; None for all of them. They can be read again as an attribute.
+        groups: for each clip the number of its kind's group: with `distinct`, all kinds of a group come together, those of the
+            last one as far as there is room, so that a batch holds what is hard to tell apart.
 
     Raises:
         ValueError: fewer clips, or with `distinct` fewer kinds, than a batch holds.
@@ -27,10 +29,12 @@ class EpochSampler:
         seed: int = 0,
         distinct: bool = False,
         rows: Tensor | None = None,
+        groups: Tensor | None = None,
     ):
         kinds = torch.as_tensor(kinds)
         self.rows = torch.arange(len(kinds)) if rows is None else rows
         self._kinds = kinds[self.rows]
+        self._groups = None if groups is None else groups[self.rows]
         self._batch_size, self._seed, self._distinct = batch_size, seed, distinct
         if len(self._kinds) < batch_size:
             raise ValueError(f"train.batch_size: {batch_size} is more than the {len(self._kinds)} training clips")
@@ -62,9 +66,23 @@ class EpochSampler:
             clips.setdefault(kind, []).append(index)
         batches, left = [], torch.tensor([len(c) for c in clips.values()], dtype=torch.float32)
         names = list(clips)
+        groups = (
+            None if self._groups is None else self._groups[[clips[name][0] for name in names]].unique(return_inverse=True)[1]
+        )
         while int((left > 0).sum()) >= self._batch_size:
             # Ties are broken at random; a fraction below 1 cannot reorder whole numbers.
-            chosen = (left + torch.rand(len(left), generator=generator)).topk(self._batch_size).indices
+            most = left + torch.rand(len(left), generator=generator)
+            chosen = (
+                most.topk(self._batch_size).indices if groups is None else _together(most, left, groups)[: self._batch_size]
+            )
             batches.append(torch.tensor([clips[names[i]].pop() for i in chosen.tolist()]))
             left[chosen] -= 1
         return batches
+
+
+def _together(most, left, groups):
+    """Kinds by their group's greatest number, then by their own; those of which no clip is left come last."""
+    of_group = torch.zeros(int(groups.max()) + 1).scatter_reduce_(0, groups, most, "amax")
+    order = most.argsort(descending=True)
+    of_kind = torch.where(left > 0, of_group[groups], -1.0)[order]
+    return order[of_kind.argsort(descending=True, stable=True)]

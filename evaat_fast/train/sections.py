@@ -104,7 +104,8 @@ class Schedule:
 @dataclass
 class Train:
     """out: folder of the run. init: a checkpoint whose weights the run starts from. distinct: at most one clip of a
-    kind (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative. device:
+    kind (verb class and noun classes) in a batch, for InfoNCE, which would take a second one for a negative; "nouns" besides
+    fills it with kinds of the same nouns, whose verbs are then what must be told apart. device:
     "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU;
     "bfloat16-params" computes the same without casts, as it holds the weights of matrix products in bfloat16 and updates
     float32 masters of them. parallel: several processes hold all weights each ("ddp"), or share them out ("fsdp").
@@ -122,7 +123,7 @@ class Train:
     init: str = key("", path=True)
     epochs: int = key(1, least=1)
     batch_size: int = key(64, least=2)
-    distinct: bool = False
+    distinct: bool | Literal["nouns"] = False
     seed: int = key(0, least=0, most=2**31 - 1)
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16", "bfloat16-params"] = "auto"

@@ -18,5 +18,7 @@ def reason(path: Path, error: BaseException) -> str:
     if "size must exactly match" in str(error):
         # decord2 3.4 takes a padded row for a fourth channel, which rows of up to 97 pixels can have.
         return "decord2 cannot read frames this narrow on this CPU; use the decoder 'av'"
+    if words := getattr(error, "strerror", None):  # of FFmpeg or the system, without the number and the path
+        return str(words)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'cannot be decoded'}"

@@ -5,6 +5,7 @@ read.
 """
 
 import functools
+import os
 import posixpath
 import re
 import tarfile
@@ -33,12 +34,12 @@ def place(path: Path) -> tuple[Path, int, int] | None:
     Raises:
         VideoError: the tar file cannot be read.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # of a name that is too long, too, it says no
         return path, 0, path.stat().st_size
     said = path.as_posix()
     for end in (match.end() for match in _TAR.finditer(said)):
         tar = Path(said[:end])
-        if tar.is_file():
+        if os.path.isfile(tar):
             found = _members(tar).get(said[end + 1 :])
             return None if found is None else (tar, *found)
     return None

@@ -21,33 +21,35 @@ are added. Only where it leaves a side without a video does the nearest one go t
 """
 
 import csv
-import functools
 import hashlib
 import io
 import logging
 import os
-import posixpath
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from evaat_fast.data import below
 from evaat_fast.data.choices import LABEL_COLUMNS, SPLITS, Split, check_choice
-from evaat_fast.data.decode import VideoError, members
 from evaat_fast.data.readers import text
 from evaat_fast.data.readers.large import LONGEST
 from evaat_fast.data.table import ClipTable
 
-__all__ = ["COLUMNS", "SUFFIXES", "NoCaptions", "columns_of", "is_text", "normal", "read", "seconds", "walk"]
+__all__ = ["COLUMNS", "SUFFIXES", "NoCaptions", "columns_of", "normal", "read"]
 
 _log = logging.getLogger("evaat_fast")
 COLUMNS = ("path", "caption", "start", "stop", "split")
 SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 _NEEDED = ("path", "caption")
-_CLOCK = re.compile(r"(?:(\d{1,3}):)?(\d{1,3}):(\d{1,2}(?:[.,]\d+)?)", re.ASCII)
 _TIME = "seconds or a time as 1:02:03.5"
+_LIKE_TIME = re.compile(
+    r"(start|stop|end|begin|from|to)([ _.-]*(at|in|time|timestamp|s|secs?|seconds?|ms|us|msecs?|milliseconds?|frames?))*"
+)
+_NAMED = 10  # columns that a message names
 
 
 class NoCaptions(ValueError):
@@ -81,9 +83,10 @@ def read(
             and what came. ImportError: pyarrow is missing.
     """
     check_choice("split", split, SPLITS)
-    path, places = Path(path), _Places(Path(videos))
+    path, places = Path(path), below.Places(Path(videos))
     header, rows = _open(path)
     classes = _label_columns(path, header, labels)
+    _check_times(path, [name for name in header if name not in classes])
     _mention(path, [name for name in header if name and name not in (*COLUMNS, *classes)])
     clips: dict[str, _Clip] = {}
     numbers: dict[tuple[str, str], int] = {}
@@ -134,16 +137,6 @@ def normal(caption: str) -> str:
     return " ".join(unicodedata.normalize("NFC", caption).casefold().split())
 
 
-def seconds(said: str) -> float | None:
-    """Seconds of "12.5", "1:02.5" or "01:02:03,5"; None of anything else."""
-    found = _CLOCK.fullmatch(said.strip())
-    if found is None:
-        return text.number(said)
-    hours, minutes, rest = int(found[1] or 0), int(found[2]), float(found[3].replace(",", "."))
-    # 60.00 is what rounding makes of 59.998; minutes count on where there are no hours.
-    return None if rest > 60 or (found[1] and minutes > 59) else 3600 * hours + 60 * minutes + rest
-
-
 def columns_of(path: str | os.PathLike[str]) -> list[str]:
     """The names of a file's columns, where it can be read as one of captions.
 
@@ -188,105 +181,6 @@ class _Clip:
         self.split = said or self.split
 
 
-class _Places:
-    """Finds what the column path says below a folder."""
-
-    def __init__(self, root: Path):
-        if not root.is_dir():
-            raise FileNotFoundError(f"videos: there is no folder {str(root)!r}")
-        self.root, self._known = root, {}  # type: Path, dict[str, str]
-
-    def find(self, row: _Row) -> str:
-        """The path below the folder as the disk has it; of what is not there, as the row has it."""
-        said = row.text("path")
-        if row["path"] != said and os.path.exists(self.root / row["path"]):
-            said = row["path"]  # whose name ends in a space
-        if said not in self._known:
-            self._known[said] = self._find(row, said)
-        return self._known[said]
-
-    def _find(self, row, said):
-        if os.path.isabs(said):
-            said = self._below(row, said)
-        # Windows writes backslashes, and macOS may write e and its accent as two letters.
-        spelt = dict.fromkeys(
-            posixpath.normpath(form)
-            for slashes in (said, said.replace("\\", "/"))
-            for form in (slashes, *(unicodedata.normalize(kind, slashes) for kind in ("NFC", "NFD")))
-        )
-        if any(name == ".." or name.startswith("../") for name in spelt):
-            row.fail("path", f"a video below {str(self.root)!r}")
-        for name in spelt:
-            if os.path.exists(self.root / name) or _in_tar(self.root / name):
-                return name
-        wanted = unicodedata.normalize("NFC", list(spelt)[-1])
-        by_path, by_name = self._listed
-        found = by_path.get(wanted.casefold(), [])
-        if not found and "/" not in wanted:
-            found = by_name.get(wanted.casefold(), [])
-        # A camera's .MP4 may be written .mp4; but where there are both, they are two.
-        found = [name for name in found if unicodedata.normalize("NFC", name).endswith(wanted)] or found
-        if len(found) > 1:
-            row.fail(
-                "path", f"the name of one video; {len(found)} have it: {', '.join(found[:3])}; give the path below the folder"
-            )
-        return found[0] if found else wanted
-
-    def _below(self, row, said):
-        for one, root in ((os.path.normpath(said), self.root.absolute()), (os.path.realpath(said), self.root.resolve())):
-            try:
-                return Path(one).relative_to(root).as_posix()
-            except ValueError:
-                continue
-        return row.fail("path", f"a video below {str(self.root)!r}")
-
-    @functools.cached_property
-    def _listed(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """({path in one spelling: as the disk has it}, {name: such paths}), without case, of all files but hidden ones."""
-        by_path: dict[str, list[str]] = {}
-        by_name: dict[str, list[str]] = {}
-        for name in walk(self.root):
-            spelt = unicodedata.normalize("NFC", name).casefold()
-            by_path.setdefault(spelt, []).append(name)
-            by_name.setdefault(posixpath.basename(spelt), []).append(name)
-        return by_path, by_name
-
-
-def walk(root: Path, skipped: list[str] | None = None) -> Iterator[str]:
-    """The paths of all files below a folder, in order, through links but into no folder twice; `skipped`: what is hidden or has
-    a name that is no text is added to it."""
-    seen: set[tuple[int, int]] = set()
-    skipped = [] if skipped is None else skipped
-    for folder, folders, files in os.walk(root, followlinks=True):
-        stat = os.stat(folder)
-        if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        below = Path(folder).relative_to(root)
-        for names in (folders, files):
-            for name in sorted(names):
-                if name.startswith(".") or not is_text(name):
-                    skipped.append((below / name).as_posix())
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and is_text(name))
-        yield from ((below / name).as_posix() for name in sorted(files) if not name.startswith(".") and is_text(name))
-
-
-def _in_tar(path):
-    try:
-        return members.place(path) is not None
-    except VideoError:  # said by the check
-        return False
-
-
-def is_text(name: str) -> bool:
-    """Whether a file's name is UTF-8; other bytes are surrogates in it."""
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 def _open(path: Path) -> tuple[list[str], Iterator[_Row]]:
     """(names of its columns, its rows)."""
     if path.suffix.lower() not in SUFFIXES:
@@ -310,9 +204,7 @@ def _header(path, content):
         except csv.Error:
             continue
         if set(_NEEDED) <= set(names):
-            twice = [name for name in names if name and names.count(name) > 1]
-            if twice:
-                raise ValueError(f"{path}: line 1 names the column {twice[0]} {names.count(twice[0])} times")
+            _check_once(f"{path}: line 1", filter(None, names))
             return delimiter, names
     next(text.rows(path, _NEEDED, delimiter=usual), None)
     raise ValueError(f"{path}: expected a header with the columns {', '.join(_NEEDED)} in the first line")
@@ -339,16 +231,33 @@ def _open_arrow(path):
     missing = [name for name in _NEEDED if name not in names]
     if missing:
         raise ValueError(f"{path}: expected the columns {', '.join(_NEEDED)}; missing: {', '.join(missing)}")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path}: names the column {twice[0]} {names.count(twice[0])} times")
+    _check_once(f"{path}:", names)
     for name in _NEEDED:
         kind = table.schema.field(name).type
         inner = kind.value_type if name == "caption" and pa.types.is_list(kind) else kind
         inner = inner.value_type if pa.types.is_dictionary(inner) else inner
         if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)):
             raise ValueError(f"{path}: {name}: expected a column of text, got {kind}")
+    for i, column in enumerate(table.schema):  # without pandas Python knows no nanoseconds
+        if pa.types.is_duration(column.type) and column.type.unit == "ns":
+            table = table.set_column(i, column.name, table.column(i).cast(pa.duration("us"), safe=False))
     return names, _arrow_rows(path, table)
+
+
+def _check_once(where, names):
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{where} names the column {name} {count} times")
+
+
+def _check_times(path, header):
+    """Times under other names, in who knows what unit, would be left out, and clips be whole videos."""
+    other = [name for name in header if name not in COLUMNS and _LIKE_TIME.fullmatch(name.strip().lower())]
+    if other and not {"start", "stop"} <= set(header):
+        raise ValueError(
+            f"{path}: expected times in columns start and stop, seconds or [hh:]mm:ss, got {', '.join(other[:_NAMED])}; name "
+            "columns that are no times otherwise"
+        )
 
 
 def _arrow_rows(path, table):
@@ -392,7 +301,7 @@ def _span(row: _Row) -> tuple[float | None, float | None]:
         return None, None
     times = []
     for name, value in zip(("start", "stop"), said, strict=True):
-        found = seconds(value) if value else None
+        found = text.seconds(value) if value else None
         if found is None or found < 0 or (found > LONGEST and name == "stop"):
             other = "" if value else f", as {'stop' if name == 'start' else 'start'} is given; or neither, for the whole video"
             if name not in row.values:
@@ -463,7 +372,10 @@ def _once(message: str) -> None:
 
 def _mention(path, unused):
     if unused:
-        _once(f"{path}: columns that are not read: {', '.join(unused)}; data.labels names those that hold classes")
+        more = f" and {len(unused) - _NAMED:,} more" if len(unused) > _NAMED else ""
+        _once(
+            f"{path}: columns that are not read: {', '.join(unused[:_NAMED])}{more}; data.labels names those that hold classes"
+        )
 
 
 def _mention_mixed(path, clips, of_video):

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["Row", "Unique", "class_list", "content", "decoded", "number", "rows", "short"]
+__all__ = ["Row", "Unique", "class_list", "content", "decoded", "number", "rows", "seconds", "short"]
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _CLOCK = re.compile(r"(\d{1,4}):(\d{1,2}):(\d{1,2}(?:\.\d+)?)", re.ASCII)
+_SPOKEN = re.compile(r"(?:(\d{1,3}):)?(\d{1,3}):(\d{1,2}(?:[.,]\d+)?)", re.ASCII)
 _CLASSES = re.compile(r"\[\s*(?:\d+(?:\s*,\s*\d+)*\s*,?\s*)?\]", re.ASCII)
 _DELIMITERS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
 _LARGEST = 2**31 - 1  # class numbers are int32
@@ -80,6 +81,16 @@ def number(text: str) -> float | None:
     text = text.strip()
     value = float(text) if _NUMBER.fullmatch(text) else float("inf")
     return value if abs(value) < float("inf") else None
+
+
+def seconds(said: str) -> float | None:
+    """Seconds of "12.5", "1:02.5" or "01:02:03,5"; None of anything else."""
+    found = _SPOKEN.fullmatch(said.strip())
+    if found is None:
+        return number(said)
+    hours, minutes, rest = int(found[1] or 0), int(found[2]), float(found[3].replace(",", "."))
+    # 60.00 is what rounding makes of 59.998; minutes count on where there are no hours.
+    return None if rest > 60 or (found[1] and minutes > 59) else 3600 * hours + 60 * minutes + rest
 
 
 def class_list(text: str) -> list[int] | None:
