@@ -66,7 +66,7 @@ def run(
         overrides: "section.key=value" for both stages. quiet: print nothing.
 
     Returns:
-        dict: what results.json holds.
+        dict: what results.json holds; of several processes that torchrun started the first one's, {} of the others.
 
     Raises:
         ConfigError: a folder that cannot be written, a device that is not there. FileExistsError: another corpus there.
@@ -115,6 +115,8 @@ def run(
         rows.append((f"after {'pretraining' if stage == 'pretrain' else 'fine-tuning'} ({loss})", trained["metrics"]))
         clock[stage] = time.perf_counter()
 
+    if not main:
+        return {}
     say("4/4  controls, searches and the page")
     config, model = configs["finetune"], trained["model"]
     controls, similarities = [], {}
@@ -145,8 +147,6 @@ def run(
         "seconds": {b: round(clock[b] - clock[a], 1) for a, b in itertools.pairwise(clock)} | _earlier(configs, done),
         "epochs": {stage: configs[stage].train.epochs for stage in STAGES},
     }
-    if not main:
-        return results
     write_atomically(out / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     from evaat_fast.train import report
 
