@@ -81,7 +81,7 @@ BAD = [
     (
         dict(backend="opencl"),
         ValueError,
-        "backend: expected one of auto, triton, cuda, cpu, sdpa, reference, got 'opencl'",
+        "backend: expected one of auto, gluon, triton, cuda, cpu, sdpa, reference, got 'opencl'",
     ),
 ]
 

@@ -16,7 +16,7 @@ import torch
 import evaat_fast
 from evaat_fast.cli import main
 from evaat_fast.model import save_checkpoint
-from evaat_fast.search import Index, cut, find, moments, page, query, scan, windows
+from evaat_fast.search import Index, cut, find, moments, page, query, windows
 from evaat_fast.search.store import BadIndex, File, Places, alone
 from evaat_fast.search.vectors import Vectors
 
@@ -477,38 +477,3 @@ def test_what_is_wrong_is_said(index, videos, place, tmp_path, capsys, monkeypat
     (index.folder / "vectors-0000.f16").write_bytes(b"")
     with pytest.raises(BadIndex, match="lacks vectors"):
         Index.open(videos)
-
-
-def test_weights_of_pictures_and_by_name(place, videos, monkeypatch):
-    made = Index.create(videos / ".evaat-index", place / "pictures.safetensors", device="cpu")
-    assert made.embedder.config.num_frames == 4 and made.settings.model["num_frames"] == 4
-    made.add(videos)
-    assert len(Index.open(videos).search("push left")) > 0
-    hub = pytest.importorskip("huggingface_hub")
-    asked = []
-
-    def fetch(repo, name):
-        asked.append((repo, name))
-        return str(place / "weights.safetensors")
-
-    monkeypatch.setattr(hub, "hf_hub_download", fetch)
-    assert evaat_fast.load("eva02_clip_b16").model.config.num_frames == 4
-    assert asked == [("timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k", "open_clip_model.safetensors")]
-
-    def offline(repo, name):
-        raise OSError("no network\nand more")
-
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
-    with pytest.raises(
-        RuntimeError, match=r"\(no network\).*https://huggingface.co/timm/eva02_base.*/resolve/main/open_clip_model"
-    ):
-        evaat_fast.load("eva02_clip_b16")
-
-
-def test_a_scan_opens_nothing(tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"x")
-    (tmp_path / "a.mp4").chmod(0)
-    found = scan.scan([tmp_path, tmp_path / "a.mp4"], str(tmp_path))
-    assert list(found) == ["a.mp4"] and found["a.mp4"].why is None
-    with pytest.raises(FileNotFoundError, match="videos: there is no file or folder"):
-        scan.scan([tmp_path / "b"], str(tmp_path))

@@ -1,4 +1,4 @@
-"""An index under odd conditions: many threads, damaged files, dates that no calendar has, more moments than there are."""
+"""An index under odd conditions: threads, damaged files, dates that no calendar has, too many moments, weights by name."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_search import built, index, place, rows, videos  # noqa: F401, fixtures
 
+import evaat_fast
 from evaat_fast.search import Index, moments, scan
 from evaat_fast.search import index as search_index
 from evaat_fast.search.store import BadIndex
@@ -139,3 +140,38 @@ def test_two_that_make_an_index_at_once(place, videos, monkeypatch):  # noqa: F8
     with pytest.raises(BadIndex, match="there is an index in .* already"):
         Index.create(folder, there, device="cpu")
     assert len(Index.open(folder)) == 11
+
+
+def test_weights_of_pictures_and_by_name(place, videos, monkeypatch):  # noqa: F811
+    made = Index.create(videos / ".evaat-index", place / "pictures.safetensors", device="cpu")
+    assert made.embedder.config.num_frames == 4 and made.settings.model["num_frames"] == 4
+    made.add(videos)
+    assert len(Index.open(videos).search("push left")) > 0
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def fetch(repo, name, local_files_only):
+        asked.append((repo, name))
+        return str(place / "weights.safetensors")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    assert evaat_fast.load("eva02_clip_b16").model.config.num_frames == 4
+    assert asked == [("timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k", "open_clip_model.safetensors")]
+
+    def offline(repo, name, local_files_only):
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    with pytest.raises(
+        RuntimeError, match=r"\(no network\).*https://huggingface.co/timm/eva02_base.*/resolve/main/open_clip_model"
+    ):
+        evaat_fast.load("eva02_clip_b16")
+
+
+def test_a_scan_opens_nothing(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "a.mp4").chmod(0)
+    found = scan.scan([tmp_path, tmp_path / "a.mp4"], str(tmp_path))
+    assert list(found) == ["a.mp4"] and found["a.mp4"].why is None
+    with pytest.raises(FileNotFoundError, match="videos: there is no file or folder"):
+        scan.scan([tmp_path / "b"], str(tmp_path))

@@ -176,7 +176,9 @@ def hub(tmp_path, monkeypatch):
     """Weights of pictures where a download would put them."""
     small = {**TINY["model"]["overrides"], "num_frames": 1}
     package.model.save_checkpoint(package.create_model("eva02_at_tiny_patch16_64", **small), tmp_path / "hub.safetensors")
-    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "hf_hub_download", lambda *_: str(tmp_path / "hub.safetensors"))
+    monkeypatch.setattr(
+        pytest.importorskip("huggingface_hub"), "hf_hub_download", lambda *_, **__: str(tmp_path / "hub.safetensors")
+    )
 
 
 @pytest.fixture

@@ -51,10 +51,14 @@ def _launch_forward(q, k, v, out, lse, turned_q, turned_k, call):
     """turned_q: None not to keep them."""
     from evaat_fast.kernels.attn import forward
 
-    (table, _), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
-    if call.rope:
+    (table, k_table), rotation = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
+    if call.rope and call.backend == "gluon":  # by the faster kernel, which is CUDA C++ where it is built
         turn([k], [turned_k], call.k_rotation())
-        k = turned_k
+    elif call.rope:
+        from evaat_fast.kernels.rope3d.rotate import rotate
+
+        rotate([k], [turned_k], k_table, *rotation, False)
+    k = turned_k if call.rope else k
     if call.backend == "gluon":
         from evaat_fast.kernels.attn import sm90
 
