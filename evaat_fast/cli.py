@@ -246,13 +246,12 @@ def _add_search(commands):
     command.add_argument(
         "--like", action="append", default=[], metavar="FILE@TIME", help="as video.mp4@12.5 or @01:02; can be given again"
     )
-    command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
+    _add_opened(command)
     command.add_argument("-k", "--k", type=int, default=10, metavar="N", help="moments (10)")
     command.add_argument("--folder", metavar="DIR", help="only videos below it")
     command.add_argument("--after", metavar="DATE", help="only files of this date or later, as 2026-05-31")
     command.add_argument("--before", metavar="DATE", help="only files of earlier dates")
     command.add_argument("--clips", action="store_true", help="single clips; those of one event are not united")
-    command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--page", metavar="FILE", help="write a page that shows them")
     command.add_argument("--open", action="store_true", help="open that page (search.html in the index, without --page)")
@@ -266,7 +265,7 @@ def _add_serve(commands):
         help="a page that searches indexed videos and plays what it finds",
         description="A page on this machine that searches indexed videos and plays what it finds.",
     )
-    command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
+    _add_opened(command)
     command.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
     command.add_argument(
         "--host",
@@ -274,8 +273,12 @@ def _add_serve(commands):
         help="0.0.0.0 lets everyone in the network see the videos (127.0.0.1, this machine alone)",
     )
     command.add_argument("--open", action="store_true", help="open the page in a browser")
-    command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
     command.set_defaults(run=_commands.serve)
+
+
+def _add_opened(command):
+    command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
+    command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
 
 
 def _add_run(command):

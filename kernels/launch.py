@@ -30,6 +30,12 @@ def on(device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+@lru_cache(maxsize=64)
+def multiprocessors(device):
+    """2 in the interpreter, so that there are sums to be added up."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def generation(device):
     """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

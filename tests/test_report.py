@@ -55,7 +55,8 @@ class Page(HTMLParser):
 
 def test_files(run):
     out, results = run
-    names = {"corpus-quick", "pretrain", "finetune", "pretrain.toml", "finetune.toml", "index", "results.json", "index.html"}
+    names = {"corpus-quick", ".evaat-index", "results.json", "index.html"}
+    names |= {*demo.STAGES, *(f"{stage}.toml" for stage in demo.STAGES)}
     assert {p.name for p in out.iterdir()} == names
     assert json.loads((out / "results.json").read_text()) == results
     assert [r["name"] for r in results["metrics"]][:2] == ["random scores", "before training"]
@@ -111,7 +112,7 @@ def test_what_is_found_is_judged_by_the_table(run, monkeypatch):
     """A search that knows the answers, one that knows their opposites, and one that finds what nobody narrated."""
     out, results = run
     test = inputs.test_split(load(out / "pretrain.toml"))
-    index = Index.open(out / "index")
+    index = Index.open(out)
     (source,) = test.sources.values()
     assert len(index.files) == len(source.files) > 1 and len(index) == results["search"]["clips"]
 

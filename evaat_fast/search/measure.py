@@ -1,6 +1,6 @@
 """How well a search finds what a table says is there: each caption of a test split is searched in an index of its videos.
 
-found = measure.answers(Index.open("demo/index"), test)
+found = measure.answers(Index.open("demo"), test)
 measure.hits(found)                      # (captions whose event is among the first five, captions asked)
 measure.pairs(found, test, [(4, 5)])     # of verb classes as "inflate" and "squeeze": (captions whose own came first, all)
 """

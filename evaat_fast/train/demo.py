@@ -41,8 +41,7 @@ QUICK = {
 }
 RANDOM_DRAWS = 20
 SHOWN = 5
-# The index of the test videos: clips as long as those that were narrated, four a second.
-INDEX = "index"
+# Of the index of the test videos: clips as long as those that were narrated, four a second.
 SECONDS, OVERLAP = 1.0, 0.75
 # Seconds a clip and core, of two AVX-512 cores, for what is said beforehand.
 _MAKING, _DECODING = 0.028, 0.008
@@ -159,10 +158,10 @@ def run(
     say(search_line(searched))
     say(f"\n{time.perf_counter() - clock['start']:.0f} s. The page: {page.resolve()}")
     say("Go on with:")
-    say(f'    evaat-fast search "{searched["asked"][0]}" --index {shlex.quote(str(out / INDEX))}')
+    say(f'    evaat-fast search "{searched["asked"][0]}" --index {shlex.quote(str(out))}')
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     say(
-        f"    evaat-fast serve --index {shlex.quote(str(out / INDEX))}"
+        f"    evaat-fast serve --index {shlex.quote(str(out))}"
         + "      # after pip install 'evaat-fast[serve]'" * bool(missing)
     )
     return results
@@ -183,10 +182,11 @@ def _search(out, run, test, device):
     """Indexes the test videos; (what results.json holds of it, what the page shows)."""
     from evaat_fast.data import kitchen
     from evaat_fast.search import Index, measure
+    from evaat_fast.search.index import FOLDER
     from evaat_fast.search.store import BadIndex
     from evaat_fast.train import report
 
-    folder = out / INDEX
+    folder = out / FOLDER
     try:
         index = Index.open(folder, device=str(device))
         index.check(run, seconds=SECONDS, overlap=OVERLAP)

@@ -178,11 +178,9 @@ def text(record: Mapping[str, Any]) -> str:
     if record["partial"]:
         than = "; the paper's numbers are of all of them" if name in paper.TASKS else ""
         lines.append(f"PARTIAL: {record['left_out']} clips were left out{than}")
-    if name not in paper.TASKS:
-        pass
-    elif record["published_test_set"] is None:
+    if name in paper.TASKS and record["published_test_set"] is None:
         lines.append("whether this is all of the published test set, its counts would tell, which are not known here")
-    elif not record["published_test_set"]:
+    elif name in paper.TASKS and not record["published_test_set"]:
         counts = ", ".join(f"{number:,} {what}" for what, number in paper.COUNTS[name].items())
         lines.append(f"not the published test set{f', which has {counts}' if counts else ''}: not comparable with the paper's")
     if name in RETRIEVAL:

@@ -8,13 +8,11 @@ do not fill a block of 128 come first, in a block of 16, 32 or 64 of their own; 
 exponentials, and the product of the values no longer runs beneath them.
 """
 
-import functools
 import inspect
 from collections import namedtuple
 
-import torch
 import triton
-from evaat_fast.kernels.launch import on, table_of
+from evaat_fast.kernels.launch import multiprocessors, on, table_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -265,7 +263,7 @@ def stages_of(N):
     return 3 if N < 3000 else 2
 
 
-def forward(q, k, v, out, lse, turned_q, table, prefix, scale, stages=None):
+def forward(q, k, v, out, lse, turned_q, table, prefix, scale):
     """As `forward.forward`, of heads of 64 in half precision and neighbouring pairs, of at least 192 queries and as many keys,
     of clips that are not packed."""
     (B, H, N, D), Hk, BN = q.shape, k.shape[1], 128
@@ -281,11 +279,6 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, scale, stages=None):
     with on(q.device):
         attn_forward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
             of(q, 64), of(k, BN), of(v, BN), of(k, tail), of(v, tail), of(out, 64), of(turned_q if keep else q, 64),
-            lse, table_of(table), call, BN, tail, D, stages or stages_of(N), keep, 160,
+            lse, table_of(table), call, BN, tail, D, stages_of(N), keep, 160,
             num_warps=4, enable_fp_fusion=True,  # the second is off by default from Triton 3.10 on
         )  # fmt: skip
-
-
-@functools.cache
-def multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,11 +1,8 @@
 """What the norms share: a row of C numbers is one program's, all of it in registers."""
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.launch import multiprocessors, on
 
 
 def block(C, channels, **constants):
@@ -25,12 +22,6 @@ def stages(C, itemsizes, most=3):
 def size(x):
     """(rows, channels) of x [..., C]."""
     return x.numel() // x.shape[-1], x.shape[-1]
-
-
-@functools.lru_cache(maxsize=64)
-def multiprocessors(device):
-    """2 in the interpreter, so that there are sums to be added up."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def programs(M, device, warps, num_warps):

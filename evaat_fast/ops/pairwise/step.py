@@ -159,6 +159,7 @@ def run(step: Any) -> tuple:
                 step.product(slopes, step.unit_text, step.grad_video[first:last])
             if slopes is not None and step.grad_text is not None:
                 step.product(slopes.T, step.unit_video[first:last], step.grad_text, add=first > 0)
+    slopes = None  # or the panel would stay while gradients are put in another order: 32 MiB of 260 at 32,768 pairs
     if step.ranks is not None and step.grad_text is not None:
         step.grad_text = step.gradients[1] = step.ranks.scatter(step.grad_text)
     return step.finish()
