@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.linear import open_bias, product
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.attn.layout import gradient_like
 
@@ -25,11 +26,12 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B, L, C] -> the same. bias: of `out_proj`, if it learns elsewhere."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = gradient_like(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return product(self.out_proj, out.transpose(1, 2).flatten(2), bias)
 
 
 def gelu(x: Tensor, quick: bool) -> Tensor:
@@ -65,16 +67,17 @@ class Block(nn.Module):
     def forward(self, branch: Tensor, stream: Tensor | None, selective: bool = False) -> tuple[Tensor, Tensor]:
         matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
         x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix)
-        branch = self.attn(x)
+        bias = open_bias(self.attn.out_proj, "add_norm", x)
+        branch = self.attn(x, bias)
         if selective:
-            hidden, stream = again(self.widen, branch, stream)
+            hidden, stream = again(self.widen, branch, stream, bias)
             return again(self.mlp.narrow, hidden), stream
-        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS)
+        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS, x_bias=bias)
         return self.mlp(x), stream
 
-    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+    def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """c_fc's output and the new stream."""
-        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS)
+        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS, x_bias=bias)
         return self.mlp.c_fc(x), stream
 
 

@@ -14,17 +14,13 @@ from torch import Tensor, nn
 from evaat_fast import ops
 from evaat_fast.model import patches as dropout
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.linear import is_plain, open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.rope3d.table import hold_constant
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
 Grid = tuple[int, int, int]
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is its weight, so that a product may read that; adapters and quantised layers must be called."""
-    return getattr(type(linear), "forward", None) is nn.Linear.forward
 
 
 class Attention(nn.Module):
@@ -40,18 +36,27 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, EPS)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None, selective: bool = False) -> Tensor:
-        """[B, 1 + T*Hp*Wp, C] -> the same. positions: of tokens [B, 1 + N', C], where they are not all of a grid."""
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        freqs: Tensor,
+        positions: Any = None,
+        selective: bool = False,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """[B, 1 + T*Hp*Wp, C] -> the same. positions: of tokens [B, 1 + N', C], where they are not all of a grid. bias: of
+        `proj`, if it learns elsewhere."""
         # Joined in each call: two small launches. A single parameter would take one, to keep the key's part of its gradient
         # at zero (a key's bias does not cancel under rotation), and change the names that checkpoints and optimizers know.
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias) if is_plain(self.qkv) else self.qkv(x) + bias
+        of_qkv = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, of_qkv) if is_plain(self.qkv) else self.qkv(x) + of_qkv
         out = ops.joint_attention_qkv_(
             qkv, self.heads, None if positions is not None else grid, freqs=freqs, positions=positions
         )
-        return again(self.project, out) if selective else self.project(out)
+        return again(self.project, out, bias) if selective else self.project(out, bias)
 
-    def forward_class(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None) -> Tensor:
+    def forward_class(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None, bias: Tensor | None = None) -> Tensor:
         """[B, 1 + T*Hp*Wp, C] -> [B, 1, C]: the class token's row of `forward`, without computing the others."""
         width, kv_bias = x.shape[2], torch.cat((torch.zeros_like(self.v_bias), self.v_bias))
         if is_plain(self.qkv):
@@ -64,11 +69,11 @@ class Attention(nn.Module):
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
         # The class token itself is not rotated.
         k = ops.rope3d(k, grid=None if positions is not None else grid, freqs=freqs, positions=positions)
-        return self.project(ops.joint_attention(q, k, v))
+        return self.project(ops.joint_attention(q, k, v), bias)
 
-    def project(self, out: Tensor) -> Tensor:
+    def project(self, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """What attention returned, [B, H, N, D], to [B, N, C]."""
-        return self.proj(_norm(out.transpose(1, 2).flatten(2), self.norm))
+        return product(self.proj, _norm(out.transpose(1, 2).flatten(2), self.norm), bias)
 
 
 class SwiGLU(nn.Module):
@@ -81,11 +86,16 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.fc1(x))
+        return self.narrow(*self.widen(x))
 
-    def narrow(self, x: Tensor) -> Tensor:
+    def widen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """fc1's output, and its bias if that learns in what follows."""
+        bias = open_bias(self.fc1, "swiglu_norm", x)
+        return product(self.fc1, x, bias), bias
+
+    def narrow(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What follows on fc1."""
-        return self.fc2(ops.swiglu_norm(x, self.norm.weight, self.norm.bias, EPS))
+        return self.fc2(ops.swiglu_norm(x, self.norm.weight, self.norm.bias, EPS, x_bias=bias))
 
 
 class Block(nn.Module):
@@ -116,20 +126,21 @@ class Block(nn.Module):
         # The first branch of a tower is a stream, float32 whatever its matrices are. Of the bias: a quantised matrix has none.
         matrix = self.attn.q_bias.dtype
         x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix)
+        bias = open_bias(self.attn.proj, "add_norm", x)
         if class_only:
-            branch, stream = self.attn.forward_class(x, grid, freqs, positions), stream[:, :1]
+            branch, stream = self.attn.forward_class(x, grid, freqs, positions, bias), stream[:, :1]
         else:
-            branch = self.attn(x, grid, freqs, positions, selective)
+            branch = self.attn(x, grid, freqs, positions, selective, bias)
         if selective and not class_only:
-            hidden, stream = again(self.widen, branch, stream)
-            return again(self.mlp.narrow, hidden), stream
-        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS)
+            hidden, bias, stream = again(self.widen, branch, stream, bias)
+            return again(self.mlp.narrow, hidden, bias), stream
+        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS, x_bias=bias)
         return self.mlp(x), stream
 
-    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """fc1's output and the new stream."""
-        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS)
-        return self.mlp.fc1(x), stream
+    def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """fc1's output and its bias, as the MLP has them, and the new stream."""
+        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS, x_bias=bias)
+        return *self.mlp.widen(x), stream
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.linear import open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.model.text import gelu
@@ -35,14 +36,15 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """[B, N, C] -> the same, or with `class_only` its first row, [B, 1, C]."""
+    def forward(self, x: Tensor, class_only: bool = False, bias: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> the same, or with `class_only` its first row, [B, 1, C]. bias: of `proj`, if it learns elsewhere."""
         q, k, v = self.split(x)
-        return self.project(gradient_like(F.scaled_dot_product_attention(q[:, :, :1] if class_only else q, k, v)))
+        out = F.scaled_dot_product_attention(q[:, :, :1] if class_only else q, k, v)
+        return self.project(gradient_like(out), bias)
 
-    def project(self, out: Tensor) -> Tensor:
+    def project(self, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """What attention returned, [B, H, N, D], to [B, N, C]."""
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return product(self.proj, out.transpose(1, 2).flatten(2), bias)
 
 
 class DividedAttention(Attention):
@@ -53,12 +55,12 @@ class DividedAttention(Attention):
         super().__init__(width, heads)
         self.frames, self.time = frames, time
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """[B, 1 + T*Hp*Wp, C] -> the same."""
+    def forward(self, x: Tensor, class_only: bool = False, bias: Tensor | None = None) -> Tensor:
+        """[B, 1 + T*Hp*Wp, C] -> the same, as `Attention`."""
         q, k, v = self.split(x)
         of_class = F.scaled_dot_product_attention(q[:, :, :1], k, v)
         if class_only:
-            return self.project(of_class)
+            return self.project(of_class, bias)
         queries, keys, values = (self._groups(part) for part in (q, k, v))
         keys, values = (
             torch.cat((whole[:, None, :, :1].expand_as(part[:, :, :, :1]), part), 3) for whole, part in ((k, keys), (v, values))
@@ -66,7 +68,7 @@ class DividedAttention(Attention):
         out = F.scaled_dot_product_attention(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
         out = out.unflatten(0, (-1, queries.shape[1]))
         out = out.permute(0, 2, 3, 1, 4) if self.time else out.transpose(1, 2)  # [B, H, T, Hp*Wp, D]
-        return self.project(torch.cat((of_class, out.flatten(2, 3)), 2))
+        return self.project(torch.cat((of_class, out.flatten(2, 3)), 2), bias)
 
     def _groups(self, x):
         """[B, H, 1 + T*Hp*Wp, D] -> the patches of each group, [B, groups, H, patches, D]."""
@@ -116,24 +118,31 @@ class Block(nn.Module):
         else:
             x, stream = self._norm(branch, stream, self.norm3, matrix)
             # What time adds is seen by the attention over space, and is in its input alone: the stream goes on without it.
-            x = self._norm(self.timeattn(x), stream, self.norm1, matrix)[0]
-        branch = self.attn(x, class_only)
+            bias = open_bias(self.timeattn.proj, "add_norm", x)
+            x = self._norm(self.timeattn(x, bias=bias), stream, self.norm1, matrix, bias)[0]
+        bias = open_bias(self.attn.proj, "add_norm", x)
+        branch = self.attn(x, class_only, bias)
         stream = stream[:, :1] if class_only else stream
         if selective and not class_only:
-            hidden, stream = again(self.widen, branch, stream)
+            hidden, stream = again(self.widen, branch, stream, bias)
             return again(self.mlp.narrow, hidden), stream
-        x, stream = self._norm(branch, stream, self.norm2)
+        x, stream = self._norm(branch, stream, self.norm2, bias=bias)
         return self.mlp(x), stream
 
-    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+    def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """fc1's output and the new stream."""
-        x, stream = self._norm(branch, stream, self.norm2)
+        x, stream = self._norm(branch, stream, self.norm2, bias=bias)
         return self.mlp.fc1(x), stream
 
     def _norm(
-        self, branch: Tensor, stream: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype | None = None
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        norm: nn.LayerNorm,
+        dtype: torch.dtype | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return ops.add_norm(branch, stream, norm.weight, norm.bias, self.eps, dtype=dtype)
+        return ops.add_norm(branch, stream, norm.weight, norm.bias, self.eps, dtype=dtype, x_bias=bias)
 
 
 class ClipVisionTransformer(nn.Module):
