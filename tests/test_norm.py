@@ -123,16 +123,16 @@ PLAIN = {ops.add_norm: plain_add_norm, ops.swiglu_norm: plain_swiglu_norm}
 
 @pytest.mark.sample(12)
 @places
-@pytest.mark.parametrize("C, kind", [(768, F32), (1024, None), (1000, F32), (48, None)])
+@pytest.mark.parametrize("C, kind", [(768, None), (1000, F32), (48, F32)])
 def test_a_bias_that_x_has_in_it(backend, device, dtype, C, kind):
     """Its gradient, of float32 or of x's dtype."""
     bias = rows((2 * C,), kind or dtype, device)
-    x, stream, weights = rows((3, 13, C), dtype, device), rows((3, 13, C), F32, device), norm_weights(C, F32, device)
+    x, stream, weights = rows((2, 7, C), dtype, device), rows((2, 7, C), F32, device), norm_weights(C, F32, device)
     ours, plain = biased(ops.add_norm)
     check(ours, plain, (x, stream, *weights, bias[:C]), near, backend=backend)
     ours, plain = biased(ops.swiglu_norm)
     for given in (weights, (None, None)):
-        check(ours, plain, (rows((3, 13, 2 * C), dtype, device), *given, bias), near, backend=backend)
+        check(ours, plain, (rows((2, 7, 2 * C), dtype, device), *given, bias), near, backend=backend)
 
 
 @places

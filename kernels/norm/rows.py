@@ -81,12 +81,14 @@ def sums_kernel(
         at = ((first + p) * SUMS + which).to(tl.int64)[:, None] * C + c[None, :]
         total += tl.load(sums + at, mask=(first + p < P)[:, None] & has[None, :], other=0.0)
     column = tl.sum(total, 0)
-    if dweight is not None:
-        tl.store(dweight + c, column, mask=has & (which == 0))
-    if dbias is not None:
-        tl.store(dbias + c, column, mask=has & (which == 1))
-    if dx_bias is not None:
-        tl.store(dx_bias + (which - 2) * C + c, column, mask=has & (which >= 2))
+    if which == 0:
+        if dweight is not None:
+            tl.store(dweight + c, column, mask=has)
+    elif which == 1:
+        if dbias is not None:
+            tl.store(dbias + c, column, mask=has)
+    elif dx_bias is not None:
+        tl.store(dx_bias + (which - 2) * C + c, column, mask=has)
 
 
 SUMS = {"BLOCK_P": 128, "BLOCK_C": 32, "num_warps": 8}
