@@ -13,11 +13,8 @@ places = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.interpret), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 TOWERS = ("eva02", *(pytest.param(tower, marks=pytest.mark.slow) for tower in ("clip", "timesformer")))
-OPEN = {
-    "eva02": ("attn.proj.bias", "mlp.fc1.bias", "attn.out_proj.bias"),
-    "clip": ("attn.proj.bias", "attn.out_proj.bias"),
-    "timesformer": ("attn.proj.bias", "attn.out_proj.bias"),
-}
+EVERY = ("attn.proj.bias", "blocks.0.mlp.fc2.bias", "attn.out_proj.bias", "resblocks.0.mlp.c_proj.bias")
+OPEN = {"eva02": (*EVERY, "mlp.fc1.bias"), "clip": EVERY, "timesformer": EVERY}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +31,7 @@ class Task:
         torch.manual_seed(0)
         frames = 2 if tower == "timesformer" else 1
         sizes = {"num_frames": frames, "image_size": 32 if tower == "eva02" else 24, "vision_width": 64, "vision_heads": 1}
-        sizes |= {"vision_mlp": 96, "text_width": 64, "text_heads": 1, "text_layers": 1}
+        sizes |= {"vision_mlp": 96, "text_width": 64, "text_heads": 1, "text_layers": 2}
         self.model = ours(tower, **sizes).to(device)
         (height, width), self.device = self.model.config.size, device
         self.video = torch.randint(0, 256, (1, frames, height, width, 3), dtype=torch.uint8, device=device)
@@ -59,15 +56,16 @@ class Task:
         return [m.register_forward_hook(lambda *_: seen.append(1)) for m in layers], seen
 
 
-def assert_same_but_biases(found, called, tower, exactly):
-    for name, grad in called.items():
-        if name.endswith(OPEN[tower]):
-            torch.testing.assert_close(
-                found[name], grad, rtol=1e-5 if exactly else 2e-2, atol=1e-5 if exactly else 1e-2, msg=name
-            )
+def assert_same(found, others, summed_elsewhere=()):
+    """To the bit on a CPU, but for sums in another order; on a GPU, where attention's gradients vary, within bfloat16."""
+    assert found.keys() == others.keys()
+    for name, grad in others.items():
+        if grad.is_cuda:
+            assert (found[name] - grad).norm() <= 2e-2 * grad.norm(), name
+        elif name.endswith(tuple(summed_elsewhere)):
+            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-5, msg=name)
         else:
             assert torch.equal(found[name], grad), name
-    assert found.keys() == called.keys()
 
 
 @places
@@ -79,14 +77,13 @@ def test_a_step_is_the_same_with_fewer_sums(tower, device):
     hooks, seen = task.watch()
     of_called, called, all_sums = task.step()
     assert torch.equal(loss, of_called) and seen
-    assert_same_but_biases(found, called, tower, device == "cpu")
+    assert_same(found, called, OPEN[tower])
     assert all_sums - sums == sum(name.endswith(OPEN[tower]) for name in found) > 0
     for hook in hooks:
         hook.remove()
     for mode in ("selective",) if tower == "eva02" else ():  # in which a bias goes from one part to the next
         task.model.set_grad_checkpointing(mode)
-        again = task.step()
-        assert again[1].keys() == found.keys() and all(torch.equal(again[1][name], grad) for name, grad in found.items())
+        assert_same(task.step()[1], found)
 
 
 class Adapted(nn.Linear):
@@ -105,15 +102,16 @@ def test_what_is_called(device):
     for name, p in task.model.named_parameters():
         p.requires_grad_(name in biases)
     _, alone, _ = task.step()
-    assert alone.keys() == biases and all(torch.equal(alone[name], found[name]) for name in biases)
+    assert_same(alone, {name: found[name] for name in biases})
     for name, p in task.model.named_parameters():
         p.requires_grad_(name not in biases)
     _, others, fewer = task.step()
-    assert others.keys() == found.keys() - biases and all(torch.equal(others[name], found[name]) for name in others)
+    assert_same(others, {name: grad for name, grad in found.items() if name not in biases})
     assert fewer == sums
     task.model.requires_grad_(True)
     block = task.model.visual.blocks[0]
+    block.register_forward_hook(lambda *_: None)  # as FSDP has, to take parameters back before the next block reads its branch
     block.mlp.fc1.__class__ = Adapted
     block.attn.proj.bias = None
     _, changed, more = task.step()
-    assert more == sums + 1 and changed["visual.blocks.0.mlp.fc1.bias"].any()
+    assert more == sums + 2 and changed["visual.blocks.0.mlp.fc1.bias"].any()

@@ -34,8 +34,20 @@ def open_bias(linear: nn.Module, op: str, x: Tensor) -> Tensor | None:
         return None
     if traced(type(x), type(weight), type(bias)) or not sums_columns(op, x) or is_transformed(bias):
         return None
-    hooks = linear._forward_pre_hooks, linear._forward_hooks, linear._backward_pre_hooks, linear._backward_hooks
-    return None if any(hooks) or _has_global_hook() or "forward" in vars(linear) else bias
+    return bias if _stands_alone(linear) else None
+
+
+def left_bias(block: nn.Module, mlp: nn.Module, linear: nn.Module, x: Tensor) -> Tensor | None:
+    """As `open_bias`, of the last layer of a block's MLP, which the next block's norm reads: None also where something stands
+    around the block, as FSDP, which takes parameters back when it has run, or a compiler. x: of the block."""
+    bias = open_bias(linear, "add_norm", x)
+    return bias if bias is not None and _stands_alone(block) and _stands_alone(mlp) else None
+
+
+def _stands_alone(module):
+    """Whether a call of a module is its class's forward and nothing else."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return not (any(hooks) or _has_global_hook() or "forward" in vars(module) or module._compiled_call_impl is not None)
 
 
 def product(linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:

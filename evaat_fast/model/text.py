@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
-from evaat_fast.model.linear import open_bias, product
+from evaat_fast.model.linear import left_bias, open_bias, product
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.attn.layout import gradient_like
 
@@ -46,12 +46,13 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.c_fc(x))
+    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
+        """[..., C] -> the same. left: c_proj's bias, if it learns elsewhere."""
+        return self.narrow(self.c_fc(x), left)
 
-    def narrow(self, x: Tensor) -> Tensor:
+    def narrow(self, x: Tensor, left: Tensor | None) -> Tensor:
         """What follows on c_fc."""
-        return self.c_proj(gelu(x, self.quick))
+        return product(self.c_proj, gelu(x, self.quick), left)
 
 
 class Block(nn.Module):
@@ -64,16 +65,28 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width, quick)
 
-    def forward(self, branch: Tensor, stream: Tensor | None, selective: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        selective: bool = False,
+        given: Tensor | None = None,
+        left: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """given, left: as of the vision tower's blocks."""
         matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
-        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix)
+        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix, x_bias=given)
         bias = open_bias(self.attn.out_proj, "add_norm", x)
         branch = self.attn(x, bias)
         if selective:
             hidden, stream = again(self.widen, branch, stream, bias)
-            return again(self.mlp.narrow, hidden), stream
+            return again(self.mlp.narrow, hidden, left), stream
         x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS, x_bias=bias)
-        return self.mlp(x), stream
+        return self.mlp(x) if left is None else self.mlp(x, left), stream
+
+    def left(self, x: Tensor) -> Tensor | None:
+        """c_proj's bias, if it may learn behind the block, which is given x."""
+        return left_bias(self, self.mlp, self.mlp.c_proj, x) if type(self.mlp) is MLP else None
 
     def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """c_fc's output and the new stream."""
@@ -90,11 +103,12 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, C] to (branch, stream), whose sum is the last block's output."""
         stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
+        given: Tensor | None = None
         for block in self.resblocks:
-            if mode and mode != "selective":
-                x, stream = again(block, x, stream)
-            else:
-                x, stream = block(x, stream, mode == "selective")
+            left = block.left(x) if type(block) is Block and block is not self.resblocks[-1] else None
+            arguments = x, stream, mode == "selective", given, left
+            x, stream = again(block, *arguments) if mode and mode != "selective" else block(*arguments)
+            given = left
         assert stream is not None  # there is a block
         return x, stream
 

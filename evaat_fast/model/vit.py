@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
-from evaat_fast.model.linear import open_bias, product
+from evaat_fast.model.linear import left_bias, open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.model.text import gelu
@@ -83,12 +83,13 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.fc1(x))
+    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
+        """[..., C] -> the same. left: fc2's bias, if it learns elsewhere."""
+        return self.narrow(self.fc1(x), left)
 
-    def narrow(self, x: Tensor) -> Tensor:
+    def narrow(self, x: Tensor, left: Tensor | None) -> Tensor:
         """What follows on fc1."""
-        return self.fc2(gelu(x, self.quick))
+        return product(self.fc2, gelu(x, self.quick), left)
 
 
 class Block(nn.Module):
@@ -107,16 +108,22 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(width, self.eps) if divided else None
 
     def forward(
-        self, branch: Tensor, stream: Tensor | None, class_only: bool = False, selective: bool = False
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        class_only: bool = False,
+        selective: bool = False,
+        given: Tensor | None = None,
+        left: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """branch [B, N, C] and stream, whose sum (or branch alone) is the block's input, to those of its output; with
-        `class_only` of its first row, [B, 1, C]."""
+        `class_only` of its first row, [B, 1, C]. given, left: as of the EVA02 tower's blocks."""
         # The first branch of a tower is a stream, float32 whatever its matrices are; a quantised one has no dtype.
         matrix = getattr(self.attn.proj.weight, "dtype", torch.float32)
         if self.timeattn is None or self.norm3 is None:
-            x, stream = self._norm(branch, stream, self.norm1, matrix)
+            x, stream = self._norm(branch, stream, self.norm1, matrix, given)
         else:
-            x, stream = self._norm(branch, stream, self.norm3, matrix)
+            x, stream = self._norm(branch, stream, self.norm3, matrix, given)
             # What time adds is seen by the attention over space, and is in its input alone: the stream goes on without it.
             bias = open_bias(self.timeattn.proj, "add_norm", x)
             x = self._norm(self.timeattn(x, bias=bias), stream, self.norm1, matrix, bias)[0]
@@ -125,9 +132,13 @@ class Block(nn.Module):
         stream = stream[:, :1] if class_only else stream
         if selective and not class_only:
             hidden, stream = again(self.widen, branch, stream, bias)
-            return again(self.mlp.narrow, hidden), stream
+            return again(self.mlp.narrow, hidden, left), stream
         x, stream = self._norm(branch, stream, self.norm2, bias=bias)
-        return self.mlp(x), stream
+        return self.mlp(x) if left is None else self.mlp(x, left), stream
+
+    def left(self, x: Tensor) -> Tensor | None:
+        """fc2's bias, if it may learn behind the block, which is given x."""
+        return left_bias(self, self.mlp, self.mlp.fc2, x) if type(self.mlp) is MLP else None
 
     def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """fc1's output and the new stream."""
@@ -199,8 +210,12 @@ class ClipVisionTransformer(nn.Module):
         x = embed(self, video, patches)
         x = ops.add_norm(x, None, self.norm_pre.weight, self.norm_pre.bias, self.norm_pre.eps)[0]
         stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
+        given: Tensor | None = None
         for block in self.blocks:
-            arguments: tuple[Any, ...] = (x, stream, block is self.blocks[-1], mode == "selective")
+            last = block is self.blocks[-1]
+            left = block.left(x) if type(block) is Block and not last else None
+            arguments: tuple[Any, ...] = (x, stream, last, mode == "selective", given, left)
             x, stream = again(block, *arguments) if mode and mode != "selective" else block(*arguments)
+            given = left
         assert stream is not None  # there is a block
         return self.head(ops.add_norm(x[:, 0], stream[:, 0], self.norm.weight, self.norm.bias, self.eps)[0])
