@@ -191,7 +191,7 @@ def norm(arch, kind, C, dtype="bf16", residual=True, of_x=False):
 
     row, wide = f"*{dtype}", "*fp32"
     if kind == "sums":
-        constants = rows.SUMS | {"C": C, "SUMS": 3 if of_x else 2}
+        constants = rows.SUMS | {"C": C, "KINDS": 3 if of_x else 2}
         warps = constants.pop("num_warps")
         types = {"sums": wide, "dweight": wide, "dbias": wide, "dx_bias": wide if of_x else None, "P": "i32"}
         return aot.build(rows.sums_kernel, types, constants, arch, num_warps=warps)
@@ -213,7 +213,7 @@ def norm(arch, kind, C, dtype="bf16", residual=True, of_x=False):
     if kind.endswith("backward"):
         read = ("dY", "total", "dR") if module is add else ("dY", "x", "x")
         options = module.backward_config(C, *(4 if types[x] == wide else 2 for x in read if types[x]))
-        options["SUMS"] = 2 if not of_x else 3 if module is add else 4
+        options["KINDS"] = 2 if not of_x else 3 if module is add else 4
     warps = options.pop("num_warps")
     constants = options | ({} if module is add else {"EXACT": dtype == "fp32"})
     return aot.build(kernel, types | {"weight": wide, "statistics": wide, "M": "i32"}, constants, arch, num_warps=warps)

@@ -26,16 +26,16 @@ def add_norm_kernel(x, residual, weight, bias, normed, total, statistics, M, eps
 
 @triton.jit
 def add_norm_backward_kernel(
-    dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, SUMS: tl.constexpr,
+    dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, KINDS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every so many rows. dR: the gradient of total from elsewhere, or None. dx, dr: the same numbers in two dtypes, either may
-    be None. SUMS of each column: 2, of weight and bias, or 3, of dx too; sums: None if nobody wants them. STAGES: as in
+    be None. KINDS of sums of a column: 2, of weight and bias, or 3, of dx too; sums: None if nobody wants them. STAGES: as in
     swiglu_norm_backward_kernel."""
     c = tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR)
     has = c < C
     w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
-    dweight, dbias, of_x = (tl.zeros((BLOCK_C,), tl.float32),) * 3
+    dweight, dbias, of_x = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     at, step = tl.program_id(0).to(tl.int64) * C + c, tl.num_programs(0).to(tl.int64) * C
     for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         dy = tl.load(dY + at, mask=has, other=0.0).to(tl.float32)
@@ -51,12 +51,12 @@ def add_norm_backward_kernel(
             tl.store(dx + at, d, mask=has)
         dweight += dy * unit
         dbias += dy
-        if SUMS == 3:
+        if KINDS == 3:
             of_x += d
         at += step
     if sums is not None:
-        to = store_sums(sums, dweight, dbias, c, has, C, SUMS)
-        if SUMS == 3:
+        to = store_sums(sums, dweight, dbias, c, has, C, KINDS)
+        if KINDS == 3:
             tl.store(to, of_x, mask=has)
 
 
@@ -92,6 +92,6 @@ def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias, dx
     with on(dY.device):
         places = dY, dR, total, weight, statistics, dx, dr, sums, M
         options = backward_config(C, *(x.itemsize for x in (dY, total, dR) if x is not None))
-        add_norm_backward_kernel[count(M, C, dY.device),](*places, SUMS=2 if dx_bias is None else 3, **options)
+        add_norm_backward_kernel[count(M, C, dY.device),](*places, KINDS=2 if dx_bias is None else 3, **options)
     if sums is not None:
         add_up(sums, dweight, dbias, dx_bias)

@@ -60,9 +60,9 @@ def row_gradient(dY, unit, weight, rstd, C: tl.constexpr):
 
 
 @triton.jit
-def store_sums(sums, dweight, dbias, c, has, C: tl.constexpr, SUMS: tl.constexpr):
-    """A program's first two of SUMS rows of C; returns where its third begins."""
-    at = sums + tl.program_id(0).to(tl.int64) * SUMS * C + c
+def store_sums(sums, dweight, dbias, c, has, C: tl.constexpr, KINDS: tl.constexpr):
+    """A program's first two of KINDS rows of C; returns where its third begins."""
+    at = sums + tl.program_id(0).to(tl.int64) * KINDS * C + c
     tl.store(at, dweight, mask=has)
     tl.store(at + C, dbias, mask=has)
     return at + 2 * C
@@ -70,15 +70,15 @@ def store_sums(sums, dweight, dbias, c, has, C: tl.constexpr, SUMS: tl.constexpr
 
 @triton.jit
 def sums_kernel(
-    sums, dweight, dbias, dx_bias, P, C: tl.constexpr, SUMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    sums, dweight, dbias, dx_bias, P, C: tl.constexpr, KINDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Adds up float32 [P, SUMS, C], the shares of P programs, always in one order: (i, 0) makes dweight, (i, 1) dbias, the
+    """Adds up float32 [P, KINDS, C], the shares of P programs, always in one order: (i, 0) makes dweight, (i, 1) dbias, the
     others dx_bias, of C numbers or 2 C. Each may be None."""
     p, c = tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     which, has = tl.program_id(1), c < C
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for first in range(0, P, BLOCK_P):
-        at = ((first + p) * SUMS + which).to(tl.int64)[:, None] * C + c[None, :]
+        at = ((first + p) * KINDS + which).to(tl.int64)[:, None] * C + c[None, :]
         total += tl.load(sums + at, mask=(first + p < P)[:, None] & has[None, :], other=0.0)
     column = tl.sum(total, 0)
     if which == 0:
@@ -98,4 +98,4 @@ def add_up(sums, dweight, dbias, dx_bias):
     """sums: float32 [P, 2 or more, C]. The others may be None."""
     P, count, C = sums.shape
     with on(sums.device):
-        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), count](sums, dweight, dbias, dx_bias, P, C=C, SUMS=count, **SUMS)
+        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), count](sums, dweight, dbias, dx_bias, P, C=C, KINDS=count, **SUMS)

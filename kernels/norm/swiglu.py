@@ -38,17 +38,18 @@ def swiglu_norm_kernel(x, weight, bias, out, statistics, M, eps, C: tl.constexpr
 
 @triton.jit
 def swiglu_norm_backward_kernel(
-    dY, x, weight, statistics, dx, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr, SUMS: tl.constexpr,
+    dY, x, weight, statistics, dx, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr, KINDS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every so many rows. weight and statistics: None without a norm. SUMS of each column: 2, of weight and bias, or 4, of
-    gates and values too; sums: None if nobody wants them. STAGES - 1 rows are on their way from memory while one is
+    """Every so many rows. weight and statistics: None without a norm. KINDS of sums of a column: 2, of weight and bias, or 4,
+    of gates and values too; sums: None if nobody wants them. STAGES - 1 rows are on their way from memory while one is
     worked on."""
     c = tl.arange(0, BLOCK_C)
     has = c < C
     if weight is not None:
         w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
-    dweight, dbias, of_gate, of_value = (tl.zeros((BLOCK_C,), tl.float32),) * 4
+    dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    of_gate, of_value = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     first, step = tl.program_id(0).to(tl.int64) * C, tl.num_programs(0).to(tl.int64) * C
     for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         at = 2 * first + c
@@ -65,13 +66,13 @@ def swiglu_norm_backward_kernel(
         dgate, dvalue = d * value * s * (1.0 + gate * (1.0 - s)), d * silu
         tl.store(dx + at, dgate, mask=has)
         tl.store(dx + at + C, dvalue, mask=has)
-        if SUMS == 4:
+        if KINDS == 4:
             of_gate += dgate
             of_value += dvalue
         first += step
     if sums is not None:
-        to = store_sums(sums, dweight, dbias, c, has, C, SUMS)
-        if SUMS == 4:
+        to = store_sums(sums, dweight, dbias, c, has, C, KINDS)
+        if KINDS == 4:
             tl.store(to, of_gate, mask=has)
             tl.store(to + C, of_value, mask=has)
 
@@ -105,7 +106,7 @@ def backward(dY, x, weight, statistics, dx, sums, dweight, dbias, dx_bias):
     M, C = size(dY)
     with on(x.device):
         places = dY, x, weight, statistics, dx, sums, M
-        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize) | {"SUMS": 2 if dx_bias is None else 4}
+        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize) | {"KINDS": 2 if dx_bias is None else 4}
         swiglu_norm_backward_kernel[count(M, C, x.device),](*places, EXACT=x.dtype == torch.float32, **options)
     if sums is not None:
         add_up(sums, dweight, dbias, dx_bias)
