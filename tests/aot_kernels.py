@@ -212,8 +212,7 @@ def norm(arch, kind, C, dtype="bf16", residual=True, of_x=False):
     options = module.forward_config(C)
     if kind.endswith("backward"):
         read = ("dY", "total", "dR") if module is add else ("dY", "x", "x")
-        options = module.backward_config(C, *(4 if types[x] == wide else 2 for x in read if types[x]))
-        options["KINDS"] = 2 if not of_x else 3 if module is add else 4
+        options = module.backward_config(C, *(4 if types[x] == wide else 2 for x in read if types[x]), of_x=of_x)
     warps = options.pop("num_warps")
     constants = options | ({} if module is add else {"EXACT": dtype == "fp32"})
     return aot.build(kernel, types | {"weight": wide, "statistics": wide, "M": "i32"}, constants, arch, num_warps=warps)

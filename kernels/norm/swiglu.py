@@ -89,24 +89,24 @@ def forward(x, weight, bias, out, statistics, eps):
         swiglu_norm_kernel[M,](x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **forward_config(C))
 
 
-def backward_config(C, *itemsizes):
-    """itemsizes: of dY, gates and values. An H200 takes 0.269 ms at C = 2,048, where a copy takes 0.248; with 256 a warp
-    0.276, and with no row ahead 0.381 and 0.368."""
-    return block(C, CHANNELS, STAGES=stages(C, itemsizes))
+def backward_config(C, *itemsizes, of_x=False):
+    """itemsizes: of dY, gates and values; of_x: whether columns of gates and values are summed up. An H200 takes 0.269 ms
+    at C = 2,048 without, where a copy takes 0.248; with 256 a warp 0.276, and with no row ahead 0.381 and 0.368."""
+    return block(C, CHANNELS, KINDS=4 if of_x else 2, STAGES=stages(C, itemsizes))
 
 
-def count(M, C, device):
-    """Programs of the backward pass: 8 warps of a multiprocessor are what 204 registers leave room for."""
+def count(M, C, device, of_x):
+    """Programs of the backward pass: 8 warps of a multiprocessor are what 204 registers leave room for, or 246."""
     return programs(M, device, 8, block(C, CHANNELS)["num_warps"])
 
 
 def backward(dY, x, weight, statistics, dx, sums, dweight, dbias, dx_bias):
     """As `forward`. sums: float32 [count(...), 2, C], with dx_bias [2 C] 4 for 2, or None if none of what they add up to is
     wanted."""
-    M, C = size(dY)
+    (M, C), of_x = size(dY), dx_bias is not None
     with on(x.device):
         places = dY, x, weight, statistics, dx, sums, M
-        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize) | {"KINDS": 2 if dx_bias is None else 4}
-        swiglu_norm_backward_kernel[count(M, C, x.device),](*places, EXACT=x.dtype == torch.float32, **options)
+        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize, of_x=of_x)
+        swiglu_norm_backward_kernel[count(M, C, x.device, of_x),](*places, EXACT=x.dtype == torch.float32, **options)
     if sums is not None:
         add_up(sums, dweight, dbias, dx_bias)

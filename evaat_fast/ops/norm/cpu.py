@@ -8,7 +8,7 @@ from evaat_fast.ops._core.native import dtype_codes, pointer, run
 _CODES = dtype_codes(_cpu)
 
 
-def _count(M, C, device):
+def _count(M, C, device, of_x):
     """Sums of so many rows each, whatever the number of threads."""
     return _cpu.norm_chunks(M)
 

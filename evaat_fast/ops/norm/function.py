@@ -104,7 +104,7 @@ class _AddNorm(torch.autograd.Function):
         wide = of_residual is not None and (of_x != of_residual or of_x == torch.float32)
         dr = torch.empty_like(total, dtype=torch.float32) if wide else None
         dx = None if wide and of_x == torch.float32 else torch.empty_like(total, dtype=of_x)
-        count = ctx.kernels.count(dY.numel() // C, C, dY.device)
+        count = ctx.kernels.count(dY.numel() // C, C, dY.device, wanted[2])
         of_weights = _of_weights(wanted, count, C, weight, bias, ctx.x_bias)
         ctx.kernels.backward(_memory(dY), _memory(dR), total, weight, statistics, dx, dr, *of_weights)
         given = None if of_residual is None else dx if dr is None else dr.to(of_residual)
@@ -142,8 +142,8 @@ class _SwigluNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dY):
         x, weight, bias, statistics = ctx.saved_tensors
-        C, dx = dY.shape[-1], torch.empty_like(x)
-        count = ctx.kernels.count(dY.numel() // C, C, dY.device)
-        of_weights = _of_weights(ctx.needs_input_grad[2:5], count, C, weight, bias, ctx.x_bias)
+        C, dx, wanted = dY.shape[-1], torch.empty_like(x), ctx.needs_input_grad[2:5]
+        count = ctx.kernels.count(dY.numel() // C, C, dY.device, wanted[2])
+        of_weights = _of_weights(wanted, count, C, weight, bias, ctx.x_bias)
         ctx.kernels.backward(_memory(dY), x, weight, statistics, dx, *of_weights)
         return None, dx, *of_weights[1:], None, None
