@@ -1,6 +1,9 @@
 """Biases that learn in the norm behind their layer: the step stays what it is, with fewer passes over gradients, and a layer
 that is more than its weight is called as ever."""
 
+import importlib
+
+import peers
 import pytest
 import torch
 from foreign import ours
@@ -84,6 +87,23 @@ def test_a_step_is_the_same_with_fewer_sums(tower, device):
     for mode in ("selective",) if tower == "eva02" else ():  # in which a bias goes from one part to the next
         task.model.set_grad_checkpointing(mode)
         assert_same(task.step()[1], found)
+
+
+@places
+@pytest.mark.parametrize("norm", [nn.LayerNorm, None])
+def test_timms_swiglu(norm, device):
+    layers = peers.peer("timm").layers
+    torch.manual_seed(0)
+    mlp, x = layers.SwiGLU(8, 24, norm_layer=norm).to(device), torch.randn(2, 20, 8, device=device, requires_grad=True)
+    runs = []
+    for kind in (layers.SwiGLU, importlib.import_module("evaat_fast.integrations._timm_blocks").FusedSwiGLU):
+        mlp.__class__ = kind
+        loss = mlp(x).square().sum()
+        with profile(activities=[ProfilerActivity.CPU]) as run:
+            grads = torch.autograd.grad(loss, [x, *mlp.parameters()])
+        runs.append((loss, *grads, sum(e.count for e in run.key_averages() if e.key == "aten::sum")))
+    torch.testing.assert_close(runs[1][:-1], runs[0][:-1], rtol=1e-4, atol=1e-5)
+    assert runs[0][-1] - runs[1][-1] == 2  # of gates and of values; fc2's is left
 
 
 class Adapted(nn.Linear):
