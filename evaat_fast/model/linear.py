@@ -24,9 +24,10 @@ def is_plain(linear: nn.Module) -> bool:
     return getattr(type(linear), "forward", None) is nn.Linear.forward
 
 
-def open_bias(linear: nn.Module, op: str, x: Tensor) -> Tensor | None:
+def open_bias(linear: nn.Module, op: str, x: Tensor, *around: nn.Module) -> Tensor | None:
     """The bias of a layer whose output `op` ("add_norm" or "swiglu_norm") reads, if it had better learn there: a kernel serves
-    on x's device, and the layer need not be called. x: what the layer is given, or of the same dtype and device."""
+    on x's device, and the layer need not be called. x: what the layer is given, or of the same dtype and device. around:
+    modules that end between the layer and the op; one with hooks, as FSDP's, may take its parameters back then."""
     if not (torch.is_grad_enabled() and is_plain(linear)):
         return None
     weight, bias = linear.weight, linear.bias
@@ -34,14 +35,7 @@ def open_bias(linear: nn.Module, op: str, x: Tensor) -> Tensor | None:
         return None
     if traced(type(x), type(weight), type(bias)) or not sums_columns(op, x) or is_transformed(bias):
         return None
-    return bias if _stands_alone(linear) else None
-
-
-def left_bias(block: nn.Module, mlp: nn.Module, linear: nn.Module, x: Tensor) -> Tensor | None:
-    """As `open_bias`, of the last layer of a block's MLP, which the next block's norm reads: None also where something stands
-    around the block, as FSDP, which takes parameters back when it has run, or a compiler. x: of the block."""
-    bias = open_bias(linear, "add_norm", x)
-    return bias if bias is not None and _stands_alone(block) and _stands_alone(mlp) else None
+    return bias if all(map(_stands_alone, (linear, *around))) else None
 
 
 def _stands_alone(module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
-from evaat_fast.model.linear import left_bias, open_bias, product
+from evaat_fast.model.linear import open_bias, product
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.attn.layout import gradient_like
 
@@ -32,6 +32,10 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = gradient_like(F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return product(self.out_proj, out.transpose(1, 2).flatten(2), bias)
+
+    def left(self, x: Tensor) -> Tensor | None:
+        """The bias of `out_proj`, if it may learn in the norm behind this, which is given x."""
+        return open_bias(self.out_proj, "add_norm", x, self)
 
 
 def gelu(x: Tensor, quick: bool) -> Tensor:
@@ -76,8 +80,8 @@ class Block(nn.Module):
         """given, left: as of the vision tower's blocks."""
         matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
         x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix, x_bias=given)
-        bias = open_bias(self.attn.out_proj, "add_norm", x)
-        branch = self.attn(x, bias)
+        bias = self.attn.left(x) if type(self.attn) is Attention else None
+        branch = self.attn(x) if bias is None else self.attn(x, bias)
         if selective:
             hidden, stream = again(self.widen, branch, stream, bias)
             return again(self.mlp.narrow, hidden, left), stream
@@ -86,7 +90,7 @@ class Block(nn.Module):
 
     def left(self, x: Tensor) -> Tensor | None:
         """c_proj's bias, if it may learn behind the block, which is given x."""
-        return left_bias(self, self.mlp, self.mlp.c_proj, x) if type(self.mlp) is MLP else None
+        return open_bias(self.mlp.c_proj, "add_norm", x, self, self.mlp) if type(self.mlp) is MLP else None
 
     def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """c_fc's output and the new stream."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from evaat_fast import ops
 from evaat_fast.model import patches as dropout
 from evaat_fast.model.configs import ModelConfig
-from evaat_fast.model.linear import is_plain, left_bias, open_bias, product
+from evaat_fast.model.linear import is_plain, open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.rope3d.table import hold_constant
@@ -71,6 +71,10 @@ class Attention(nn.Module):
         k = ops.rope3d(k, grid=None if positions is not None else grid, freqs=freqs, positions=positions)
         return self.project(ops.joint_attention(q, k, v), bias)
 
+    def left(self, x: Tensor) -> Tensor | None:
+        """The bias of `proj`, if it may learn in the norm behind this, which is given x."""
+        return open_bias(self.proj, "add_norm", x, self)
+
     def project(self, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """What attention returned, [B, H, N, D], to [B, N, C]."""
         return product(self.proj, _norm(out.transpose(1, 2).flatten(2), self.norm), bias)
@@ -125,16 +129,17 @@ class Block(nn.Module):
         """branch [B, N, C] and stream, whose sum (or branch alone) is the block's input, to those of its output; with
         `class_only` of its first row, [B, 1, C]. The stream is float32 from the first sum on (float64 in float64).
         positions: of the tokens, where they are not all of the grid. selective: recompute what is cheap, see
-        `evaat_fast.model.recompute`. given: the bias in branch, if it learns here; left: fc2's,
-        if it learns behind the block."""
+        `evaat_fast.model.recompute`. given: the bias in branch, if it learns here; left: fc2's, if it
+        learns behind the block."""
         # The first branch of a tower is a stream, float32 whatever its matrices are. Of the bias: a quantised matrix has none.
         matrix = self.attn.q_bias.dtype
         x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix, x_bias=given)
-        bias = open_bias(self.attn.proj, "add_norm", x)
+        bias = self.attn.left(x) if type(self.attn) is Attention else None
+        biases = {} if bias is None else {"bias": bias}
         if class_only:
-            branch, stream = self.attn.forward_class(x, grid, freqs, positions, bias), stream[:, :1]
+            branch, stream = self.attn.forward_class(x, grid, freqs, positions, **biases), stream[:, :1]
         else:
-            branch = self.attn(x, grid, freqs, positions, selective, bias)
+            branch = self.attn(x, grid, freqs, positions, selective, **biases)
         if selective and not class_only:
             hidden, bias, stream = again(self.widen, branch, stream, bias)
             return again(self.mlp.narrow, hidden, bias, left), stream
@@ -143,7 +148,7 @@ class Block(nn.Module):
 
     def left(self, x: Tensor) -> Tensor | None:
         """fc2's bias, if it may learn behind the block, which is given x."""
-        return left_bias(self, self.mlp, self.mlp.fc2, x) if type(self.mlp) is SwiGLU else None
+        return open_bias(self.mlp.fc2, "add_norm", x, self, self.mlp) if type(self.mlp) is SwiGLU else None
 
     def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """fc1's output and its bias, as the MLP has them, and the new stream."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
-from evaat_fast.model.linear import left_bias, open_bias, product
+from evaat_fast.model.linear import open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.model.text import gelu
@@ -41,6 +41,10 @@ class Attention(nn.Module):
         q, k, v = self.split(x)
         out = F.scaled_dot_product_attention(q[:, :, :1] if class_only else q, k, v)
         return self.project(gradient_like(out), bias)
+
+    def left(self, x: Tensor) -> Tensor | None:
+        """The bias of `proj`, if it may learn in the norm behind this, which is given x."""
+        return open_bias(self.proj, "add_norm", x, self)
 
     def project(self, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """What attention returned, [B, H, N, D], to [B, N, C]."""
@@ -74,6 +78,12 @@ class DividedAttention(Attention):
         """[B, H, 1 + T*Hp*Wp, D] -> the patches of each group, [B, groups, H, patches, D]."""
         x = x[:, :, 1:].unflatten(2, (self.frames, -1))  # [B, H, T, Hp*Wp, D]
         return x.permute(0, 3, 1, 2, 4) if self.time else x.transpose(1, 2)
+
+
+def _attend(attention: nn.Module, x: Tensor, class_only: bool = False) -> tuple[Tensor, Tensor | None]:
+    """attention(x), and the bias in it that is to learn in the norm behind it."""
+    bias = attention.left(x) if type(attention) in (Attention, DividedAttention) else None  # type: ignore[operator]
+    return attention(x, class_only) if bias is None else attention(x, class_only, bias), bias
 
 
 class MLP(nn.Module):
@@ -125,10 +135,9 @@ class Block(nn.Module):
         else:
             x, stream = self._norm(branch, stream, self.norm3, matrix, given)
             # What time adds is seen by the attention over space, and is in its input alone: the stream goes on without it.
-            bias = open_bias(self.timeattn.proj, "add_norm", x)
-            x = self._norm(self.timeattn(x, bias=bias), stream, self.norm1, matrix, bias)[0]
-        bias = open_bias(self.attn.proj, "add_norm", x)
-        branch = self.attn(x, class_only, bias)
+            branch, bias = _attend(self.timeattn, x)
+            x = self._norm(branch, stream, self.norm1, matrix, bias)[0]
+        branch, bias = _attend(self.attn, x, class_only)
         stream = stream[:, :1] if class_only else stream
         if selective and not class_only:
             hidden, stream = again(self.widen, branch, stream, bias)
@@ -138,7 +147,7 @@ class Block(nn.Module):
 
     def left(self, x: Tensor) -> Tensor | None:
         """fc2's bias, if it may learn behind the block, which is given x."""
-        return left_bias(self, self.mlp, self.mlp.fc2, x) if type(self.mlp) is MLP else None
+        return open_bias(self.mlp.fc2, "add_norm", x, self, self.mlp) if type(self.mlp) is MLP else None
 
     def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """fc1's output and the new stream."""
