@@ -106,6 +106,31 @@ def test_timms_swiglu(norm, device):
     assert runs[0][-1] - runs[1][-1] == 2  # of gates and of values; fc2's is left
 
 
+@pytest.fixture
+def alone():
+    """A group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+@pytest.mark.parametrize("blocks", [False, True])
+def test_fsdp(blocks, alone):
+    """Around a tower, whose parameters are there while it runs; around each block, whose last bias stays in it."""
+    from torch.distributed.fsdp import fully_shard
+
+    task, sharded = Task("eva02", "cpu"), Task("eva02", "cpu")
+    visual = sharded.model.visual
+    for module in (*visual.blocks, visual) if blocks else (visual,):
+        fully_shard(module, mesh=alone)
+    (_, whole, sums), (_, found, sums_of_parts) = task.step(), sharded.step()
+    found = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+    assert_same(found, whole, OPEN["eva02"])
+    assert sums_of_parts - sums == blocks
+
+
 class Adapted(nn.Linear):
     """As adapters and quantised layers: more than a weight."""
 
@@ -132,6 +157,7 @@ def test_what_is_called(device):
     block = task.model.visual.blocks[0]
     block.register_forward_hook(lambda *_: None)  # as FSDP has, to take parameters back before the next block reads its branch
     block.mlp.fc1.__class__ = Adapted
-    block.attn.proj.bias = None
+    block.attn.register_forward_pre_hook(lambda *_: None)
+    task.model.visual.blocks[1].attn.proj.bias = None
     _, changed, more = task.step()
-    assert more == sums + 2 and changed["visual.blocks.0.mlp.fc1.bias"].any()
+    assert more == sums + 3 and changed["visual.blocks.0.mlp.fc1.bias"].any()
