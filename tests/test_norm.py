@@ -110,12 +110,13 @@ def test_swiglu_norm(backend, device, dtype, C, norm):
 
 
 def biased(op):
-    """op, or plain torch, of the output of a linear layer whose bias comes last: ours gets what gradient that has."""
+    """op, or plain torch, of what has the last of its inputs in it already: a bias that is there for its gradient."""
 
-    def ours(x, *given, **options):
-        return op(x + given[-1].detach().to(x.dtype), *given[:-1], x_bias=given[-1], **options)
+    def plain(x, *given, **options):
+        nothing = (given[-1] - given[-1].detach()).to(x.dtype)
+        return PLAIN[op](x + nothing, *given[:-1], **options)
 
-    return ours, lambda x, *given, **options: PLAIN[op](x + given[-1].to(x.dtype), *given[:-1], **options)
+    return lambda *given, **options: op(*given[:-1], x_bias=given[-1], **options), plain
 
 
 PLAIN = {ops.add_norm: plain_add_norm, ops.swiglu_norm: plain_swiglu_norm}
@@ -163,7 +164,7 @@ def test_a_bias_alone(backend, device, dtype):
 
 @pytest.mark.sample(8)
 @places
-@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (1000, 3), (2, 3, 4, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (400, 3), (2, 3, 4, 48)], ids=str)
 def test_shapes(backend, device, dtype, shape):
     """Any leading shape, narrow rows, weights of x's dtype, no bias."""
     x, w = rows(shape, dtype, device), rows(shape[-1:], dtype, device)
