@@ -141,6 +141,34 @@ def attn_sm90(arch, dtype="bf16", tail=32, keep=True, turned=True):
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
 
+def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True):
+    from evaat_fast.kernels.attn import sm90_backward as kernels
+    from triton.experimental.gluon import language as gl
+
+    layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
+    types = dict.fromkeys(("q", "k", "v", "do"), f"tensordesc<{dtype}[1, 1, 64, 64],{layout!r}>")
+    types |= {"stats": f"tensordesc<fp32[1, 64],{plain!r}>", "sums": f"tensordesc<fp32[64, 64],{plain!r}>"}
+    types |= dict.fromkeys(("dk", "dv"), rows(dtype)) | {"table": table("fp32") if turned else None}
+    types["call"] = kernels.Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
+    constants, aligned = kernels.SHAPE | {"WHOLE": whole}, [*TABLE, *strides("dk", "dv")]
+    return aot.build(kernels.attn_backward_sm90_kernel, types, constants, arch, aligned=aligned, num_warps=4)
+
+
+def attn_ends_sm90(arch, name, tail=None):
+    """Before and behind the backward pass on Hopper."""
+    import triton.language as tl
+    from evaat_fast.kernels.attn import forward, sm90_ends
+    from evaat_fast.kernels.attn.sm90_backward import Call
+
+    kernel, tensors = getattr(sm90_ends, f"attn_{name}_sm90_kernel"), ("q", "k", "v", "out", "do", "dq", "dk", "dv")
+    types = dict.fromkeys(tensors, rows("bf16")) | {"table": table("fp32"), "lse": rows("fp32")._replace(n=1), "dlse": None}
+    types |= {"stats": "*fp32", "sums": "*fp32", "heads": "i32", "N": "i32", "prefix": 1, "scale": "fp32"}
+    types["call"] = Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
+    types["S"] = forward.Shape(*map(tl.constexpr, (64, 64, True, 0, 64, 128)))
+    types, constants = {x: types[x] for x in kernel.arg_names if x in types}, {} if tail is None else {"TAIL": tail}
+    return aot.build(kernel, types, constants, arch, aligned=[*TABLE, *strides(*tensors)], num_stages=2)
+
+
 def of_rows(arch, name):
     """The kernels of the pairwise losses that take a row a program, E = 256 in bfloat16."""
     from evaat_fast.kernels.pairwise import panel
@@ -271,6 +299,9 @@ def _shipped():
     for C, dtype in ((2048, "bf16"), (2730, "bf16"), (2048, "fp32")):
         build = functools.partial(norm, kind="swiglu_norm backward", C=C, dtype=dtype, of_x=True)
         yield f"swiglu_norm backward {dtype} {C}, of x", build
+    for tail in (0, 32, 64):
+        yield f"gradients prepare sm90, tail {tail}", functools.partial(attn_ends_sm90, name="prepare", tail=tail)
+    yield "gradients finish sm90", functools.partial(attn_ends_sm90, name="finish")
     for name in ("prepare", "finish"):
         yield f"pairwise {name}", functools.partial(of_rows, name=name)
     yield "pairwise scale", pairwise_scale
@@ -287,6 +318,9 @@ HOPPER = {
     "attn sm90 bf16, tail 32": functools.partial(attn_sm90, keep=False),
     "attn sm90 bf16, tail 128, training": functools.partial(attn_sm90, tail=128),
     "attn sm90 fp16, tail 64, no rotation": functools.partial(attn_sm90, dtype="fp16", tail=64, keep=False, turned=False),
+    "attn backward sm90 bf16": attn_backward_sm90,
+    "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
+    "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),
 }
 
 

@@ -36,6 +36,10 @@ def close(ours, low, truth, what="output"):
     assert rms <= most * rms_low + floor, f"{what}: rms error {rms:.3e} > {most:.2f} x torch's {rms_low:.3e}"
 
 
+def on_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def launched(call):
     """The names of the kernels that a call launches on a GPU, in order; fills and copies of memory are none."""
     from torch.profiler import ProfilerActivity, profile

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.utils.checkpoint
-from check import close
+from check import close, on_hopper
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
@@ -65,89 +65,7 @@ def test_triton_against_float64(n, grid, dtype, D, interleaved):
         close(o, w, t, name)
 
 
-def on_hopper():
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
 hopper = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
-
-
-def tokens_first(x):
-    return x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
-
-
-def held_to_sdpa(function, inputs):
-    """function(backend)(*inputs) in Gluon, with the errors that rope3d and torch's attention have."""
-    ours, low = results(function("gluon"), inputs), results(function("sdpa"), inputs)
-    exact = results(function("reference"), [x.detach().double().requires_grad_() for x in inputs])
-    for name, o, w, t in zip(("out", "dq", "dk", "dv"), ours, low, exact, strict=False):
-        close(o, w, t, name)
-
-
-@pytest.mark.gpu
-@hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n,grid", [(192, None), (193, (2, 8, 12)), (298, (3, 9, 11)), (785, (4, 14, 14)), (1025, (4, 16, 16))])
-def test_gluon_against_float64(n, grid, dtype):
-    rope = dict(grid=grid) if grid else {}
-    attend = lambda backend: lambda *x: ops.joint_attention(*x, backend=backend, **rope)  # noqa: E731
-    for inputs in (tensors(H=4, Hk=2, n=n, D=64, dtype=dtype, device="cuda"), tensors(n=n, D=64, dtype=dtype, device="cuda")):
-        held_to_sdpa(attend, inputs)
-        held_to_sdpa(attend, list(map(tokens_first, inputs)))
-
-
-@pytest.mark.gpu
-@hopper
-def test_gluon_of_a_projection():
-    """Of more tiles than there are multiprocessors: each program takes several, the last of them not whole."""
-    qkv = (torch.randn(20, 785, 3 * 12 * 64, device="cuda") / 2).bfloat16().requires_grad_()
-    run = lambda backend: lambda x: ops.joint_attention_qkv_(x * 1, 12, (4, 14, 14), backend=backend)  # noqa: E731
-    held_to_sdpa(run, [qkv])
-    first = results(run("gluon"), [qkv])[0]
-    for _ in range(300):
-        assert torch.equal(first, run("gluon")(qkv))
-
-
-@pytest.mark.gpu
-@hopper
-def test_gluon_of_positions_and_learned_frequencies():
-    q, k, v = map(tokens_first, tensors(H=4, n=300, D=64, dtype=torch.bfloat16, device="cuda"))
-    here, there = torch.rand(2, 2, 300, 3, device="cuda").mul(9).unbind()
-    both = dict(positions=here, k_positions=there)
-    held_to_sdpa(lambda backend: lambda *x: ops.joint_attention(*x, backend=backend, **both), [q, k, v])
-    freqs = (torch.randn(3, 32, device="cuda") / 4).requires_grad_()
-
-    def learned(backend):
-        return lambda *x: ops.joint_attention(*x[:3], positions=here, freqs=x[3].float(), backend=backend)
-
-    held_to_sdpa(learned, [q, k, v, freqs])
-
-
-@pytest.mark.gpu
-@hopper
-def test_gluon_log_sum_exps():
-    q, k, v = map(tokens_first, tensors(H=4, n=785, D=64, dtype=torch.bfloat16, device="cuda"))
-    run = lambda **o: ops.joint_attention(q, k, v, grid=(4, 14, 14), return_lse=True, **o)  # noqa: E731
-    (out, lse), (want, want_lse) = run(), run(backend="triton")
-    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
-    ours, theirs = (torch.autograd.grad(x.square().sum(), (q, k), retain_graph=True) for x in (lse, want_lse))
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).norm() <= 1e-2 * b.norm()
-    plain = [torch.autograd.grad(x.float().square().sum(), (q, k, v), retain_graph=True) for x in (out, want)]
-    for a, b in zip(*plain, strict=True):
-        assert (a - b).norm() <= 2e-2 * b.norm()
-
-
-@pytest.mark.gpu
-@hopper
-def test_gluon_beside_torchs_own():
-    """torch keeps cuDNN's graphs by the strides of q, k and v alone: neither may be given the other's."""
-    for order in (tokens_first, lambda x: x.detach().clone().requires_grad_()):
-        inputs = [order(x) for x in tensors(n=321, D=64, dtype=torch.bfloat16, device="cuda")]
-        exact = results(lambda *x: attention_reference(*x, 64**-0.5), [x.detach().double().requires_grad_() for x in inputs])
-        for run in (ops.joint_attention, scaled_dot_product_attention, ops.joint_attention, scaled_dot_product_attention):
-            for a, b in zip(results(run, inputs), exact, strict=True):
-                assert (a - b).norm() <= 1e-2 * b.norm()
 
 
 def test_gluon_says_why_not():

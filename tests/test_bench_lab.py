@@ -33,6 +33,22 @@ def test_launches(lab, name, monkeypatch):
                 case.check([x + 0.1 for x in make(case.inputs)()])
 
 
+@pytest.mark.interpret
+def test_gradients_of_attention(lab, monkeypatch):
+    """Those of the kernel in Gluon are right, and wrong ones do not pass."""
+    sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90_backward", reason="needs Triton 3.6", exc_type=ImportError)
+    from gluon_emulated import emulate
+
+    monkeypatch.setattr(sm90, "backward", emulate(sm90, 0).backward)
+    for case in lab.ENTRIES["gradients"].cases("cpu", True):
+        for name in [name for name in case.variants if name.startswith("Gluon")]:
+            (found,) = case.variants[name](case.inputs)()
+            case.check((found,))
+        case.yardstick(case.inputs)()
+        with pytest.raises(AssertionError):
+            case.check((found + 0.1,))
+
+
 def test_without_a_gpu_it_says_so(lab):
     if torch.cuda.is_available():
         pytest.skip("there is one")

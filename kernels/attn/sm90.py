@@ -29,6 +29,15 @@ if "functions_and_args" not in inspect.signature(gl.warp_specialize).parameters:
 # Names of later versions, and of Triton 3.6.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+if hasattr(tma, "async_atomic_add"):
+    _add = tma.async_atomic_add
+else:
+
+    @gl._core.builtin
+    def _add(descriptor, coord, src, _semantic=None):
+        kind, coord = gl._core.ir.DESCRIPTOR_REDUCE_KIND.ADD, _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coord, src.handle)
+
 
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
@@ -43,11 +52,11 @@ Descriptors = namedtuple("Descriptors", "q k v k_tail v_tail out turned")
 
 
 @gluon.jit
-def _place(t, call):
-    """(clip, head, first query) of a tile; those of a head's end that are not whole come after all others."""
+def _place(t, call, SIZE: gl.constexpr):
+    """(clip, head, first token) of a tile of SIZE; those of a head's end that are not whole come after all others."""
     whole = t < call.full
     of = gl.where(whole, t // call.per_head, t - call.full)
-    return of // call.heads, of % call.heads, gl.where(whole, t % call.per_head, call.per_head) * (GROUPS * ROWS)
+    return of // call.heads, of % call.heads, gl.where(whole, t % call.per_head, call.per_head) * SIZE
 
 
 @gluon.jit
@@ -55,7 +64,7 @@ def _copies(at, sh, call, BN: gl.constexpr, STAGES: gl.constexpr):
     """The producer: copies what the consumers wait for, as soon as its place in shared memory is free."""
     it = 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, row = _place(t, call)
+        b, h, row = _place(t, call, GROUPS * ROWS)
         kv = h // call.groups
         for c in gl.static_range(GROUPS):
             place = (it % 2) * GROUPS + c
@@ -120,7 +129,7 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, BN: gl.constexpr, TAI
     R: gl.constexpr = gl.SliceLayout(1, SL)
     it = 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, row = _place(t, call)
+        b, h, row = _place(t, call, GROUPS * ROWS)
         row += c * ROWS
         place = (it % 2) * GROUPS + c
         before = ((it + 1) % 2) * GROUPS + c

@@ -1,0 +1,286 @@
+"""The backward pass of `sm90.py`: one pass of five products, in which tiles of keys add their shares of dQ up in memory.
+
+A persistent grid: each program goes from tile to tile, 128 keys of a clip's head, past all queries in blocks of 64. One warp
+copies (TMA); two warpgroups make the weights of 64 keys each and from them dV and dK, whose left sides stay in registers; a
+third makes dQ of what both have left in shared memory, and TMA adds it to a float32 sum. No warpgroup waits for its own last
+product: the exponentials of a block lie under the product of dK of the block before and that of dP of its own, the slopes
+under that of dV and that of the scores which come next, be they the next tile's.
+"""
+
+from collections import namedtuple
+
+import triton
+from evaat_fast.kernels.attn.forward import shape_of
+from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, _add, _load, _place
+from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
+from evaat_fast.kernels.launch import Rows, multiprocessors, on, table_of
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+GROUPS = gl.constexpr(2)  # warpgroups that make weights
+# What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made
+# ahead of dK. SPREAD: see `_first`. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
+SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "KEYS": 208, "QUERIES": 72}
+
+# heads: of the keys. groups: query heads to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head of
+# a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
+Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale scale2 prefix")
+# What is in shared memory: two tiles' keys and values, blocks in flight, two blocks' dS and dQ, and barriers by the name of
+# what they guard.
+Shared = namedtuple("Shared", "k v q do lse delta ds dq kv_there kv_free q_there q_free do_there do_free ds_there ds_free")
+Descriptors = namedtuple("Descriptors", "q k v do stats sums")
+
+
+@gluon.jit
+def _first(key, call, SPREAD: gl.constexpr):
+    """The block of queries that a tile begins with. With SPREAD the tiles of a head, which go side by side, keep apart: no two
+    of them add to the same rows of dQ at once."""
+    if SPREAD:
+        return (key // (GROUPS * ROWS)) * call.blocks // (call.per_head + 1)
+    else:
+        return 0
+
+
+@gluon.jit
+def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
+    """The producer: copies what the others wait for, as soon as its place in shared memory is free."""
+    it, n = 0, 0
+    row: gl.constexpr = 4 * ROWS
+    for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
+        b, h, key = _place(t, call, GROUPS * ROWS)
+        mbarrier.wait(sh.kv_free.index(it % 2), ((it // 2) & 1) ^ 1)
+        mbarrier.expect(sh.kv_there.index(it % 2), 2 * GROUPS * at.k.block_type.nbytes)
+        for c in gl.static_range(GROUPS):
+            _load(at.k, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.k.index((it % 2) * GROUPS + c))
+            _load(at.v, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.v.index((it % 2) * GROUPS + c))
+        first = _first(key, call, SPREAD)
+        for mine in range(h * call.groups, (h + 1) * call.groups):
+            of = (b * call.heads * call.groups + mine) * call.blocks
+            for i in range(first, first + call.blocks):
+                block = gl.where(i < call.blocks, i, i - call.blocks)
+                s, free = n % STAGES, ((n // STAGES) & 1) ^ 1
+                mbarrier.wait(sh.q_free.index(s), free)
+                mbarrier.expect(sh.q_there.index(s), at.q.block_type.nbytes + row)
+                _load(at.q, [b, mine, block * ROWS, 0], sh.q_there.index(s), sh.q.index(s))
+                _load(at.stats, [2 * (of + block), 0], sh.q_there.index(s), sh.lse.index(s))
+                mbarrier.wait(sh.do_free.index(s), free)
+                mbarrier.expect(sh.do_there.index(s), at.do.block_type.nbytes + row)
+                _load(at.do, [b, mine, block * ROWS, 0], sh.do_there.index(s), sh.do.index(s))
+                _load(at.stats, [2 * (of + block) + 1, 0], sh.do_there.index(s), sh.delta.index(s))
+                n += 1
+        it += 1
+
+
+@gluon.jit
+def _leave(x, rows, table, b, h, key, call, TURN: gl.constexpr, D: gl.constexpr):
+    """float32 [64, D] of the keys from `key` on to memory; with TURN and a table turned back."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    x = gl.convert_layout(x, L)
+    if TURN and table is not None:
+        y, z = x.reshape((ROWS, D // 2, 2)).split()
+        P: gl.constexpr = y.type.layout
+        n = key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, P))
+        c = gl.arange(0, D // 2, layout=gl.SliceLayout(0, P))
+        turned = ((n >= call.prefix) & (n < call.N))[:, None]
+        at = table.at + b.to(gl.int64) * table.b + h.to(gl.int64) * table.h + (n - call.prefix)[:, None] * (D // 2) + c[None, :]
+        cos, sin = gl.load(at, mask=turned, other=1.0), gl.load(at + table.half, mask=turned, other=0.0)
+        x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, D)), L)
+    n = key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+    c = gl.arange(0, D, layout=gl.SliceLayout(0, L))
+    at = rows.at + b.to(gl.int64) * rows.b + h.to(gl.int64) * rows.h + n.to(gl.int64)[:, None] * rows.n + c[None, :]
+    gl.store(at, x.to(rows.at.dtype.element_ty), mask=(n < call.N)[:, None])
+
+
+@gluon.jit
+def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Warpgroup c: the gradients of 64 keys and values of each tile, and its share of dS."""
+    dtype: gl.constexpr = sh.q.dtype
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
+    A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
+    columns: gl.constexpr = gl.SliceLayout(0, L)
+    count = call.groups * call.blocks
+    zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
+    n, it = 0, 0
+    # The first tile's first scores; those of any other are made at the end of the tile before.
+    mbarrier.wait(sh.kv_there.index(0), 0)
+    mbarrier.wait(sh.q_there.index(0), 0)
+    first = sh.k.index(c).reshape((ROWS, D))
+    s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
+        b, h, key = _place(t, call, GROUPS * ROWS)
+        key += c * ROWS
+        mine = True if WHOLE else key < call.N
+        if mine:
+            v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
+            there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < call.N)[:, None]
+            dK, dV = zeros, zeros
+            slopes = gl.zeros((ROWS, ROWS), dtype, A)
+            for i in range(count):
+                j = n + i
+                here, then = j % STAGES, (j + 1) % STAGES
+                before = gl.where(i > 0, (j + STAGES - 1) % STAGES, here)
+                mbarrier.wait(sh.do_there.index(here), (j // STAGES) & 1)
+                dO = sh.do.index(here).reshape((ROWS, D))
+                dp = warpgroup_mma(v, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
+                lse = sh.lse.index(here).reshape((ROWS,)).load(columns)
+                p = gl.exp2(s * call.scale2 - lse[None, :])
+                p = p if WHOLE else gl.where(there, p, 0.0)
+                dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
+                last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
+                tile = gl.where(last, it + 1, it)
+                mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
+                mbarrier.wait(sh.q_there.index(then), ((j + 1) // STAGES) & 1, pred=more | (i + 1 < count))
+                k = sh.k.index((tile % 2) * GROUPS + c).reshape((ROWS, D))
+                scores = sh.q.index(then).reshape((ROWS, D)).permute((1, 0))
+                s = warpgroup_mma(k, scores, zeros, use_acc=False, is_async=True)
+                dp, dK = warpgroup_mma_wait(2, deps=(dp, dK))  # under way: dV, the next scores
+                mbarrier.arrive(sh.q_free.index(before), count=1, pred=i > 0)
+                delta = sh.delta.index(here).reshape((ROWS,)).load(columns)
+                ds = (p * (dp - delta[None, :])).to(dtype)
+                mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)
+                sh.ds.index((j % 2) * GROUPS + c).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
+                slopes = gl.convert_layout(ds, A)
+                dV, s = warpgroup_mma_wait(0, deps=(dV, s))
+                mbarrier.arrive(sh.do_free.index(here), count=1)
+            end = (n + count - 1) % STAGES
+            dK = warpgroup_mma(slopes, sh.q.index(end).reshape((ROWS, D)), dK, is_async=True)
+            dK = warpgroup_mma_wait(0, deps=(dK,))
+            mbarrier.arrive(sh.q_free.index(end), count=1)
+            mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
+            _leave(dV, dv, table, b, h, key, call, False, D)
+            _leave(dK * call.scale, dk, table, b, h, key, call, True, D)
+        else:  # no key of the tile is this warpgroup's: all that is left is to say so
+            for j in range(n, n + count):
+                mbarrier.wait(sh.q_there.index(j % STAGES), (j // STAGES) & 1)
+                mbarrier.arrive(sh.q_free.index(j % STAGES), count=1)
+                mbarrier.wait(sh.do_there.index(j % STAGES), (j // STAGES) & 1)
+                mbarrier.arrive(sh.do_free.index(j % STAGES), count=1)
+            mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
+            mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
+        n += count
+        it += 1
+
+
+@gluon.jit
+def _queries(at, sh, call, WHOLE: gl.constexpr, D: gl.constexpr, SPREAD: gl.constexpr):
+    """The third warpgroup: a tile's share of dQ, block by block."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    zeros = gl.zeros((ROWS, D), gl.float32, L)
+    j, it = 0, 0
+    for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
+        b, h, key = _place(t, call, GROUPS * ROWS)
+        mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
+        k, first = (it % 2) * GROUPS, _first(key, call, SPREAD)
+        for mine in range(h * call.groups, (h + 1) * call.groups):
+            of = (b * call.heads * call.groups + mine) * call.blocks
+            for i in range(first, first + call.blocks):
+                two, phase = (j % 2) * GROUPS, (j // 2) & 1
+                mbarrier.wait(sh.ds_there.index(two), phase)
+                keys = sh.k.index(k).reshape((ROWS, D))
+                dQ = warpgroup_mma(sh.ds.index(two).permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
+                dQ = warpgroup_mma_wait(0, deps=(dQ,))
+                mbarrier.arrive(sh.ds_free.index(two), count=1)
+                both = True if WHOLE else key + ROWS < call.N
+                if both:
+                    mbarrier.wait(sh.ds_there.index(two + 1), phase)
+                    keys = sh.k.index(k + 1).reshape((ROWS, D))
+                    dQ = warpgroup_mma(sh.ds.index(two + 1).permute((1, 0)), keys, dQ, is_async=True)
+                    dQ = warpgroup_mma_wait(0, deps=(dQ,))
+                    mbarrier.arrive(sh.ds_free.index(two + 1), count=1)
+                tma.store_wait(pendings=1)  # of the two blocks before, one is added to memory still
+                # In the order of registers: 16 bytes of each thread, one after the other.
+                flat = dQ.reshape((4, 2, 8, 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, D))
+                sh.dq.index(j % 2).store(flat)
+                fence_async_shared()
+                _add(at.sums, [(of + gl.where(i < call.blocks, i, i - call.blocks)) * ROWS, 0], sh.dq.index(j % 2))
+                j += 1
+        mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
+        it += 1
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHOLE: gl.constexpr,
+                              D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, KEYS: gl.constexpr,
+                              QUERIES: gl.constexpr):  # fmt: skip
+    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. WHOLE: all tiles are."""
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    at = Descriptors(q, k, v, do, stats, sums)
+    S: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    of_kv: gl.constexpr = 2 * GROUPS
+    sh = Shared(
+        gl.allocate_shared_memory(k.dtype, [of_kv, 1, 1, ROWS, D], k.layout),
+        gl.allocate_shared_memory(k.dtype, [of_kv, 1, 1, ROWS, D], k.layout),
+        gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, ROWS, D], k.layout),
+        gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, ROWS, D], k.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], stats.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], stats.layout),
+        gl.allocate_shared_memory(k.dtype, [of_kv, ROWS, ROWS], S),
+        gl.allocate_shared_memory(gl.float32, [2, ROWS, D], sums.layout),
+        gl.allocate_shared_memory(gl.int64, [2, 1], B),
+        gl.allocate_shared_memory(gl.int64, [2, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [of_kv, 1], B),
+        gl.allocate_shared_memory(gl.int64, [of_kv, 1], B),
+    )
+    for i in gl.static_range(2):
+        mbarrier.init(sh.kv_there.index(i), count=1)
+        mbarrier.init(sh.kv_free.index(i), count=GROUPS + 1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(sh.q_there.index(i), count=1)
+        mbarrier.init(sh.q_free.index(i), count=GROUPS)
+        mbarrier.init(sh.do_there.index(i), count=1)
+        mbarrier.init(sh.do_free.index(i), count=GROUPS)
+    for i in gl.static_range(of_kv):
+        mbarrier.init(sh.ds_there.index(i), count=1)
+        mbarrier.init(sh.ds_free.index(i), count=1)
+    gl.warp_specialize(
+        [
+            (_keys, (at, sh, dk, dv, table, call, 0, WHOLE, D, STAGES)),
+            (_keys, (at, sh, dk, dv, table, call, 1, WHOLE, D, STAGES)),
+            (_queries, (at, sh, call, WHOLE, D, SPREAD)),
+            (_copies, (at, sh, call, STAGES, SPREAD)),
+        ],
+        [4, 4, 1],
+        [KEYS, QUERIES, 24],
+    )
+
+
+def backward(q, k, v, out, do, lse, dlse, grads, tables, prefix, scale, shape=SHAPE):
+    """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it."""
+    (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
+    blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
+    tail = max(16, triton.next_power_of_2(rest)) if 0 < rest <= rows else 0
+    full = B * Hk * per_head
+    tiles = full + (B * Hk if rest and not tail else 0)
+    call = Call(Hk, H // Hk, N, tiles, full, per_head, blocks, scale, scale * LOG2E.value, prefix)
+    stats, sums = lse.new_empty((B * H * blocks * 2, rows)), lse.new_empty((B * H * blocks * rows, D))
+    of = lambda x, block, layout: TensorDescriptor.from_tensor(x, block, layout)  # noqa: E731
+    layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
+    places = [Rows(x, *x.stride()[:3]) for x in (q, k, v, out, do, lse)]
+    dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
+    (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
+    with on(q.device):
+        attn_prepare_sm90_kernel[(1 if tail else call.groups * blocks, B * Hk)](
+            *places, dlse, stats, sums, dk, dv, k_table, call, S, TAIL=tail, num_stages=2
+        )
+        attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
+            *(of(x, [1, 1, rows, D], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain), of(sums, [rows, D], plain),
+            dk, dv, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        attn_finish_sm90_kernel[(B * H * blocks,)](sums, dq, table, H, N, prefix, scale, S)

@@ -1,0 +1,273 @@
+"""The Gluon kernels of joint_attention: emulated, whatever the order in which a GPU does what it may, and on a GPU.
+
+Emulated they run in a process of the interpreter's, which takes the Triton kernels before and behind them.
+"""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from check import close, on_hopper
+from test_attn import results, tensors
+from torch.nn.functional import scaled_dot_product_attention
+
+from evaat_fast import ops
+from evaat_fast.ops.attn.reference import attention_reference
+from evaat_fast.ops.rope3d.rotation import Rotation
+from evaat_fast.ops.rope3d.table import table_of
+
+interpret = pytest.mark.interpret
+sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 3.6", exc_type=ImportError)
+from evaat_fast.kernels.attn import sm90_backward  # noqa: E402
+from gluon_emulated import emulate  # noqa: E402
+
+F16, SCALE = torch.float16, 0.125
+
+
+class Call:
+    """Inputs of a call: packed [B, N, 3, H, 64] in memory where Hk is H, else tokens first; turned where there is a grid."""
+
+    def __init__(self, B=1, H=1, Hk=None, N=192, grid=None, prefix=0, dtype=F16, device="cpu"):
+        Hk, self.prefix, self.grid = Hk or H, prefix, grid
+        if Hk == H:
+            self.q, self.k, self.v = torch.randn(B, N, 3, H, 64, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+        else:
+            self.q, self.k, self.v = (torch.randn(B, N, h, 64, device=device).to(dtype).transpose(1, 2) for h in (H, Hk, Hk))
+        self.do = torch.randn(B, N, H, 64, device=device).to(dtype).transpose(1, 2)
+        self.dlse, rotation = None, Rotation(None, None, grid or (), prefix, True, False, "triton")
+        self.table = table_of(rotation, 64, self.q.device) if grid else None
+
+    def turn(self, x):
+        return ops.rope3d(x, grid=self.grid, prefix_tokens=self.prefix, backend="reference") if self.grid else x
+
+    def plain(self, dtype):
+        """(out, lse, dq, dk, dv) by the specifications."""
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
+        turned_q, turned_k = self.turn(q), self.turn(k)
+        if dtype == torch.float64:
+            out = attention_reference(turned_q, turned_k, v, SCALE)
+        else:
+            out = scaled_dot_product_attention(turned_q, turned_k, v, scale=SCALE, enable_gqa=True)
+        wide, many = torch.promote_types(dtype, torch.float32), turned_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        lse = (turned_q.to(wide) @ many.mT.to(wide) * SCALE).logsumexp(-1)
+        grads = [self.do.to(dtype)] + ([] if self.dlse is None else [self.dlse.to(lse.dtype)])
+        found = torch.autograd.grad([out, lse][: len(grads)], (q, k, v), grads)
+        return out.detach(), lse.detach(), *found
+
+    def forward(self, seed, keep=True):
+        """(out, lse, the queries that it leaves), by the kernel."""
+        k = self.turn(self.k) if self.grid else self.k
+        B, H, N, D = self.q.shape
+        out = torch.full((B, N, H, D), float("nan"), dtype=self.q.dtype).transpose(1, 2)
+        lse, turned = torch.full((B, H, N), float("nan")), self.q.clone() if keep else None
+        emulate(sm90, seed).forward(self.q, k.contiguous(), self.v, out, lse, turned, self.table, self.prefix, SCALE)
+        return out, lse, turned
+
+    def backward(self, seed, module=sm90_backward):
+        """Gradients by the kernels, emulated, of exact outputs and log-sum-exps."""
+        return self.gradients(emulate(module, seed).backward)
+
+    def gradients(self, backward):
+        out, lse, *_ = self.plain(torch.float64)
+        q, k = (self.turn(x.float()).to(x.dtype) for x in (self.q, self.k))
+        out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        grads = [torch.full_like(x, float("nan")) for x in (self.q, self.k, self.v)]
+        tables = self.table, self.table
+        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, tables, self.prefix, SCALE)
+        return grads
+
+    def check(self, names, found):
+        low, truth = (
+            dict(zip(("out", "lse", "dq", "dk", "dv"), self.plain(x), strict=True)) for x in (self.q.dtype, torch.float64)
+        )
+        for name, x in zip(names, found, strict=True):
+            if name == "lse":
+                error, of_torch = ((y - truth[name]).abs().max() for y in (x, low[name]))
+                assert error <= 2 * of_torch + 1e-5, f"lse: {error:.1e} > 2 x torch's {of_torch:.1e}"
+            else:
+                close(x, low[name], truth[name], name)
+
+
+# Of whole tiles and of ends of all kinds, 1, 42 and 64 keys that the backward pass takes apart too; of two programs that may
+# have several tiles.
+CALLS = [
+    dict(N=192, B=2, H=2, Hk=1),
+    dict(N=193, H=2),
+    dict(N=256, B=2),
+    dict(N=298, H=2, Hk=1),
+    dict(N=330, H=4, Hk=2),
+    dict(N=257, grid=(2, 8, 16), prefix=1),
+    dict(N=193, B=2, H=2, grid=(4, 6, 8), prefix=1),
+]
+
+
+@interpret
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_forward(call):
+    call, seed = Call(**call), random.randrange(10**6)
+    out, lse, turned = call.forward(seed)
+    call.check(("out", "lse"), (out, lse))
+    torch.testing.assert_close(turned.double(), call.turn(call.q.double()), rtol=1e-3, atol=1e-3)
+    assert torch.equal(call.forward(seed + 1, keep=False)[0], out)
+
+
+@interpret
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_backward(call):
+    call, seed = Call(**call), random.randrange(10**6)
+    first, second = call.backward(seed), call.backward(seed + 1)
+    call.check(("dq", "dk", "dv"), first)
+    # Tiles add up dQ in any order; all else is one warpgroup's own.
+    assert all(map(torch.equal, first[1:], second[1:]))
+    call.check(("dq",), second[:1])
+
+
+@interpret
+def test_gradients_of_log_sum_exps():
+    call = Call(N=200, H=2)
+    call.dlse = torch.randn(1, 2, 200)
+    call.check(("dq", "dk", "dv"), call.backward(1))
+
+
+@interpret
+def test_keys_beyond_the_end_have_no_weight():
+    """Where all scores lie far below zero, the weights of keys that are not there would be infinite."""
+    call = far_below_zero(Call(N=200))
+    call.check(("dq", "dk", "dv"), call.backward(0))
+
+
+# What a kernel may not do, as (text, another in its place); a GPU may forgive each for long.
+FAULTS = {
+    "reads before a wait": ("warpgroup_mma_wait(2, deps=(dp, dK))", "warpgroup_mma_wait(3, deps=(dp, dK))"),
+    "no fence": ("fence_async_shared()\n                mbarrier.arrive(sh.ds_there", "mbarrier.arrive(sh.ds_there"),
+    "dQ's place is taken early": ("tma.store_wait(pendings=1)", "tma.store_wait(pendings=2)"),
+    "dS' place is taken early": ("mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)", "pass"),
+    "queries are given away early": ("index(before), count=1, pred=i > 0", "index(here), count=1, pred=i + 1 < count"),
+    "keys are given away early": ("sh.kv_free.index(i), count=GROUPS + 1", "sh.kv_free.index(i), count=GROUPS"),
+    "keys are never given away": (
+        "sh.kv_free.index(it % 2), count=1)\n            _leave",
+        "sh.kv_free.index(it % 2), count=0)\n            _leave",
+    ),
+    "weights beyond the end": ("p = p if WHOLE else gl.where(there, p, 0.0)", "pass"),
+}
+
+
+def far_below_zero(call):
+    """All its scores."""
+    call.q.fill_(3.0)
+    call.k.copy_(-call.q[:, : call.k.shape[1]] + torch.randn_like(call.k) / 8)
+    return call
+
+
+@interpret
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault, tmp_path):
+    text, other = Path(sm90_backward.__file__).read_text(), FAULTS[fault]
+    assert text.count(other[0]) == 1
+    (tmp_path / "faulty.py").write_text(text.replace(*other))
+    spec = importlib.util.spec_from_file_location("faulty", tmp_path / "faulty.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    call = far_below_zero(Call(N=200)) if fault == "weights beyond the end" else Call(H=4 if "keys" in fault else 2, N=450)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for seed in range(30):
+            call.check(("dq", "dk", "dv"), call.backward(seed, module))
+
+
+hopper = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+
+
+def tokens_first(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
+
+
+def held_to_sdpa(function, inputs):
+    """function(backend)(*inputs) in Gluon, with the errors that rope3d and torch's attention have."""
+    ours, low = results(function("gluon"), inputs), results(function("sdpa"), inputs)
+    exact = results(function("reference"), [x.detach().double().requires_grad_() for x in inputs])
+    for name, o, w, t in zip(("out", "dq", "dk", "dv"), ours, low, exact, strict=False):
+        close(o, w, t, name)
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n,grid", [(192, None), (193, (2, 8, 12)), (298, (3, 9, 11)), (785, (4, 14, 14)), (1025, (4, 16, 16))])
+def test_gluon_against_float64(n, grid, dtype):
+    rope = dict(grid=grid) if grid else {}
+    attend = lambda backend: lambda *x: ops.joint_attention(*x, backend=backend, **rope)  # noqa: E731
+    for inputs in (tensors(H=4, Hk=2, n=n, D=64, dtype=dtype, device="cuda"), tensors(n=n, D=64, dtype=dtype, device="cuda")):
+        held_to_sdpa(attend, inputs)
+        held_to_sdpa(attend, list(map(tokens_first, inputs)))
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", [dict(N=192), dict(N=193, H=2), dict(N=330, B=2, H=4, Hk=2), dict(B=3, H=12, N=785)], ids=str)
+def test_gluon_gradients_against_float64(call, dtype):
+    """Those of the kernel which nothing calls yet; those of keys and values to the bit."""
+    grid = {"grid": (4, 14, 14), "prefix": 1} if call["N"] == 785 else {}
+    call = Call(**call, **grid, dtype=dtype, device="cuda")
+    first = call.gradients(sm90_backward.backward)
+    call.check(("dq", "dk", "dv"), first)
+    for _ in range(100):
+        assert all(map(torch.equal, call.gradients(sm90_backward.backward)[1:], first[1:]))
+    if not grid:
+        far_below_zero(call).check(("dq", "dk", "dv"), call.gradients(sm90_backward.backward))
+
+
+@pytest.mark.gpu
+@hopper
+def test_gluon_of_a_projection():
+    """Of more tiles than there are multiprocessors: each program takes several, the last of them not whole."""
+    qkv = (torch.randn(20, 785, 3 * 12 * 64, device="cuda") / 2).bfloat16().requires_grad_()
+    run = lambda backend: lambda x: ops.joint_attention_qkv_(x * 1, 12, (4, 14, 14), backend=backend)  # noqa: E731
+    held_to_sdpa(run, [qkv])
+    first = results(run("gluon"), [qkv])[0]
+    for _ in range(300):
+        assert torch.equal(first, run("gluon")(qkv))
+
+
+@pytest.mark.gpu
+@hopper
+def test_gluon_of_positions_and_learned_frequencies():
+    q, k, v = map(tokens_first, tensors(H=4, n=300, D=64, dtype=torch.bfloat16, device="cuda"))
+    here, there = torch.rand(2, 2, 300, 3, device="cuda").mul(9).unbind()
+    both = dict(positions=here, k_positions=there)
+    held_to_sdpa(lambda backend: lambda *x: ops.joint_attention(*x, backend=backend, **both), [q, k, v])
+    freqs = (torch.randn(3, 32, device="cuda") / 4).requires_grad_()
+
+    def learned(backend):
+        return lambda *x: ops.joint_attention(*x[:3], positions=here, freqs=x[3].float(), backend=backend)
+
+    held_to_sdpa(learned, [q, k, v, freqs])
+
+
+@pytest.mark.gpu
+@hopper
+def test_gluon_log_sum_exps():
+    q, k, v = map(tokens_first, tensors(H=4, n=785, D=64, dtype=torch.bfloat16, device="cuda"))
+    run = lambda **o: ops.joint_attention(q, k, v, grid=(4, 14, 14), return_lse=True, **o)  # noqa: E731
+    (out, lse), (want, want_lse) = run(), run(backend="triton")
+    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), (q, k), retain_graph=True) for x in (lse, want_lse))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()
+    plain = [torch.autograd.grad(x.float().square().sum(), (q, k, v), retain_graph=True) for x in (out, want)]
+    for a, b in zip(*plain, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()
+
+
+@pytest.mark.gpu
+@hopper
+def test_gluon_beside_torchs_own():
+    """torch keeps cuDNN's graphs by the strides of q, k and v alone: neither may be given the other's."""
+    for order in (tokens_first, lambda x: x.detach().clone().requires_grad_()):
+        inputs = [order(x) for x in tensors(n=321, D=64, dtype=torch.bfloat16, device="cuda")]
+        exact = results(lambda *x: attention_reference(*x, 64**-0.5), [x.detach().double().requires_grad_() for x in inputs])
+        for run in (ops.joint_attention, scaled_dot_product_attention, ops.joint_attention, scaled_dot_product_attention):
+            for a, b in zip(results(run, inputs), exact, strict=True):
+                assert (a - b).norm() <= 1e-2 * b.norm()
