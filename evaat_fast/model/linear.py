@@ -28,12 +28,12 @@ def open_bias(linear: nn.Module, op: str, x: Tensor, *around: nn.Module) -> Tens
     """The bias of a layer whose output `op` ("add_norm" or "swiglu_norm") reads, if it had better learn there: a kernel serves
     on x's device, and the layer need not be called. x: what the layer is given, or of the same dtype and device. around:
     modules that end between the layer and the op; one with hooks, as FSDP's, may take its parameters back then."""
-    if not (torch.is_grad_enabled() and is_plain(linear)):
+    if not torch.is_grad_enabled() or not sums_columns(op, x) or not is_plain(linear):
         return None
     weight, bias = linear.weight, linear.bias
     if not isinstance(bias, Tensor) or not bias.requires_grad or not isinstance(weight, Tensor):
         return None
-    if traced(type(x), type(weight), type(bias)) or not sums_columns(op, x) or is_transformed(bias):
+    if traced(type(x), type(weight), type(bias)) or is_transformed(bias):
         return None
     return bias if all(map(_stands_alone, (linear, *around))) else None
 
