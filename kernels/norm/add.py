@@ -34,11 +34,8 @@ def add_norm_backward_kernel(
     c = tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR)
     has = c < C
     w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
-    dweight, dbias, columns = (
-        tl.zeros((BLOCK_C,), tl.float32),
-        tl.zeros((BLOCK_C,), tl.float32),
-        tl.zeros((BLOCK_C,), tl.float32),
-    )
+    dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    columns = tl.zeros((BLOCK_C,), tl.float32)
     at, step = tl.program_id(0).to(tl.int64) * C + c, tl.num_programs(0).to(tl.int64) * C
     for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         dy = tl.load(dY + at, mask=has, other=0.0).to(tl.float32)
