@@ -82,10 +82,10 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.block, self.stack, self.last = block, stack, last and stack.attention
 
-    def forward(self, x, stream, grid, freqs):
+    def forward(self, x, stream, grid, freqs, **biases):
         block, fused = self.block, self.stack.norms
         if fused and self.stack.attention:
-            return block(x, stream, grid, freqs, self.last)
+            return block(x, stream, grid, freqs, self.last, **biases)
         x, stream = norm(x, stream, block.norm1, fused)
         out = (self.ours if self.stack.attention else self.published)(x, grid, freqs)
         x = block.attn.proj(norm(out.transpose(1, 2).flatten(2), None, block.attn.norm, fused)[0])
@@ -129,9 +129,9 @@ class TextBlock(nn.Module):
         super().__init__()
         self.block, self.stack = block, stack
 
-    def forward(self, x, stream):
+    def forward(self, x, stream, **biases):
         if self.stack.norms:
-            return self.block(x, stream)
+            return self.block(x, stream, **biases)
         x, stream = norm(x, stream, self.block.ln_1, self.stack.norms)
         x, stream = norm(self.block.attn(x), stream, self.block.ln_2, self.stack.norms)
         return self.block.mlp(x), stream
@@ -155,6 +155,16 @@ class Step(nn.Module):
             for block in (*self.vision, *self.text):
                 block.compile(dynamic=False)
 
+    def run(self, blocks, x, *arguments):
+        """(branch, stream) of x after blocks. Ours leave a bias to the next one, as in the towers, where no compiler stands
+        between them."""
+        leaves, stream, given = self.stack.attention and self.stack.norms and not self.stack.compiled, None, None
+        for block in blocks:
+            left = block.block.left(x) if leaves and block is not blocks[-1] else None
+            x, stream = block(x, stream, *arguments, **({"given": given, "left": left} if leaves else {}))
+            given = left
+        return x, stream
+
     def encode_video(self, video):
         """As VisionTransformer.forward."""
         visual = self.model.visual
@@ -162,22 +172,19 @@ class Step(nn.Module):
         spatial = visual.pos_embed[:, 1:].unsqueeze(1) + visual.temporal_embed.unsqueeze(2)
         cls = (visual.cls_token + visual.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = x + spatial.flatten(1, 2)
-        x, stream = torch.cat((cls.to(x.dtype), x), 1), None
+        x = torch.cat((cls.to(x.dtype), x), 1)
         grid, rope = visual.config.grid, visual.freqs
         if not self.stack.attention:  # the rotation as published, its tables made once
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
             scale = (1.0, *(visual.config.rope_grid / side for side in grid[1:]))
             rope = rope3d.published(grid, 2 * rope.shape[-1], dtype, x.device, scale)
-        for block in self.vision:
-            x, stream = block(x, stream, grid, rope)
+        x, stream = self.run(self.vision, x, grid, rope)
         x, stream = x[:, 0], None if stream is None else stream[:, 0]
         return visual.head(norm(x, stream, visual.norm, self.stack.norms)[0])
 
     def encode_text(self, tokens):
-        text, stream = self.model.text, None
-        x = text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]]
-        for block in self.text:
-            x, stream = block(x, stream)
+        text = self.model.text
+        x, stream = self.run(self.text, text.token_embedding(tokens) + text.positional_embedding[: tokens.shape[1]])
         end = torch.arange(len(x), device=x.device), tokens.argmax(-1)
         return norm(x[end], stream[end], text.ln_final, self.stack.norms)[0] @ text.text_projection
 

@@ -213,14 +213,15 @@ def sms_diagonal(arch, labelled):
     return aot.build(kernels.diagonal_kernel, types, constants, arch, aligned=[*ALIGNED, "labels.row"], **shape)
 
 
-def norm(arch, kind, C, dtype="bf16", residual=True):
+def norm(arch, kind, C, dtype="bf16", residual=True, of_x=False):
+    """of_x: sums of x's columns too."""
     from evaat_fast.kernels.norm import add, rows, swiglu
 
     row, wide = f"*{dtype}", "*fp32"
     if kind == "sums":
-        constants = rows.SUMS | {"C": C}
+        constants = rows.SUMS | {"C": C, "KINDS": 3 if of_x else 2}
         warps = constants.pop("num_warps")
-        types = {"sums": wide, "dweight": wide, "dbias": wide, "P": "i32"}
+        types = {"sums": wide, "dweight": wide, "dbias": wide, "dx_bias": wide if of_x else None, "P": "i32"}
         return aot.build(rows.sums_kernel, types, constants, arch, num_warps=warps)
     stream = wide if residual else None
     kernel, types = {
@@ -239,7 +240,7 @@ def norm(arch, kind, C, dtype="bf16", residual=True):
     options = module.forward_config(C)
     if kind.endswith("backward"):
         read = ("dY", "total", "dR") if module is add else ("dY", "x", "x")
-        options = module.backward_config(C, *(4 if types[x] == wide else 2 for x in read if types[x]))
+        options = module.backward_config(C, *(4 if types[x] == wide else 2 for x in read if types[x]), of_x=of_x)
     warps = options.pop("num_warps")
     constants = options | ({} if module is add else {"EXACT": dtype == "fp32"})
     return aot.build(kernel, types | {"weight": wide, "statistics": wide, "M": "i32"}, constants, arch, num_warps=warps)
@@ -291,6 +292,13 @@ def _shipped():
         for C, dtype in ((2048, "bf16"), (2730, "bf16"), (2048, "fp32")):
             yield f"{kind} {dtype} {C}", functools.partial(norm, kind=kind, C=C, dtype=dtype)
     yield "norm sums 768", functools.partial(norm, kind="sums", C=768)
+    yield "norm sums 768, of x", functools.partial(norm, kind="sums", C=768, of_x=True)
+    for C, dtype in ((768, "bf16"), (1024, "bf16"), (768, "fp32")):
+        build = functools.partial(norm, kind="add_norm backward", C=C, dtype=dtype, of_x=True)
+        yield f"add_norm backward {dtype} {C}, a stream, of x", build
+    for C, dtype in ((2048, "bf16"), (2730, "bf16"), (2048, "fp32")):
+        build = functools.partial(norm, kind="swiglu_norm backward", C=C, dtype=dtype, of_x=True)
+        yield f"swiglu_norm backward {dtype} {C}, of x", build
     for tail in (0, 32, 64):
         yield f"gradients prepare sm90, tail {tail}", functools.partial(attn_ends_sm90, name="prepare", tail=tail)
     yield "gradients finish sm90", functools.partial(attn_ends_sm90, name="finish")

@@ -21,7 +21,7 @@ def test_entries_say_what_they_ask(lab, capsys):
 
 
 @pytest.mark.together("emulated")
-@pytest.mark.parametrize("name", ["sms"])
+@pytest.mark.parametrize("name", ["sms", "bias"])
 def test_launches(lab, name, monkeypatch):
     """A variant must not change the result, and a wrong result must not pass."""
     with emulated(monkeypatch):

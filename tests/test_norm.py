@@ -109,9 +109,62 @@ def test_swiglu_norm(backend, device, dtype, C, norm):
     check(ops.swiglu_norm, plain_swiglu_norm, inputs, backend=backend)
 
 
+def biased(op):
+    """op, or plain torch, of what has the last of its inputs in it already: a bias that is there for its gradient."""
+
+    def plain(x, *given, **options):
+        nothing = (given[-1] - given[-1].detach()).to(x.dtype)
+        return PLAIN[op](x + nothing, *given[:-1], **options)
+
+    return lambda *given, **options: op(*given[:-1], x_bias=given[-1], **options), plain
+
+
+PLAIN = {ops.add_norm: plain_add_norm, ops.swiglu_norm: plain_swiglu_norm}
+
+
+@pytest.mark.sample(12)
+@places
+@pytest.mark.parametrize("C, kind", [(768, None), (1000, F32), (48, F32)])
+def test_a_bias_that_x_has_in_it(backend, device, dtype, C, kind):
+    """Its gradient, of float32 or of x's dtype."""
+    bias = rows((2 * C,), kind or dtype, device)
+    x, stream, weights = rows((2, 7, C), dtype, device), rows((2, 7, C), F32, device), norm_weights(C, F32, device)
+    ours, plain = biased(ops.add_norm)
+    check(ours, plain, (x, stream, *weights, bias[:C]), near, backend=backend)
+    ours, plain = biased(ops.swiglu_norm)
+    for given in (weights, (None, None)):
+        check(ours, plain, (rows((2, 7, 2 * C), dtype, device), *given, bias), near, backend=backend)
+
+
+@places
+def test_a_bias_alone(backend, device, dtype):
+    """It learns, or all but it do, or the sum leads on and the norm nowhere; what else comes out stays the same to the bit."""
+    x, stream = rows((5, 64), dtype, device), rows((5, 64), F32, device)
+    weights, x_bias = norm_weights(64, F32, device), rows((64,), F32, device)
+
+    def grads(*learn, of=0):
+        given = [y.detach().requires_grad_(n in learn) for n, y in zip("xrwbc", (x, stream, *weights, x_bias), strict=True)]
+        out = ops.add_norm(*given[:4], x_bias=given[4], backend=backend)[of]
+        inner = ops.swiglu_norm(given[0], given[2][:32], None, x_bias=given[4], backend=backend)
+        return (
+            out,
+            inner,
+            torch.autograd.grad(out.float().square().sum() + inner.float().sum(), [y for y in given if y.requires_grad]),
+        )
+
+    out, inner, every = grads("x", "r", "w", "b", "c")
+    normed, total = ops.add_norm(x, stream, *weights, backend=backend)
+    assert torch.equal(out, normed) and torch.equal(inner, ops.swiglu_norm(x, weights[0][:32], None, backend=backend))
+    assert torch.equal(grads("c")[2][0], every[4]) and every[4].dtype == F32
+    assert all(map(torch.equal, grads("x", "r", "w", "b")[2], every))
+    through = ops.add_norm(x, stream, *weights, x_bias=x_bias.requires_grad_(), backend=backend)[1]
+    (of_total,) = torch.autograd.grad(through.square().sum(), x_bias)
+    torch.testing.assert_close(of_total, (2 * total).sum(0), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.sample(8)
 @places
-@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (1000, 3), (2, 3, 4, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (400, 3), (2, 3, 4, 48)], ids=str)
 def test_shapes(backend, device, dtype, shape):
     """Any leading shape, narrow rows, weights of x's dtype, no bias."""
     x, w = rows(shape, dtype, device), rows(shape[-1:], dtype, device)
@@ -209,6 +262,9 @@ def test_float64():
     x, residual, weight, bias = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((3, 8), (3, 8), (8,), (8,)))
     assert torch.autograd.gradcheck(lambda *y: ops.add_norm(*y, eps=1e-3), (x, residual, weight, bias))
     assert torch.autograd.gradcheck(lambda *y: ops.swiglu_norm(*y, eps=1e-3), (x, weight[:4], bias[:4]))
+    both = lambda *y: ops.add_norm(y[0] + bias.detach(), *y[1:], x_bias=bias)[0]  # noqa: E731
+    x_bias = torch.autograd.grad(both(x, residual, weight, None).sum(), bias)[0]
+    torch.testing.assert_close(x_bias, torch.autograd.grad(both(x, residual, weight, None).sum(), x)[0].sum(0))
     assert torch.autograd.gradgradcheck(lambda *y: ops.swiglu_norm(*y, eps=1e-3), (x, weight[:4], bias[:4]))
 
 
@@ -378,6 +434,9 @@ BAD = [
     ((X, None, W[:4], W), ValueError, r"weight: expected the shape \[8\], as x is \[2, 3, 8\], got \[4\]"),
     ((X, None, W, W[None]), ValueError, r"bias: expected the shape \[8\], as x is \[2, 3, 8\], got \[1, 8\]"),
     ((X, None, W, W.to("meta")), ValueError, "bias: expected x's device cpu, got meta"),
+    ((X, X, W, W, 1e-6, W[:4]), ValueError, r"x_bias: expected the shape \[8\], as x is \[2, 3, 8\], got \[4\]"),
+    ((X, X, W, W, 1e-6, W.int()), TypeError, "x_bias: expected a floating-point tensor, got torch.int32"),
+    ((X, None, W, W, 1e-6, W), ValueError, "x_bias: expected None without a residual, where the sum is x itself"),
     ((X, None, W, W, -1.0), ValueError, "eps: expected a float >= 0, got -1.0"),
     ((X, None, W, W, "small"), TypeError, "eps: expected a float, got 'small'"),
     ((X, None, W, W, float("nan")), ValueError, "eps: expected a finite float, got nan"),
@@ -387,7 +446,7 @@ BAD = [
 @pytest.mark.parametrize("arguments, error, message", BAD)
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
-        ops.add_norm(*arguments)
+        ops.add_norm(*arguments[:5], x_bias=arguments[5] if arguments[5:] else None)
 
 
 def test_errors_of_swiglu_norm():
@@ -395,10 +454,11 @@ def test_errors_of_swiglu_norm():
         ((X[..., :7], None, None), ValueError, "x: expected gates and as many values in the last dimension"),
         ((X, W, None), ValueError, r"weight: expected the shape \[4\], as half of x is \[2, 3, 8\], got \[8\]"),
         ((X, None, W), ValueError, "bias: given without weight, where there is no norm"),
+        ((X, None, None, 1e-6, W[:4]), ValueError, r"x_bias: expected the shape \[8\], as x is \[2, 3, 8\], got \[4\]"),
         (("x", None, None), TypeError, "x: expected a floating-point tensor, got str"),
     ):
         with pytest.raises(error, match=message):
-            ops.swiglu_norm(*arguments)
+            ops.swiglu_norm(*arguments[:4], x_bias=arguments[4] if arguments[4:] else None)
     with pytest.raises(ValueError, match="backend: expected one of"):
         ops.swiglu_norm(X, None, None, backend="fast")
 
@@ -419,6 +479,9 @@ def draw(seed, backend, device, dtype):
         weight, bias = pick.choice([(weight, bias), (None, None)])
         call = ops.swiglu_norm, plain_swiglu_norm, (rows((*shape, 2 * C), dtype, device), weight, bias)
     function, plain, inputs = call
+    if pick.random() < 0.5 and (function is ops.swiglu_norm or residual is not None):
+        inputs = *inputs, rows(inputs[0].shape[-1:], other, device)
+        function, plain = biased(function)
     check(lambda *x: function(*x, eps=eps, backend=backend), lambda *x: plain(*x, eps=eps), inputs, near)
 
 

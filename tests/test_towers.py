@@ -104,6 +104,20 @@ def test_compiles_in_one_graph(tower):
     torch.testing.assert_close(compiled(video), model.visual(video), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_take_any_batch():
+    """Training, evaluation and one clip after another: what is compiled serves, and Dynamo gives nothing up."""
+    model, graphs = ours("eva02", vision_layers=3, text_layers=2), []
+    model.compile_blocks(backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for batch in (4, 2, 1, 3, 5):
+            seen, video, text = len(graphs), clip(model, batch), captions(batch)
+            with torch.no_grad():
+                out = model(video, text)
+            torch.testing.assert_close(model(video, text)["image_embed"], out["image_embed"], rtol=1e-4, atol=1e-5)
+    assert len(graphs) == seen > 8
+
+
 @each_tower
 @pytest.mark.parametrize("pixels", ["uint8", "float"])
 def test_exports_with_gradients(tower, pixels):

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from evaat_fast.integrations._timm_attention import JOINT, named
 from evaat_fast.ops._core.autocast import autocast_dtype
 from evaat_fast.ops._core.tensor import keeps_numbers_elsewhere
-from evaat_fast.ops.norm.norm import add_norm, swiglu_norm
+from evaat_fast.ops.norm.norm import add_norm, sums_columns, swiglu_norm
 
 __all__ = ["FUSED", "FusedEvaBlock", "FusedGluMlp", "FusedSwiGLU"]
 
@@ -85,7 +85,10 @@ class FusedSwiGLU(SwiGLU):
         """The MLP, whatever the call, without dropout inside."""
         gate, value = self.fc1_g, self.fc1_x
         bias = None if gate.bias is None else torch.cat((gate.bias, value.bias))
-        return _rest(self, F.linear(x, torch.cat((gate.weight, value.weight)), bias))
+        weight = torch.cat((gate.weight, value.weight))
+        if bias is None or not bias.requires_grad or not sums_columns("swiglu_norm", x):
+            return _rest(self, F.linear(x, weight, bias))
+        return _rest(self, F.linear(x, weight, bias.detach()), bias)
 
 
 class FusedGluMlp(GluMlp):
@@ -149,13 +152,13 @@ def _drops(mlp: Any) -> bool:
     return mlp.drop1.training and mlp.drop1.p > 0
 
 
-def _rest(mlp: Any, x: Tensor) -> Tensor:
-    """An MLP's result of gates and values side by side."""
+def _rest(mlp: Any, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+    """An MLP's result of gates and values side by side. x_bias: theirs, if it learns here."""
     norm = mlp.norm
     if isinstance(norm, nn.Identity):
-        x = swiglu_norm(x, None, None)
+        x = swiglu_norm(x, None, None, x_bias=x_bias)
     else:
-        x = swiglu_norm(x, norm.weight, norm.bias, norm.eps)
+        x = swiglu_norm(x, norm.weight, norm.bias, norm.eps, x_bias=x_bias)
     return mlp.drop2(mlp.fc2(x))
 
 

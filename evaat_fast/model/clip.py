@@ -1,7 +1,9 @@
 """EVA02-AT: a vision tower, a text tower, one embedding space."""
 
+import importlib
+import inspect
 import math
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from evaat_fast.model.recompute import Mode, check_mode
 from evaat_fast.model.text import TextTransformer
 from evaat_fast.model.vision import VisionTransformer
 from evaat_fast.model.vit import ClipVisionTransformer
+
+_VARIANTS = 32  # of what is compiled of a block
 
 
 class Embeddings(TypedDict):
@@ -100,12 +104,22 @@ class EVA02AT(nn.Module):
         self.visual.grad_checkpointing = enable
         self.text.transformer.grad_checkpointing = enable
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """torch.compile for each block of both towers, in place; names and the state dict stay. Blocks of a kind share what
         is compiled (the first, those between, the last of the vision tower), once for training and once for evaluation, so
-        the wait is that of a few blocks, not of the model."""
+        the wait is that of a few blocks, not of the model. A second number of clips compiles them for any, and a single clip
+        once more: 18 times the code of a vision block, of which Dynamo would leave all but 8 uncompiled.
+
+        Args:
+            options: of torch.compile.
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options = {"recompile_limit": _VARIANTS, **options}
+        else:  # an older torch, which has one limit for all
+            config: Any = importlib.import_module("torch._dynamo.config")
+            config.recompile_limit = max(config.recompile_limit, _VARIANTS)
         for block in (*self.visual.blocks, *self.text.transformer.resblocks):
-            block.compile()
+            block.compile(**options)
 
     @property
     def matrix_dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.linear import open_bias, product
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.attn.layout import gradient_like
 
@@ -25,11 +26,16 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[B, L, C] -> the same. bias: of `out_proj`, if it learns elsewhere."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = gradient_like(F.scaled_dot_product_attention(q, k, v, is_causal=True))
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return product(self.out_proj, out.transpose(1, 2).flatten(2), bias)
+
+    def left(self, x: Tensor) -> Tensor | None:
+        """The bias of `out_proj`, if it may learn in the norm behind this, which is given x."""
+        return open_bias(self.out_proj, "add_norm", x, self)
 
 
 def gelu(x: Tensor, quick: bool) -> Tensor:
@@ -44,12 +50,13 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.c_fc(x))
+    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
+        """[..., C] -> the same. left: c_proj's bias, if it learns elsewhere."""
+        return self.narrow(self.c_fc(x), left)
 
-    def narrow(self, x: Tensor) -> Tensor:
+    def narrow(self, x: Tensor, left: Tensor | None) -> Tensor:
         """What follows on c_fc."""
-        return self.c_proj(gelu(x, self.quick))
+        return product(self.c_proj, gelu(x, self.quick), left)
 
 
 class Block(nn.Module):
@@ -62,19 +69,32 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, EPS)
         self.mlp = MLP(width, quick)
 
-    def forward(self, branch: Tensor, stream: Tensor | None, selective: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        selective: bool = False,
+        given: Tensor | None = None,
+        left: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """given, left: as of the vision tower's blocks."""
         matrix = self.attn.in_proj_weight.dtype  # the first branch is the embeddings' sum, float32 whatever the matrices are
-        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix)
-        branch = self.attn(x)
+        x, stream = ops.add_norm(branch, stream, self.ln_1.weight, self.ln_1.bias, EPS, dtype=matrix, x_bias=given)
+        bias = self.attn.left(x) if type(self.attn) is Attention else None
+        branch = self.attn(x) if bias is None else self.attn(x, bias)
         if selective:
-            hidden, stream = again(self.widen, branch, stream)
-            return again(self.mlp.narrow, hidden), stream
-        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS)
-        return self.mlp(x), stream
+            hidden, stream = again(self.widen, branch, stream, bias)
+            return again(self.mlp.narrow, hidden, left), stream
+        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS, x_bias=bias)
+        return self.mlp(x) if left is None else self.mlp(x, left), stream
 
-    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+    def left(self, x: Tensor) -> Tensor | None:
+        """c_proj's bias, if it may learn behind the block, which is given x."""
+        return open_bias(self.mlp.c_proj, "add_norm", x, self, self.mlp) if type(self.mlp) is MLP else None
+
+    def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """c_fc's output and the new stream."""
-        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS)
+        x, stream = ops.add_norm(branch, stream, self.ln_2.weight, self.ln_2.bias, EPS, x_bias=bias)
         return self.mlp.c_fc(x), stream
 
 
@@ -87,11 +107,12 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, C] to (branch, stream), whose sum is the last block's output."""
         stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
+        given: Tensor | None = None
         for block in self.resblocks:
-            if mode and mode != "selective":
-                x, stream = again(block, x, stream)
-            else:
-                x, stream = block(x, stream, mode == "selective")
+            left = block.left(x) if type(block) is Block and block is not self.resblocks[-1] else None
+            arguments = x, stream, mode == "selective", given, left
+            x, stream = again(block, *arguments) if mode and mode != "selective" else block(*arguments)
+            given = left
         assert stream is not None  # there is a block
         return x, stream
 

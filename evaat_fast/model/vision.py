@@ -14,17 +14,13 @@ from torch import Tensor, nn
 from evaat_fast import ops
 from evaat_fast.model import patches as dropout
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.linear import is_plain, open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.ops.rope3d.table import hold_constant
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
 Grid = tuple[int, int, int]
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is its weight, so that a product may read that; adapters and quantised layers must be called."""
-    return getattr(type(linear), "forward", None) is nn.Linear.forward
 
 
 class Attention(nn.Module):
@@ -40,18 +36,27 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, EPS)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None, selective: bool = False) -> Tensor:
-        """[B, 1 + T*Hp*Wp, C] -> the same. positions: of tokens [B, 1 + N', C], where they are not all of a grid."""
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        freqs: Tensor,
+        positions: Any = None,
+        selective: bool = False,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """[B, 1 + T*Hp*Wp, C] -> the same. positions: of tokens [B, 1 + N', C], where they are not all of a grid. bias: of
+        `proj`, if it learns elsewhere."""
         # Joined in each call: two small launches. A single parameter would take one, to keep the key's part of its gradient
         # at zero (a key's bias does not cancel under rotation), and change the names that checkpoints and optimizers know.
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias) if is_plain(self.qkv) else self.qkv(x) + bias
+        of_qkv = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, of_qkv) if is_plain(self.qkv) else self.qkv(x) + of_qkv
         out = ops.joint_attention_qkv_(
             qkv, self.heads, None if positions is not None else grid, freqs=freqs, positions=positions
         )
-        return again(self.project, out) if selective else self.project(out)
+        return again(self.project, out, bias) if selective else self.project(out, bias)
 
-    def forward_class(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None) -> Tensor:
+    def forward_class(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None, bias: Tensor | None = None) -> Tensor:
         """[B, 1 + T*Hp*Wp, C] -> [B, 1, C]: the class token's row of `forward`, without computing the others."""
         width, kv_bias = x.shape[2], torch.cat((torch.zeros_like(self.v_bias), self.v_bias))
         if is_plain(self.qkv):
@@ -64,11 +69,15 @@ class Attention(nn.Module):
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
         # The class token itself is not rotated.
         k = ops.rope3d(k, grid=None if positions is not None else grid, freqs=freqs, positions=positions)
-        return self.project(ops.joint_attention(q, k, v))
+        return self.project(ops.joint_attention(q, k, v), bias)
 
-    def project(self, out: Tensor) -> Tensor:
+    def left(self, x: Tensor) -> Tensor | None:
+        """The bias of `proj`, if it may learn in the norm behind this, which is given x."""
+        return open_bias(self.proj, "add_norm", x, self)
+
+    def project(self, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """What attention returned, [B, H, N, D], to [B, N, C]."""
-        return self.proj(_norm(out.transpose(1, 2).flatten(2), self.norm))
+        return product(self.proj, _norm(out.transpose(1, 2).flatten(2), self.norm), bias)
 
 
 class SwiGLU(nn.Module):
@@ -80,12 +89,18 @@ class SwiGLU(nn.Module):
         self.norm = nn.LayerNorm(hidden, EPS)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.fc1(x))
+    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
+        """[..., C] -> the same. left: fc2's bias, if it learns elsewhere."""
+        return self.narrow(*self.widen(x), left)
 
-    def narrow(self, x: Tensor) -> Tensor:
+    def widen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """fc1's output, and its bias if that learns in what follows."""
+        bias = open_bias(self.fc1, "swiglu_norm", x)
+        return product(self.fc1, x, bias), bias
+
+    def narrow(self, x: Tensor, bias: Tensor | None, left: Tensor | None) -> Tensor:
         """What follows on fc1."""
-        return self.fc2(ops.swiglu_norm(x, self.norm.weight, self.norm.bias, EPS))
+        return product(self.fc2, ops.swiglu_norm(x, self.norm.weight, self.norm.bias, EPS, x_bias=bias), left)
 
 
 class Block(nn.Module):
@@ -108,28 +123,37 @@ class Block(nn.Module):
         class_only: bool = False,
         positions: Any = None,
         selective: bool = False,
+        given: Tensor | None = None,
+        left: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """branch [B, N, C] and stream, whose sum (or branch alone) is the block's input, to those of its output; with
         `class_only` of its first row, [B, 1, C]. The stream is float32 from the first sum on (float64 in float64).
         positions: of the tokens, where they are not all of the grid. selective: recompute what is cheap, see
-        `evaat_fast.model.recompute`."""
+        `evaat_fast.model.recompute`. given: the bias in branch, if it learns here; left: fc2's, if it
+        learns behind the block."""
         # The first branch of a tower is a stream, float32 whatever its matrices are. Of the bias: a quantised matrix has none.
         matrix = self.attn.q_bias.dtype
-        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix)
+        x, stream = ops.add_norm(branch, stream, self.norm1.weight, self.norm1.bias, EPS, dtype=matrix, x_bias=given)
+        bias = self.attn.left(x) if type(self.attn) is Attention else None
+        biases = {} if bias is None else {"bias": bias}
         if class_only:
-            branch, stream = self.attn.forward_class(x, grid, freqs, positions), stream[:, :1]
+            branch, stream = self.attn.forward_class(x, grid, freqs, positions, **biases), stream[:, :1]
         else:
-            branch = self.attn(x, grid, freqs, positions, selective)
+            branch = self.attn(x, grid, freqs, positions, selective, **biases)
         if selective and not class_only:
-            hidden, stream = again(self.widen, branch, stream)
-            return again(self.mlp.narrow, hidden), stream
-        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS)
-        return self.mlp(x), stream
+            hidden, bias, stream = again(self.widen, branch, stream, bias)
+            return again(self.mlp.narrow, hidden, bias, left), stream
+        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS, x_bias=bias)
+        return self.mlp(x) if left is None else self.mlp(x, left), stream
 
-    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """fc1's output and the new stream."""
-        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS)
-        return self.mlp.fc1(x), stream
+    def left(self, x: Tensor) -> Tensor | None:
+        """fc2's bias, if it may learn behind the block, which is given x."""
+        return open_bias(self.mlp.fc2, "add_norm", x, self, self.mlp) if type(self.mlp) is SwiGLU else None
+
+    def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """fc1's output and its bias, as the MLP has them, and the new stream."""
+        x, stream = ops.add_norm(branch, stream, self.norm2.weight, self.norm2.bias, EPS, x_bias=bias)
+        return *self.mlp.widen(x), stream
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -224,10 +248,14 @@ class VisionTransformer(nn.Module):
             hold_constant(self.freqs)
         positions = None if patches is None else dropout.place(patches, self.config.grid, self.freqs, x.dtype)
         stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
+        given: Tensor | None = None
         for block in self.blocks:
+            last = block is self.blocks[-1]
+            left = block.left(x) if type(block) is Block and not last else None
             # Only the class token leaves the tower, so the last block computes only that row, with the same result. By
             # count of multiplications this saves a quarter of the tiny model and 7 % of the base model at 4 frames.
-            arguments = (x, stream, self.config.grid, self.freqs, block is self.blocks[-1], positions, mode == "selective")
+            arguments = (x, stream, self.config.grid, self.freqs, last, positions, mode == "selective", given, left)
             x, stream = again(block, *arguments) if mode and mode != "selective" else block(*arguments)
+            given = left
         assert stream is not None  # there is a block
         return self.head(ops.add_norm(x[:, 0], stream[:, 0], self.norm.weight, self.norm.bias, EPS)[0])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from evaat_fast import ops
 from evaat_fast.model.configs import ModelConfig
+from evaat_fast.model.linear import open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
 from evaat_fast.model.text import gelu
@@ -35,14 +36,19 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """[B, N, C] -> the same, or with `class_only` its first row, [B, 1, C]."""
+    def forward(self, x: Tensor, class_only: bool = False, bias: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> the same, or with `class_only` its first row, [B, 1, C]. bias: of `proj`, if it learns elsewhere."""
         q, k, v = self.split(x)
-        return self.project(gradient_like(F.scaled_dot_product_attention(q[:, :, :1] if class_only else q, k, v)))
+        out = F.scaled_dot_product_attention(q[:, :, :1] if class_only else q, k, v)
+        return self.project(gradient_like(out), bias)
 
-    def project(self, out: Tensor) -> Tensor:
+    def left(self, x: Tensor) -> Tensor | None:
+        """The bias of `proj`, if it may learn in the norm behind this, which is given x."""
+        return open_bias(self.proj, "add_norm", x, self)
+
+    def project(self, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """What attention returned, [B, H, N, D], to [B, N, C]."""
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return product(self.proj, out.transpose(1, 2).flatten(2), bias)
 
 
 class DividedAttention(Attention):
@@ -53,12 +59,12 @@ class DividedAttention(Attention):
         super().__init__(width, heads)
         self.frames, self.time = frames, time
 
-    def forward(self, x: Tensor, class_only: bool = False) -> Tensor:
-        """[B, 1 + T*Hp*Wp, C] -> the same."""
+    def forward(self, x: Tensor, class_only: bool = False, bias: Tensor | None = None) -> Tensor:
+        """[B, 1 + T*Hp*Wp, C] -> the same, as `Attention`."""
         q, k, v = self.split(x)
         of_class = F.scaled_dot_product_attention(q[:, :, :1], k, v)
         if class_only:
-            return self.project(of_class)
+            return self.project(of_class, bias)
         queries, keys, values = (self._groups(part) for part in (q, k, v))
         keys, values = (
             torch.cat((whole[:, None, :, :1].expand_as(part[:, :, :, :1]), part), 3) for whole, part in ((k, keys), (v, values))
@@ -66,12 +72,18 @@ class DividedAttention(Attention):
         out = F.scaled_dot_product_attention(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
         out = out.unflatten(0, (-1, queries.shape[1]))
         out = out.permute(0, 2, 3, 1, 4) if self.time else out.transpose(1, 2)  # [B, H, T, Hp*Wp, D]
-        return self.project(torch.cat((of_class, out.flatten(2, 3)), 2))
+        return self.project(torch.cat((of_class, out.flatten(2, 3)), 2), bias)
 
     def _groups(self, x):
         """[B, H, 1 + T*Hp*Wp, D] -> the patches of each group, [B, groups, H, patches, D]."""
         x = x[:, :, 1:].unflatten(2, (self.frames, -1))  # [B, H, T, Hp*Wp, D]
         return x.permute(0, 3, 1, 2, 4) if self.time else x.transpose(1, 2)
+
+
+def _attend(attention: nn.Module, x: Tensor, class_only: bool = False) -> tuple[Tensor, Tensor | None]:
+    """attention(x), and the bias in it that is to learn in the norm behind it."""
+    bias = attention.left(x) if type(attention) in (Attention, DividedAttention) else None  # type: ignore[operator]
+    return attention(x, class_only) if bias is None else attention(x, class_only, bias), bias
 
 
 class MLP(nn.Module):
@@ -81,12 +93,13 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.fc1(x))
+    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
+        """[..., C] -> the same. left: fc2's bias, if it learns elsewhere."""
+        return self.narrow(self.fc1(x), left)
 
-    def narrow(self, x: Tensor) -> Tensor:
+    def narrow(self, x: Tensor, left: Tensor | None) -> Tensor:
         """What follows on fc1."""
-        return self.fc2(gelu(x, self.quick))
+        return product(self.fc2, gelu(x, self.quick), left)
 
 
 class Block(nn.Module):
@@ -105,35 +118,51 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(width, self.eps) if divided else None
 
     def forward(
-        self, branch: Tensor, stream: Tensor | None, class_only: bool = False, selective: bool = False
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        class_only: bool = False,
+        selective: bool = False,
+        given: Tensor | None = None,
+        left: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """branch [B, N, C] and stream, whose sum (or branch alone) is the block's input, to those of its output; with
-        `class_only` of its first row, [B, 1, C]."""
+        `class_only` of its first row, [B, 1, C]. given, left: as of the EVA02 tower's blocks."""
         # The first branch of a tower is a stream, float32 whatever its matrices are; a quantised one has no dtype.
         matrix = getattr(self.attn.proj.weight, "dtype", torch.float32)
         if self.timeattn is None or self.norm3 is None:
-            x, stream = self._norm(branch, stream, self.norm1, matrix)
+            x, stream = self._norm(branch, stream, self.norm1, matrix, given)
         else:
-            x, stream = self._norm(branch, stream, self.norm3, matrix)
+            x, stream = self._norm(branch, stream, self.norm3, matrix, given)
             # What time adds is seen by the attention over space, and is in its input alone: the stream goes on without it.
-            x = self._norm(self.timeattn(x), stream, self.norm1, matrix)[0]
-        branch = self.attn(x, class_only)
+            branch, bias = _attend(self.timeattn, x)
+            x = self._norm(branch, stream, self.norm1, matrix, bias)[0]
+        branch, bias = _attend(self.attn, x, class_only)
         stream = stream[:, :1] if class_only else stream
         if selective and not class_only:
-            hidden, stream = again(self.widen, branch, stream)
-            return again(self.mlp.narrow, hidden), stream
-        x, stream = self._norm(branch, stream, self.norm2)
-        return self.mlp(x), stream
+            hidden, stream = again(self.widen, branch, stream, bias)
+            return again(self.mlp.narrow, hidden, left), stream
+        x, stream = self._norm(branch, stream, self.norm2, bias=bias)
+        return self.mlp(x) if left is None else self.mlp(x, left), stream
 
-    def widen(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+    def left(self, x: Tensor) -> Tensor | None:
+        """fc2's bias, if it may learn behind the block, which is given x."""
+        return open_bias(self.mlp.fc2, "add_norm", x, self, self.mlp) if type(self.mlp) is MLP else None
+
+    def widen(self, branch: Tensor, stream: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """fc1's output and the new stream."""
-        x, stream = self._norm(branch, stream, self.norm2)
+        x, stream = self._norm(branch, stream, self.norm2, bias=bias)
         return self.mlp.fc1(x), stream
 
     def _norm(
-        self, branch: Tensor, stream: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype | None = None
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        norm: nn.LayerNorm,
+        dtype: torch.dtype | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return ops.add_norm(branch, stream, norm.weight, norm.bias, self.eps, dtype=dtype)
+        return ops.add_norm(branch, stream, norm.weight, norm.bias, self.eps, dtype=dtype, x_bias=bias)
 
 
 class ClipVisionTransformer(nn.Module):
@@ -190,8 +219,12 @@ class ClipVisionTransformer(nn.Module):
         x = embed(self, video, patches)
         x = ops.add_norm(x, None, self.norm_pre.weight, self.norm_pre.bias, self.norm_pre.eps)[0]
         stream, mode = None, self.grad_checkpointing if torch.is_grad_enabled() else False
+        given: Tensor | None = None
         for block in self.blocks:
-            arguments: tuple[Any, ...] = (x, stream, block is self.blocks[-1], mode == "selective")
+            last = block is self.blocks[-1]
+            left = block.left(x) if type(block) is Block and not last else None
+            arguments: tuple[Any, ...] = (x, stream, last, mode == "selective", given, left)
             x, stream = again(block, *arguments) if mode and mode != "selective" else block(*arguments)
+            given = left
         assert stream is not None  # there is a block
         return self.head(ops.add_norm(x[:, 0], stream[:, 0], self.norm.weight, self.norm.bias, self.eps)[0])

@@ -8,7 +8,6 @@ from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, ro
 # Neighbouring channels of a thread: 16 bytes of float32, 8 of 16 bits. With 8 a thread what is stored in float32 passes through
 # shared memory first: on an H200, at 768 channels, the backward pass of a bfloat16 branch takes 0.232 ms instead of 0.163.
 VECTOR = tl.constexpr(4)
-CHANNELS = 512  # of a warp of the backward pass
 
 
 @triton.jit
@@ -26,14 +25,17 @@ def add_norm_kernel(x, residual, weight, bias, normed, total, statistics, M, eps
 
 @triton.jit
 def add_norm_backward_kernel(
-    dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
-):
+    dY, dR, total, weight, statistics, dx, dr, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, KINDS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
     """Every so many rows. dR: the gradient of total from elsewhere, or None. dx, dr: the same numbers in two dtypes, either may
-    be None; sums: None if weight and bias need no gradient. STAGES: as in swiglu_norm_backward_kernel."""
+    be None. KINDS of sums of a column: 2, of weight and bias, or 3, of dx too; sums: None if nobody wants them. STAGES: as in
+    swiglu_norm_backward_kernel."""
     c = tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR)
     has = c < C
     w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    columns = tl.zeros((BLOCK_C,), tl.float32)
     at, step = tl.program_id(0).to(tl.int64) * C + c, tl.num_programs(0).to(tl.int64) * C
     for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         dy = tl.load(dY + at, mask=has, other=0.0).to(tl.float32)
@@ -49,9 +51,13 @@ def add_norm_backward_kernel(
             tl.store(dx + at, d, mask=has)
         dweight += dy * unit
         dbias += dy
+        if KINDS == 3:
+            columns += d
         at += step
     if sums is not None:
-        store_sums(sums, dweight, dbias, c, has, C)
+        to = store_sums(sums, dweight, dbias, c, has, C, KINDS)
+        if KINDS == 3:
+            tl.store(to, columns, mask=has)
 
 
 def forward_config(C):
@@ -66,26 +72,33 @@ def forward(x, residual, weight, bias, normed, total, statistics, eps):
         add_norm_kernel[M,](x, residual, weight, bias, normed, total, statistics, M, eps, **forward_config(C))
 
 
-def backward_config(C, *itemsizes):
-    """itemsizes: of dY, total and dR. With 1,024 channels a warp the backward pass takes over 200 registers; 8 or 32 warps a
-    multiprocessor were slower. With dR a third row ahead takes 147 registers, and 16 warps have 128. Rows of 1,024 are not
-    fetched ahead: on an H200 that took add_norm's backward from 0.145 to 0.157 ms, layer_norm's from 0.065 to 0.076."""
+def channels(C, of_x):
+    """Of a warp of the backward pass. of_x: it sums up x's columns, too. Rows of 512 and 1,024 would then take 154 and 143
+    registers, where 16 warps a multiprocessor have 128; they take 91 and 80."""
+    return 256 if of_x and triton.next_power_of_2(C) == C else 512
+
+
+def backward_config(C, *itemsizes, of_x=False):
+    """itemsizes: of dY, total and dR; of_x: as `channels` has it. With 1,024 channels a warp the backward pass takes over 200
+    registers; 8 or 32 warps a multiprocessor were slower. With dR a third row ahead takes 147 registers, and 16 warps have
+    128. Rows of 1,024 are not fetched ahead: on an H200 that took add_norm's backward from 0.145 to 0.157 ms, layer_norm's from
+    0.065 to 0.076."""
     ahead = 0 if C == 1024 else 3 if len(itemsizes) == 2 else 2
-    return block(C, CHANNELS, STAGES=stages(C, itemsizes, ahead))
+    return block(C, channels(C, of_x), KINDS=3 if of_x else 2, STAGES=stages(C, itemsizes, ahead))
 
 
-def count(M, C, device):
+def count(M, C, device, of_x):
     """Programs of the backward pass."""
-    return programs(M, device, 16, block(C, CHANNELS)["num_warps"])
+    return programs(M, device, 16, block(C, channels(C, of_x))["num_warps"])
 
 
-def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias):
+def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias, dx_bias):
     """As `forward`. dR: [..., C] of any dtype, or None; dx, of x, and dr, float32: either may be None; sums: float32
-    [count(...), 2, C], or None as dweight and dbias are."""
-    M, C = size(total)
+    [count(...), 2, C], with dx_bias 3 for 2, or None if none of what they add up to is wanted."""
+    (M, C), of_x = size(total), dx_bias is not None
     with on(dY.device):
         places = dY, dR, total, weight, statistics, dx, dr, sums, M
-        options = backward_config(C, *(x.itemsize for x in (dY, total, dR) if x is not None))
-        add_norm_backward_kernel[count(M, C, dY.device),](*places, **options)
-    if dweight is not None:
-        add_up(sums, dweight, dbias)
+        options = backward_config(C, *(x.itemsize for x in (dY, total, dR) if x is not None), of_x=of_x)
+        add_norm_backward_kernel[count(M, C, dY.device, of_x),](*places, **options)
+    if sums is not None:
+        add_up(sums, dweight, dbias, dx_bias)

@@ -60,33 +60,42 @@ def row_gradient(dY, unit, weight, rstd, C: tl.constexpr):
 
 
 @triton.jit
-def store_sums(sums, dweight, dbias, c, has, C: tl.constexpr):
-    at = sums + tl.program_id(0).to(tl.int64) * 2 * C + c
+def store_sums(sums, dweight, dbias, c, has, C: tl.constexpr, KINDS: tl.constexpr):
+    """A program's first two of KINDS rows of C; returns where its third begins."""
+    at = sums + tl.program_id(0).to(tl.int64) * KINDS * C + c
     tl.store(at, dweight, mask=has)
     tl.store(at + C, dbias, mask=has)
+    return at + 2 * C
 
 
 @triton.jit
-def sums_kernel(sums, dweight, dbias, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Adds up float32 [P, 2, C], the shares of P programs, always in one order: (i, 0) makes dweight, (i, 1) dbias."""
+def sums_kernel(
+    sums, dweight, dbias, dx_bias, P, C: tl.constexpr, KINDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Adds up float32 [P, KINDS, C], the shares of P programs, always in one order: (i, 0) makes dweight, (i, 1) dbias, the
+    others dx_bias, of C numbers or 2 C. Each may be None."""
     p, c = tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     which, has = tl.program_id(1), c < C
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for first in range(0, P, BLOCK_P):
-        at = ((first + p) * 2 + which).to(tl.int64)[:, None] * C + c[None, :]
+        at = ((first + p) * KINDS + which).to(tl.int64)[:, None] * C + c[None, :]
         total += tl.load(sums + at, mask=(first + p < P)[:, None] & has[None, :], other=0.0)
     column = tl.sum(total, 0)
     if which == 0:
-        tl.store(dweight + c, column, mask=has)
-    elif dbias is not None:
-        tl.store(dbias + c, column, mask=has)
+        if dweight is not None:
+            tl.store(dweight + c, column, mask=has)
+    elif which == 1:
+        if dbias is not None:
+            tl.store(dbias + c, column, mask=has)
+    elif dx_bias is not None:
+        tl.store(dx_bias + (which - 2) * C + c, column, mask=has)
 
 
 SUMS = {"BLOCK_P": 128, "BLOCK_C": 32, "num_warps": 8}
 
 
-def add_up(sums, dweight, dbias):
-    """sums: float32 [P, 2, C]. dbias may be None."""
-    P, _, C = sums.shape
+def add_up(sums, dweight, dbias, dx_bias):
+    """sums: float32 [P, 2 or more, C]. The others may be None."""
+    P, count, C = sums.shape
     with on(sums.device):
-        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), 2](sums, dweight, dbias, P, C=C, **SUMS)
+        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), count](sums, dweight, dbias, dx_bias, P, C=C, KINDS=count, **SUMS)

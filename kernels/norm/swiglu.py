@@ -38,15 +38,18 @@ def swiglu_norm_kernel(x, weight, bias, out, statistics, M, eps, C: tl.constexpr
 
 @triton.jit
 def swiglu_norm_backward_kernel(
-    dY, x, weight, statistics, dx, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr
-):
-    """Every so many rows. weight, statistics and sums: None without a norm; sums also if weight and bias need no gradient.
-    STAGES - 1 rows are on their way from memory while one is worked on."""
+    dY, x, weight, statistics, dx, sums, M, C: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr, KINDS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Every so many rows. weight and statistics: None without a norm. KINDS of sums of a column: 2, of weight and bias, or 4,
+    of gates and values too; sums: None if nobody wants them. STAGES - 1 rows are on their way from memory while one is
+    worked on."""
     c = tl.arange(0, BLOCK_C)
     has = c < C
     if weight is not None:
         w = tl.load(weight + c, mask=has, other=0.0).to(tl.float32)
     dweight, dbias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    of_gate, of_value = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     first, step = tl.program_id(0).to(tl.int64) * C, tl.num_programs(0).to(tl.int64) * C
     for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         at = 2 * first + c
@@ -60,11 +63,18 @@ def swiglu_norm_backward_kernel(
             dweight += d * unit
             dbias += d
             d = row_gradient(d, unit, w, rstd, C)
-        tl.store(dx + at, d * value * s * (1.0 + gate * (1.0 - s)), mask=has)
-        tl.store(dx + at + C, d * silu, mask=has)
+        dgate, dvalue = d * value * s * (1.0 + gate * (1.0 - s)), d * silu
+        tl.store(dx + at, dgate, mask=has)
+        tl.store(dx + at + C, dvalue, mask=has)
+        if KINDS == 4:
+            of_gate += dgate
+            of_value += dvalue
         first += step
     if sums is not None:
-        store_sums(sums, dweight, dbias, c, has, C)
+        to = store_sums(sums, dweight, dbias, c, has, C, KINDS)
+        if KINDS == 4:
+            tl.store(to, of_gate, mask=has)
+            tl.store(to + C, of_value, mask=has)
 
 
 def forward_config(C):
@@ -79,23 +89,24 @@ def forward(x, weight, bias, out, statistics, eps):
         swiglu_norm_kernel[M,](x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **forward_config(C))
 
 
-def backward_config(C, *itemsizes):
-    """itemsizes: of dY, gates and values. An H200 takes 0.269 ms at C = 2,048, where a copy takes 0.248; with 256 a warp
-    0.276, and with no row ahead 0.381 and 0.368."""
-    return block(C, CHANNELS, STAGES=stages(C, itemsizes))
+def backward_config(C, *itemsizes, of_x=False):
+    """itemsizes: of dY, gates and values; of_x: whether columns of gates and values are summed up. An H200 takes 0.269 ms
+    at C = 2,048 without, where a copy takes 0.248; with 256 a warp 0.276, and with no row ahead 0.381 and 0.368."""
+    return block(C, CHANNELS, KINDS=4 if of_x else 2, STAGES=stages(C, itemsizes))
 
 
-def count(M, C, device):
-    """Programs of the backward pass: 8 warps of a multiprocessor are what 204 registers leave room for."""
+def count(M, C, device, of_x):
+    """Programs of the backward pass: 8 warps of a multiprocessor are what 204 registers leave room for, or 246."""
     return programs(M, device, 8, block(C, CHANNELS)["num_warps"])
 
 
-def backward(dY, x, weight, statistics, dx, sums, dweight, dbias):
-    """As `forward`. sums: float32 [count(...), 2, C], or None as dweight and dbias are."""
-    M, C = size(dY)
+def backward(dY, x, weight, statistics, dx, sums, dweight, dbias, dx_bias):
+    """As `forward`. sums: float32 [count(...), 2, C], with dx_bias [2 C] 4 for 2, or None if none of what they add up to is
+    wanted."""
+    (M, C), of_x = size(dY), dx_bias is not None
     with on(x.device):
         places = dY, x, weight, statistics, dx, sums, M
-        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize)
-        swiglu_norm_backward_kernel[count(M, C, x.device),](*places, EXACT=x.dtype == torch.float32, **options)
-    if dweight is not None:
-        add_up(sums, dweight, dbias)
+        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize, of_x=of_x)
+        swiglu_norm_backward_kernel[count(M, C, x.device, of_x),](*places, EXACT=x.dtype == torch.float32, **options)
+    if sums is not None:
+        add_up(sums, dweight, dbias, dx_bias)

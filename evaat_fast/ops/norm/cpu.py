@@ -8,7 +8,7 @@ from evaat_fast.ops._core.native import dtype_codes, pointer, run
 _CODES = dtype_codes(_cpu)
 
 
-def _count(M, C, device):
+def _count(M, C, device, of_x):
     """Sums of so many rows each, whatever the number of threads."""
     return _cpu.norm_chunks(M)
 
@@ -32,8 +32,8 @@ def _forward(function, x, residual, weight, bias, out, total, statistics, eps):
     run(function, x.shape, x.device, out.numel() // C, C, *rows, *places, eps)
 
 
-def _backward(function, dY, dR, x, weight, statistics, dx, dr, sums, dweight, dbias):
-    C = dY.shape[-1]
+def _backward(function, dY, dR, x, weight, statistics, dx, dr, sums, dweight, dbias, dx_bias):
+    C, sums = dY.shape[-1], None if dweight is None else sums
     weight, wide = _wide(weight), [y if y is None or y.dtype == torch.float32 else y.float() for y in (dweight, dbias)]
     rows = *_rows(dY), *_rows(dR), *_rows(x), *_rows(dx)
     places = pointer(weight), pointer(statistics), pointer(dr), pointer(sums), *map(pointer, wide)
@@ -41,6 +41,8 @@ def _backward(function, dY, dR, x, weight, statistics, dx, dr, sums, dweight, db
     for y, sum_ in zip((dweight, dbias), wide, strict=True):
         if y is not sum_:
             y.copy_(sum_)
+    if dx_bias is not None:
+        dx_bias.copy_((dx if dr is None else dr).view(-1, len(dx_bias)).sum(0, dtype=torch.float32))
 
 
 class add:
@@ -51,8 +53,8 @@ class add:
         _forward(_cpu.add_norm, x, residual, weight, bias, normed, total, statistics, eps)
 
     @staticmethod
-    def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias):
-        _backward(_cpu.add_norm_backward, dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias)
+    def backward(dY, dR, total, weight, statistics, dx, dr, *of_weights):
+        _backward(_cpu.add_norm_backward, dY, dR, total, weight, statistics, dx, dr, *of_weights)
 
 
 class swiglu:
@@ -63,5 +65,5 @@ class swiglu:
         _forward(_cpu.swiglu_norm, x, None, weight, bias, out, None, statistics, eps)
 
     @staticmethod
-    def backward(dY, x, weight, statistics, dx, sums, dweight, dbias):
-        _backward(_cpu.swiglu_norm_backward, dY, None, x, weight, statistics, dx, None, sums, dweight, dbias)
+    def backward(dY, x, weight, statistics, dx, *of_weights):
+        _backward(_cpu.swiglu_norm_backward, dY, None, x, weight, statistics, dx, None, *of_weights)

@@ -31,6 +31,7 @@ def add_norm(
     eps: float = 1e-6,
     *,
     dtype: torch.dtype | None = None,
+    x_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of x + residual over the last dimension, and the sum.
@@ -41,6 +42,9 @@ def add_norm(
         weight: [C]. bias: [C], or None. Of any floating dtype, float32 as a rule.
         eps: added to the variance.
         dtype: of the product that takes normed, where that is not x's: x may be a float32 stream, its weights bfloat16.
+        x_bias: [C], the bias of the linear layer that made x, and in x already: given for its gradient alone, the column sums
+            of x's, which kernels make in float32 as they make x's, where torch would pass over that once more. The layer then
+            has none to learn: `F.linear(h, W, b.detach())`, and here `x_bias=b`. None without a residual.
         backend: "auto", "triton", "cpu" or "reference". Under torch.compile, and whatever else traces, "auto" is plain torch,
             which the compiler fuses with its neighbours.
 
@@ -62,22 +66,32 @@ def add_norm(
             raise ValueError(f"residual: expected x's shape {list(x.shape)}, got {list(residual.shape)}")
         check_device("residual", residual.device, x.device, "x's")
     _check_weights(x, weight, bias, x.shape[-1], "x")
+    _check_x_bias(x, x_bias)
+    if x_bias is not None and residual is None:
+        raise ValueError("x_bias: expected None without a residual, where the sum is x itself")
     eps, dtype = _eps(eps), _dtype(x, dtype)
-    given = [y for y in (x, residual, weight, bias) if y is not None]
+    given = [y for y in (x, residual, weight, bias, x_bias) if y is not None]
     chosen = _pick("add_norm", x.shape[-1], given, dtype, backend)
     if chosen == "reference":
-        return add_norm_reference(x, residual, weight, bias, eps, dtype)
-    return function.add_norm(chosen, x, residual, weight, bias, eps, dtype)
+        return add_norm_reference(x, residual, weight, bias, x_bias, eps, dtype)
+    return function.add_norm(chosen, x, residual, weight, bias, x_bias, eps, dtype)
 
 
 def swiglu_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    x_bias: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """LayerNorm of silu(gate) * value, where x holds the gates and then the values: the inside of EVA-02's MLP.
 
     Args:
         x: [..., 2 C] of float32, bfloat16, float16 or float64, any strides: the output of the first linear layer.
         weight, bias: [C] of the norm, of any floating dtype; bias may be None. weight None: no norm, and no bias.
+        x_bias: [2 C], which x has in it already, for its gradient alone, as for `add_norm`.
         eps, backend: as for `add_norm`.
 
     Returns:
@@ -97,11 +111,21 @@ def swiglu_norm(
         _check_weights(x, weight, bias, x.shape[-1] // 2, "half of x")
     elif bias is not None:
         raise ValueError("bias: given without weight, where there is no norm")
+    _check_x_bias(x, x_bias)
     eps, dtype = _eps(eps), _dtype(x)
-    chosen = _pick("swiglu_norm", x.shape[-1] // 2, [y for y in (x, weight, bias) if y is not None], dtype, backend)
+    given = [y for y in (x, weight, bias, x_bias) if y is not None]
+    chosen = _pick("swiglu_norm", x.shape[-1] // 2, given, dtype, backend)
     if chosen == "reference":
-        return swiglu_norm_reference(x, weight, bias, eps, dtype)
-    return function.swiglu_norm(chosen, x, weight, bias, eps, dtype)
+        return swiglu_norm_reference(x, weight, bias, x_bias, eps, dtype)
+    return function.swiglu_norm(chosen, x, weight, bias, x_bias, eps, dtype)
+
+
+def sums_columns(op: str, x: Tensor) -> bool:
+    """Whether a call of "add_norm" or "swiglu_norm" with rows of x's dtype and device makes x_bias's gradient as it passes by.
+    Else a linear layer had better make it."""
+    if x.is_cpu and op not in dispatch.DEFAULT:  # at a tenth of the price
+        return False
+    return dispatch.pick(op, x.device, x.dtype) == "triton"
 
 
 def _pick(op, C, given, dtype, backend):
@@ -127,13 +151,21 @@ def _check_rows(name, x):
 
 
 def _check_weights(x, weight, bias, C, of):
-    for name, w in (("weight", weight), ("bias", bias)):
-        if w is None and name == "bias":
-            continue
-        _check_rows(name, w)
-        if w.shape != (C,):
-            raise ValueError(f"{name}: expected the shape [{C}], as {of} is {list(x.shape)}, got {list(w.shape)}")
-        check_device(name, w.device, x.device, "x's")
+    _check_weight("weight", weight, x, C, of)
+    if bias is not None:
+        _check_weight("bias", bias, x, C, of)
+
+
+def _check_x_bias(x, x_bias):
+    if x_bias is not None:
+        _check_weight("x_bias", x_bias, x, x.shape[-1], "x")
+
+
+def _check_weight(name, w, x, C, of):
+    _check_rows(name, w)
+    if w.shape != (C,):
+        raise ValueError(f"{name}: expected the shape [{C}], as {of} is {list(x.shape)}, got {list(w.shape)}")
+    check_device(name, w.device, x.device, "x's")
 
 
 def _eps(eps):
