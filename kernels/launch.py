@@ -14,6 +14,10 @@ Rows = namedtuple("Rows", "at b h n")
 # where there is one for all.
 Table = namedtuple("Table", "at half b h")
 
+# An option of every launch: a product and a sum are one instruction. Triton has it off by default from 3.10 on, and 3.9 warns
+# of that.
+FUSED = {"enable_fp_fusion": True}
+
 
 def table_of(x):
     return None if x is None else Table(x, x.stride(0), *(x.stride(i) if x.shape[i] > 1 else 0 for i in (1, 2)))

@@ -21,6 +21,7 @@ def build(kernel, signature, constants, arch, aligned=(), **options):
     num_warps, num_stages.
     """
     import triton
+    from evaat_fast.kernels.launch import FUSED
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
@@ -46,7 +47,7 @@ def build(kernel, signature, constants, arch, aligned=(), **options):
     types = {name: kind_of(given[name], (i,), name) for i, name in enumerate(names)}
     kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = kind(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=FUSED | options)
 
 
 def resources(compiled):

@@ -166,7 +166,7 @@ def attn_ends_sm90(arch, name, tail=None):
     types["call"] = Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
     types["S"] = forward.Shape(*map(tl.constexpr, (64, 64, True, 0, 64, 128)))
     types, constants = {x: types[x] for x in kernel.arg_names if x in types}, {} if tail is None else {"TAIL": tail}
-    return aot.build(kernel, types, constants, arch, aligned=[*TABLE, *strides(*tensors)], num_stages=2)
+    return aot.build(kernel, types, constants, arch, aligned=[*TABLE, *strides(*tensors)], **sm90_ends.ends_config(tail or 0))
 
 
 def of_rows(arch, name):
@@ -299,9 +299,6 @@ def _shipped():
     for C, dtype in ((2048, "bf16"), (2730, "bf16"), (2048, "fp32")):
         build = functools.partial(norm, kind="swiglu_norm backward", C=C, dtype=dtype, of_x=True)
         yield f"swiglu_norm backward {dtype} {C}, of x", build
-    for tail in (0, 32, 64):
-        yield f"gradients prepare sm90, tail {tail}", functools.partial(attn_ends_sm90, name="prepare", tail=tail)
-    yield "gradients finish sm90", functools.partial(attn_ends_sm90, name="finish")
     for name in ("prepare", "finish"):
         yield f"pairwise {name}", functools.partial(of_rows, name=name)
     yield "pairwise scale", pairwise_scale
@@ -321,6 +318,10 @@ HOPPER = {
     "attn backward sm90 bf16": attn_backward_sm90,
     "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
     "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),
+    "gradients prepare sm90, tail 0": functools.partial(attn_ends_sm90, name="prepare", tail=0),
+    "gradients prepare sm90, tail 32": functools.partial(attn_ends_sm90, name="prepare", tail=32),
+    "gradients prepare sm90, tail 64": functools.partial(attn_ends_sm90, name="prepare", tail=64),
+    "gradients finish sm90": functools.partial(attn_ends_sm90, name="finish"),
 }
 
 

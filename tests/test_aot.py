@@ -85,13 +85,14 @@ def test_attention_in_gluon_fits_hopper(name):
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith("attn backward sm90")])
 def test_gradients_in_gluon_fit_hopper(name):
-    """Four products in flight: weights are made under two, slopes under two others. Its stack is read once a tile."""
+    """Four products in flight: weights are made under two, slopes under two others. The stack is for what is read once a tile;
+    three numbers are not, where tiles may be ends."""
     of_it, inner = used(name, 90), aot.inner_loop(listing(name, 90), 12)
     if resources.triton_version() in resources.read():
         assert resources.triton_cell(name, 90) == resources.read()[resources.triton_version()][name]["sm_90"]
-    assert of_it["stack"] <= 16 and of_it["shared"] <= aot.SHARED_LIMIT[90], of_it
+    assert of_it["stack"] <= 64 and of_it["shared"] <= aot.SHARED_LIMIT[90], of_it
     ops = [line.split()[0] for line in inner]
-    assert not any(op.startswith(("LDL", "STL")) for op in ops)
+    assert sum(op.startswith(("LDL", "STL")) for op in ops) <= 3 * name.endswith("ends")
     waits = [i for i, line in enumerate(inner) if "WARPGROUP.DEPBAR" in line]
     products = [i for i, op in enumerate(ops) if op.startswith("HGMMA")]
     weights = [i for i, op in enumerate(ops) if op.startswith("MUFU.EX2")]
@@ -100,6 +101,16 @@ def test_gradients_in_gluon_fit_hopper(name):
     assert (
         products[4] < weights[0] and weights[-1] < products[8] and products[-1] < waits[0] < slopes[0] < slopes[-1] < waits[1]
     )
+
+
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith("gradients")])
+def test_what_is_around_gradients_in_gluon_fits_hopper(name):
+    of_it = used(name, 90)
+    if resources.triton_version() in resources.read():
+        assert resources.triton_cell(name, 90) == resources.read()[resources.triton_version()][name]["sm_90"]
+    assert of_it["stack"] == 0 and of_it["shared"] <= aot.SHARED_LIMIT[90], of_it
+    assert 128 in aot.global_access(lines(name, 90))["load"]
 
 
 @pytest.mark.sample(1)

@@ -130,3 +130,15 @@ def test_lazy_packages_list_their_names_and_name_what_is_missing(name):
 def test_kernels_folder_is_not_importable_by_its_bare_name():
     run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
     assert "installs as evaat_fast.kernels" in run.stderr
+
+
+def test_every_launch_fuses_products_and_sums():
+    """Triton 3.10 does not by default; a kernel that forgot to ask would lose instructions there, and nobody would see."""
+    launches = 0
+    for path in ROOT.glob("kernels/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and "kernel" in ast.unparse(node.func.value):
+                launches += 1
+                unpacked = [ast.unparse(word.value) for word in node.keywords if word.arg is None]
+                assert "FUSED" in unpacked, f"{path.name}:{node.lineno}"
+    assert launches >= 20

@@ -11,7 +11,7 @@ from collections import namedtuple
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import Rows, constants, generation, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, constants, generation, on, table_of
 from evaat_fast.kernels.rope3d.rotate import turn_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -188,4 +188,4 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, interleaved, scale, cu):
     places = [None if x is None else Rows(x, *x.stride()[:3]) for x in (q, k, v, out, lse, turned_q)]
     with on(q.device):
         S = shape_of(q, interleaved, cu, rows, columns)
-        attn_forward_kernel[programs(call, N, rows, B)](*places, table_of(table), call, S, **launch)
+        attn_forward_kernel[programs(call, N, rows, B)](*places, table_of(table), call, S, **launch, **FUSED)

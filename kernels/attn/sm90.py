@@ -12,7 +12,7 @@ import inspect
 from collections import namedtuple
 
 import triton
-from evaat_fast.kernels.launch import multiprocessors, on, table_of
+from evaat_fast.kernels.launch import FUSED, multiprocessors, on, table_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -289,5 +289,5 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, scale):
         attn_forward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
             of(q, 64), of(k, BN), of(v, BN), of(k, tail), of(v, tail), of(out, 64), of(turned_q if keep else q, 64),
             lse, table_of(table), call, BN, tail, D, stages_of(N), keep, 160,
-            num_warps=4, enable_fp_fusion=True,  # the second is off by default from Triton 3.10 on
+            num_warps=4, **FUSED,
         )  # fmt: skip

@@ -12,8 +12,8 @@ from collections import namedtuple
 import triton
 from evaat_fast.kernels.attn.forward import shape_of
 from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, _add, _load, _place
-from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
-from evaat_fast.kernels.launch import Rows, multiprocessors, on, table_of
+from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel, ends_config
+from evaat_fast.kernels.launch import FUSED, Rows, multiprocessors, on, table_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -277,10 +277,10 @@ def backward(q, k, v, out, do, lse, dlse, grads, tables, prefix, scale, shape=SH
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
     with on(q.device):
         attn_prepare_sm90_kernel[(1 if tail else call.groups * blocks, B * Hk)](
-            *places, dlse, stats, sums, dk, dv, k_table, call, S, TAIL=tail, num_stages=2
+            *places, dlse, stats, sums, dk, dv, k_table, call, S, TAIL=tail, **ends_config(tail), **FUSED
         )
         attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
             *(of(x, [1, 1, rows, D], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain), of(sums, [rows, D], plain),
-            dk, dv, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, enable_fp_fusion=True,
+            dk, dv, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, **FUSED,
         )  # fmt: skip
-        attn_finish_sm90_kernel[(B * H * blocks,)](sums, dq, table, H, N, prefix, scale, S)
+        attn_finish_sm90_kernel[(B * H * blocks,)](sums, dq, table, H, N, prefix, scale, S, **FUSED)

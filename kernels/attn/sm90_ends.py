@@ -60,6 +60,11 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, dk, dv, t
         )
 
 
+def ends_config(tail):
+    """Of `attn_prepare_sm90_kernel`: 64 keys in four warps take all registers."""
+    return {"num_warps": 8 if tail > 32 else 4, "num_stages": 2}
+
+
 @triton.jit
 def attn_finish_sm90_kernel(sums, dq, table, heads, N, prefix, scale, S):
     """Program: the gradient of a block of queries from its sum, which is in the order of registers; turned back."""

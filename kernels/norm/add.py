@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.launch import FUSED, on
 from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, stages, store_sums
 
 # Neighbouring channels of a thread: 16 bytes of float32, 8 of 16 bits. With 8 a thread what is stored in float32 passes through
@@ -69,7 +69,7 @@ def forward(x, residual, weight, bias, normed, total, statistics, eps):
     """[..., C], contiguous, and total and statistics [2, M] float32. residual and total, and bias, may be None."""
     M, C = size(x)
     with on(x.device):
-        add_norm_kernel[M,](x, residual, weight, bias, normed, total, statistics, M, eps, **forward_config(C))
+        add_norm_kernel[M,](x, residual, weight, bias, normed, total, statistics, M, eps, **forward_config(C), **FUSED)
 
 
 def channels(C, of_x):
@@ -99,6 +99,6 @@ def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias, dx
     with on(dY.device):
         places = dY, dR, total, weight, statistics, dx, dr, sums, M
         options = backward_config(C, *(x.itemsize for x in (dY, total, dR) if x is not None), of_x=of_x)
-        add_norm_backward_kernel[count(M, C, dY.device, of_x),](*places, **options)
+        add_norm_backward_kernel[count(M, C, dY.device, of_x),](*places, **options, **FUSED)
     if sums is not None:
         add_up(sums, dweight, dbias, dx_bias)

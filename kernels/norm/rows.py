@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import multiprocessors, on
+from evaat_fast.kernels.launch import FUSED, multiprocessors, on
 
 
 def block(C, channels, **constants):
@@ -98,4 +98,4 @@ def add_up(sums, dweight, dbias, dx_bias):
     """sums: float32 [P, 2 or more, C]. The others may be None."""
     P, count, C = sums.shape
     with on(sums.device):
-        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), count](sums, dweight, dbias, dx_bias, P, C=C, KINDS=count, **SUMS)
+        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), count](sums, dweight, dbias, dx_bias, P, C=C, KINDS=count, **SUMS, **FUSED)

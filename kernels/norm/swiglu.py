@@ -4,7 +4,7 @@ exponential, and to keep it would cost a pass over memory."""
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.launch import FUSED, on
 from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, stages, store_sums
 
 CHANNELS = 512  # of a warp of the backward pass
@@ -86,7 +86,9 @@ def forward(x, weight, bias, out, statistics, eps):
     """x: [..., 2 C], contiguous, the gates first; out: [..., C]; statistics: float32 [2, M], None as weight and bias are."""
     M, C = size(out)
     with on(x.device):
-        swiglu_norm_kernel[M,](x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **forward_config(C))
+        swiglu_norm_kernel[M,](
+            x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **forward_config(C), **FUSED
+        )
 
 
 def backward_config(C, *itemsizes, of_x=False):
@@ -107,6 +109,6 @@ def backward(dY, x, weight, statistics, dx, sums, dweight, dbias, dx_bias):
     with on(x.device):
         places = dY, x, weight, statistics, dx, sums, M
         options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize, of_x=of_x)
-        swiglu_norm_backward_kernel[count(M, C, x.device, of_x),](*places, EXACT=x.dtype == torch.float32, **options)
+        swiglu_norm_backward_kernel[count(M, C, x.device, of_x),](*places, EXACT=x.dtype == torch.float32, **options, **FUSED)
     if sums is not None:
         add_up(sums, dweight, dbias, dx_bias)

@@ -9,7 +9,7 @@ from collections import namedtuple
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.launch import FUSED, on
 
 GROUP = tl.constexpr(8)  # tiles of rows that share a column of tiles in L2
 
@@ -181,7 +181,7 @@ def tiles(rows, N, block):
 def prepare(f, units, norms, inverses, sums=None):
     """Norms of the rows, their inverses (both float32 [2, N]), and two times [N, E] unit rows in the dtype of units; zeros."""
     with on(f.video.device):
-        prepare_kernel[(f.N, 2)](f, *units, norms, inverses, sums, BLOCK_E=triton.next_power_of_2(f.E))
+        prepare_kernel[(f.N, 2)](f, *units, norms, inverses, sums, BLOCK_E=triton.next_power_of_2(f.E), **FUSED)
 
 
 def finish(f, norms, sums, weight, grads, scale, ends, factor):
@@ -194,7 +194,7 @@ def finish(f, norms, sums, weight, grads, scale, ends, factor):
     rows = f.N if sides else 0
     with on(f.video.device):
         grid, shape = (rows + 1, max(sides, 1)), {"FIRST": first, "BLOCK_E": triton.next_power_of_2(f.E)}
-        finish_kernel[grid](f, norms, sums, weight, tuple(some), scale, ends, factor, rows, **shape)
+        finish_kernel[grid](f, norms, sums, weight, tuple(some), scale, ends, factor, rows, **shape, **FUSED)
 
 
 def scale(factor, gradients, outs):
@@ -205,4 +205,4 @@ def scale(factor, gradients, outs):
     xs, ys = zip(*rows, strict=True) if rows else ((), ())
     with on(factor.device):
         grid = max(triton.cdiv(count, block), 1), max(len(rows), 1)
-        scale_kernel[grid](factor, xs, ys, *number, count, BLOCK=block, num_warps=8)
+        scale_kernel[grid](factor, xs, ys, *number, count, BLOCK=block, num_warps=8, **FUSED)

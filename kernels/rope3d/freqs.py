@@ -7,7 +7,7 @@ angles, times the tokens' positions, over its tokens in float64: one sum a progr
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import Rows, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, on, table_of
 from evaat_fast.kernels.rope3d.rotate import BLOCK_ELEMENTS, HEADS, NUM_WARPS, shape_of, turn_pair
 
 
@@ -115,4 +115,4 @@ def rotate_with_freqs(grads, outs, xs, partial, table, positions, prefix_tokens,
     S = shape_with_freqs(D, interleaved, inverse, per_head)
     counts = (q_heads, k_heads, N, prefix_tokens)
     with on(table.device):
-        rope3d_freqs_kernel[programs(grads, per_head)](*pairs, *places, *counts, S, num_warps=NUM_WARPS)
+        rope3d_freqs_kernel[programs(grads, per_head)](*pairs, *places, *counts, S, num_warps=NUM_WARPS, **FUSED)

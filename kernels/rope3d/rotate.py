@@ -14,7 +14,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import Rows, constants, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, constants, on, table_of
 
 HEADS = 4
 NUM_WARPS = 4
@@ -158,4 +158,4 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
     with on(xs[0].device):
         for clip in range(0, B, MOST_CLIPS):
             grid = (blocks, groups, min(B - clip, MOST_CLIPS))
-            rope3d_kernel[grid](*places, table_of(table), *counts, clip, S, num_warps=NUM_WARPS)
+            rope3d_kernel[grid](*places, table_of(table), *counts, clip, S, num_warps=NUM_WARPS, **FUSED)

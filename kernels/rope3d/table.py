@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on, table_of
+from evaat_fast.kernels.launch import FUSED, on, table_of
 
 BLOCK = 1024  # entries of a program
 
@@ -77,4 +77,4 @@ def fill(out, freqs, positions, grid):
     rows = None if positions is None else Positions(positions, *positions.stride())
     places = (freqs, freqs.stride(0), rows, table_of(out), M, Hp, Wp)
     with on(out.device):
-        rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](*places, C=C, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C)
+        rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](*places, C=C, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, **FUSED)
