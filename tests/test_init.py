@@ -9,7 +9,7 @@ import torch
 from films import film
 
 from evaat_fast.cli import main
-from evaat_fast.train import load
+from evaat_fast.train import load, pace
 
 pytest.importorskip("av")
 pytest.importorskip("pyarrow")
@@ -149,10 +149,25 @@ def test_one_video_is_not_split(tmp_path, monkeypatch, capsys):
     assert "train: 6 clips" in run(capsys, "check", "config.toml")
 
 
-@pytest.mark.parametrize("gib,batch,micro", [(80, 64, 0), (8, 64, 8)])
-def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, capsys, gib, batch, micro):
+def gpu(monkeypatch, gib, step):
+    """A machine with a GPU on which a training step, of whatever configuration, takes so many seconds."""
+    asked = []
+
+    def timed(config, device):
+        asked.append((config.model.name, config.train.batch_size, config.train.micro_batch, device.type))
+        if isinstance(step, Exception):
+            raise step
+        return step
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=gib << 30))
+    monkeypatch.setattr(pace, "step_seconds", timed)
+    return asked
+
+
+@pytest.mark.parametrize("gib,batch,micro", [(80, 64, 0), (8, 64, 8)])
+def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, capsys, gib, batch, micro):
+    asked = gpu(monkeypatch, gib, 0.1)
     text = "path,caption,start,stop\n" + "".join(
         f"{name},does {k},{k / 100},{k / 100 + 3}\n" for k in range(160) for name in ("one.mp4", '"trip/Été, 1.mp4"')
     )
@@ -161,6 +176,25 @@ def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, c
     config = load("config.toml")
     assert (config.train.batch_size, config.train.micro_batch) == (batch, micro) and config.model.pretrained
     assert config.model.num_frames == 8 and config.optim.lr == 3e-5 and config.train.epochs == 100
+    assert asked == [("eva02_at_base_patch16_224", batch, micro, "cuda")]
+
+
+def test_a_gpu_without_room(folder, monkeypatch, capsys):
+    gpu(monkeypatch, 80, torch.OutOfMemoryError("CUDA out of memory"))
+    (folder / "captions.csv").write_text("path,caption\none.mp4,runs\n" + '"trip/Été, 1.mp4",sings\n')
+    said = run(capsys, "init", folder, code=2)
+    assert "the GPU has no room for a training step of 2 clips" in said and not (folder.parent / "config.toml").exists()
+
+
+def test_as_many_epochs_as_fit_into_the_minutes(folder, monkeypatch, capsys):
+    """640 clips, 20 batches of 32, 0.1 s each."""
+    monkeypatch.setattr(pace, "step_seconds", lambda config, device: 0.1)
+    rows = "".join(f"one.mp4,{(k % 32)},{k / 1000},{k / 1000 + 0.5}\n" for k in range(640))
+    (folder / "captions.csv").write_text("path,caption,start,stop\n" + rows)
+    for minutes, epochs, said in (("2", 60, "2 min"), ("0.001", 5, "10 s"), ("60", 100, "3 min")):
+        run(capsys, "init", folder, "--overwrite", "--minutes", minutes)
+        assert load("config.toml").train.epochs == epochs
+        assert f"epochs = {epochs}    # {20 * epochs} steps, about {said} on this machine" in open("config.toml").read()
 
 
 @pytest.mark.parametrize(
@@ -168,6 +202,7 @@ def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, c
     [
         (["nowhere"], "there is no folder 'nowhere'"),
         (["empty"], "FOLDER: no video in 'empty'"),
+        (["my videos", "--minutes", "0"], "minutes: expected a number above 0, got 0.0"),
         (["broken"], "no video in 'broken'; 1 cannot be read, first 'a.mp4': the file is empty"),
         (["my videos", "--out", "/dev/null/x"], "--out: the folder '/dev/null/x' cannot be written to"),
     ],
