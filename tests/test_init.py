@@ -77,7 +77,8 @@ def test_from_a_folder_to_a_run(folder, tmp_path, capsys):
     fill()
     written = (tmp_path / "captions.csv").read_bytes()
     assert "'config.toml' is there already" in run(capsys, "init", folder, code=2)
-    assert "captions: captions.csv, 4 clips of 4 videos" in run(capsys, "init", folder, "--overwrite")
+    said = run(capsys, "init", folder, "--overwrite")
+    assert "captions: captions.csv, 4 clips of 4 videos" in said and "fill in" not in said
     assert (tmp_path / "captions.csv").read_bytes() == written
     assert "train: 2 clips" in run(capsys, "check", "config.toml")
     config = load("config.toml")
@@ -103,6 +104,7 @@ def test_captions_beside_the_videos(folder, tmp_path, capsys, monkeypatch):
     (folder / "trip/deep/line\nbreak.srt").write_text("1\nsoon --> later\nx\n")
     said = run(capsys, "init", folder, "--out", "work")
     assert "5 captions of 3 files beside 3 videos, and 1 videos to caption" in said
+    assert "fill in the column caption of work/captions.csv" in said and "--out work --overwrite    # sizes config.toml" in said
     assert "no captions taken from: 'trip/deep/line\\nbreak.srt': expected times as" in said
     found = [(row["path"], row["caption"], row["start"], row["stop"]) for row in rows("work/captions.csv") if row["caption"]]
     assert sorted(found) == [

@@ -134,7 +134,10 @@ def test_missing_videos_are_left_to_the_check(folder):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("path,text\na.mp4,x\n", "expected the columns path, caption; missing: caption"),
+        (
+            "path,text\na.mp4,x\n",
+            "expected the columns path, caption; missing: caption; the first line has \\['path', 'text'\\]",
+        ),
         ("", "expected a header with the columns path, caption, got an empty file"),
         ("path,caption\n", "no rows"),
         ("path,caption\na.mp4,\nb.mov, \n", "none of its 2 rows has a caption: fill in the column caption"),

@@ -124,12 +124,13 @@ def write(
         said.append(_write_captions(new, found))
     annotations = known or new
     assert annotations is not None
+    unfilled = not known and len({caption.video for caption in found.captions}) < len(found.videos)
     clips = _clips(annotations, found)
     plan = _plan(clips, _machine(), 60 * minutes)
     text = _config(clips, plan, _largest(found), _machine(), _path(annotations, out), _path(found.root, out))
     write_atomically(out / CONFIG, lambda file: file.write(text.encode()))
     load(out / CONFIG)
-    said += [f"wrote {out / CONFIG}", "", *_next(annotations, out / CONFIG, clips, found.root)]
+    said += [f"wrote {out / CONFIG}", "", *_next(annotations, out / CONFIG, unfilled, found.root)]
     return "\n".join(said)
 
 
@@ -316,17 +317,17 @@ warmup_epochs = 1
 out = "run"
 epochs = {plan.epochs}    # {plan.steps} steps{taken}
 batch_size = {plan.batch}
-{micro}distinct = {toml_value(plan.distinct)}    # no caption twice in a batch: the loss would call it wrong for the other clip
+{micro}distinct = {toml_value(plan.distinct)}    # true: no caption twice in a batch, where it would be wrong for the other clip
 
 [eval]
 every = {max(1, plan.epochs // 5)}
 """
 
 
-def _next(annotations: Path, config: Path, clips: _Clips, videos: Path) -> list[str]:
+def _next(annotations: Path, config: Path, unfilled: bool, videos: Path) -> list[str]:
     path, folder, run = (shlex.quote(str(x)) for x in (config, videos, config.parent / "run"))
     lines = ["next, to train on captions:"]
-    if not clips.captions:
+    if unfilled:
         note = "a row a clip: a video may have many rows, with start and stop"
         lines.append(f"  fill in the column caption of {annotations} ({note})")
         out = "" if config.parent == Path() else f" --out {shlex.quote(str(config.parent))}"
