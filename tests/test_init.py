@@ -30,6 +30,7 @@ def folder(tmp_path, monkeypatch):
     (videos / "._one.mp4").write_bytes(b"\0\5\26\7")
     (videos / ".trash").mkdir()
     os.symlink(videos / "gone", videos / "dangling.mp4")
+    (videos / "shard.tar.gz").write_bytes(b"\x1f\x8b")
     (videos / "notes.txt").write_text("not beside a video")
     return videos
 
@@ -61,6 +62,7 @@ def test_from_a_folder_to_a_run(folder, tmp_path, capsys):
     assert "4 videos in" in said and "3 hidden names" in said and "notes.txt" not in said
     for name in ("empty.mp4': the file is empty", "text.mp4': ", "cut.mp4': ", "dangling.mp4': no such video"):
         assert f"cannot be read: '{name}" in said
+    assert "cannot be read: 'shard.tar.gz': compressed: unpack it" in said
     assert "Errno" not in said and f"evaat-fast index '{folder}' --checkpoint run\n" in said
     assert f"evaat-fast index '{folder}' --checkpoint eva02_clip_b16\n" in said and "  evaat-fast serve --open" in said
     assert f"evaat-fast init '{folder}' --overwrite " in said
