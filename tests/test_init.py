@@ -9,7 +9,8 @@ import torch
 from films import film
 
 from evaat_fast.cli import main
-from evaat_fast.train import load, pace
+from evaat_fast.train import load, pace, sections
+from evaat_fast.train.pace import step_seconds
 
 pytest.importorskip("av")
 pytest.importorskip("pyarrow")
@@ -33,6 +34,11 @@ def folder(tmp_path, monkeypatch):
     (videos / "shard.tar.gz").write_bytes(b"\x1f\x8b")
     (videos / "notes.txt").write_text("not beside a video")
     return videos
+
+
+@pytest.fixture(autouse=True)
+def a_step_takes_a_tenth_of_a_second(monkeypatch):
+    monkeypatch.setattr(pace, "step_seconds", lambda config, device: 0.1)
 
 
 def run(capsys, *arguments, code=0):
@@ -179,7 +185,7 @@ def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, c
     run(capsys, "init", folder)
     config = load("config.toml")
     assert (config.train.batch_size, config.train.micro_batch) == (batch, micro) and config.model.pretrained
-    assert config.model.num_frames == 8 and config.optim.lr == 3e-5 and config.train.epochs == 100
+    assert config.model.num_frames == 8 and config.optim.lr == 3e-5 and config.train.epochs == 200
     assert asked == [("eva02_at_base_patch16_224", batch, micro, "cuda")]
 
 
@@ -190,13 +196,19 @@ def test_a_gpu_without_room(folder, monkeypatch, capsys):
     assert "the GPU has no room for a training step of 2 clips" in said and not (folder.parent / "config.toml").exists()
 
 
-def test_as_many_epochs_as_fit_into_the_minutes(folder, monkeypatch, capsys):
+def test_a_step_is_timed_without_videos_or_weights():
+    small = sections.Model("eva02_at_tiny_patch16_64", 2, "nowhere.safetensors", {"patch_size": 32, "rope_grid": 2})
+    config = sections.Config(small, train=sections.Train(batch_size=2, init="nowhere.pt"))
+    assert 0 < step_seconds(config, torch.device("cpu")) < 60
+
+
+def test_as_many_epochs_as_fit_into_the_minutes(folder, capsys):
     """640 clips, 20 batches of 32, 0.1 s each."""
-    monkeypatch.setattr(pace, "step_seconds", lambda config, device: 0.1)
     rows = "".join(f"one.mp4,{(k % 32)},{k / 1000},{k / 1000 + 0.5}\n" for k in range(640))
     (folder / "captions.csv").write_text("path,caption,start,stop\n" + rows)
-    for minutes, epochs, said in (("2", 60, "2 min"), ("0.001", 5, "10 s"), ("60", 100, "3 min")):
-        run(capsys, "init", folder, "--overwrite", "--minutes", minutes)
+    for minutes, epochs, said in (("2", 60, "2 min"), ("0.001", 5, "10 s"), ("60", 200, "7 min")):
+        told = run(capsys, "init", folder, "--overwrite", "--minutes", minutes)
+        assert f"wrote config.toml: {epochs} epochs, {20 * epochs} steps, about {said} on this machine" in told
         assert load("config.toml").train.epochs == epochs
         assert f"epochs = {epochs}    # {20 * epochs} steps, about {said} on this machine" in open("config.toml").read()
 

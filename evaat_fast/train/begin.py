@@ -33,8 +33,9 @@ CAPTIONS, CONFIG = "captions.csv", "config.toml"
 _MIB_PER_FRAME = 20_860 / (64 * 4)
 _CACHE = 2 << 30  # bytes of decoded clips that may be kept
 _CPU_MODEL, _GPU_MODEL = "eva02_at_tiny_patch16_64", "eva02_at_base_patch16_224"
+_COARSE = {"patch_size": 32, "rope_grid": 2}
 _WEIGHTS = "merged2b_s8b_b131k"
-_EPOCHS = (5, 100)  # at least and at most, however long they take
+_EPOCHS = (5, 200)  # at least and at most, however long they take
 _STEPS = 600  # while nobody has written any caption, and nothing is timed
 _SHARE = 0.1  # of the videos is tested
 _SHOWN = 5
@@ -75,6 +76,11 @@ class _Plan:
     steps: int
     step: float
 
+    @property
+    def said(self) -> str:
+        """What was timed, in words."""
+        return f"{self.epochs} epochs, {self.steps} steps, about {duration(self.steps * self.step)} on this machine"
+
 
 def write(
     folder: str | os.PathLike[str],
@@ -89,7 +95,7 @@ def write(
     Args:
         folder: of videos, at any depth. out: where the files go; made where it is not there. progress: as for `folder.look`.
         overwrite: replace a configuration that is there, and a file of captions in which nobody has written any.
-        minutes: how long training may take here, roughly, as steps are timed on clips of noise; within 5 to 100 epochs.
+        minutes: how long training may take here, roughly, as steps are timed on clips of noise; within 5 to 200 epochs.
 
     Returns:
         What was found and written, and which commands come next, in words.
@@ -130,7 +136,11 @@ def write(
     text = _config(clips, plan, _largest(found), _machine(), _path(annotations, out), _path(found.root, out))
     write_atomically(out / CONFIG, lambda file: file.write(text.encode()))
     load(out / CONFIG)
-    said += [f"wrote {out / CONFIG}", "", *_next(annotations, out / CONFIG, unfilled, found.root)]
+    said += [
+        f"wrote {out / CONFIG}{f': {plan.said}' if plan.step else ''}",
+        "",
+        *_next(annotations, out / CONFIG, unfilled, found.root),
+    ]
     return "\n".join(said)
 
 
@@ -252,12 +262,12 @@ def _power(limit: float) -> int:
 def _plan(clips: _Clips, machine: _Machine, budget: float) -> _Plan:
     frames = (4 if clips.seconds <= 2 and machine.gpu else 8) if clips.seconds <= 10 else 16
     distinct = 0 < clips.captions < clips.train
-    batch = min(64 if machine.gpu else 32, _power(clips.captions if distinct else clips.train / 2))
+    batch = min(64, _power(clips.captions if distinct else clips.train / 2))
     fitting = _power(0.8 * machine.gpu / (_MIB_PER_FRAME * frames)) if machine.gpu else batch
     steps, step = max(1, clips.train // batch), 0.0
     micro = fitting if fitting < batch else 0
     if clips.captions:
-        model = sections.Model(_GPU_MODEL if machine.gpu else _CPU_MODEL, frames)
+        model = sections.Model(_GPU_MODEL, frames) if machine.gpu else sections.Model(_CPU_MODEL, frames, "", _COARSE)
         config = sections.Config(model, train=sections.Train(batch_size=batch, micro_batch=micro))
         try:
             step = pace.step_seconds(config, torch.device("cuda" if machine.gpu else "cpu"))
@@ -277,17 +287,19 @@ def _config(clips: _Clips, plan: _Plan, pixels: int, machine: _Machine, annotati
     if machine.gpu:
         model = f"""name = "{_GPU_MODEL}"
 pretrained = "{_WEIGHTS}"    # EVA02-CLIP, from the Hugging Face hub; or the path of a file of weights"""
-        optim = "lr = 3e-5"
+        optim, finer = "lr = 3e-5", ""
     else:
-        model = f"""# Small enough for a CPU, from random weights. With a GPU take {_GPU_MODEL}, and
-# pretrained = "{_WEIGHTS}", which knows images and words already.
-name = "{_CPU_MODEL}\""""
+        model = f"""# Small enough for a CPU, from random weights. On a machine with a GPU init takes {_GPU_MODEL},
+# from weights that know images and words already.
+name = "{_CPU_MODEL}"
+overrides = {toml_value(_COARSE)}    # four patches a frame: twice as many epochs in the same time as with 16"""
+        finer = ", lr = 1e-4"
         optim = "lr = 5e-4\nweight_decay = 0.05\nbeta2 = 0.98"
     micro = f"micro_batch = {plan.micro}    # clips that this GPU's memory holds at a time\n" if plan.micro else ""
     share = "test_share = 0.1    # of the videos, drawn by their paths; a column split outranks it; 0 to train on all"
     if not clips.testable:
         share = "test_share = 0.0    # there is one video only: name its test clips in a column split"
-    taken = f", about {duration(plan.steps * plan.step)} on this machine" if plan.step else ""
+    taken = plan.said.removeprefix(f"{plan.epochs} epochs, ") if plan.step else f"{plan.steps} steps"
     return f"""# Written by evaat-fast init: {counted}. Every key: evaat-fast train --keys
 
 [model]
@@ -305,7 +317,7 @@ cache = {toml_value(cache)}    # keep decoded clips in memory
 workers = {0 if cache else min(machine.cores, 8)}
 
 [loss]
-name = "clip"    # or "sms", which learns from label columns how alike clips are, from the weights of a first run
+name = "clip"    # or then "sms", which learns from label columns how alike clips are: train.init = "run", out = "run2"{finer}
 
 [optim]
 {optim}
@@ -315,7 +327,7 @@ warmup_epochs = 1
 
 [train]
 out = "run"
-epochs = {plan.epochs}    # {plan.steps} steps{taken}
+epochs = {plan.epochs}    # {taken}
 batch_size = {plan.batch}
 {micro}distinct = {toml_value(plan.distinct)}    # true: no caption twice in a batch, where it would be wrong for the other clip
 

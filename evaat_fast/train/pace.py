@@ -13,7 +13,7 @@ from evaat_fast.train.masters import Masters
 from evaat_fast.train.setup import build_model
 from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer
 
-_STEPS = 4
+_STEPS = 10
 _TOKENS = 12  # of a caption
 
 __all__ = ["step_seconds"]
