@@ -9,7 +9,7 @@ import torch
 from films import film
 
 from evaat_fast.cli import main
-from evaat_fast.train import load, pace, sections
+from evaat_fast.train import inputs, load, pace, sections
 from evaat_fast.train.pace import step_seconds
 
 pytest.importorskip("av")
@@ -211,6 +211,17 @@ def test_as_many_epochs_as_fit_into_the_minutes(folder, capsys):
         assert f"wrote config.toml: {epochs} epochs, {20 * epochs} steps, about {said} on this machine" in told
         assert load("config.toml").train.epochs == epochs
         assert f"epochs = {epochs}    # {20 * epochs} steps, about {said} on this machine" in open("config.toml").read()
+
+
+@pytest.mark.parametrize("classes,batch,distinct", [(3, 32, False), (20, 16, True), (40, 32, True)])
+def test_batches_are_of_what_classes_leave_apart(folder, capsys, classes, batch, distinct):
+    """80 clips of 40 captions: kinds are classes where there are any."""
+    rows = "".join(f"one.mp4,does {k % 40},{k / 100},{k / 100 + 0.5},c{k % classes},train\n" for k in range(80))
+    (folder / "captions.csv").write_text("path,caption,start,stop,label,split\n" + rows + '"trip/Été, 1.mp4",x,,,,test\n')
+    run(capsys, "init", folder)
+    config = load("config.toml")
+    assert (config.train.batch_size, config.train.distinct) == (batch, distinct)
+    assert len(inputs.sampler(config, inputs.splits(config).train)) >= 2
 
 
 @pytest.mark.parametrize(

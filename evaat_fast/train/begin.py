@@ -37,6 +37,7 @@ _COARSE = {"patch_size": 32, "rope_grid": 2}
 _WEIGHTS = "merged2b_s8b_b131k"
 _EPOCHS = (5, 200)  # at least and at most, however long they take
 _STEPS = 600  # while nobody has written any caption, and nothing is timed
+_KINDS = 16  # with fewer classes than captions, at least so many for batches without two of one
 _SHARE = 0.1  # of the videos is tested
 _SHOWN = 5
 
@@ -46,10 +47,12 @@ __all__ = ["CAPTIONS", "CONFIG", "write"]
 @dataclass(frozen=True)
 class _Clips:
     """What a run would be of: how many clips to train on, of how many captions (0 while nobody has written any, and then the
-    clips are the videos), the median length in seconds, and whether some can be tested, as there are two videos or more."""
+    clips are the videos) and kinds, which are their classes or else their captions, the median length in seconds, and whether
+    some can be tested, as there are two videos or more."""
 
     train: int
     captions: int
+    kinds: int
     seconds: float
     testable: bool
 
@@ -218,12 +221,13 @@ def _clips(path: Path, found: Folder) -> _Clips:
         every = _parts(path, found)
     except plain.NoCaptions:
         count = len(found.videos)
-        return _Clips(max(1, round((1 - _SHARE) * count)), 0, statistics.median(durations.values() or [1.0]), count > 1)
+        return _Clips(max(1, round((1 - _SHARE) * count)), 0, 0, statistics.median(durations.values() or [1.0]), count > 1)
     testable = len(_rowed(path, found)) > 1 or len(every[1]) > 0
     train = plain.read(path, found.root, "train", test_share=_SHARE if testable else 0.0)
     lengths = [_length(train, row, durations) for row in range(len(train))]
     captions = {plain.normal(text) for row in range(len(train)) for text in train.texts(row)[:1]}
-    return _Clips(len(train), len(captions), statistics.median(lengths or [1.0]), testable)
+    kinds = {clip.labels or plain.normal(clip.texts[0]) for clip in train}
+    return _Clips(len(train), len(captions), len(kinds), statistics.median(lengths or [1.0]), testable)
 
 
 def _length(table: ClipTable, row: int, durations: dict[str, float]) -> float:
@@ -261,8 +265,9 @@ def _power(limit: float) -> int:
 
 def _plan(clips: _Clips, machine: _Machine, budget: float) -> _Plan:
     frames = (4 if clips.seconds <= 2 and machine.gpu else 8) if clips.seconds <= 10 else 16
-    distinct = 0 < clips.captions < clips.train
-    batch = min(64, _power(clips.captions if distinct else clips.train / 2))
+    # Few classes would leave few clips to a batch.
+    distinct = 0 < clips.captions < clips.train and clips.kinds >= min(clips.captions, _KINDS)
+    batch = min(64, _power(clips.kinds if distinct else clips.train / 2))
     fitting = _power(0.8 * machine.gpu / (_MIB_PER_FRAME * frames)) if machine.gpu else batch
     steps, step = max(1, clips.train // batch), 0.0
     micro = fitting if fitting < batch else 0
