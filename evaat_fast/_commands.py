@@ -49,7 +49,8 @@ def init(arguments: argparse.Namespace) -> None:
 
     packages.require("evaat-fast init", "av", "pyarrow", *packages.of_progress())
     with Progress(0, "headers") as progress, _mistakes():
-        said = begin.write(arguments.folder, arguments.out, overwrite=arguments.overwrite, progress=progress.to)
+        options = {"overwrite": arguments.overwrite, "minutes": arguments.minutes}
+        said = begin.write(arguments.folder, arguments.out, **options, progress=progress.to)
     print(said)
 
 

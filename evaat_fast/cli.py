@@ -94,6 +94,7 @@ def _parser():
     command.add_argument("folder", metavar="FOLDER", help="of videos, at any depth; captions beside them are used")
     command.add_argument("--out", default=".", metavar="DIR", help="where captions.csv and config.toml are written (.)")
     command.add_argument("--overwrite", action="store_true", help="replace them where they are there; never written captions")
+    command.add_argument("--minutes", type=float, default=10.0, metavar="M", help="how long training may take here (10)")
     command.set_defaults(run=_commands.init)
 
     command = commands.add_parser(

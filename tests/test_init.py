@@ -9,7 +9,8 @@ import torch
 from films import film
 
 from evaat_fast.cli import main
-from evaat_fast.train import load
+from evaat_fast.train import inputs, load, pace, sections
+from evaat_fast.train.pace import step_seconds
 
 pytest.importorskip("av")
 pytest.importorskip("pyarrow")
@@ -30,8 +31,14 @@ def folder(tmp_path, monkeypatch):
     (videos / "._one.mp4").write_bytes(b"\0\5\26\7")
     (videos / ".trash").mkdir()
     os.symlink(videos / "gone", videos / "dangling.mp4")
+    (videos / "shard.tar.gz").write_bytes(b"\x1f\x8b")
     (videos / "notes.txt").write_text("not beside a video")
     return videos
+
+
+@pytest.fixture(autouse=True)
+def a_step_takes_a_tenth_of_a_second(monkeypatch):
+    monkeypatch.setattr(pace, "step_seconds", lambda config, device: 0.1)
 
 
 def run(capsys, *arguments, code=0):
@@ -61,6 +68,7 @@ def test_from_a_folder_to_a_run(folder, tmp_path, capsys):
     assert "4 videos in" in said and "3 hidden names" in said and "notes.txt" not in said
     for name in ("empty.mp4': the file is empty", "text.mp4': ", "cut.mp4': ", "dangling.mp4': no such video"):
         assert f"cannot be read: '{name}" in said
+    assert "cannot be read: 'shard.tar.gz': compressed: unpack it" in said
     assert "Errno" not in said and f"evaat-fast index '{folder}' --checkpoint run\n" in said
     assert f"evaat-fast index '{folder}' --checkpoint eva02_clip_b16\n" in said and "  evaat-fast serve --open" in said
     assert f"evaat-fast init '{folder}' --overwrite " in said
@@ -77,7 +85,8 @@ def test_from_a_folder_to_a_run(folder, tmp_path, capsys):
     fill()
     written = (tmp_path / "captions.csv").read_bytes()
     assert "'config.toml' is there already" in run(capsys, "init", folder, code=2)
-    assert "captions: captions.csv, 4 clips of 4 videos" in run(capsys, "init", folder, "--overwrite")
+    said = run(capsys, "init", folder, "--overwrite")
+    assert "captions: captions.csv, 4 clips of 4 videos" in said and "fill in" not in said
     assert (tmp_path / "captions.csv").read_bytes() == written
     assert "train: 2 clips" in run(capsys, "check", "config.toml")
     config = load("config.toml")
@@ -103,6 +112,7 @@ def test_captions_beside_the_videos(folder, tmp_path, capsys, monkeypatch):
     (folder / "trip/deep/line\nbreak.srt").write_text("1\nsoon --> later\nx\n")
     said = run(capsys, "init", folder, "--out", "work")
     assert "5 captions of 3 files beside 3 videos, and 1 videos to caption" in said
+    assert "fill in the column caption of work/captions.csv" in said and "--out work --overwrite    # sizes config.toml" in said
     assert "no captions taken from: 'trip/deep/line\\nbreak.srt': expected times as" in said
     found = [(row["path"], row["caption"], row["start"], row["stop"]) for row in rows("work/captions.csv") if row["caption"]]
     assert sorted(found) == [
@@ -149,10 +159,25 @@ def test_one_video_is_not_split(tmp_path, monkeypatch, capsys):
     assert "train: 6 clips" in run(capsys, "check", "config.toml")
 
 
-@pytest.mark.parametrize("gib,batch,micro", [(80, 64, 0), (8, 64, 8)])
-def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, capsys, gib, batch, micro):
+def gpu(monkeypatch, gib, step):
+    """A machine with a GPU on which a training step, of whatever configuration, takes so many seconds."""
+    asked = []
+
+    def timed(config, device):
+        asked.append((config.model.name, config.train.batch_size, config.train.micro_batch, device.type))
+        if isinstance(step, Exception):
+            raise step
+        return step
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=gib << 30))
+    monkeypatch.setattr(pace, "step_seconds", timed)
+    return asked
+
+
+@pytest.mark.parametrize("gib,batch,micro", [(80, 64, 0), (8, 64, 8)])
+def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, capsys, gib, batch, micro):
+    asked = gpu(monkeypatch, gib, 0.1)
     text = "path,caption,start,stop\n" + "".join(
         f"{name},does {k},{k / 100},{k / 100 + 3}\n" for k in range(160) for name in ("one.mp4", '"trip/Été, 1.mp4"')
     )
@@ -160,7 +185,43 @@ def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, c
     run(capsys, "init", folder)
     config = load("config.toml")
     assert (config.train.batch_size, config.train.micro_batch) == (batch, micro) and config.model.pretrained
-    assert config.model.num_frames == 8 and config.optim.lr == 3e-5 and config.train.epochs == 100
+    assert config.model.num_frames == 8 and config.optim.lr == 3e-5 and config.train.epochs == 200
+    assert asked == [("eva02_at_base_patch16_224", batch, micro, "cuda")]
+
+
+def test_a_gpu_without_room(folder, monkeypatch, capsys):
+    gpu(monkeypatch, 80, torch.OutOfMemoryError("CUDA out of memory"))
+    (folder / "captions.csv").write_text("path,caption\none.mp4,runs\n" + '"trip/Été, 1.mp4",sings\n')
+    said = run(capsys, "init", folder, code=2)
+    assert "the GPU has no room for a training step of 2 clips" in said and not (folder.parent / "config.toml").exists()
+
+
+def test_a_step_is_timed_without_videos_or_weights():
+    small = sections.Model("eva02_at_tiny_patch16_64", 2, "nowhere.safetensors", {"patch_size": 32, "rope_grid": 2})
+    config = sections.Config(small, train=sections.Train(batch_size=2, init="nowhere.pt"))
+    assert 0 < step_seconds(config, torch.device("cpu")) < 60
+
+
+def test_as_many_epochs_as_fit_into_the_minutes(folder, capsys):
+    """640 clips, 20 batches of 32, 0.1 s each."""
+    rows = "".join(f"one.mp4,{(k % 32)},{k / 1000},{k / 1000 + 0.5}\n" for k in range(640))
+    (folder / "captions.csv").write_text("path,caption,start,stop\n" + rows)
+    for minutes, epochs, said in (("2", 60, "2 min"), ("0.001", 5, "10 s"), ("60", 200, "7 min")):
+        told = run(capsys, "init", folder, "--overwrite", "--minutes", minutes)
+        assert f"wrote config.toml: {epochs} epochs, {20 * epochs} steps, about {said} on this machine" in told
+        assert load("config.toml").train.epochs == epochs
+        assert f"epochs = {epochs}    # {20 * epochs} steps, about {said} on this machine" in open("config.toml").read()
+
+
+@pytest.mark.parametrize("classes,batch,distinct", [(3, 32, False), (20, 16, True), (40, 32, True)])
+def test_batches_are_of_what_classes_leave_apart(folder, capsys, classes, batch, distinct):
+    """80 clips of 40 captions: kinds are classes where there are any."""
+    rows = "".join(f"one.mp4,does {k % 40},{k / 100},{k / 100 + 0.5},c{k % classes},train\n" for k in range(80))
+    (folder / "captions.csv").write_text("path,caption,start,stop,label,split\n" + rows + '"trip/Été, 1.mp4",x,,,,test\n')
+    run(capsys, "init", folder)
+    config = load("config.toml")
+    assert (config.train.batch_size, config.train.distinct) == (batch, distinct)
+    assert len(inputs.sampler(config, inputs.splits(config).train)) >= 2
 
 
 @pytest.mark.parametrize(
@@ -168,6 +229,7 @@ def test_a_gpu_gets_the_base_model_with_a_batch_that_fits(folder, monkeypatch, c
     [
         (["nowhere"], "there is no folder 'nowhere'"),
         (["empty"], "FOLDER: no video in 'empty'"),
+        (["my videos", "--minutes", "0"], "minutes: expected a number above 0, got 0.0"),
         (["broken"], "no video in 'broken'; 1 cannot be read, first 'a.mp4': the file is empty"),
         (["my videos", "--out", "/dev/null/x"], "--out: the folder '/dev/null/x' cannot be written to"),
     ],

@@ -134,7 +134,10 @@ def test_missing_videos_are_left_to_the_check(folder):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("path,text\na.mp4,x\n", "expected the columns path, caption; missing: caption"),
+        (
+            "path,text\na.mp4,x\n",
+            "expected the columns path, caption; missing: caption; the first line has \\['path', 'text'\\]",
+        ),
         ("", "expected a header with the columns path, caption, got an empty file"),
         ("path,caption\n", "no rows"),
         ("path,caption\na.mp4,\nb.mov, \n", "none of its 2 rows has a caption: fill in the column caption"),
@@ -272,6 +275,9 @@ def test_columns_of_other_types(folder):
         pyarrow.parquet.write_table(pa.table(columns), folder / "c.parquet")
         with pytest.raises(ValueError, match=message):
             plain.read(folder / "c.parquet", folder / "videos", "train")
+    views = pa.array(["a.mp4"], pa.string_view())
+    pyarrow.parquet.write_table(pa.table({"path": views, "caption": views}), folder / "c.parquet")
+    assert plain.read(folder / "c.parquet", folder / "videos", "train", test_share=0.0)[0].texts == ("a.mp4",)
     spans = {"start": pa.array([1500], pa.duration("ms")), "stop": pa.array([3000], pa.duration("ms"))}
     table = pa.table({"path": pa.array(["a.mp4"]).dictionary_encode(), "caption": pa.array([["x"]]), **spans})
     pyarrow.parquet.write_table(table, folder / "c.parquet")

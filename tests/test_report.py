@@ -176,7 +176,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(run, tmp_path, monkeypatch, ca
         return original(*arguments)
 
     def interesting():  # what is timed beforehand is no step of a run
-        return not any(frame.function == "_step_seconds" for frame in inspect.stack(0)[:12])
+        return not any(frame.function == "step_seconds" for frame in inspect.stack(0)[:12])
 
     monkeypatch.setattr(steps, "batch_loss", counted)
     arguments = ["demo", "--quick", "--out", str(tmp_path / "out"), "--set=train.device=cpu", "--set=model.num_frames=4"]

@@ -72,7 +72,10 @@ def open_corpus(
         seed = options.pop("split_seed", 0)
         table = plain.read(annotations, videos, split, seed=seed, **how)
         if not len(table):
-            raise ValueError(f"{annotations}: it has no clip to {split} on: data.test_share, or a column split, says which are")
+            none = "; with data.test_share = 0 nothing is tested" if split == "test" else ""
+            raise ValueError(
+                f"{annotations}: it has no clip to {split} on: data.test_share, or a column split, says which are{none}"
+            )
         return PlainClips(table, videos, **options)
     table = read_table(kind, annotations, split)
     if kind == "charades-ego" and split == "test":

@@ -23,6 +23,7 @@ from evaat_fast.data.decode import VideoError, VideoInfo, members
 from evaat_fast.data.layout import VIDEOS
 from evaat_fast.data.readers import plain, text
 
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 SIDECARS = (".srt", ".vtt", ".txt", ".json")
 _CUE = re.compile(r"\s*(\S+)\s+-->\s+(\S+)")
 _MARKUP = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
@@ -75,6 +76,7 @@ def look(root: str | os.PathLike[str], progress: Callable[[int, int], object] | 
             files += _inside(root / tar, tar, hidden)
         except VideoError as error:
             broken[tar] = str(error).removeprefix(f"{root / tar}: ")
+    broken |= {name: "compressed: unpack it" for name in files if name.lower().endswith(_COMPRESSED)}
     names = [name for name in files if name.lower().endswith(VIDEOS)]
     videos: dict[str, VideoInfo] = {}
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:

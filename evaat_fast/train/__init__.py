@@ -38,6 +38,7 @@ _SUBMODULES = (
     "meter",
     "optimizers",
     "outcome",
+    "pace",
     "packages",
     "ranks",
     "recipes",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from evaat_fast.train import meter as meter
     from evaat_fast.train import optimizers as optimizers
     from evaat_fast.train import outcome as outcome
+    from evaat_fast.train import pace as pace
     from evaat_fast.train import packages as packages
     from evaat_fast.train import ranks as ranks
     from evaat_fast.train import recipes as recipes

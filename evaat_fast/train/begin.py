@@ -2,8 +2,8 @@
 
     print(begin.write("Videos", "work"))      # work/captions.csv to fill in, and work/config.toml
 
-The configuration is sized by what is there: the median length of the clips decides how many frames are shown, their number the
-batch and the epochs, the machine the model.
+The configuration is sized by what is there: the median length of the clips decides how many frames are shown, the number of
+captions the batch, the machine the model. A few training steps are timed, and as many epochs set as fit into `minutes`.
 """
 
 import csv
@@ -23,15 +23,21 @@ from evaat_fast.data import ClipTable
 from evaat_fast.data.choices import SPLITS
 from evaat_fast.data.folder import Caption, Folder, look, tables
 from evaat_fast.data.readers import plain
+from evaat_fast.train import pace, sections
 from evaat_fast.train.config import ConfigError, load, toml_value
+from evaat_fast.train.log import duration
 from evaat_fast.train.setup import check_folder
 
 CAPTIONS, CONFIG = "captions.csv", "config.toml"
 # A training step of the base model took 20,860 MiB for 64 clips of 4 frames, by docs/benchmarks.md.
 _MIB_PER_FRAME = 20_860 / (64 * 4)
 _CACHE = 2 << 30  # bytes of decoded clips that may be kept
+_CPU_MODEL, _GPU_MODEL = "eva02_at_tiny_patch16_64", "eva02_at_base_patch16_224"
+_COARSE = {"patch_size": 32, "rope_grid": 2}
 _WEIGHTS = "merged2b_s8b_b131k"
-_STEPS = 600
+_EPOCHS = (5, 200)  # at least and at most, however long they take
+_STEPS = 600  # while nobody has written any caption, and nothing is timed
+_KINDS = 16  # with fewer classes than captions, at least so many for batches without two of one
 _SHARE = 0.1  # of the videos is tested
 _SHOWN = 5
 
@@ -41,10 +47,12 @@ __all__ = ["CAPTIONS", "CONFIG", "write"]
 @dataclass(frozen=True)
 class _Clips:
     """What a run would be of: how many clips to train on, of how many captions (0 while nobody has written any, and then the
-    clips are the videos), the median length in seconds, and whether some can be tested, as there are two videos or more."""
+    clips are the videos) and kinds, which are their classes or else their captions, the median length in seconds, and whether
+    some can be tested, as there are two videos or more."""
 
     train: int
     captions: int
+    kinds: int
     seconds: float
     testable: bool
 
@@ -58,11 +66,31 @@ class _Machine:
     memory: int
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """frames: of a clip. batch: clips; micro: of them at a time, 0 for all. distinct: no caption twice in a batch. steps: in
+    all; step: seconds of one, 0 where it was not timed."""
+
+    frames: int
+    batch: int
+    micro: int
+    distinct: bool
+    epochs: int
+    steps: int
+    step: float
+
+    @property
+    def said(self) -> str:
+        """What was timed, in words."""
+        return f"{self.epochs} epochs, {self.steps} steps, about {duration(self.steps * self.step)} on this machine"
+
+
 def write(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str] = ".",
     *,
     overwrite: bool = False,
+    minutes: float = 10.0,
     progress: Callable[[int, int], object] | None = None,
 ) -> str:
     """Writes a file of captions, where there is none yet, and a configuration that trains on them.
@@ -70,14 +98,18 @@ def write(
     Args:
         folder: of videos, at any depth. out: where the files go; made where it is not there. progress: as for `folder.look`.
         overwrite: replace a configuration that is there, and a file of captions in which nobody has written any.
+        minutes: how long training may take here, roughly, as steps are timed on clips of noise; within 5 to 200 epochs.
 
     Returns:
         What was found and written, and which commands come next, in words.
 
     Raises:
         FileNotFoundError: no such folder, or no video in it. ConfigError: files that are there already, or a folder that cannot
-            be written to. ValueError: a file of captions that cannot be read. ImportError: PyAV or pyarrow is missing.
+            be written to, or a GPU without room for a step. ValueError: a file of captions that cannot be read, or minutes of 0
+            or less. ImportError: PyAV or pyarrow is missing.
     """
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"minutes: expected a number above 0, got {minutes!r}")
     found, out = look(folder, progress), Path(out)
     if not found.videos:
         why = f"; {len(found.broken)} cannot be read, first {_first(found.broken)}" if found.broken else ""
@@ -101,11 +133,17 @@ def write(
         said.append(_write_captions(new, found))
     annotations = known or new
     assert annotations is not None
+    unfilled = not known and len({caption.video for caption in found.captions}) < len(found.videos)
     clips = _clips(annotations, found)
-    text = _config(clips, _largest(found), _machine(), _path(annotations, out), _path(found.root, out))
+    plan = _plan(clips, _machine(), 60 * minutes)
+    text = _config(clips, plan, _largest(found), _machine(), _path(annotations, out), _path(found.root, out))
     write_atomically(out / CONFIG, lambda file: file.write(text.encode()))
     load(out / CONFIG)
-    said += [f"wrote {out / CONFIG}", "", *_next(annotations, out / CONFIG, clips, found.root)]
+    said += [
+        f"wrote {out / CONFIG}{f': {plan.said}' if plan.step else ''}",
+        "",
+        *_next(annotations, out / CONFIG, unfilled, found.root),
+    ]
     return "\n".join(said)
 
 
@@ -183,12 +221,13 @@ def _clips(path: Path, found: Folder) -> _Clips:
         every = _parts(path, found)
     except plain.NoCaptions:
         count = len(found.videos)
-        return _Clips(max(1, round((1 - _SHARE) * count)), 0, statistics.median(durations.values() or [1.0]), count > 1)
+        return _Clips(max(1, round((1 - _SHARE) * count)), 0, 0, statistics.median(durations.values() or [1.0]), count > 1)
     testable = len(_rowed(path, found)) > 1 or len(every[1]) > 0
     train = plain.read(path, found.root, "train", test_share=_SHARE if testable else 0.0)
     lengths = [_length(train, row, durations) for row in range(len(train))]
     captions = {plain.normal(text) for row in range(len(train)) for text in train.texts(row)[:1]}
-    return _Clips(len(train), len(captions), statistics.median(lengths or [1.0]), testable)
+    kinds = {clip.labels or plain.normal(clip.texts[0]) for clip in train}
+    return _Clips(len(train), len(captions), len(kinds), statistics.median(lengths or [1.0]), testable)
 
 
 def _length(table: ClipTable, row: int, durations: dict[str, float]) -> float:
@@ -224,33 +263,53 @@ def _power(limit: float) -> int:
     return 1 << max(1, int(limit).bit_length() - 1)
 
 
-def _config(clips: _Clips, pixels: int, machine: _Machine, annotations: str, videos: str) -> str:
+def _plan(clips: _Clips, machine: _Machine, budget: float) -> _Plan:
     frames = (4 if clips.seconds <= 2 and machine.gpu else 8) if clips.seconds <= 10 else 16
-    distinct = 0 < clips.captions < clips.train
-    batch = min(64 if machine.gpu else 32, _power(clips.captions if distinct else clips.train / 2))
+    # Few classes would leave few clips to a batch.
+    distinct = 0 < clips.captions < clips.train and clips.kinds >= min(clips.captions, _KINDS)
+    batch = min(64, _power(clips.kinds if distinct else clips.train / 2))
     fitting = _power(0.8 * machine.gpu / (_MIB_PER_FRAME * frames)) if machine.gpu else batch
-    steps = max(1, clips.train // batch)
-    epochs = min(100, max(5, math.ceil(_STEPS / steps)))
-    cache = clips.train * 2 * frames * pixels * 3 <= min(_CACHE, machine.memory // 4)
+    steps, step = max(1, clips.train // batch), 0.0
+    micro = fitting if fitting < batch else 0
+    if clips.captions:
+        model = sections.Model(_GPU_MODEL, frames) if machine.gpu else sections.Model(_CPU_MODEL, frames, "", _COARSE)
+        config = sections.Config(model, train=sections.Train(batch_size=batch, micro_batch=micro))
+        try:
+            step = pace.step_seconds(config, torch.device("cuda" if machine.gpu else "cpu"))
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"the GPU has no room for a training step of {batch} clips: end what else is there, or train on the CPU, with "
+                "CUDA_VISIBLE_DEVICES= before the command"
+            ) from None
+    least, most = _EPOCHS
+    epochs = min(most, max(least, round(budget / (steps * step)) if step else math.ceil(_STEPS / steps)))
+    return _Plan(frames, batch, micro, distinct, epochs, steps * epochs, step)
+
+
+def _config(clips: _Clips, plan: _Plan, pixels: int, machine: _Machine, annotations: str, videos: str) -> str:
+    cache = clips.train * 2 * plan.frames * pixels * 3 <= min(_CACHE, machine.memory // 4)
     counted = f"{clips.train} clips to train on, {clips.captions} captions" if clips.captions else "no captions yet"
     if machine.gpu:
-        model = f"""name = "eva02_at_base_patch16_224"
+        model = f"""name = "{_GPU_MODEL}"
 pretrained = "{_WEIGHTS}"    # EVA02-CLIP, from the Hugging Face hub; or the path of a file of weights"""
-        optim = "lr = 3e-5"
+        optim, finer = "lr = 3e-5", ""
     else:
-        model = f"""# Small enough for a CPU, from random weights. With a GPU take eva02_at_base_patch16_224, and
-# pretrained = "{_WEIGHTS}", which knows images and words already.
-name = "eva02_at_tiny_patch16_64\""""
-        optim = "lr = 1e-3\nweight_decay = 0.05\nbeta2 = 0.98"
-    micro = f"micro_batch = {fitting}    # clips that this GPU's memory holds at a time\n" if fitting < batch else ""
-    share = "test_share = 0.1    # of the videos, drawn by their paths; a column split outranks it"
+        model = f"""# Small enough for a CPU, from random weights. On a machine with a GPU init takes {_GPU_MODEL},
+# from weights that know images and words already.
+name = "{_CPU_MODEL}"
+overrides = {toml_value(_COARSE)}    # four patches a frame: twice as many epochs in the same time as with 16"""
+        finer = ", lr = 1e-4"
+        optim = "lr = 5e-4\nweight_decay = 0.05\nbeta2 = 0.98"
+    micro = f"micro_batch = {plan.micro}    # clips that this GPU's memory holds at a time\n" if plan.micro else ""
+    share = "test_share = 0.1    # of the videos, drawn by their paths; a column split outranks it; 0 to train on all"
     if not clips.testable:
         share = "test_share = 0.0    # there is one video only: name its test clips in a column split"
+    taken = plan.said.removeprefix(f"{plan.epochs} epochs, ") if plan.step else f"{plan.steps} steps"
     return f"""# Written by evaat-fast init: {counted}. Every key: evaat-fast train --keys
 
 [model]
 {model}
-num_frames = {frames}    # of each clip; half of the clips are shorter than {clips.seconds:.3g} seconds
+num_frames = {plan.frames}    # of each clip; half of the clips are shorter than {clips.seconds:.3g} seconds
 
 [data]
 kind = "csv"
@@ -263,7 +322,7 @@ cache = {toml_value(cache)}    # keep decoded clips in memory
 workers = {0 if cache else min(machine.cores, 8)}
 
 [loss]
-name = "clip"    # or "sms", which learns from label columns how alike clips are, from the weights of a first run
+name = "clip"    # or then "sms", which learns from label columns how alike clips are: train.init = "run", out = "run2"{finer}
 
 [optim]
 {optim}
@@ -273,19 +332,19 @@ warmup_epochs = 1
 
 [train]
 out = "run"
-epochs = {epochs}    # about {epochs * steps} steps
-batch_size = {batch}
-{micro}distinct = {toml_value(distinct)}    # no caption twice in a batch: the loss would call it wrong for the other clip
+epochs = {plan.epochs}    # {taken}
+batch_size = {plan.batch}
+{micro}distinct = {toml_value(plan.distinct)}    # true: no caption twice in a batch, where it would be wrong for the other clip
 
 [eval]
-every = {max(1, epochs // 5)}
+every = {max(1, plan.epochs // 5)}
 """
 
 
-def _next(annotations: Path, config: Path, clips: _Clips, videos: Path) -> list[str]:
+def _next(annotations: Path, config: Path, unfilled: bool, videos: Path) -> list[str]:
     path, folder, run = (shlex.quote(str(x)) for x in (config, videos, config.parent / "run"))
     lines = ["next, to train on captions:"]
-    if not clips.captions:
+    if unfilled:
         note = "a row a clip: a video may have many rows, with start and stop"
         lines.append(f"  fill in the column caption of {annotations} ({note})")
         out = "" if config.parent == Path() else f" --out {shlex.quote(str(config.parent))}"

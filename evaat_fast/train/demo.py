@@ -5,7 +5,6 @@ Interrupted, it goes on there.
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -27,11 +26,9 @@ import evaat_fast
 from evaat_fast._files import write_atomically
 from evaat_fast.data.choices import FRAMES
 from evaat_fast.data.ek100 import EK100
-from evaat_fast.train import checkpoint, evaluation, inputs, packages, trainer
+from evaat_fast.train import checkpoint, evaluation, inputs, pace, packages, trainer
 from evaat_fast.train.config import absolute, load, parse_override, with_values
 from evaat_fast.train.log import Progress, duration, read
-from evaat_fast.train.masters import Masters
-from evaat_fast.train.steps import Steps, build_optimizer, fit_optimizer
 
 STAGES = ("pretrain", "finetune")
 # What --quick changes: enough to see every part work, not enough to learn the verbs.
@@ -332,38 +329,14 @@ def _forecast(configs, done, device, quick):
     for stage in STAGES:
         config = configs[stage]
         left = config.train.epochs - (done[stage] or 0)
-        training += left * (_clips(quick, "train_clips") // config.train.batch_size) * _step_seconds(config, device, left > 0)
+        if left > 0:
+            training += left * (_clips(quick, "train_clips") // config.train.batch_size) * pace.step_seconds(config, device)
     found = ", ".join(f"{done[s]} of {configs[s].train.epochs} epochs of {s}" for s in STAGES if done[s])
     words = f"about {duration(videos + training)} on this machine" + (
         f", {duration(videos)} of it for videos" if videos else ""
     )
     words += f"; found: {found}; --overwrite would make them anew" if found else "; interrupted, the same command goes on"
     return words
-
-
-def _step_seconds(config, device, wanted):
-    """Of a step of a stage, the fastest of a few."""
-    if not wanted:
-        return 0.0
-    fresh = dataclasses.replace(config, train=dataclasses.replace(config.train, init=""))
-    model = trainer.build_model(fresh).to(device).train()
-    masters, size, shape = Masters(model), config.train.batch_size, model.config
-    frames, rows, columns = shape.grid
-    pixels, kinds = (rows * shape.patch_size, columns * shape.patch_size), torch.arange(size)
-    batch = {
-        "video": torch.randint(0, 256, (size, frames, *pixels, 3), dtype=torch.uint8),
-        "text": torch.randint(1, shape.vocab_size, (size, 12)),
-        "kind": kinds,
-        "text_kind": kinds,
-    }
-    optimizer, times = build_optimizer(model, config, masters), []
-    fit_optimizer(optimizer, config, device)
-    steps = Steps(masters, optimizer, torch.eye(size), config, device)
-    for _ in range(4):
-        begin = time.perf_counter()
-        steps(batch).item()
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def _clips(quick, *names):

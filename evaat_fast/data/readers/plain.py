@@ -236,7 +236,7 @@ def _open_arrow(path):
         kind = table.schema.field(name).type
         inner = kind.value_type if name == "caption" and pa.types.is_list(kind) else kind
         inner = inner.value_type if pa.types.is_dictionary(inner) else inner
-        if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)):
+        if str(inner) not in ("string", "large_string", "string_view", "null"):
             raise ValueError(f"{path}: {name}: expected a column of text, got {kind}")
     for i, column in enumerate(table.schema):  # without pandas Python knows no nanoseconds
         if pa.types.is_duration(column.type) and column.type.unit == "ns":

@@ -187,7 +187,7 @@ def _header(path, line, fields, columns, delimiter):
                 missing
             ):
                 said += f"; fields seem to be separated by {name}, expected {_DELIMITERS[delimiter]}"
-        raise ValueError(said)
+        raise ValueError(f"{said}; the first line has {short(header)}")
     twice = [c for c in columns if header.count(c) > 1]
     if twice:
         raise ValueError(f"{path}: line {line} names the column {twice[0]} {header.count(twice[0])} times")
