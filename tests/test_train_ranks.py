@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import formats
 import pytest
 import torch
-from corpus import configuration
+import train_ranks
+from corpus import configuration, corpus
 
+from evaat_fast.data import EK100
 from evaat_fast.train import ranks
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import read
@@ -27,17 +30,40 @@ def environment():
     return {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
 
 
+def places(folder):
+    """Writes the overrides that find the data of each kind: the small corpus in all formats."""
+    made, videos, rows = formats.kitchen(), corpus().videos, ["path,caption,start,stop,verb,noun,split"]
+    for clip in EK100(made.ek100, videos, "train", num_frames=2).table:
+        nouns = ";".join(f"n{n}" for n in clip.nouns)
+        rows.append(f"{clip.video}.MP4,{clip.texts[0]},{clip.start},{clip.stop},v{clip.verbs[0]},{nouns},train")
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    found = {
+        "ek100-clips": (made.ek100_clips, made.ek100_clips / "clips"),
+        "charades-ego": (made.charades, made.charades_videos),
+        "egoclip": (made.egoclip, made.ego4d_videos["video_15s"]),
+        "csv": (folder / "captions.csv", videos),
+    }
+    written = {kind: [f"data.annotations={a}", f"data.videos={b}"] for kind, (a, b) in found.items()}
+    written["csv"].append("data.test_share=0")
+    (folder / "places.json").write_text(json.dumps(written))
+
+
 @pytest.mark.parametrize(
     "cases,worlds",
     [
-        ("all", "2"),
+        ("all,text-tower,ops ego ids", "2"),
         pytest.param("clip,sms,dropped,lamb,cached", "2", marks=pytest.mark.slow),
         pytest.param("clip,sms,dropped,lamb,cached", "3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(train_ranks.LABELS), "2 3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(list(train_ranks.LOSSES)[:10]), "2 3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(list(train_ranks.LOSSES)[10:]), "2 3 4", marks=pytest.mark.slow),
     ],
+    ids=["some", "steps-2", "steps-3-4", "labels", "losses", "losses-2"],
 )
 def test_steps_are_those_of_one_process(tmp_path, cases, worlds):
     """Losses of 20 steps by DDP and by FSDP, and the parameters after them, within 1e-10; saved and begun anew half-way."""
     configuration(tmp_path, "train.batch_size=24")
+    places(tmp_path)
     path = tmp_path / "run.toml"
     path.write_text(path.read_text().replace("batch_size = 16", "batch_size = 24"))
     command = [sys.executable, str(SCRIPT), str(path), str(tmp_path), cases, *worlds.split()]
