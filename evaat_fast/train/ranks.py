@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from evaat_fast.train.config import Config, ConfigError
 
 _runs = itertools.count()  # that this process has connected for, as many as each of the others
 _AFTER_SECONDS = 2.0  # that a process waits which another one ended, so that torchrun shows that one's error
+_LOST_SECONDS = 40  # that a machine does not answer, until its connections count as broken
 _MEET_SECONDS = 25.0  # that a process which failed waits for the others to notice; torchrun gives them 30
 
 
@@ -98,14 +99,14 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
                 "torchrun --max-restarts: on several machines it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
                 "environment, or processes that are started again look for those that are dead"
             )
-    patience = datetime.timedelta(minutes=config.train.timeout)
+    patience, before = datetime.timedelta(minutes=config.train.timeout), _sockets()
     store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=patience))
     # So it does one run of a process that trains twice.
     again = f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')} run {next(_runs)}"
-    store = torch.distributed.PrefixStore(again, store)
-    before = _sockets()
+    store, between = torch.distributed.PrefixStore(again, store), _sockets()
     torch.distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
-    wires = tuple(_sockets() - before)
+    _watch(_sockets() - before)
+    wires = tuple(_sockets() - between)
     try:
         yield Ranks(rank, world, torch.distributed.group.WORLD, torch.distributed.PrefixStore("failed", store), wires)
     finally:
@@ -198,6 +199,17 @@ def _break(ranks: Ranks) -> None:
         abort()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _watch(wires: Iterable[tuple[int, int]]) -> None:
+    """Has the kernel end connections to a machine that is gone without a word. Torch's store would wait for it as long as TCP
+    sends again, a quarter of an hour, and gloo until its timeout. A process that is merely late stays: its kernel answers."""
+    for descriptor, _ in wires:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as wire:  # one of Unix has no such options
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # where nothing is under way
+            for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", _LOST_SECONDS // 10 - 1)):
+                wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _LOST_SECONDS)  # where something is
 
 
 def _cut(ranks: Ranks) -> None:

@@ -63,7 +63,7 @@ class Steps:
             ddp, whole = torch.nn.parallel.DistributedDataParallel, not config.train.micro_batch
             # Its one buffer, the frequencies, is a constant that need not be sent before each step.
             new = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # of torch 2.13, the old name warns
-            buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
             self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole, **buffers)
         self.norm, self.updating, self.count = torch.zeros((), device=device), False, 0
         self.bad, self._limit = torch.zeros((), device=device), torch.full((), math.inf, device=device)
