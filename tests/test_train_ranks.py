@@ -123,11 +123,16 @@ def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
 def test_a_job_may_train_twice(tmp_path):
     """As pretraining and fine-tuning in one script: the second run does not look for the first one's processes."""
     code = """
-import sys, time, torch
+import os, socket, sys, time, torch
 from evaat_fast.train import load, ranks
 config = load(sys.argv[1])
 for number in range(2):
     with ranks.started(config, torch.device("cpu")) as found:
+        wires = [socket.socket(fileno=os.dup(descriptor)) for descriptor, _ in found.wires]
+        wires = [x for x in wires if x.family != socket.AF_UNIX and x.type == socket.SOCK_STREAM]
+        gone = [x.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for x in wires]
+        assert gone and all(20_000 <= x <= 60_000 for x in gone), gone  # or a machine that is gone would not be missed
+        assert all(x.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for x in wires)
         assert found.gather((number, found.rank)) == [(number, 0), (number, 1)]
     time.sleep(0 if found.rank else 2)
 """
