@@ -4,6 +4,7 @@ FOLDER/places.json has the overrides that find the data of a data.kind.
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -230,16 +231,23 @@ def main(rank, world, path, folder, cases):
     leave()
 
 
-if __name__ == "__main__":
+def alone(_, path, folder, cases):
+    """What several processes are compared with: one that has the whole batch at once."""
     torch.set_num_threads(1)
-    path, folder, cases, *worlds = sys.argv[1:]
-    cases = cases.split(",")
-    os.environ.pop("WORLD_SIZE", None)
     save_checkpoint(trainer.build_model(load(path)), f"{folder}/start.pt")
     for name in cases:
-        # Alone with the whole batch at once.
         overrides = [text for text in overrides_of(name, folder) if "micro_batch" not in text]
         with loss_of(name):
             torch.save(trained(load(path, [*overrides, f"train.out={folder}/{name}"]), Ranks()), Path(folder) / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    path, folder, cases, *worlds = sys.argv[1:]
+    cases = cases.split(",")
+    os.environ.pop("WORLD_SIZE", None)
+    # Forked, they find all imported; nothing is computed here, which those that are forked later could not bear.
+    for name in ("_dynamo", "distributed.checkpoint", "distributed.fsdp", "distributed.tensor"):
+        importlib.import_module(f"torch.{name}")
+    mp.start_processes(alone, (path, folder, cases), 1, start_method="fork")
     for world in map(int, worlds):
-        mp.spawn(main, (world, path, folder, cases), world)
+        mp.start_processes(main, (world, path, folder, cases), world, start_method="fork")
