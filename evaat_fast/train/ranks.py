@@ -25,7 +25,7 @@ from evaat_fast.train.config import Config, ConfigError
 
 _runs = itertools.count()  # that this process has connected for, as many as each of the others
 _AFTER_SECONDS = 2.0  # that a process waits which another one ended, so that torchrun shows that one's error
-_LOST_SECONDS = 40  # that a machine does not answer, until its connections count as broken
+_LOST_SECONDS = 25  # that a machine does not answer until its connections count as broken; with the next line under a minute
 _MEET_SECONDS = 25.0  # that a process which failed waits for the others to notice; torchrun gives them 30
 
 
@@ -207,7 +207,7 @@ def _watch(wires: Iterable[tuple[int, int]]) -> None:
     for descriptor, _ in wires:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as wire:  # one of Unix has no such options
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # where nothing is under way
-            for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", _LOST_SECONDS // 10 - 1)):
+            for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", (_LOST_SECONDS - 10) // 5)):
                 wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _LOST_SECONDS)  # where something is
 
