@@ -148,6 +148,8 @@ def test_the_sbatch_script_asks_for_what_it_needs():
     assert asked["ntasks-per-node"] == "1" and "requeue" in asked
     # A process for each GPU, and those that decode for it: 12 in the recipes.
     assert int(asked["cpus-per-task"]) == 13 * int(asked["gpus-per-node"])
+    # Or the others would wait for a node that is lost for ten minutes.
+    assert int(re.search(r"--rdzv-conf join_timeout=(\d+)", SCRIPT.read_text())[1]) < 60
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
 
 
