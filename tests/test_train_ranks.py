@@ -145,6 +145,26 @@ for number in range(2):
 
 
 @pytest.mark.slow
+def test_a_process_that_is_late_is_waited_for(tmp_path):
+    """Longer than for a machine that does not answer, with more to send than a connection holds."""
+    code = """
+import sys, time, torch
+from evaat_fast.train import load, ranks
+with ranks.started(load(sys.argv[1]), torch.device("cpu")) as found:
+    time.sleep(40 * found.rank)
+    x = torch.ones(1 << 24)
+    torch.distributed.all_reduce(x, group=found.group)
+    assert all(len(y) == 1 << 23 for y in found.gather(x[: 1 << 23])) and bool((x == 2).all())
+"""
+    configuration(tmp_path)
+    (tmp_path / "late.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "late.py"), str(tmp_path / "run.toml")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_the_demo_under_torchrun(tmp_path):
     """Both processes train, one makes the videos, prints and writes."""
     run = torchrun(2, "demo", "--quick", "--out", str(tmp_path / "demo"))
