@@ -23,6 +23,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("tokenizers")
 
 SCRIPT = Path(__file__).with_name("train_ranks.py")
+LOSSES = list(train_ranks.LOSSES)
 
 
 def environment():
@@ -54,9 +55,9 @@ def places(folder):
         ("all,text-tower,ops ego ids", "2"),
         pytest.param("clip,sms,dropped,lamb,cached", "2", marks=pytest.mark.slow),
         pytest.param("clip,sms,dropped,lamb,cached", "3 4", marks=pytest.mark.slow),
-        pytest.param(",".join(train_ranks.LABELS), "2 3 4", marks=pytest.mark.slow),
-        pytest.param(",".join(list(train_ranks.LOSSES)[:10]), "2 3 4", marks=pytest.mark.slow),
-        pytest.param(",".join(list(train_ranks.LOSSES)[10:]), "2 3 4", marks=pytest.mark.slow),
+        pytest.param(",".join([*train_ranks.LABELS, *LOSSES[:7]]), "2 3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(LOSSES[7:13]), "2 3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(LOSSES[13:]), "2 3 4", marks=pytest.mark.slow),
     ],
     ids=["some", "steps-2", "steps-3-4", "labels", "losses", "losses-2"],
 )
@@ -65,7 +66,13 @@ def test_steps_are_those_of_one_process(tmp_path, cases, worlds):
     configuration(tmp_path, "train.batch_size=24")
     places(tmp_path)
     path = tmp_path / "run.toml"
-    path.write_text(path.read_text().replace("batch_size = 16", "batch_size = 24"))
+    # With a narrow text tower, as its table of tokens is what takes time.
+    narrow = {"batch_size = 16": "batch_size = 24", "text_layers = 1": "text_layers = 1, text_width = 16, text_heads = 1"}
+    text = path.read_text()
+    for before, after in narrow.items():
+        assert before in text
+        text = text.replace(before, after)
+    path.write_text(text)
     command = [sys.executable, str(SCRIPT), str(path), str(tmp_path), cases, *worlds.split()]
     run = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
