@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -68,11 +70,86 @@ def test_the_sbatch_script_trains_and_goes_on(slurm, tmp_path, nodes, times):
         assert run.returncode == 0 and (tmp_path / "run/last.pt").read_bytes() == before, run.stderr[-3000:]
 
 
+@pytest.fixture
+def machines():
+    """Two network namespaces that reach each other, and how to cut the wire between them."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root, and ip of iproute2")
+    names = [f"evaat-{os.getpid()}-{i}" for i in range(2)]
+    made = [subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0 for name in names]
+    try:
+        if not all(made):
+            pytest.skip("no network namespaces here")
+        ends = [f"v{os.getpid()}{x}" for x in "ab"]
+        subprocess.run(
+            ["ip", "link", "add", ends[0], "netns", names[0], *"type veth peer name".split(), ends[1], "netns", names[1]]
+        )
+        for i, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+            for words in (["addr", "add", f"10.98.76.{i}/24", "dev", end], *(["link", "set", x, "up"] for x in ("lo", end))):
+                subprocess.run(["ip", "-n", name, *words], check=True)
+
+        def cut():
+            for name, end in zip(names, ends, strict=True):
+                subprocess.run(["ip", "-n", name, "link", "set", end, "down"], check=True)
+
+        yield list(zip(names, ends, strict=True)), cut
+    finally:
+        for name, there in zip(names, made, strict=True):
+            if there:
+                subprocess.run(["ip", "netns", "del", name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_machine_that_is_gone_without_a_word_ends_the_run_within_a_minute(machines, tmp_path, parallel):
+    """Nobody closes a connection: both sides, that with torch's store and that without, end with an error all the same."""
+    pytest.importorskip("av")
+    pytest.importorskip("tokenizers")
+    configuration(tmp_path)
+    (places, cut), runs = machines, []
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")
+    own = {k: v for k, v in os.environ.items() if k not in names} | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+    }
+    own |= {"MASTER_ADDR": "10.98.76.1", "MASTER_PORT": "29500"}
+    command = [sys.executable, "-m", "evaat_fast", "train", str(tmp_path / "run.toml"), "--set", "train.epochs=5000"]
+    command += ["--set", f"train.parallel={parallel}", "--set", "eval.every=0"]
+    try:
+        for rank, (name, end) in enumerate(places):
+            environ = own | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": end}
+            with open(tmp_path / f"{rank}.txt", "w") as file:
+                runs.append(
+                    subprocess.Popen(
+                        ["ip", "netns", "exec", name, *command], env=environ, stdout=file, stderr=subprocess.STDOUT
+                    )
+                )
+        end = time.monotonic() + 60
+        while not any(r["event"] == "step" for r in _log(tmp_path)) and time.monotonic() < end:
+            time.sleep(0.2)
+        cut()
+        begin = time.monotonic()
+        assert all(run.wait(timeout=75) for run in runs) and time.monotonic() - begin < 60
+        said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+        assert any(r["event"] == "step" for r in _log(tmp_path)) and all("Error: " in text for text in said), said
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+
+
+def _log(folder):
+    return read(folder / "run/log.jsonl") if (folder / "run/log.jsonl").is_file() else []
+
+
 def test_the_sbatch_script_asks_for_what_it_needs():
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", SCRIPT.read_text(), re.M))
     assert asked["ntasks-per-node"] == "1" and "requeue" in asked
     # A process for each GPU, and those that decode for it: 12 in the recipes.
     assert int(asked["cpus-per-task"]) == 13 * int(asked["gpus-per-node"])
+    # Or the others would wait for a node that is lost for ten minutes.
+    assert int(re.search(r"--rdzv-conf join_timeout=(\d+)", SCRIPT.read_text())[1]) < 60
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
 
 

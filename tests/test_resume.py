@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,11 +326,15 @@ def test_paths_are_stored_so_that_they_hold_elsewhere(configure, tmp_path, monke
     assert json.loads(written.read_text())["clips"] == 16
 
 
-def test_torchrun_starts_a_job_again_and_another_number_of_processes_ends_it(configure, tmp_path):
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.mark.parametrize("parallel, saved", [("fsdp", "parts"), pytest.param("ddp", "file", marks=pytest.mark.slow)])
+def test_torchrun_starts_a_job_again_and_another_number_of_processes_ends_it(configure, tmp_path, parallel, saved):
     """Two ranks; one is killed; both are started again and go on; torchrun is told to stop; one process does the rest."""
     configure(*OPTIONS)
-    overrides = [f"--set={text}" for text in (*OPTIONS, "train.save_steps=1")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    how = (*OPTIONS, "train.save_steps=1", f"train.parallel={parallel}", f"train.save_as={saved}")
+    overrides, torchrun = [f"--set={text}" for text in how], [*TORCHRUN, "2"]
     environ = environment() | {"OMP_NUM_THREADS": "1"}
     arguments = ["train", str(tmp_path / "run.toml"), *overrides]
     run = subprocess.run(
@@ -359,6 +364,45 @@ def test_torchrun_starts_a_job_again_and_another_number_of_processes_ends_it(con
     assert len(ended) == len(two)
     for ours, theirs in zip(ended, two, strict=True):
         assert ours["event"] == theirs["event"] and ours.get("loss", 0) == pytest.approx(theirs.get("loss", 0), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel, saved", [("ddp", "file"), ("fsdp", "file"), ("fsdp", "parts")])
+def test_killed_it_goes_on_to_the_bit_and_elsewhere_to_rounding(configure, tmp_path, parallel, saved):
+    """In float64: two ranks, of which one is killed, end as two that were not; one and four that go on, within 1e-10."""
+    configure(*OPTIONS)
+    how = (*OPTIONS, "train.save_steps=2", f"train.parallel={parallel}", f"train.save_as={saved}")
+
+    def run(count, out, when, *more):
+        arguments = ["train", str(tmp_path / "run.toml"), *(f"--set={text}" for text in (*how, f"train.out={tmp_path / out}"))]
+        start = [*TORCHRUN, str(count)] if count > 1 else [sys.executable]
+        command = [*start, str(SCRIPT), "float64", str(when), *arguments, *more]
+        environ = environment() | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
+
+    def ended(out):
+        stored = checkpoint.read(checkpoint.find(tmp_path / out))
+        assert stored["epoch"] == 2 and all(x.dtype == torch.float64 for x in stored["state_dict"].values())
+        return {name: stored[name] for name in ("state_dict", "optimizer")}, untimed(tmp_path / out / "log.jsonl")
+
+    assert (first := run(2, "whole", 0)).returncode == 0, first.stderr[-3000:]
+    killed = run(2, "killed", 9)
+    assert killed.returncode != 0 and "Signal 9 (SIGKILL) received" in killed.stderr, killed.stderr[-3000:]
+    whole, log = ended("whole")
+    for count in (2, 1, 4):
+        out = f"killed-{count}"
+        shutil.copytree(tmp_path / "killed", tmp_path / out)
+        again = run(count, out, 0, "--resume")
+        assert again.returncode == 0 and "goes on in epoch 2, after step 2 of 6" in again.stdout, again.stderr[-3000:]
+        found, told = ended(out)
+        bound = 0 if count == 2 else 1e-10
+        torch.testing.assert_close(found, whole, rtol=bound, atol=bound)
+        assert len(told) == len(log)
+        for ours, theirs in zip(told, log, strict=True):
+            assert ours["event"] == theirs["event"] and ours.get("loss", 0) == pytest.approx(
+                theirs.get("loss", 0), rel=bound, abs=0
+            )
+        assert count != 2 or told == log
 
 
 def test_a_job_that_overwrites_is_started_again_as_what_it_is(configure, monkeypatch):

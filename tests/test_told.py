@@ -1,7 +1,9 @@
 """What a run tells while it trains: its rates, and the boards that show its log."""
 
+import re
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,11 +40,18 @@ def test_a_meter_reads_the_last_steps(monkeypatch):
     for _ in range(30):
         now[0] += 0.5
         read.step(0.1)
-    assert read.clips_per_second == pytest.approx(128) and read.line() == "128 clips/s  data 20%"
+    assert read.clips_per_second == pytest.approx(128) and re.fullmatch(r"128 clips/s  data 20%  \d+\.\d GiB", read.line())
     read.know(model, 9)
-    assert read.line().endswith("data 20%  MFU 12.8%")
+    assert "data 20%  MFU 12.8%  " in read.line()
     read.pause()
     assert read.line() == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
+def test_memory_is_the_most_that_was_held():
+    status = Path("/proc/self/status").read_text()
+    most = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    assert abs(meter.peak_memory(torch.device("cpu")) - most) < 1 << 22
 
 
 def test_a_line_a_minute_where_there_is_no_terminal(configure, monkeypatch, capsys):

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import formats
 import pytest
 import torch
-from corpus import configuration
+import train_ranks
+from corpus import configuration, corpus
 
+from evaat_fast.data import EK100
 from evaat_fast.train import ranks
 from evaat_fast.train.config import ConfigError
 from evaat_fast.train.log import read
@@ -20,6 +23,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("tokenizers")
 
 SCRIPT = Path(__file__).with_name("train_ranks.py")
+LOSSES = list(train_ranks.LOSSES)
 
 
 def environment():
@@ -27,19 +31,48 @@ def environment():
     return {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
 
 
+def places(folder):
+    """Writes the overrides that find the data of each kind: the small corpus in all formats."""
+    made, videos, rows = formats.kitchen(), corpus().videos, ["path,caption,start,stop,verb,noun,split"]
+    for clip in EK100(made.ek100, videos, "train", num_frames=2).table:
+        nouns = ";".join(f"n{n}" for n in clip.nouns)
+        rows.append(f"{clip.video}.MP4,{clip.texts[0]},{clip.start},{clip.stop},v{clip.verbs[0]},{nouns},train")
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    found = {
+        "ek100-clips": (made.ek100_clips, made.ek100_clips / "clips"),
+        "charades-ego": (made.charades, made.charades_videos),
+        "egoclip": (made.egoclip, made.ego4d_videos["video_15s"]),
+        "csv": (folder / "captions.csv", videos),
+    }
+    written = {kind: [f"data.annotations={a}", f"data.videos={b}"] for kind, (a, b) in found.items()}
+    written["csv"].append("data.test_share=0")
+    (folder / "places.json").write_text(json.dumps(written))
+
+
 @pytest.mark.parametrize(
     "cases,worlds",
     [
-        ("all", "2"),
+        ("all,text-tower,ops ego ids", "2"),
         pytest.param("clip,sms,dropped,lamb,cached", "2", marks=pytest.mark.slow),
         pytest.param("clip,sms,dropped,lamb,cached", "3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(train_ranks.LABELS), "2 3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(LOSSES[:10]), "2 3 4", marks=pytest.mark.slow),
+        pytest.param(",".join(LOSSES[10:]), "2 3 4", marks=pytest.mark.slow),
     ],
+    ids=["some", "steps-2", "steps-3-4", "labels", "losses", "losses-2"],
 )
 def test_steps_are_those_of_one_process(tmp_path, cases, worlds):
     """Losses of 20 steps by DDP and by FSDP, and the parameters after them, within 1e-10; saved and begun anew half-way."""
     configuration(tmp_path, "train.batch_size=24")
+    places(tmp_path)
     path = tmp_path / "run.toml"
-    path.write_text(path.read_text().replace("batch_size = 16", "batch_size = 24"))
+    # With a narrow text tower, as its table of tokens is what takes time.
+    narrow = {"batch_size = 16": "batch_size = 24", "text_layers = 1": "text_layers = 1, text_width = 16, text_heads = 1"}
+    text = path.read_text()
+    for before, after in narrow.items():
+        assert before in text
+        text = text.replace(before, after)
+    path.write_text(text)
     command = [sys.executable, str(SCRIPT), str(path), str(tmp_path), cases, *worlds.split()]
     run = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
@@ -97,11 +130,16 @@ def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
 def test_a_job_may_train_twice(tmp_path):
     """As pretraining and fine-tuning in one script: the second run does not look for the first one's processes."""
     code = """
-import sys, time, torch
+import os, socket, sys, time, torch
 from evaat_fast.train import load, ranks
 config = load(sys.argv[1])
 for number in range(2):
     with ranks.started(config, torch.device("cpu")) as found:
+        wires = [socket.socket(fileno=os.dup(descriptor)) for descriptor, _ in found.wires]
+        wires = [x for x in wires if x.family != socket.AF_UNIX and x.type == socket.SOCK_STREAM]
+        gone = [x.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for x in wires]
+        assert gone and all(20_000 <= x <= 60_000 for x in gone), gone  # or a machine that is gone would not be missed
+        assert all(x.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for x in wires)
         assert found.gather((number, found.rank)) == [(number, 0), (number, 1)]
     time.sleep(0 if found.rank else 2)
 """
@@ -109,6 +147,26 @@ for number in range(2):
     (tmp_path / "twice.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "twice.py"), str(tmp_path / "run.toml")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_late_is_waited_for(tmp_path):
+    """Longer than for a machine that does not answer, with more to send than a connection holds."""
+    code = """
+import sys, time, torch
+from evaat_fast.train import load, ranks
+with ranks.started(load(sys.argv[1]), torch.device("cpu")) as found:
+    time.sleep(40 * found.rank)
+    x = torch.ones(1 << 24)
+    torch.distributed.all_reduce(x, group=found.group)
+    assert all(len(y) == 1 << 23 for y in found.gather(x[: 1 << 23])) and bool((x == 2).all())
+"""
+    configuration(tmp_path)
+    (tmp_path / "late.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "late.py"), str(tmp_path / "run.toml")]
     run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
 

@@ -1,17 +1,25 @@
-"""Training on several processes against one, in float64: python train_ranks.py CONFIG FOLDER CASES WORLD..., over gloo."""
+"""Training on several processes against one, in float64: python train_ranks.py CONFIG FOLDER CASES WORLD..., over gloo.
 
+FOLDER/places.json has the overrides that find the data of a data.kind.
+"""
+
+import contextlib
+import importlib
 import itertools
+import json
 import os
 import sys
 from pathlib import Path
 
+import pairwise_ranks
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from evaat_fast import _parts
-from evaat_fast.data.labels import LabelledClips
-from evaat_fast.train import checkpoint, inputs, load, shards, steps, trainer
+from evaat_fast.model.checkpoints import save_checkpoint
+from evaat_fast.train import checkpoint, inputs, load, shards, similarity, steps, trainer
 from evaat_fast.train.averaging import Average
 from evaat_fast.train.masters import Masters
 from evaat_fast.train.ranks import Ranks, leave
@@ -25,6 +33,47 @@ CASES = {
     "cached": ["loss.learnable_temperature=true", "model.patch_dropout=0.5", "train.micro_batch=5"],
     "all": ["optim.name=lamb", "optim.layer_decay=0.7", "train.ema=0.9", "train.micro_batch=5"],
 }
+# What a configuration can make of labels: every corpus, rule and way to say what is alike.
+LABELS = {
+    "paper": ["loss.name=sms", "loss.rule=paper"],
+    "charades": ["loss.name=sms", "loss.rule=charades", "loss.margin=0.3"],
+    "ek100-clips": ["data.kind=ek100-clips", "loss.name=sms"],
+    "charades-ego": ["data.kind=charades-ego", "loss.name=sms", "loss.rule=charades", "optim.name=lamb"],
+    "egoclip": ["data.kind=egoclip", "loss.temperature=0.07"],
+    "classes": ["data.kind=csv", "loss.name=sms"],
+    "captions": ["data.kind=csv", "data.labels=[]", "loss.name=sms"],
+    "text-tower": ["data.kind=csv", "data.similarity=text-tower", "loss.name=sms"],
+}
+# Every loss of ops with every kind of labels, in place of the configuration's.
+LOSSES = {f"ops {name}": ["loss.learnable_temperature=true"] * (name == "clip learned") for name in pairwise_ranks.CASES}
+CASES |= LABELS | LOSSES
+
+
+def overrides_of(name, folder):
+    """Those of a case, with the places of its data."""
+    kind = next((text.split("=")[1] for text in CASES[name] if text.startswith("data.kind=")), "ek100-mir")
+    start = [f"train.init={folder}/start.pt"] * (name == "text-tower")
+    return [*json.loads(Path(folder, "places.json").read_text()).get(kind, ()), *CASES[name], *start]
+
+
+@contextlib.contextmanager
+def loss_of(name):
+    """Within it a step's loss is that of the case."""
+    if name not in LOSSES:
+        yield
+        return
+    known = pairwise_ranks.known()
+
+    def loss(embedded, batch, table, config, ranks):
+        part = slice(ranks.rank * len(batch["text"]), (ranks.rank + 1) * len(batch["text"]))
+        # Unit rows, as log-sum-exp losses take them: of larger ones the rounding of a key's bias, whose gradient is zero, is
+        # more than AdamW's eps, and is learned.
+        video, text = (torch.nn.functional.normalize(x, dim=-1) for x in embedded[:2])
+        return pairwise_ranks.call(name.removeprefix("ops "), known, part, video, text, embedded[2], group=ranks.group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "embedded_loss", loss)
+        yield
 
 
 DEVICE = torch.device("cpu")
@@ -43,12 +92,16 @@ def trained(config, ranks, broken=None, count=STEPS):
     """Losses of so many steps, and the parameters after them or their average, all float64. broken: a checkpoint; half-way,
     within an epoch, all is saved there, thrown away and begun anew from there."""
     data = inputs.splits(config).train
-    assert isinstance(data, LabelledClips)
-    sampler, losses = inputs.sampler(config, data), []
+    sampler, losses, table = inputs.sampler(config, data), [], torch.zeros(0, 0)
+    if config.data.similarity == "text-tower":
+        table = similarity.labels(config, data, Path(config.train.out), DEVICE, ranks, trainer.build_model(config))
+        assert not torch.equal(table, table.round())
+    elif config.loss.name == "sms":
+        table = data.relevancy_table
 
     def begun():
         masters, optimizer, average = built(config, ranks)
-        table, kept = data.relevancy_table, average if config.train.ema else None
+        kept = average if config.train.ema else None
         return masters, optimizer, average, steps.Steps(masters, optimizer, table, config, DEVICE, ranks, kept)
 
     masters, optimizer, average, run = begun()
@@ -163,29 +216,41 @@ def main(rank, world, path, folder, cases):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     ranks = Ranks(rank, world, dist.group.WORLD)
     for name, (parallel, kind) in itertools.product(cases, (("ddp", "pt"), ("fsdp", "parts"))):
-        config = load(path, [*CASES[name], f"train.parallel={parallel}"])
-        losses, weights = trained(config, ranks, f"{folder}/{name}-{parallel}-{world}.{kind}")
+        config = load(path, [*overrides_of(name, folder), f"train.parallel={parallel}", f"train.out={folder}/{name}-{world}"])
+        with loss_of(name):
+            losses, weights = trained(config, ranks, f"{folder}/{name}-{parallel}-{world}.{kind}")
         assert all(other == losses for other in ranks.gather(losses))  # to the bit, or limits of it would part them
         alone, expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone), rtol=1e-10, atol=1e-12)
         for key, value in weights.items():
             of = f"{name}, {parallel}, {key}"
             torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-10, msg=lambda text, of=of: f"{of}: {text}")
-    for parallel, kind in (("fsdp", "pt"), ("ddp", "parts")):
-        check_checkpoint(path, f"{folder}/{parallel}-{world}.{kind}", parallel, ranks)
-    check_precision(path, ranks)
-    check_failure(f"{folder}/failed-{world}.parts", ranks)
+    if any(name not in LABELS | LOSSES for name in cases):
+        for parallel, kind in (("fsdp", "pt"), ("ddp", "parts")):
+            check_checkpoint(path, f"{folder}/{parallel}-{world}.{kind}", parallel, ranks)
+        check_precision(path, ranks)
+        check_failure(f"{folder}/failed-{world}.parts", ranks)
     print("rank", rank, "of", world, "agrees", flush=True)
     leave()
 
 
-if __name__ == "__main__":
+def alone(_, path, folder, cases):
+    """What several processes are compared with: one that has the whole batch at once."""
     torch.set_num_threads(1)
+    save_checkpoint(trainer.build_model(load(path)), f"{folder}/start.pt")
+    for name in cases:
+        overrides = [text for text in overrides_of(name, folder) if "micro_batch" not in text]
+        with loss_of(name):
+            torch.save(trained(load(path, [*overrides, f"train.out={folder}/{name}"]), Ranks()), Path(folder) / f"{name}.pt")
+
+
+if __name__ == "__main__":
     path, folder, cases, *worlds = sys.argv[1:]
     cases = cases.split(",")
     os.environ.pop("WORLD_SIZE", None)
-    for name in cases:
-        overrides = [text for text in CASES[name] if "micro_batch" not in text]  # alone with the whole batch at once
-        torch.save(trained(load(path, overrides), Ranks()), Path(folder) / f"{name}.pt")
+    # Forked, they find all imported; nothing is computed here, which those that are forked later could not bear.
+    for name in ("_dynamo", "distributed.checkpoint", "distributed.fsdp", "distributed.tensor"):
+        importlib.import_module(f"torch.{name}")
+    mp.start_processes(alone, (path, folder, cases), 1, start_method="fork")
     for world in map(int, worlds):
-        mp.spawn(main, (world, path, folder, cases), world)
+        mp.start_processes(main, (world, path, folder, cases), world, start_method="fork")

@@ -1,6 +1,7 @@
 """How fast a run is, for the line that people watch: clips a second, what waits for data, the share of the peak, memory."""
 
 import math
+import sys
 import time
 from collections import deque
 
@@ -47,6 +48,18 @@ def matmul_peak(device: torch.device, size: int = 8192) -> float | None:
     return 2.0 * size**3 / best
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has held at most: of tensors on a GPU, of all else on a CPU, clips that are kept included; None
+    where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    import resource  # of Unix alone
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Meter:
     """Rates of the last steps.
 
@@ -87,6 +100,6 @@ class Meter:
         text = f"{rate:.4g} clips/s  data {waited / span:.0%}"
         if self._peak and self._work:
             text += f"  MFU {rate * self._work / self._peak:.1%}"
-        if self._device.type == "cuda":
-            text += f"  {torch.cuda.max_memory_allocated(self._device) / 2**30:.1f} GiB"
+        if held := peak_memory(self._device):
+            text += f"  {held / 2**30:.1f} GiB"
         return text

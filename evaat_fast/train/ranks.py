@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +23,9 @@ from torch import Tensor
 
 from evaat_fast.train.config import Config, ConfigError
 
-# A rank that failed is heard of at the next collective, or after this long: gathering the embeddings of a test set included.
-_TIMEOUT = datetime.timedelta(minutes=10)
 _runs = itertools.count()  # that this process has connected for, as many as each of the others
 _AFTER_SECONDS = 2.0  # that a process waits which another one ended, so that torchrun shows that one's error
+_LOST_SECONDS = 25  # that a machine does not answer until its connections count as broken; with the next line under a minute
 _MEET_SECONDS = 25.0  # that a process which failed waits for the others to notice; torchrun gives them 30
 
 
@@ -100,13 +99,14 @@ def started(config: Config, device: torch.device) -> Iterator[Ranks]:
                 "torchrun --max-restarts: on several machines it needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
                 "environment, or processes that are started again look for those that are dead"
             )
-    store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
+    patience, before = datetime.timedelta(minutes=config.train.timeout), _sockets()
+    store, rank, _ = next(torch.distributed.rendezvous("env://", timeout=patience))
     # So it does one run of a process that trains twice.
     again = f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')} run {next(_runs)}"
-    store = torch.distributed.PrefixStore(again, store)
-    before = _sockets()
-    torch.distributed.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=world)
-    wires = tuple(_sockets() - before)
+    store, between = torch.distributed.PrefixStore(again, store), _sockets()
+    torch.distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
+    _watch(_sockets() - before)
+    wires = tuple(_sockets() - between)
     try:
         yield Ranks(rank, world, torch.distributed.group.WORLD, torch.distributed.PrefixStore("failed", store), wires)
     finally:
@@ -193,16 +193,29 @@ def meet_again(ranks: Ranks, state: object, hurry: Callable[[], object]) -> Rank
 def _break(ranks: Ranks) -> None:
     """Ends the group without the others, who wait in it or will."""
     _cut(ranks)
+    # NCCL's kernels wait, too. This ends them and forgets the group; the public ProcessGroup.abort() does only the first.
     abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
-    if abort is not None:  # of NCCL, whose kernels wait, too
+    if abort is not None:
         abort()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
+def _watch(wires: Iterable[tuple[int, int]]) -> None:
+    """Has the kernel end connections to a machine that is gone without a word. Torch's store would wait for it as long as TCP
+    sends again, a quarter of an hour, and gloo until its timeout. A process that is merely late stays: its kernel answers."""
+    for descriptor, _ in wires:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as wire:  # one of Unix has no such options
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # where nothing is under way
+            for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", (_LOST_SECONDS - 10) // 5)):
+                wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _LOST_SECONDS)  # where something is
+
+
 def _cut(ranks: Ranks) -> None:
-    """Shuts the sockets of gloo's, so that the others hear of it: none of gloo's own ways to end a group tells them before the
-    process is gone."""
+    """Shuts the sockets of gloo's, so that the others hear of it before this process is gone. None of torch's own ways does:
+    abort() and shutdown() of a gloo group leave whoever waits in it waiting, here and there (torch 2.13), and
+    destroy_process_group() closes it with its last reference, which DDP, FSDP's parameters and an error's traceback hold."""
     port = int(os.environ.get("MASTER_PORT", "0"))  # of the store, which is to stay
     for descriptor, inode in ranks.wires:
         with contextlib.suppress(OSError):

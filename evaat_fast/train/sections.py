@@ -109,15 +109,15 @@ class Train:
     "auto" takes a GPU where there is one. precision: "auto" is bfloat16 autocast on CUDA, float32 on the CPU;
     "bfloat16-params" computes the same without casts, as it holds the weights of matrix products in bfloat16 and updates
     float32 masters of them. parallel: several processes hold all weights each ("ddp"), or share them out ("fsdp").
-    processes: how many torchrun should start, an error where it is another number; 0 for any. save_as: one file, last.pt, or
-    last.parts, a folder to which each process writes its own part.
-    save_every: epochs; save_steps, save_minutes: in the midst of one, too, 0 for never. ema: decay of an average of the
-    weights, which is then what is evaluated and loaded, 0 for none. micro_batch: clips of each process that are embedded at a
-    time, 0 for all at once; the gradients are those of the whole batch, in less memory and a third more time. spike: stop at a
-    loss so many times the largest of the 50 before it, 0 for never. tensorboard: show the log there, too; wandb: name of a
-    project there. compile: torch.compile for the blocks of both towers, which costs a minute at the start.
-    cuda_graph: on a GPU, replay a step as a CUDA graph, which spares the launches from Python; memory grows by one
-    step's for each text length, of multiples of 16."""
+    processes: how many torchrun should start, an error where it is another number; 0 for any. timeout: minutes that one waits
+    for the others, while they evaluate or write a checkpoint too, before it gives them up. save_as: one file, last.pt, or
+    last.parts, a folder to which each process writes its own part. save_every: epochs; save_steps, save_minutes: in the midst
+    of one, too, 0 for never. ema: decay of an average of the weights, which is then what is evaluated and loaded, 0 for none.
+    micro_batch: clips of each process that are embedded at a time, 0 for all at once; the gradients are those of the whole
+    batch, in less memory and a third more time. spike: stop at a loss so many times the largest of the 50 before it, 0 for
+    never. tensorboard: show the log there, too; wandb: name of a project there. compile: torch.compile for the blocks of both
+    towers, which costs a minute at the start. cuda_graph: on a GPU, replay a step as a CUDA graph, which spares the launches
+    from Python; memory grows by one step's for each text length, of multiples of 16."""
 
     out: str = key("", path=True)
     init: str = key("", path=True)
@@ -129,6 +129,7 @@ class Train:
     precision: Literal["auto", "float32", "bfloat16", "bfloat16-params"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     processes: int = key(0, least=0)
+    timeout: float = key(10.0, above=0, most=1440)
     save_as: Literal["file", "parts"] = "file"
     save_every: int = key(1, least=1)
     save_steps: int = key(0, least=0)

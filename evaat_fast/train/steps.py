@@ -4,6 +4,7 @@ A step of a base model is some 1,700 kernels, which Python launches no faster th
 A graph is captured once for each shape of a batch, and replaying it launches them all at once.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -61,7 +62,9 @@ class Steps:
             # several passes it would average the first alone, as it takes the first it sees for a whole step.
             ddp, whole = torch.nn.parallel.DistributedDataParallel, not config.train.micro_batch
             # Its one buffer, the frequencies, is a constant that need not be sent before each step.
-            self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole, broadcast_buffers=False)
+            new = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # of torch 2.13, the old name warns
+            buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            self.towers = ddp(self.towers, process_group=self.ranks.group, static_graph=whole, **buffers)
         self.norm, self.updating, self.count = torch.zeros((), device=device), False, 0
         self.bad, self._limit = torch.zeros((), device=device), torch.full((), math.inf, device=device)
         setattr(optimizer, "found_inf", self.bad)  # noqa: B010, where GradScaler sets it, too, and optimisers look for it
