@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from evaat_fast import __version__, _commands
 from evaat_fast.data.choices import FRAMES
+from evaat_fast.search import PORT
 
 EXIT_MISTAKE = 2  # what the user can mend; argparse's own code
 
@@ -230,6 +231,7 @@ def _add_index(commands):
     command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
     command.add_argument("--retry", action="store_true", help="try again what could not be read")
     command.add_argument("--overwrite", action="store_true", help="index anew, with other weights or settings")
+    command.add_argument("--approximate", action="store_true", help="also a graph for search --approximate, up to date with it")
     command.add_argument("--json", metavar="FILE", help="write there what was indexed, and what could not be read")
     command.set_defaults(run=_commands.index)
 
@@ -266,7 +268,7 @@ def _add_serve(commands):
         description="A page on this machine that searches indexed videos and plays what it finds.",
     )
     _add_opened(command)
-    command.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
+    command.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one ({PORT})")
     command.add_argument(
         "--host",
         default="127.0.0.1",
@@ -279,6 +281,7 @@ def _add_serve(commands):
 def _add_opened(command):
     command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
     command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
+    command.add_argument("--approximate", action="store_true", help="by the graph of index --approximate: tens of millions")
 
 
 def _add_run(command):

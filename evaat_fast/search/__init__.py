@@ -5,8 +5,8 @@
     print(index.search("push the red block left - a hand", k=5))     # score, time and file of five moments
 
 `store` is the folder on the disk, `scan` looks for videos, `windows` cuts them into clips, `embedder` is the model, `build`
-brings them together, `query` and `moments` are what is asked and found; `page`, `cut` and `server` show it, and `measure`
-says how much of it is right.
+brings them together, `query` and `moments` are what is asked and found, `graph` leads to it among tens of millions; `page`,
+`cut` and `server` show it, and `measure` says how much of it is right.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ _SUBMODULES = (
     "build",
     "cut",
     "embedder",
+    "graph",
     "index",
     "measure",
     "moments",
@@ -30,13 +31,16 @@ _SUBMODULES = (
     "windows",
 )
 
-__all__ = [*_LAZY, *_SUBMODULES]
+PORT = 8765  # of the page
+
+__all__ = ["PORT", *_LAZY, *_SUBMODULES]
 
 
 if TYPE_CHECKING:
     from evaat_fast.search import build as build
     from evaat_fast.search import cut as cut
     from evaat_fast.search import embedder as embedder
+    from evaat_fast.search import graph as graph
     from evaat_fast.search import index as index
     from evaat_fast.search import measure as measure
     from evaat_fast.search import moments as moments

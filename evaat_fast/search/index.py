@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaat_fast.search import scan, windows
+from evaat_fast.search import graph, scan, windows
 from evaat_fast.search.build import Progress, Report, build, plan_of, threads
 from evaat_fast.search.embedder import Embedder, Settings, check_same, check_settings, weights_of
 from evaat_fast.search.moments import Event, Moments, events
@@ -61,6 +61,7 @@ class Index:
         self.folder, self._device = store.folder, device
         self.base = os.path.realpath(self.folder.parent)
         self._loaded: list[Embedder] = []  # none or one, which copies share
+        self._graphs: list[Any] = []  # none, or of which file, and that
         self._lock = threading.RLock()
         self.settings: Settings
         self.vectors: Vectors
@@ -194,6 +195,7 @@ class Index:
         after: str | datetime.date | None = None,
         before: str | datetime.date | None = None,
         merge: bool = True,
+        approximate: bool = False,
     ) -> Moments:
         """The best moments.
 
@@ -205,13 +207,16 @@ class Index:
             folder: only videos below it. after, before: only files of this date or later, of earlier ones than that: a date,
                 or text in ISO 8601.
             merge: False: single clips, not events.
+            approximate: True: by the graph of `build_graph`, for more than some ten million clips; scores are exact, and what
+                is missed is measured in bench/README.md. Where filters leave too little of what it finds, all are read.
 
         Returns:
             Moments: columns score (cosine with the query), file, start, stop, peak (seconds) and date, best first.
 
         Raises:
             ValueError: neither query nor like, or one of them, a folder or a date that makes no sense. BadIndex: the weights
-                are not there, or others now. VideoError: a `like` that cannot be read.
+                are not there, or others now; approximate without a graph. VideoError: a `like` that cannot be read.
+                ImportError: approximate without usearch.
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"k: expected an int from 1, got {k!r}")
@@ -222,23 +227,30 @@ class Index:
             raise ValueError("query: expected text, or like=..., got neither")
         with self._lock:
             now = copy.copy(self)  # which nobody reloads
-        allowed = now.allowed(folder, after, before)
+        some = now._filtered(folder, after, before)
+        near = now._near() if approximate else None
         vector = now.vector(terms, likes)
-        for one in likes:
-            if (rows := now._rows(one)) is not None:
+        liked = [rows for one in likes if (rows := now._rows(one)) is not None]
+        led = near.events(vector, some, liked, k, merge) if near else None
+        if led is not None:
+            best, scores = led
+        else:
+            allowed = now._allowed(some)
+            for rows in liked:
                 allowed[rows] = False
-        scores = now.vectors.scores(vector)
-        found = events(scores, now.places, k, allowed, merge)
-        return now.moments(found, scores, spoken(terms, likes))
+            scores = now.vectors.scores(vector)
+            best = events(scores, now.places, k, allowed, merge)
+            scores = scores[[event.best for event in best]]
+        return now.moments(best, scores, spoken(terms, likes))
 
     def moments(self, found: Sequence[Event], scores: np.ndarray, query: str) -> Moments:
-        """A table of `events`. scores: float32 [rows]."""
+        """A table of `events`. scores: float32 [n], of the best clip of each."""
         places = self.places
         files = [places.files[places.codes[event.best]] for event in found]
         best = [event.best for event in found]
         return Moments(
             query,
-            scores[best],
+            scores,
             [self.path(file.name) for file in files],
             places.start[[event.first for event in found]],
             places.stop[[event.last for event in found]],
@@ -297,6 +309,13 @@ class Index:
         before: str | datetime.date | None = None,
     ) -> np.ndarray:
         """bool [rows]: of which videos `search` takes notice, with the same arguments."""
+        return self._allowed(self._filtered(folder, after, before))
+
+    def _allowed(self, some):
+        return (self.places.codes >= 0) & np.append(some, False)[self.places.codes]
+
+    def _filtered(self, folder, after, before):
+        """bool [files]"""
         files = self.places.files
         some = np.ones(len(files), bool)
         if folder is not None:
@@ -309,7 +328,7 @@ class Index:
             some &= times >= _nanoseconds("after", after)
         if before is not None:
             some &= times < _nanoseconds("before", before)
-        return (self.places.codes >= 0) & np.append(some, False)[self.places.codes]
+        return some
 
     # Adding.
 
@@ -378,6 +397,31 @@ class Index:
         gone = sum(name in there for name in plan.gone)
         took = (datetime.datetime.now() - began).total_seconds()
         return Report(len(plan.todo) - len(failed), clips, plan.unchanged, gone, changed, dict(sorted(refused.items())), took)
+
+    def build_graph(self, workers: int | None = None, progress: Callable[[int, int], object] | None = None) -> int:
+        """Makes the graph for approximate search, or brings it up to date with what was added; one that was killed goes on.
+
+        Args:
+            workers: threads; None: one a processor. progress: called as progress(clips, of).
+
+        Returns:
+            How many clips were added to it.
+
+        Raises:
+            ImportError: usearch is missing: pip install 'evaat-fast[usearch]'. BadIndex: another process is indexing.
+        """
+        workers = threads(workers)
+        with alone(self.folder):
+            self.reload()
+            return graph.build(self.folder / self._store.manifest.vectors, self.vectors, workers, progress)
+
+    def _near(self):
+        path, vectors = self.folder / self._store.manifest.vectors, self.vectors
+        known = graph.stamp(path), vectors
+        with self._lock:
+            if not self._graphs or self._graphs[0] != known:
+                self._graphs[:] = [known, graph.Graph(path, vectors, self.places)]
+            return self._graphs[1]
 
     def update(self, **options: Any) -> Report:
         """`add` of all folders that were added before."""

@@ -202,9 +202,12 @@ class Store:
 
     def tidy(self) -> None:
         """Removes what a killed process left behind."""
-        kept = {MANIFEST, self.manifest.vectors, *self.manifest.places}
+        number = self.manifest.vectors[8:12]
+        kept = {MANIFEST, self.manifest.vectors, f"graph-{number}.usearch", *self.manifest.places}
         for path in self.folder.iterdir():
-            ours = path.name.startswith(("vectors-", "places-")) or (path.name.startswith(".") and path.suffix == ".tmp")
+            ours = path.name.startswith(("vectors-", "places-", "graph-")) or (
+                path.name.startswith(".") and path.suffix == ".tmp"
+            )
             if ours and path.name not in kept:
                 path.unlink(missing_ok=True)
 

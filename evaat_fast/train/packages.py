@@ -18,6 +18,7 @@ EXTRAS = {
     "starlette": "serve",
     "tokenizers": "train",
     "tqdm": "train",
+    "usearch": "usearch",
     "uvicorn": "serve",
 }
 PAGE = ("jinja2", "matplotlib", "PIL")  # what `report` needs
