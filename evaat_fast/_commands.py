@@ -253,7 +253,7 @@ def index(arguments: argparse.Namespace) -> None:
     packages.require("indexing", "pyarrow", *graph, *packages.of_progress())  # the others when there is something to read
     if arguments.json:
         _check_file(arguments.json)
-    given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames")}
+    given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames", "shots")}
     with _mistakes(RuntimeError):
         if new := arguments.overwrite or not (folder / MANIFEST).exists():
             check_folder(folder, "--out")

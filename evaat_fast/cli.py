@@ -227,6 +227,7 @@ def _add_index(commands):
     command.add_argument("--seconds", type=float, metavar="S", help="of a clip (2)")
     command.add_argument("--overlap", type=float, metavar="SHARE", help="of a clip with the next (0.5)")
     command.add_argument("--frames", type=int, metavar="T", help="of a clip (as the weights were trained; 4 for pictures)")
+    command.add_argument("--shots", action="store_true", default=None, help="no clip reaches beyond a cut; decodes all frames")
     command.add_argument("--workers", type=int, metavar="N", help="threads that decode; one for each processor")
     command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
     command.add_argument("--retry", action="store_true", help="try again what could not be read")

@@ -107,6 +107,7 @@ class Index:
         seconds: float = 2.0,
         overlap: float = 0.5,
         frames: int | None = None,
+        shots: bool = False,
         device: str = "auto",
         overwrite: bool = False,
     ) -> "Index":
@@ -116,6 +117,7 @@ class Index:
             folder: to be made. checkpoint: what `evaat_fast.load` takes: a file, a run's folder, "eva02_clip_b16".
             seconds: of a clip, 0.5 to 60. overlap: the share of a clip that the next one has, too, 0 to 0.9.
             frames: of a clip; None: as many as the weights were trained with, 4 for those of pictures.
+            shots: no clip reaches beyond a hard cut; all frames are decoded to find them, see `evaat_fast.search.shots.cuts`.
             device: as for `open`. overwrite: in the place of one that is there, whatever that is of.
 
         Raises:
@@ -125,9 +127,9 @@ class Index:
         if (Path(folder) / MANIFEST).exists() and not overwrite:
             raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
         name, hashed = weights_of(checkpoint)
-        Settings(name, hashed, {}, seconds, overlap)  # out of range is said before a model is loaded
+        Settings(name, hashed, {}, seconds, overlap, shots)  # out of range is said before a model is loaded
         embedder = Embedder(name, device, **({} if frames is None else {"num_frames": frames}))
-        settings = Settings(name, hashed, embedder.described(), seconds, overlap)
+        settings = Settings(name, hashed, embedder.described(), seconds, overlap, shots)
         with alone(folder):
             if not overwrite and (Path(folder) / "index.json").exists():  # of another process, while the model was loaded
                 raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
@@ -178,7 +180,8 @@ class Index:
         return self.path(name)
 
     def check(self, checkpoint: str | os.PathLike[str] | None = None, **settings: Any) -> None:
-        """Raises BadIndex unless the index is of these weights and settings (seconds, overlap, frames); None says nothing."""
+        """Raises BadIndex unless the index is of these weights and settings (seconds, overlap, frames, shots); of what is None,
+        nothing is asked."""
         if checkpoint is not None:
             check_same(self.settings, os.fspath(checkpoint), weights_of(checkpoint)[1])
         check_settings(self.settings, settings)
