@@ -71,6 +71,7 @@ class Index:
     def _take(self, store: Store) -> None:
         manifest, settings, places = store.manifest, Settings.of(store.manifest.settings), store.places()
         vectors = Vectors(self.folder / manifest.vectors, manifest.rows, manifest.width)
+        store.check_vectors()
         with self._lock:
             if getattr(self, "settings", settings) != settings:
                 self._loaded = []  # another list: a search that has begun goes on with the former model
