@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import IO, TYPE_CHECKING, Any
 
+from evaat_fast.data.below import is_text
 from evaat_fast.data.decode import VideoError
 from evaat_fast.search import PORT, page, scan
 from evaat_fast.search.index import Index
@@ -234,7 +235,7 @@ def _about(served: _Served, request: "Request") -> "Response":
             "clips": len(index),
             "videos": len(index.files),
             "unreadable": len(index.unreadable),
-            "folders": [{"name": printable(x), "value": x} for x in served.folders() if _is_text(x)],
+            "folders": [{"name": printable(x), "value": x} for x in served.folders() if is_text(x)],
             "days": days,
             "name": printable(os.path.basename(index.base)),
         }
@@ -331,14 +332,6 @@ def _missing() -> "Response":
     from starlette.responses import PlainTextResponse
 
     return PlainTextResponse("not in the index, or changed since it was indexed", 404)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8, which an address cannot carry
-        return False
-    return True
 
 
 def serve(
