@@ -253,6 +253,10 @@ def _search(served: _Served, request: "Request") -> "Response":
         if not (many.isascii() and many.isdecimal()):
             raise ValueError("k: expected how many moments")
         folder = given.get("folder")
+        if folder and not any(
+            file.name.startswith(f"{folder}/") for file in served.index.files
+        ):  # and where it lies is not said
+            raise ValueError(f"folder: expected one with videos of the index below it, got {folder[:200]!r}")
         began = time.perf_counter()
         found = served.index.search(
             (given.get("q") or "").strip() or None,
