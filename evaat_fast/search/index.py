@@ -232,20 +232,34 @@ class Index:
         with self._lock:
             now = copy.copy(self)  # which nobody reloads
         some = now._filtered(folder, after, before)
-        near = now._near() if approximate else None
         vector = now.vector(terms, likes)
-        liked = [rows for one in likes if (rows := now._rows(one)) is not None]
-        led = near.events(vector, some, liked, k, merge) if near else None
-        if led is not None:
-            best, scores = led
-        else:
-            allowed = now._allowed(some)
-            for rows in liked:
-                allowed[rows] = False
-            scores = now.vectors.scores(vector)
-            best = events(scores, now.places, k, allowed, merge)
-            scores = scores[[event.best for event in best]]
-        return now.moments(best, scores, spoken(terms, likes))
+        but = [rows for one in likes if (rows := now._rows(one)) is not None]
+        return now.moments(*now.best(vector, k, some, but, merge=merge, approximate=approximate), spoken(terms, likes))
+
+    def best(
+        self,
+        vector: Tensor,
+        k: int,
+        some: np.ndarray | None = None,
+        but: Sequence[slice] = (),
+        *,
+        merge: bool = True,
+        approximate: bool = False,
+    ) -> tuple[list[Event], np.ndarray]:
+        """The k best events for a vector, float32 [E] of length 1, and the scores of their best clips, float32 [n].
+
+        Args:
+            some: bool [files], those that may be found; None: all. but: rows that may not. merge, approximate: as for `search`.
+        """
+        some = np.ones(len(self.places.files), bool) if some is None else some
+        if approximate and (led := self._near().events(vector, some, but, k, merge)) is not None:
+            return led
+        allowed = self._allowed(some)
+        for rows in but:
+            allowed[rows] = False
+        scores = self.vectors.scores(vector)
+        found = events(scores, self.places, k, allowed, merge)
+        return found, scores[[event.best for event in found]]
 
     def moments(self, found: Sequence[Event], scores: np.ndarray, query: str) -> Moments:
         """A table of `events`. scores: float32 [n], of the best clip of each."""
