@@ -366,6 +366,8 @@ def serve(arguments: argparse.Namespace) -> None:
         raise Mistake(f"--port: expected 0 to 65535, got {arguments.port}")
     with _mistakes(RuntimeError):
         opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
+        if arguments.approximate:
+            opened.graph()
 
     def started(address):
         print(f"{_has(opened)}\n{address}  (Ctrl-C ends it)", flush=True)

@@ -90,6 +90,8 @@ def test_a_graph_of_other_vectors_is_refused(index, monkeypatch, capsys):
     """Vectors that were copied to another file, a graph that is damaged, and one of others that lies there."""
     with pytest.raises(BadIndex, match="there is no graph .*--approximate makes one"):
         index.search(like=likes(index, 1), approximate=True)
+    assert main(["serve", "--index", str(index.folder), "--port", "0", "--approximate"]) == 2
+    assert "there is no graph" in capsys.readouterr().err
     index.build_graph()
     old = index.folder / "graph-0000.usearch"
     whole = old.read_bytes()

@@ -252,7 +252,7 @@ class Index:
             some: bool [files], those that may be found; None: all. but: rows that may not. merge, approximate: as for `search`.
         """
         some = np.ones(len(self.places.files), bool) if some is None else some
-        if approximate and (led := self._near().events(vector, some, but, k, merge)) is not None:
+        if approximate and (led := self.graph().events(vector, some, but, k, merge)) is not None:
             return led
         allowed = self._allowed(some)
         for rows in but:
@@ -433,7 +433,12 @@ class Index:
             self.reload()
             return graph.build(self.folder / self._store.manifest.vectors, self.vectors, workers, progress)
 
-    def _near(self):
+    def graph(self) -> graph.Graph:
+        """That of `build_graph`, mapped when it is first asked for.
+
+        Raises:
+            BadIndex: there is none, or it is damaged. ImportError: usearch is missing.
+        """
         path, vectors = self.folder / self._store.manifest.vectors, self.vectors
         known = graph.stamp(path), vectors
         with self._lock:

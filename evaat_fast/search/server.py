@@ -158,12 +158,14 @@ def app(index: Index, hosts: Sequence[str] = LOCAL, numbers: bool = False, appro
         approximate: as for `Index.search`.
 
     Raises:
-        ImportError: starlette is missing.
+        ImportError: starlette is missing. BadIndex: approximate without a graph.
     """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.routing import Route
 
+    if approximate:
+        index.graph()  # a mistake is said now, not at the first search
     served = _Served(index, approximate)
     routes = [Route(f"/{name}", functools.partial(_static, name)) for name in _PAGES]
     routes += [
@@ -354,7 +356,7 @@ def serve(
             started: called with the page's address as soon as it can be opened.
 
     Raises:
-        ImportError: starlette or uvicorn is missing. OSError: the port is taken.
+        ImportError: starlette or uvicorn is missing. OSError: the port is taken. BadIndex: approximate without a graph.
     """
     import socket
 
