@@ -35,6 +35,11 @@ def of_progress(quiet: bool = False) -> tuple[str, ...]:
     return () if quiet or not sys.stderr.isatty() else ("tqdm",)
 
 
+def of_graph(approximate: bool) -> tuple[str, ...]:
+    """What approximate search needs."""
+    return ("usearch",) if approximate else ()
+
+
 def require(what: str, *names: str) -> None:
     """Imports the packages, as one that is there may still be broken.
 
