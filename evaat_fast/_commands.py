@@ -249,9 +249,9 @@ def index(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(f"VIDEOS: there is no folder {arguments.videos[0]!r}")
         raise Mistake("--out: where to? without one VIDEOS is a single folder, in which the index then lies")
     folder = Path(arguments.out) if arguments.out is not None else Path(arguments.videos[0]) / FOLDER
-    packages.require(
-        "indexing", "pyarrow", *packages.of_graph(arguments.approximate), *packages.of_progress()
-    )  # the others when there is something to read
+    packages.require("indexing", "pyarrow", *packages.of_progress())  # the others when there is something to read
+    if arguments.approximate:
+        packages.require("--approximate", "usearch")
     if arguments.json:
         _check_file(arguments.json)
     given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames", "shots")}
@@ -319,7 +319,7 @@ def search(arguments: argparse.Namespace) -> int | None:
 
     if arguments.query is None and not arguments.like:
         raise Mistake("QUERY: expected text, or --like FILE@TIME")
-    packages.require("searching", "av", "pyarrow", "ftfy", "regex", "tokenizers", *packages.of_graph(arguments.approximate))
+    packages.require("searching", *packages.of_search(arguments.approximate))
     with _mistakes(RuntimeError):
         opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
         found = opened.search(
@@ -360,18 +360,7 @@ def serve(arguments: argparse.Namespace) -> None:
     from evaat_fast.search import Index, find, server
     from evaat_fast.train import packages
 
-    packages.require(
-        "serving",
-        "av",
-        "pyarrow",
-        "ftfy",
-        "regex",
-        "tokenizers",
-        "PIL",
-        "starlette",
-        "uvicorn",
-        *packages.of_graph(arguments.approximate),
-    )
+    packages.require("serving", *packages.of_search(arguments.approximate), "PIL", "starlette", "uvicorn")
     if not 0 <= arguments.port < 1 << 16:
         raise Mistake(f"--port: expected 0 to 65535, got {arguments.port}")
     with _mistakes(RuntimeError):

@@ -35,9 +35,9 @@ def of_progress(quiet: bool = False) -> tuple[str, ...]:
     return () if quiet or not sys.stderr.isatty() else ("tqdm",)
 
 
-def of_graph(approximate: bool) -> tuple[str, ...]:
-    """What approximate search needs."""
-    return ("usearch",) if approximate else ()
+def of_search(approximate: bool = False) -> tuple[str, ...]:
+    """What searching an index needs."""
+    return "av", "pyarrow", "ftfy", "regex", "tokenizers", *(("usearch",) if approximate else ())
 
 
 def require(what: str, *names: str) -> None:
