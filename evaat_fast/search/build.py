@@ -188,7 +188,6 @@ def build(
         raise ImportError(f"reading videos needs PyAV ({problem}): pip install 'evaat-fast[video]'")
     device, began = embedder.device.type, time.monotonic()
     group, clips, done, read, failed = _Group(), 0, 0, 0, {}
-    closing: tuple[_Group, Partial | None] | None = None  # what is still embedded of the next commit
     size = max(4, min(_BATCH, _TOKENS[device] // math.prod(embedder.config.grid)))
     total = sum(one.size for one in todo.values())
 
@@ -213,26 +212,18 @@ def build(
             embed(some[:size])
 
     def commit(partial: Partial | None = None) -> None:
-        """Later, when all is embedded: threads would have nothing to do while this one waits for it."""
-        nonlocal group, closing
+        nonlocal group
         flush(everything=True)
-        settle()
-        group, closing = _Group(), (group, partial)
-
-    def settle(now: bool = True) -> None:
-        nonlocal closing
-        if closing is None or not (now or all(x.done() for x in closing[0].vectors if isinstance(x, Future))):
-            return
-        (one, partial), closing = closing, None
-        made = [x.result() if isinstance(x, Future) else x for x in one.vectors]
+        made = [x.result() if isinstance(x, Future) else x for x in group.vectors]
         vectors = np.concatenate(made) if made else np.zeros((0, store.manifest.width), np.float16)
         keep = np.ones(len(vectors), bool)
-        for first, last in one.dropped:
+        for first, last in group.dropped:
             keep[first:last] = False
         if not np.isfinite(vectors[keep].astype(np.float32)).all():
             raise ValueError(f"checkpoint: {settings.checkpoint}: its vectors are not finite; they cannot be searched")
-        places = {name: [x for x, kept in zip(column, keep, strict=True) if kept] for name, column in one.places.items()}
-        store.append(vectors[keep], places, one.unreadable, one.dead, partial)
+        places = {name: [x for x, kept in zip(column, keep, strict=True) if kept] for name, column in group.places.items()}
+        store.append(vectors[keep], places, group.unreadable, group.dead, partial)
+        group = _Group()
 
     begun = store.manifest.partial
     with ThreadPoolExecutor(workers, "index", initializer=_one_thread) as pool:
@@ -240,7 +231,6 @@ def build(
         try:
             for event in _events(pool, todo, base, settings, embedder, workers, begun):
                 name, found = event.name, todo[event.name]
-                settle(now=bool(isinstance(event, _End) and event.why))  # of whose rows it must be known where they are
                 if isinstance(event, _Span):
                     here = here or (begun.clips if begun and begun.name == name else 0)
                     group.add(event, found)
@@ -263,7 +253,6 @@ def build(
                 if group.clips >= _COMMIT:
                     commit()
             commit()
-            settle()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
