@@ -11,7 +11,7 @@ PYTHON := $(ENV)/bin/python
 PIP := $(PYTHON) -m pip install -q --no-compile
 # What is installed where: a stamp per environment, kept in this tree, so that two clones can share an environment.
 STAMP := build/stamp$(subst /,-,$(abspath $(ENV)))
-DEV := video,train,serve,bench,dev
+DEV := video,train,serve,usearch,bench,dev
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test test-all test-triton lint clean

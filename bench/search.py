@@ -6,6 +6,10 @@ search     a text among so many clips of 256 numbers, warm: tokens, text tower, 
            float16 vectors, whose scores are rounded to float16. Memory: the peak of a fresh process, packages included.
 open       that index.
 unchanged  `evaat-fast index` of so many videos that it knows, from the shell's prompt on.
+graph      with --graph CLIPS: how long making it takes, and ten events by it and by the product of all: time, and the share of
+           the events that it finds, too; led: the share of queries for which it was enough, and not all were read after it.
+           Queries are clips and as much noise; vectors of scenes of 20 clips of 200 topics, and without structure, which are
+           hardest.
 
 Model: eva02_at_tiny_patch16_64 with 256 numbers, drawn, not trained. `first` is before anything is in a cache of the process.
 """
@@ -34,6 +38,7 @@ from evaat_fast.model import save_checkpoint
 from evaat_fast.search import Index, scan, windows
 from evaat_fast.search.build import threads
 from evaat_fast.search.embedder import Embedder, Settings, weights_of
+from evaat_fast.search.graph import Graph, path_of
 from evaat_fast.search.store import Store
 
 FILMS = [{"film": "1920x1080", "s": 20}, {"film": "568x320", "s": 120}]
@@ -127,16 +132,20 @@ def building(place, shape, args):
     return records
 
 
-def made_up(folder, checkpoint, clips, videos):
-    """An index of drawn vectors."""
+def made_up(folder, checkpoint, clips, videos, scenes=False):
+    """An index of drawn vectors; those of scenes are alike."""
     some, _ = settings(checkpoint)
     made, per, rng = Store.create(folder, asdict(some), WIDTH), clips // videos, np.random.default_rng(0)
-    base = folder.parent
+    base, topics = folder.parent, rng.standard_normal((200, WIDTH), np.float32) if scenes else None
     at_once = max(1, videos // 16)
     for first in range(0, videos, at_once):
         names = [f"{n:05}.mp4" for n in range(first, min(first + at_once, videos))]
         found = [os.stat(base / name) if (base / name).exists() else None for name in names]
         rows = rng.standard_normal((len(names) * per, WIDTH), np.float32)
+        if topics is not None:
+            of_scene = topics[rng.integers(0, len(topics), len(rows) // 20 + 1)]
+            of_scene += rng.standard_normal(of_scene.shape, np.float32)
+            rows = 0.6 * rows + of_scene.repeat(20, axis=0)[: len(rows)]
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         start = np.tile(np.arange(per, dtype=float), len(names)).tolist()
         places = {
@@ -194,6 +203,59 @@ def searching(place, args):
     ]
 
 
+def led(place, args):
+    """By the graph, beside all."""
+    records = []
+    for kind in ("scenes", "random"):
+        folder = place / f"graph-{kind}" / "index"
+        folder.parent.mkdir()
+        made_up(folder, weights(place), args.graph, max(1, args.graph // 1000), kind == "scenes")
+        index = Index.open(folder, device="cpu")
+        began = time.perf_counter()
+        index.build_graph()
+        built, rng, times, shares, enough = time.perf_counter() - began, np.random.default_rng(1), {True: [], False: []}, [], 0
+        graph, every = Graph(folder / "vectors-0000.f16", index.vectors, index.places), np.ones(len(index.files), bool)
+        for row in rng.integers(0, args.graph, 43).tolist():
+            noisy = index.vectors.row(row) + torch.from_numpy(rng.standard_normal(WIDTH).astype(np.float32)) / WIDTH**0.5
+            query, found = torch.nn.functional.normalize(noisy, dim=0), {}
+            for approximate in times:
+                began = time.perf_counter()
+                some, scores = index.best(query, 10, approximate=approximate)
+                times[approximate].append(time.perf_counter() - began)
+                found[approximate] = {event.best for event in some}
+            shares.append(len(found[True] & found[False]) / 10)
+            enough += graph.events(query, every, (), 10) is not None
+        size = path_of(folder / "vectors-0000.f16").stat().st_size
+        print(
+            f"  graph of {args.graph:,} clips, {kind}: made in {built:.0f} s, {size / args.graph:.0f} bytes a clip; ten events"
+        )
+        near, all_of_them = (1e3 * statistics.median(times[x][3:]) for x in (True, False))
+        print(
+            f"  {near:.1f} ms, of all {all_of_them:.1f} ms; {statistics.mean(shares):.1%} of the same; {enough} of 43 led",
+            flush=True,
+        )
+        of_case = {"shape": {"clips": args.graph, "E": WIDTH, "of": kind}, "dtype": "fp16", "work": {"byte": size}}
+        records += [
+            {
+                **of_case,
+                "mode": "graph, search",
+                "provider": OURS,
+                "ms": quantiles(times[True][3:]),
+                "same": statistics.mean(shares),
+                "led": enough / 43,
+            },
+            {
+                **of_case,
+                "mode": "graph, search",
+                "provider": "product of all",
+                "ms": quantiles(times[False][3:]),
+                "yardstick": True,
+            },
+            {**of_case, "mode": "graph, made", "provider": OURS, "ms": quantiles([built] * 2)},
+        ]
+    return records
+
+
 def unchanged(place, args):
     folder = place / "videos"
     folder.mkdir()
@@ -219,6 +281,8 @@ def main(argv=None):
     parser.add_argument("--first", type=int, metavar="N", help="the first N films only")
     parser.add_argument("--clips", type=int, default=CLIPS, help="to search among")
     parser.add_argument("--videos", type=int, default=VIDEOS, help="that are unchanged")
+    parser.add_argument("--graph", type=int, metavar="CLIPS", help="also of so many clips")
+    parser.add_argument("--only", choices=("build", "search", "unchanged", "graph"), help="nothing else")
     parser.add_argument("--json", type=Path, help="where to write, without page and plot")
     parser.add_argument("--record", action="store_true", help="write to bench/results/DEVICE/search.json, which is committed")
     args = parser.parse_args(argv)
@@ -228,8 +292,10 @@ def main(argv=None):
     results = {"op": "search", "baseline": ALONE, "environment": info, "peak": peaks("cpu"), "records": []}
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        jobs = [lambda shape=shape: building(place, shape, args) for shape in FILMS[: args.first]]
-        for job in (*jobs, lambda: searching(place, args), lambda: unchanged(place, args)):
+        jobs = [("build", lambda shape=shape: building(place, shape, args)) for shape in FILMS[: args.first]]
+        jobs += [("search", lambda: searching(place, args)), ("unchanged", lambda: unchanged(place, args))]
+        jobs += [("graph", lambda: led(place, args))] if args.graph else []
+        for _, job in (pair for pair in jobs if args.only in (None, pair[0])):
             results["records"] += job()
             store.write(path, results)
     print(f"{len(results['records'])} records in {path}")

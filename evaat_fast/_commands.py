@@ -251,9 +251,11 @@ def index(arguments: argparse.Namespace) -> None:
         raise Mistake("--out: where to? without one VIDEOS is a single folder, in which the index then lies")
     folder = Path(arguments.out) if arguments.out is not None else Path(arguments.videos[0]) / FOLDER
     packages.require("indexing", "pyarrow", *packages.of_progress())  # the others when there is something to read
+    if arguments.approximate:
+        packages.require("--approximate", "usearch")
     if arguments.json:
         _check_file(arguments.json)
-    given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames")}
+    given = {name: getattr(arguments, name) for name in ("seconds", "overlap", "frames", "shots")}
     with _mistakes(RuntimeError):
         if new := arguments.overwrite or not (folder / MANIFEST).exists():
             check_folder(folder, "--out")
@@ -273,6 +275,9 @@ def index(arguments: argparse.Namespace) -> None:
                 progress.to(at.bytes, at.all_bytes, f"{at.clips_per_second:.1f} clips/s{left}, {at.videos} of {at.of} videos")
 
             report = opened.add(arguments.videos, retry=arguments.retry, workers=arguments.workers, progress=advance)
+        if arguments.approximate:
+            with Progress(0, "graph") as progress:
+                opened.build_graph(arguments.workers, progress.to)
     from evaat_fast.search.moments import printable
 
     for name, why in list(report.unreadable.items())[:_SHOWN]:
@@ -315,7 +320,7 @@ def search(arguments: argparse.Namespace) -> int | None:
 
     if arguments.query is None and not arguments.like:
         raise Mistake("QUERY: expected text, or --like FILE@TIME")
-    packages.require("searching", "av", "pyarrow", "ftfy", "regex", "tokenizers")
+    packages.require("searching", *packages.of_search(arguments.approximate))
     with _mistakes(RuntimeError):
         opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
         found = opened.search(
@@ -326,6 +331,7 @@ def search(arguments: argparse.Namespace) -> int | None:
             after=arguments.after,
             before=arguments.before,
             merge=not arguments.clips,
+            approximate=arguments.approximate,
         )
     print(found.to_json() if arguments.json else found, flush=True)
     say = functools.partial(print, file=sys.stderr if arguments.json else sys.stdout)
@@ -355,11 +361,13 @@ def serve(arguments: argparse.Namespace) -> None:
     from evaat_fast.search import Index, find, server
     from evaat_fast.train import packages
 
-    packages.require("serving", "av", "pyarrow", "ftfy", "regex", "tokenizers", "PIL", "starlette", "uvicorn")
+    packages.require("serving", *packages.of_search(arguments.approximate), "PIL", "starlette", "uvicorn")
     if not 0 <= arguments.port < 1 << 16:
         raise Mistake(f"--port: expected 0 to 65535, got {arguments.port}")
     with _mistakes(RuntimeError):
         opened = Index.open(find() if arguments.index is None else arguments.index, device=arguments.device)
+        if arguments.approximate:
+            opened.graph()
 
     def started(address):
         print(f"{_has(opened)}\n{address}  (Ctrl-C ends it)", flush=True)
@@ -372,7 +380,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
     try:
         with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
-            server.serve(opened, arguments.host, arguments.port, started=started)
+            server.serve(opened, arguments.host, arguments.port, approximate=arguments.approximate, started=started)
     except OSError as error:
         raise Mistake(
             f"--host, --port: {arguments.host} port {arguments.port}: {error.strerror or error}; --port 0 takes a free one"

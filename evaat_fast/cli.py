@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from evaat_fast import __version__, _commands
 from evaat_fast.data.choices import FRAMES
+from evaat_fast.search import PORT
 
 EXIT_MISTAKE = 2  # what the user can mend; argparse's own code
 
@@ -227,10 +228,12 @@ def _add_index(commands):
     command.add_argument("--seconds", type=float, metavar="S", help="of a clip (2)")
     command.add_argument("--overlap", type=float, metavar="SHARE", help="of a clip with the next (0.5)")
     command.add_argument("--frames", type=int, metavar="T", help="of a clip (as the weights were trained; 4 for pictures)")
+    command.add_argument("--shots", action="store_true", default=None, help="no clip reaches beyond a cut; decodes all frames")
     command.add_argument("--workers", type=int, metavar="N", help="threads that decode; one for each processor")
     command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
     command.add_argument("--retry", action="store_true", help="try again what could not be read")
     command.add_argument("--overwrite", action="store_true", help="index anew, with other weights or settings")
+    command.add_argument("--approximate", action="store_true", help="also a graph for search --approximate, up to date with it")
     command.add_argument("--json", metavar="FILE", help="write there what was indexed, and what could not be read")
     command.set_defaults(run=_commands.index)
 
@@ -267,7 +270,7 @@ def _add_serve(commands):
         description="A page on this machine that searches indexed videos and plays what it finds.",
     )
     _add_opened(command)
-    command.add_argument("--port", type=int, default=8765, help="0 takes a free one (8765)")
+    command.add_argument("--port", type=int, default=PORT, help=f"0 takes a free one ({PORT})")
     command.add_argument(
         "--host",
         default="127.0.0.1",
@@ -280,6 +283,7 @@ def _add_serve(commands):
 def _add_opened(command):
     command.add_argument("--index", metavar="DIR", help="an index, or a folder that has one (this one, or the nearest above)")
     command.add_argument("--device", default="auto", help="of the model: auto, cpu or cuda (auto)")
+    command.add_argument("--approximate", action="store_true", help="by the graph of index --approximate: tens of millions")
 
 
 def _add_run(command):

@@ -126,7 +126,7 @@ def test_queries_are_read():
     assert [(t.text, t.sign) for t in terms] == [("push left", 1), ("a red-hot block", 1), ("a hand", -1)]
     assert [(t.text, t.sign) for t in query.parse_query("- a hand")] == [("a hand", -1)]
     assert [t.text for t in query.parse_query("C++ a+b")] == ["C++ a+b"]
-    for bad in ("", "  ", "a + + b", "a -  - b"):
+    for bad in ("", "  ", "a + + b", "a -  - b", "a - ", "-"):
         with pytest.raises(ValueError, match="query: expected text"):
             query.parse_query(bad)
     with pytest.raises(ValueError, match="query: expected at most 64 texts, got 65"):

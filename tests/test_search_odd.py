@@ -98,6 +98,11 @@ def test_damaged_files_are_said_to_be(index, videos):  # noqa: F811
             moments.events(np.ones(len(opened.places.codes), np.float32), opened.places, 9)
         (index.folder / name).write_bytes(data)
     assert len(Index.open(videos)) == 11
+    (index.folder / manifest["vectors"]).write_bytes(data[::-1])  # of the same shape, as another index's
+    with pytest.raises(BadIndex, match="has other vectors than were written"):
+        Index.open(videos)
+    (index.folder / "index.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "ends"}))
+    assert len(Index.open(videos)) == 11  # a former version's does not say
 
 
 def mangled(data, draw):

@@ -8,13 +8,13 @@ import functools
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from evaat_fast.data.decode import VideoError, members
 from evaat_fast.data.readers import text
 
-__all__ = ["Places", "is_text", "walk"]
+__all__ = ["Places", "entries", "is_text", "walk"]
 
 
 class Places:
@@ -84,21 +84,58 @@ class Places:
 def walk(root: Path, skipped: list[str] | None = None) -> Iterator[str]:
     """The paths of all files below a folder, in order, through links but into no folder twice; `skipped`: what is hidden or has
     a name that is no text is added to it."""
-    seen: set[tuple[int, int]] = set()
     skipped = [] if skipped is None else skipped
-    for folder, folders, files in os.walk(root, followlinks=True):
-        stat = os.stat(folder)
-        if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        below = Path(folder).relative_to(root)
-        for names in (folders, files):
-            for name in sorted(names):
-                if name.startswith(".") or not is_text(name):
-                    skipped.append((below / name).as_posix())
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and is_text(name))
-        yield from ((below / name).as_posix() for name in sorted(files) if not name.startswith(".") and is_text(name))
+
+    def leave(entry):
+        left = entry.name.startswith(".") or not is_text(entry.name)
+        if left:
+            skipped.append(Path(entry.path).relative_to(root).as_posix())
+        return left
+
+    for entry in entries(root, leave):
+        yield Path(entry.path).relative_to(root).as_posix()
+
+
+def entries(
+    root: str | os.PathLike[str],
+    leave: Callable[[os.DirEntry[str]], bool],
+    *,
+    entered: set[tuple[int, int]] | None = None,
+    linked: Callable[[str], object] | None = None,
+    failed: Callable[[str, OSError], object] | None = None,
+) -> Iterator[os.DirEntry[str]]:
+    """What lies below a folder and is none: its own, by name, then those of the folders in it, through links but into no folder
+    twice.
+
+    Args:
+        leave: whether to leave out a file, or a folder with all in it. entered: folders that were, and that are. linked: called
+            with each folder that is a link. failed: called with a folder that cannot be read, and why; None: it is left out.
+    """
+    entered = set() if entered is None else entered
+    waiting = [(os.fspath(root), False)]
+    while waiting:
+        folder, link = waiting.pop()
+        folders, files = [], []
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            if link and linked is not None:
+                linked(folder)
+            with os.scandir(folder) as found:
+                for entry in sorted(found, key=lambda entry: entry.name):
+                    if leave(entry):
+                        continue
+                    if entry.is_dir():
+                        folders.append((entry.path, entry.is_symlink()))
+                    else:
+                        files.append(entry)
+        except OSError as error:
+            if failed is not None:
+                failed(folder, error)
+        yield from files
+        waiting += reversed(folders)
 
 
 def _in_tar(path):

@@ -4,9 +4,9 @@
     print(index.add("videos"))                                       # what is new or changed
     print(index.search("push the red block left - a hand", k=5))     # score, time and file of five moments
 
-`store` is the folder on the disk, `scan` looks for videos, `windows` cuts them into clips, `embedder` is the model, `build`
-brings them together, `query` and `moments` are what is asked and found; `page`, `cut` and `server` show it, and `measure`
-says how much of it is right.
+`store` is the folder on the disk, `scan` looks for videos, `shots` finds their cuts, `windows` makes clips of them, `embedder`
+is the model, `build` brings them together, `query` and `moments` are what is asked and found, `graph` leads to it among tens of
+millions; `page`, `cut` and `server` show it, and `measure` says how much of it is right.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ _SUBMODULES = (
     "build",
     "cut",
     "embedder",
+    "graph",
     "index",
     "measure",
     "moments",
@@ -25,18 +26,22 @@ _SUBMODULES = (
     "query",
     "scan",
     "server",
+    "shots",
     "store",
     "vectors",
     "windows",
 )
 
-__all__ = [*_LAZY, *_SUBMODULES]
+PORT = 8765  # of the page
+
+__all__ = ["PORT", *_LAZY, *_SUBMODULES]
 
 
 if TYPE_CHECKING:
     from evaat_fast.search import build as build
     from evaat_fast.search import cut as cut
     from evaat_fast.search import embedder as embedder
+    from evaat_fast.search import graph as graph
     from evaat_fast.search import index as index
     from evaat_fast.search import measure as measure
     from evaat_fast.search import moments as moments
@@ -44,6 +49,7 @@ if TYPE_CHECKING:
     from evaat_fast.search import query as query
     from evaat_fast.search import scan as scan
     from evaat_fast.search import server as server
+    from evaat_fast.search import shots as shots
     from evaat_fast.search import store as store
     from evaat_fast.search import vectors as vectors
     from evaat_fast.search import windows as windows

@@ -297,7 +297,7 @@ def _events(
     paths = {name: scan.path_of(name, base) for name in todo}
 
     def plan(path):
-        return windows.windows(path, settings.seconds, settings.stride, config.num_frames)
+        return windows.windows(path, settings.seconds, settings.stride, config.num_frames, settings.shots)
 
     def jobs():
         """(name, its windows or why there are none, the first clip, a decoded span)."""

@@ -28,7 +28,7 @@ class Settings:
     """What the vectors of an index are of.
 
     checkpoint: the weights, as `evaat_fast.load` takes them. sha256: of their bytes. model: the configuration. seconds: of a
-    clip. overlap: the share of a clip that the next one has, too.
+    clip. overlap: the share of a clip that the next one has, too. shots: whether no clip reaches beyond a cut.
     """
 
     checkpoint: str
@@ -36,11 +36,14 @@ class Settings:
     model: dict[str, Any]
     seconds: float = 2.0
     overlap: float = 0.5
+    shots: bool = False
 
     def __post_init__(self) -> None:
         for name, value, least, most in (("seconds", self.seconds, 0.5, 60.0), ("overlap", self.overlap, 0.0, 0.9)):
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {value!r}")
+        if not isinstance(self.shots, bool):
+            raise ValueError(f"shots: expected True or False, got {self.shots!r}")
 
     @property
     def stride(self) -> float:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaat_fast.search import scan, windows
+from evaat_fast.search import graph, scan, windows
 from evaat_fast.search.build import Progress, Report, build, plan_of, threads
 from evaat_fast.search.embedder import Embedder, Settings, check_same, check_settings, weights_of
 from evaat_fast.search.moments import Event, Moments, events
@@ -61,6 +61,7 @@ class Index:
         self.folder, self._device = store.folder, device
         self.base = os.path.realpath(self.folder.parent)
         self._loaded: list[Embedder] = []  # none or one, which copies share
+        self._graphs: list[Any] = []  # none, or of which file, and that
         self._lock = threading.RLock()
         self.settings: Settings
         self.vectors: Vectors
@@ -70,6 +71,7 @@ class Index:
     def _take(self, store: Store) -> None:
         manifest, settings, places = store.manifest, Settings.of(store.manifest.settings), store.places()
         vectors = Vectors(self.folder / manifest.vectors, manifest.rows, manifest.width)
+        store.check_vectors()
         with self._lock:
             if getattr(self, "settings", settings) != settings:
                 self._loaded = []  # another list: a search that has begun goes on with the former model
@@ -106,6 +108,7 @@ class Index:
         seconds: float = 2.0,
         overlap: float = 0.5,
         frames: int | None = None,
+        shots: bool = False,
         device: str = "auto",
         overwrite: bool = False,
     ) -> "Index":
@@ -115,6 +118,7 @@ class Index:
             folder: to be made. checkpoint: what `evaat_fast.load` takes: a file, a run's folder, "eva02_clip_b16".
             seconds: of a clip, 0.5 to 60. overlap: the share of a clip that the next one has, too, 0 to 0.9.
             frames: of a clip; None: as many as the weights were trained with, 4 for those of pictures.
+            shots: no clip reaches beyond a hard cut; all frames are decoded to find them, see `evaat_fast.search.shots.cuts`.
             device: as for `open`. overwrite: in the place of one that is there, whatever that is of.
 
         Raises:
@@ -124,9 +128,9 @@ class Index:
         if (Path(folder) / MANIFEST).exists() and not overwrite:
             raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
         name, hashed = weights_of(checkpoint)
-        Settings(name, hashed, {}, seconds, overlap)  # out of range is said before a model is loaded
+        Settings(name, hashed, {}, seconds, overlap, shots)  # out of range is said before a model is loaded
         embedder = Embedder(name, device, **({} if frames is None else {"num_frames": frames}))
-        settings = Settings(name, hashed, embedder.described(), seconds, overlap)
+        settings = Settings(name, hashed, embedder.described(), seconds, overlap, shots)
         with alone(folder):
             if not overwrite and (Path(folder) / "index.json").exists():  # of another process, while the model was loaded
                 raise BadIndex(f"there is an index in {str(folder)!r} already; Index.open opens it")
@@ -177,7 +181,8 @@ class Index:
         return self.path(name)
 
     def check(self, checkpoint: str | os.PathLike[str] | None = None, **settings: Any) -> None:
-        """Raises BadIndex unless the index is of these weights and settings (seconds, overlap, frames); None says nothing."""
+        """Raises BadIndex unless the index is of these weights and settings (seconds, overlap, frames, shots); of what is None,
+        nothing is asked."""
         if checkpoint is not None:
             check_same(self.settings, os.fspath(checkpoint), weights_of(checkpoint)[1])
         check_settings(self.settings, settings)
@@ -194,6 +199,7 @@ class Index:
         after: str | datetime.date | None = None,
         before: str | datetime.date | None = None,
         merge: bool = True,
+        approximate: bool = False,
     ) -> Moments:
         """The best moments.
 
@@ -205,13 +211,16 @@ class Index:
             folder: only videos below it. after, before: only files of this date or later, of earlier ones than that: a date,
                 or text in ISO 8601.
             merge: False: single clips, not events.
+            approximate: True: by the graph of `build_graph`, for more than some ten million clips; scores are exact, and what
+                is missed is measured in bench/README.md. Where filters leave too little of what it finds, all are read.
 
         Returns:
             Moments: columns score (cosine with the query), file, start, stop, peak (seconds) and date, best first.
 
         Raises:
             ValueError: neither query nor like, or one of them, a folder or a date that makes no sense. BadIndex: the weights
-                are not there, or others now. VideoError: a `like` that cannot be read.
+                are not there, or others now; approximate without a graph. VideoError: a `like` that cannot be read.
+                ImportError: approximate without usearch.
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"k: expected an int from 1, got {k!r}")
@@ -222,23 +231,44 @@ class Index:
             raise ValueError("query: expected text, or like=..., got neither")
         with self._lock:
             now = copy.copy(self)  # which nobody reloads
-        allowed = now.allowed(folder, after, before)
+        some = now._filtered(folder, after, before)
         vector = now.vector(terms, likes)
-        for one in likes:
-            if (rows := now._rows(one)) is not None:
-                allowed[rows] = False
-        scores = now.vectors.scores(vector)
-        found = events(scores, now.places, k, allowed, merge)
-        return now.moments(found, scores, spoken(terms, likes))
+        but = [rows for one in likes if (rows := now._rows(one)) is not None]
+        return now.moments(*now.best(vector, k, some, but, merge=merge, approximate=approximate), spoken(terms, likes))
+
+    def best(
+        self,
+        vector: Tensor,
+        k: int,
+        some: np.ndarray | None = None,
+        but: Sequence[slice] = (),
+        *,
+        merge: bool = True,
+        approximate: bool = False,
+    ) -> tuple[list[Event], np.ndarray]:
+        """The k best events for a vector, float32 [E] of length 1, and the scores of their best clips, float32 [n].
+
+        Args:
+            some: bool [files], those that may be found; None: all. but: rows that may not. merge, approximate: as for `search`.
+        """
+        some = np.ones(len(self.places.files), bool) if some is None else some
+        if approximate and (led := self.graph().events(vector, some, but, k, merge)) is not None:
+            return led
+        allowed = self._allowed(some)
+        for rows in but:
+            allowed[rows] = False
+        scores = self.vectors.scores(vector)
+        found = events(scores, self.places, k, allowed, merge)
+        return found, scores[[event.best for event in found]]
 
     def moments(self, found: Sequence[Event], scores: np.ndarray, query: str) -> Moments:
-        """A table of `events`. scores: float32 [rows]."""
+        """A table of `events`. scores: float32 [n], of the best clip of each."""
         places = self.places
         files = [places.files[places.codes[event.best]] for event in found]
         best = [event.best for event in found]
         return Moments(
             query,
-            scores[best],
+            scores,
             [self.path(file.name) for file in files],
             places.start[[event.first for event in found]],
             places.stop[[event.last for event in found]],
@@ -297,6 +327,13 @@ class Index:
         before: str | datetime.date | None = None,
     ) -> np.ndarray:
         """bool [rows]: of which videos `search` takes notice, with the same arguments."""
+        return self._allowed(self._filtered(folder, after, before))
+
+    def _allowed(self, some):
+        return (self.places.codes >= 0) & np.append(some, False)[self.places.codes]
+
+    def _filtered(self, folder, after, before):
+        """bool [files]"""
         files = self.places.files
         some = np.ones(len(files), bool)
         if folder is not None:
@@ -309,7 +346,7 @@ class Index:
             some &= times >= _nanoseconds("after", after)
         if before is not None:
             some &= times < _nanoseconds("before", before)
-        return (self.places.codes >= 0) & np.append(some, False)[self.places.codes]
+        return some
 
     # Adding.
 
@@ -378,6 +415,36 @@ class Index:
         gone = sum(name in there for name in plan.gone)
         took = (datetime.datetime.now() - began).total_seconds()
         return Report(len(plan.todo) - len(failed), clips, plan.unchanged, gone, changed, dict(sorted(refused.items())), took)
+
+    def build_graph(self, workers: int | None = None, progress: Callable[[int, int], object] | None = None) -> int:
+        """Makes the graph for approximate search, or brings it up to date with what was added; one that was killed goes on.
+
+        Args:
+            workers: threads; None: one a processor. progress: called as progress(clips, of).
+
+        Returns:
+            How many clips were added to it.
+
+        Raises:
+            ImportError: usearch is missing: pip install 'evaat-fast[usearch]'. BadIndex: another process is indexing.
+        """
+        workers = threads(workers)
+        with alone(self.folder):
+            self.reload()
+            return graph.build(self.folder / self._store.manifest.vectors, self.vectors, workers, progress)
+
+    def graph(self) -> graph.Graph:
+        """That of `build_graph`, mapped when it is first asked for.
+
+        Raises:
+            BadIndex: there is none, or it is damaged. ImportError: usearch is missing.
+        """
+        path, vectors = self.folder / self._store.manifest.vectors, self.vectors
+        known = graph.stamp(path), vectors
+        with self._lock:
+            if not self._graphs or self._graphs[0] != known:
+                self._graphs[:] = [known, graph.Graph(path, vectors, self.places)]
+            return self._graphs[1]
 
     def update(self, **options: Any) -> Report:
         """`add` of all folders that were added before."""

@@ -27,7 +27,14 @@ class Event(NamedTuple):
     best: int
 
 
-def events(scores: np.ndarray, places: Places, k: int, allowed: np.ndarray | None = None, merge: bool = True) -> list[Event]:
+def events(
+    scores: np.ndarray,
+    places: Places,
+    k: int,
+    allowed: np.ndarray | None = None,
+    merge: bool = True,
+    mean: float | None = None,
+) -> list[Event]:
     """The k best events, best first.
 
     The best clip takes its neighbours along that overlap or touch it and score at least three quarters as far above the mean of
@@ -35,14 +42,14 @@ def events(scores: np.ndarray, places: Places, k: int, allowed: np.ndarray | Non
 
     Args:
         scores: float32 [rows]. places: of the rows. allowed: bool [rows], of rows that may be found; None: all that count.
-        merge: False: clips as they are.
+        merge: False: clips as they are. mean: of all scores, where these are some of them.
     """
     finite = np.isfinite(scores)  # of a damaged vector it is not
     free = finite & (places.codes >= 0) if allowed is None else allowed & finite & (places.codes >= 0)
     left = np.where(free, scores, np.float32(-np.inf))
     if not free.any():
         return []
-    mean = float(scores[finite].mean())
+    mean = float(scores[finite].mean()) if mean is None else mean
     found: list[Event] = []
     start, stop = places.start, places.stop
     for best in _best_first(left, k):

@@ -37,7 +37,7 @@ def parse_query(query: str) -> list[Term]:
     """
     if not isinstance(query, str):
         raise TypeError(f"query: expected text, got {type(query).__name__}")
-    parts = re.split(r"(?:^|(?<=\s))([+-])(?=\s)", query.strip())
+    parts = re.split(r"(?:^|(?<=\s))([+-])(?=\s|$)", query.strip())
     if len(parts) > 1 and not parts[0].strip():
         parts = parts[1:]
     else:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from evaat_fast.data.below import entries, is_text
 from evaat_fast.data.layout import VIDEOS
 
 _INT64 = 1 << 63
@@ -79,44 +80,28 @@ def scan(paths: Iterable[str | os.PathLike[str]], base: str, links: dict[str, st
 
 
 def _walk(root, base, found, entered, links):
-    waiting = [(root, False)]
-    while waiting:
-        folder, linked = waiting.pop()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in entered:
-                continue
-            entered.add((status.st_dev, status.st_ino))
-            if linked:
-                _follow(folder, base, links)
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        waiting.append((entry.path, entry.is_symlink()))
-                    elif os.path.splitext(entry.name)[1].lower() in VIDEOS:
-                        if entry.is_symlink():
-                            _follow(entry.path, base, links)
-                        _look(entry.path, base, found, entry)
-        except OSError as error:
-            found[name_of(folder, base)] = Found(0, 0, f"a folder that cannot be read: {error.strerror}")
+    def failed(folder, error):
+        found[name_of(folder, base)] = Found(0, 0, f"a folder that cannot be read: {error.strerror}")
+
+    def linked(folder):
+        _follow(folder, base, links)
+
+    for entry in entries(root, lambda entry: entry.name.startswith("."), entered=entered, linked=linked, failed=failed):
+        if os.path.splitext(entry.name)[1].lower() in VIDEOS:
+            if entry.is_symlink():
+                _follow(entry.path, base, links)
+            _look(entry.path, base, found, entry)
 
 
 def _follow(path, base, links):
     name, leads = name_of(path, base), name_of(os.path.realpath(path), base)
-    try:
-        (name + leads).encode()
-    except UnicodeEncodeError:  # what lies there has a name that is not UTF-8, too
-        return
-    links[name] = leads
+    if is_text(name + leads):  # what lies below another is refused by its own name
+        links[name] = leads
 
 
 def _look(path, base, found, entry=None):
     name = name_of(path, base)
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Parquet's strings are UTF-8
+    if not is_text(name):  # Parquet's strings are UTF-8
         found[name] = Found(0, 0, "its name is not UTF-8; rename it")
         return
     try:

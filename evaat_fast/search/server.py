@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import IO, TYPE_CHECKING, Any
 
+from evaat_fast.data.below import is_text
 from evaat_fast.data.decode import VideoError
-from evaat_fast.search import page, scan
+from evaat_fast.search import PORT, page, scan
 from evaat_fast.search.index import Index
 from evaat_fast.search.moments import Moment, clock, printable
 from evaat_fast.search.query import Like
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-PORT = 8765
 MOST = 200  # moments of a request
 LOCAL = ("127.0.0.1", "localhost", "::1")
 EVERY = 2.0  # seconds between looks for what another process has committed
@@ -51,14 +51,14 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-__all__ = ["PORT", "app", "is_local", "serve"]
+__all__ = ["app", "is_local", "serve"]
 
 
 class _Served:
     """An index and the addresses of its videos, which change together when another process adds to it."""
 
-    def __init__(self, index: Index):
-        self.index = index
+    def __init__(self, index: Index, approximate: bool):
+        self.index, self.approximate = index, approximate
         self._lock = threading.Lock()
         self._looked = time.monotonic()
         self._posters: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
@@ -149,21 +149,24 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def app(index: Index, hosts: Sequence[str] = LOCAL, numbers: bool = False) -> "Starlette":
+def app(index: Index, hosts: Sequence[str] = LOCAL, numbers: bool = False, approximate: bool = False) -> "Starlette":
     """The pages of an index as an ASGI application.
 
     Args:
         index: to search. hosts: names under which a browser may address it, so that no other site reaches it through a name of
             its own; "*" is any. numbers: or by an IP address, whichever; no site has one for a name.
+        approximate: as for `Index.search`.
 
     Raises:
-        ImportError: starlette is missing.
+        ImportError: starlette is missing. BadIndex: approximate without a graph.
     """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.routing import Route
 
-    served = _Served(index)
+    if approximate:
+        index.graph()  # a mistake is said now, not at the first search
+    served = _Served(index, approximate)
     routes = [Route(f"/{name}", functools.partial(_static, name)) for name in _PAGES]
     routes += [
         Route(path, functools.partial(function, served))
@@ -234,7 +237,7 @@ def _about(served: _Served, request: "Request") -> "Response":
             "clips": len(index),
             "videos": len(index.files),
             "unreadable": len(index.unreadable),
-            "folders": [{"name": printable(x), "value": x} for x in served.folders() if _is_text(x)],
+            "folders": [{"name": printable(x), "value": x} for x in served.folders() if is_text(x)],
             "days": days,
             "name": printable(os.path.basename(index.base)),
         }
@@ -252,6 +255,10 @@ def _search(served: _Served, request: "Request") -> "Response":
         if not (many.isascii() and many.isdecimal()):
             raise ValueError("k: expected how many moments")
         folder = given.get("folder")
+        if folder and not any(
+            file.name.startswith(f"{folder}/") for file in served.index.files
+        ):  # and where it lies is not said
+            raise ValueError(f"folder: expected one with videos of the index below it, got {folder[:200]!r}")
         began = time.perf_counter()
         found = served.index.search(
             (given.get("q") or "").strip() or None,
@@ -260,6 +267,7 @@ def _search(served: _Served, request: "Request") -> "Response":
             folder=None if not folder else served.index.path(folder),
             after=given.get("after") or None,
             before=given.get("before") or None,
+            approximate=served.approximate,
         )
     except (ValueError, VideoError, OSError, RuntimeError) as error:
         return JSONResponse({"error": str(error).splitlines()[0] if str(error) else type(error).__name__}, 400)
@@ -332,24 +340,23 @@ def _missing() -> "Response":
     return PlainTextResponse("not in the index, or changed since it was indexed", 404)
 
 
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8, which an address cannot carry
-        return False
-    return True
-
-
-def serve(index: Index, host: str = "127.0.0.1", port: int = PORT, *, started: Callable[[str], object] | None = None) -> None:
+def serve(
+    index: Index,
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    *,
+    approximate: bool = False,
+    started: Callable[[str], object] | None = None,
+) -> None:
     """Serves the pages of an index until it is interrupted.
 
     Args:
         index: to search; its model is loaded meanwhile. host: the address to listen at; others than this machine's own let
-            everyone in the network see the videos. port: 0 takes a free one. started: called with the page's address as soon as
-            it can be opened.
+            everyone in the network see the videos. port: 0 takes a free one. approximate: as for `Index.search`.
+            started: called with the page's address as soon as it can be opened.
 
     Raises:
-        ImportError: starlette or uvicorn is missing. OSError: the port is taken.
+        ImportError: starlette or uvicorn is missing. OSError: the port is taken. BadIndex: approximate without a graph.
     """
     import socket
 
@@ -371,7 +378,8 @@ def serve(index: Index, host: str = "127.0.0.1", port: int = PORT, *, started: C
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(128)
-        pages = app(index, LOCAL) if host in LOCAL else app(index, _names(host), numbers=not is_local(host))
+        names, numbers = (LOCAL, False) if host in LOCAL else (_names(host), not is_local(host))
+        pages = app(index, names, numbers, approximate)
         config = uvicorn.Config(pages, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         threading.Thread(target=_load, args=(index,), daemon=True).start()
         if started is not None:  # who comes now waits in the queue of the socket

@@ -11,6 +11,7 @@ time or the process.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ FORMAT = 1
 _LOCK = ".lock"
 _DEAD = 0.25  # the share of dead rows from which the others are copied
 _TILE = 1 << 16  # rows that are copied at once
+_END = 1 << 16  # bytes of vectors at either end that are hashed
 COLUMNS = ("file", "start", "stop", "size", "mtime")
 
 __all__ = ["COLUMNS", "BadIndex", "File", "Manifest", "Partial", "Places", "Problem", "Store", "alone"]
@@ -70,7 +72,8 @@ class Manifest:
     settings: what its vectors are of, see `evaat_fast.search.embedder.Settings`. width: numbers of a vector. rows: how many
     there are. vectors, places: names of files. dead: [first, last) of rows that no longer count. roots: folders that are
     indexed. unreadable: {video: its Problem}. partial: a long video that a killed process had begun. links: {name of a link
-    below the folders: name of where it led}.
+    below the folders: name of where it led}. ends: a hash of the first and last rows, by which a file of other vectors is
+    known; "" where there are none, or a former version wrote it.
     """
 
     settings: dict[str, Any]
@@ -83,10 +86,11 @@ class Manifest:
     unreadable: dict[str, Problem] = field(default_factory=dict)
     partial: Partial | None = None
     links: dict[str, str] = field(default_factory=dict)
+    ends: str = ""
 
     def __post_init__(self) -> None:
         counts = (self.rows, self.width, *(n for pair in self.dead for n in pair))
-        names = (self.vectors, *self.places, *self.roots, *self.links, *self.links.values())
+        names = (self.vectors, self.ends, *self.places, *self.roots, *self.links, *self.links.values())
         if not all(type(n) is int for n in counts) or not all(isinstance(name, str) for name in names):
             raise TypeError("a number or a name is none")
         if self.rows < 0 or self.width < 1 or not all(0 <= first <= last <= self.rows for first, last in self.dead):
@@ -198,13 +202,27 @@ class Store:
             raise BadIndex(f"{self.folder}: {at} places for {rows} vectors; remove the folder and index again")
         return Places(tuple(files), codes, start, stop)
 
+    def check_vectors(self) -> None:
+        """Raises BadIndex where the file of vectors is not the one that was written, by its ends."""
+        manifest = self.manifest
+        path = self.folder / manifest.vectors
+        try:
+            same = manifest.ends in ("", _ends(path, 2 * manifest.rows * manifest.width))
+        except OSError as error:
+            raise BadIndex(f"{path} lacks vectors ({error.strerror}); remove the folder and index again") from None
+        if not same:
+            raise BadIndex(f"{path} has other vectors than were written; remove the folder and index again")
+
     # Below: only while `alone` holds the folder.
 
     def tidy(self) -> None:
         """Removes what a killed process left behind."""
-        kept = {MANIFEST, self.manifest.vectors, *self.manifest.places}
+        number = self.manifest.vectors[8:12]
+        kept = {MANIFEST, self.manifest.vectors, f"graph-{number}.usearch", *self.manifest.places}
         for path in self.folder.iterdir():
-            ours = path.name.startswith(("vectors-", "places-")) or (path.name.startswith(".") and path.suffix == ".tmp")
+            ours = path.name.startswith(("vectors-", "places-", "graph-")) or (
+                path.name.startswith(".") and path.suffix == ".tmp"
+            )
             if ours and path.name not in kept:
                 path.unlink(missing_ok=True)
 
@@ -238,7 +256,9 @@ class Store:
                 os.fsync(file.fileno())
             name = f"places-{_number(manifest):04}-{manifest.rows:012}.parquet"
             _write(self.folder / name, _table(places))
-            manifest = replace(manifest, rows=manifest.rows + len(vectors), places=(*manifest.places, name))
+            rows = manifest.rows + len(vectors)
+            ends = _ends(path, 2 * rows * manifest.width)
+            manifest = replace(manifest, rows=rows, places=(*manifest.places, name), ends=ends)
         self._commit(manifest)
 
     def change(self, **changes: Any) -> None:
@@ -278,7 +298,8 @@ class Store:
 
         _write(self.folder / places, self._table().filter(pa.array(keep)))
         rows = int(keep.sum())
-        self._commit(replace(manifest, vectors=name, places=(places,) if rows else (), rows=rows, dead=()))
+        ends = _ends(self.folder / name, 2 * rows * manifest.width)
+        self._commit(replace(manifest, vectors=name, places=(places,) if rows else (), rows=rows, dead=(), ends=ends))
 
     def _table(self) -> Any:
         """The places of all rows, as one table."""
@@ -291,6 +312,16 @@ class Store:
         content = manifest.dumps()
         write_atomically(self.folder / MANIFEST, lambda file: file.write(content))
         self.manifest = manifest
+
+
+def _ends(path: Path, size: int) -> str:
+    """A hash of the ends of a file's first `size` bytes."""
+    if not size:
+        return ""
+    with open(path, "rb") as file:
+        first = file.read(min(size, _END))
+        file.seek(max(0, size - _END))
+        return hashlib.sha256(first + file.read(min(size, _END))).hexdigest()[:16]
 
 
 def _number(manifest: Manifest) -> int:

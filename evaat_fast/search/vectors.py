@@ -14,6 +14,7 @@ from torch import Tensor
 from evaat_fast.search.store import BadIndex
 
 _TILE = 8192  # rows: 8 MB of 256 float32 numbers; of 512 to 16,384 the fastest on two cores
+_SAMPLE = 4096  # rows
 _KEPT = (
     1 << 25
 )  # bytes that stay mapped behind the product: what was read stays in the system's cache, and is no memory of ours
@@ -51,18 +52,34 @@ class Vectors:
         """float32 [width]."""
         return self._all[number].float()
 
-    def scores(self, query: Tensor) -> np.ndarray:
-        """float32 [rows]: the products of all vectors with one query, float32 [width]. May run in several threads at once."""
-        found = torch.empty(self.rows)
-        count = max(1, min(torch.get_num_threads(), self.rows // (4 * _TILE)))
-        bounds = [part * self.rows // count // _TILE * _TILE for part in range(count)] + [self.rows]
-        if count == 1:
-            self._part(query, found, 0, self.rows)
+    def rows_of(self, first: int, last: int) -> np.ndarray:
+        """float16 [last - first, width]: a copy of rows [first, last)."""
+        return self._all[first:last].numpy().copy()
+
+    def some(self, rows: np.ndarray, query: Tensor) -> np.ndarray:
+        """float32 [n]: the products of a few rows, int64 [n], with a query, float32 [width]."""
+        return (self._all[torch.from_numpy(rows)].float() @ query).numpy() if len(rows) else np.zeros(0, np.float32)
+
+    def mean(self) -> Tensor:
+        """float32 [width], of a few thousand rows."""
+        return self._all[:: max(1, self.rows // _SAMPLE)].float().mean(0)
+
+    def scores(self, query: Tensor, first: int = 0) -> np.ndarray:
+        """float32 [rows - first]: the products of all vectors, or those from a row on, with one query, float32 [width]. May run
+        in several threads at once."""
+        rows = self.rows - first
+        found = torch.empty(self.rows)  # of which the part before `first` is never touched, and so takes no memory
+        count = max(1, min(torch.get_num_threads(), rows // (4 * _TILE)))
+        bounds = [first + part * rows // count // _TILE * _TILE for part in range(count)] + [self.rows]
+        if not rows:
+            pass
+        elif count == 1:
+            self._part(query, found, first, self.rows)
         else:  # threads of their own: torch's wait for each other after each tile
             pool = _pool(torch.get_num_threads())
             for done in [pool.submit(self._part, query, found, *pair) for pair in itertools.pairwise(bounds)]:
                 done.result()
-        return found.numpy()
+        return found[first:].numpy()
 
     def _part(self, query: Tensor, found: Tensor, begin: int, end: int) -> None:
         wide = torch.empty(min(_TILE, end - begin), self.width)

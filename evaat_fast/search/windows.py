@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from evaat_fast.data.decode import VideoError
 from evaat_fast.data.video import frame_ids
+from evaat_fast.search import shots
 
 _LEAST = 4  # bytes of a file for each of its frames: time stamps that promise more are damaged
+_INSIDE = 0.1  # frames from a cut at which its shot is surely on screen
 _TAIL = 0.25  # of a clip: what is left at a video's end gets a clip of its own from this share on
 
 __all__ = ["Windows", "around", "decode", "windows"]
@@ -32,21 +34,34 @@ class Windows:
         return len(self.start)
 
 
-def windows(path: str, seconds: float, stride: float, frames: int) -> Windows:
+def windows(path: str, seconds: float, stride: float, frames: int, by_shot: bool = False) -> Windows:
     """Clips of `seconds` every `stride` seconds; the last one ends with the video, and a shorter video is one clip.
 
     Args:
-        path: a video. frames: T, of a clip: those that `read_clip` takes.
+        path: a video. frames: T, of a clip: those that `read_clip` takes. by_shot: each shot is cut up as if it were a video of
+            its own, for which all frames are decoded.
 
     Raises:
         VideoError: it cannot be read, or its end makes no sense.
     """
-    fps, end = _facts(path)
+    fps, end, times = _facts(path, by_shot)
+    limits = list(shots.limits(times, end))
+    parts = [first + _sliding(last - first, seconds, stride) for first, last in limits]
+    first, last = np.repeat(limits, [len(part) for part in parts], axis=0).T[:, :, None]
+    start = np.concatenate(parts)
+    found = _of(start, np.minimum(start + seconds, last[:, 0]), fps, end, frames)
+    if len(limits) == 1:
+        return found
+    return replace(found, times=np.clip(found.times, first + _INSIDE / fps, last - _INSIDE / fps))
+
+
+def _sliding(end, seconds, stride):
+    """When clips begin in [0, end)."""
     count = max(1, math.floor((end - seconds) / stride + 1e-6) + 1)
     start = np.arange(count) * stride
     if end - (start[-1] + seconds) >= _TAIL * seconds - 1e-6:
         start = np.append(start, end - seconds)
-    return _of(start, np.minimum(start + seconds, end), fps, end, frames)
+    return start
 
 
 def around(path: str, time: float, seconds: float, frames: int) -> Windows:
@@ -55,15 +70,15 @@ def around(path: str, time: float, seconds: float, frames: int) -> Windows:
     Raises:
         VideoError: it cannot be read. ValueError: the time is not in the video.
     """
-    fps, end = _facts(path)
+    fps, end, _ = _facts(path)
     if not 0 <= time <= end:
         raise ValueError(f"expected a time from 0 to {end:.2f} s in {path!r}, got {time:g}")
     start = max(0.0, min(time - seconds / 2, end - seconds))
     return _of(np.array([start]), np.array([min(start + seconds, end)]), fps, end, frames)
 
 
-def _facts(path):
-    """(frames per second, end in seconds)."""
+def _facts(path, by_shot=False):
+    """(frames per second, end in seconds, cuts in seconds)."""
     from evaat_fast.data.decode.pyav import AvReader
 
     with contextlib.closing(AvReader(Path(path))) as reader:
@@ -71,7 +86,10 @@ def _facts(path):
     size = os.path.getsize(path)
     if not 0 < end * fps <= size / _LEAST:
         raise VideoError(f"{path}: its time stamps reach {end:.2f} s, at {fps:.4g} frames per second, in {size:,} bytes")
-    return fps, end
+    if not by_shot:
+        return fps, end, []
+    with contextlib.closing(AvReader(Path(path))) as reader:
+        return fps, end, shots.cuts(reader.pictures(*shots.SIZE), fps)
 
 
 def _of(start, stop, fps, end, frames):

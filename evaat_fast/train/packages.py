@@ -18,6 +18,7 @@ EXTRAS = {
     "starlette": "serve",
     "tokenizers": "train",
     "tqdm": "train",
+    "usearch": "usearch",
     "uvicorn": "serve",
 }
 PAGE = ("jinja2", "matplotlib", "PIL")  # what `report` needs
@@ -32,6 +33,11 @@ def of_data(config: Config) -> tuple[str, ...]:
 def of_progress(quiet: bool = False) -> tuple[str, ...]:
     """What `Progress` needs: a bar is drawn on a terminal only."""
     return () if quiet or not sys.stderr.isatty() else ("tqdm",)
+
+
+def of_search(approximate: bool = False) -> tuple[str, ...]:
+    """What searching an index needs."""
+    return "av", "pyarrow", "ftfy", "regex", "tokenizers", *(("usearch",) if approximate else ())
 
 
 def require(what: str, *names: str) -> None:

@@ -84,6 +84,42 @@ class AvReader:
         self._packets, self._group, self._pushed = iter(()), [], None
         self._head.close()
 
+    def pictures(self, width: int, height: int) -> Iterator[tuple[float, np.ndarray]]:
+        """(seconds, uint8 [height, width, 3]: luminance and two colours, as stored) of all frames that are shown, in order,
+        without those that cannot be decoded. To be read to the end, and nothing else meanwhile."""
+        from av.error import FFmpegError
+
+        context, head, stamps = self._context, self._head, []
+        context.skip_frame = "DEFAULT"
+        packet = True
+        try:
+            self._go(head.stream.start_time or 0)
+            while packet is not None:
+                packet = self._next()
+                if packet is not None and not head.ordered:
+                    stamps.append(packet.dts)
+                try:
+                    frames = context.decode(packet)
+                except FFmpegError:
+                    del stamps[-1:]
+                    continue
+                for frame in frames:
+                    stamp = frame.pts if head.ordered else stamps.pop(0)
+                    if stamp is not None and (time := head.seconds(stamp)) >= 0:
+                        yield time, self._small(frame, width, height)
+        except VideoError:
+            raise
+        except Exception as error:
+            raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
+        finally:
+            self._placed = False
+
+    def _small(self, frame, width, height):
+        how: dict[str, Any] = {"format": "yuv444p", "interpolation": "AREA", "threads": 1}
+        planes = self._reformatter.reformat(frame, width=width, height=height, **how).planes
+        rows = (np.frombuffer(memoryview(p), np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in planes)
+        return np.stack(list(rows), axis=2)
+
     # Codecs of one packet a frame.
 
     def _by_packets(self, wanted):
