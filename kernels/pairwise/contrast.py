@@ -255,7 +255,7 @@ def stats(f, logits, out, sums, totals):
     """The statistics of a panel, and what they add to the totals."""
     (down, across), every, block = tiles_of(out.last - out.first, f, logits), kind_of(logits) != OWN, 64
     with on(f.video.device):
-        contrast_stats_kernel[(down * across,)](f, logits, out, **_constants(f, logits), **FUSED)
+        contrast_stats_kernel[(down * across,)](f, logits, out, **_constants(f, logits))
         grid = triton.cdiv(f.N, block), 2
         halves = 4 * across * (out.last - out.first), down * f.N
         contrast_totals_kernel[grid](
@@ -265,4 +265,4 @@ def stats(f, logits, out, sums, totals):
 
 def slopes(f, logits, totals, out):
     with on(f.video.device):
-        contrast_slopes_kernel[(len(out.scale_slope),)](f, logits, totals, out, **_constants(f, logits), **FUSED)
+        contrast_slopes_kernel[(len(out.scale_slope),)](f, logits, totals, out, **_constants(f, logits))

@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, on
+from evaat_fast.kernels.launch import on
 from evaat_fast.kernels.pairwise.panel import config, place, products, strips, tiles
 
 RULES = {"code": 0, "paper": 1, "charades": 2}
@@ -188,7 +188,7 @@ def own_pairs(f, pairs, labels):
     """Fills the cosines of pairs, and where there are labels their own relevancies."""
     shape = config(f.video.dtype)
     with on(f.video.device):
-        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, pairs, labels, LABELLED=labels is not None, **shape, **FUSED)
+        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, pairs, labels, LABELLED=labels is not None, **shape)
 
 
 def sms_panel(f, pairs, labels, penalty, out):
@@ -196,4 +196,4 @@ def sms_panel(f, pairs, labels, penalty, out):
     shape = config(f.video.dtype)
     down, across = tiles(out.last - out.first, f.N, shape["BLOCK"])
     with on(f.video.device):
-        sms_kernel[(down * across,)](f, pairs, labels, numbers(penalty), out, RULE=RULES[penalty.rule], **shape, **FUSED)
+        sms_kernel[(down * across,)](f, pairs, labels, numbers(penalty), out, RULE=RULES[penalty.rule], **shape)
