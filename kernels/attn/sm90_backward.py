@@ -276,7 +276,7 @@ def backward(q, k, v, out, do, lse, dlse, grads, tables, prefix, scale, shape=SH
     dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
     with on(q.device):
-        attn_prepare_sm90_kernel[(1 if tail else call.groups * blocks, B * Hk)](
+        attn_prepare_sm90_kernel[(B * Hk, 1 if tail else call.groups * blocks)](
             *places, dlse, stats, sums, dk, dv, k_table, call, S, TAIL=tail, **ends_config(tail), **FUSED
         )
         attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
