@@ -402,7 +402,7 @@ def emulate(module, seed):
     fake = {**found, **kernels, "TensorDescriptor": Descriptor}
     return types.SimpleNamespace(
         **{
-            name: types.FunctionType(x.__code__, fake, name, x.__defaults__)
+            name: types.FunctionType(x.__code__, fake, name, x.__defaults__, x.__closure__)
             for name, x in found.items()
             if isinstance(x, types.FunctionType) and x.__module__ == module.__name__
         }
