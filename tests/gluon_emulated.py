@@ -372,7 +372,7 @@ class Launcher:
         return launch
 
 
-def rebuilt(function, fake, **others):
+def rebuilt(function, fake):
     """A function, or one that the kernels call, with `fake` in place of Gluon."""
     known = {id(gl): fake, id(hopper.mbarrier): fake, id(hopper.tma): fake}
     for name in ("warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared"):
@@ -397,12 +397,12 @@ def rebuilt(function, fake, **others):
 
 def emulate(module, seed):
     """The module's launchers, by name, whose kernels run here."""
-    found = {name: x for name, x in vars(module).items()}
+    found = dict(vars(module))
     kernels = {name: Launcher(x, seed) for name, x in found.items() if isinstance(x, GluonJITFunction)}
     fake = {**found, **kernels, "TensorDescriptor": Descriptor}
     return types.SimpleNamespace(
         **{
-            name: types.FunctionType(x.__code__, fake, name, x.__defaults__)
+            name: types.FunctionType(x.__code__, fake, name, x.__defaults__, x.__closure__)
             for name, x in found.items()
             if isinstance(x, types.FunctionType) and x.__module__ == module.__name__
         }

@@ -141,14 +141,14 @@ def test_keys_beyond_the_end_have_no_weight():
 # What a kernel may not do, as (text, another in its place); a GPU may forgive each for long.
 FAULTS = {
     "reads before a wait": ("warpgroup_mma_wait(2, deps=(dp, dK))", "warpgroup_mma_wait(3, deps=(dp, dK))"),
-    "no fence": ("fence_async_shared()\n                mbarrier.arrive(sh.ds_there", "mbarrier.arrive(sh.ds_there"),
+    "no fence": ("fence_async_shared()\n            mbarrier.arrive(sh.ds_there", "mbarrier.arrive(sh.ds_there"),
     "dQ's place is taken early": ("tma.store_wait(pendings=1)", "tma.store_wait(pendings=2)"),
     "dS' place is taken early": ("mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)", "pass"),
     "queries are given away early": ("index(before), count=1, pred=i > 0", "index(here), count=1, pred=i + 1 < count"),
     "keys are given away early": ("sh.kv_free.index(i), count=GROUPS + 1", "sh.kv_free.index(i), count=GROUPS"),
     "keys are never given away": (
-        "sh.kv_free.index(it % 2), count=1)\n            _leave",
-        "sh.kv_free.index(it % 2), count=0)\n            _leave",
+        "sh.kv_free.index(it % 2), count=1)\n        _leave",
+        "sh.kv_free.index(it % 2), count=0)\n        _leave",
     ),
     "weights beyond the end": ("p = p if WHOLE else gl.where(there, p, 0.0)", "pass"),
 }

@@ -120,6 +120,7 @@ def test_a_bare_name_is_enough_where_it_is_the_only_one(folder):
 def test_links_that_lead_in_a_circle(folder):
     os.symlink(folder / "videos", folder / "videos" / "trip" / "again")
     os.symlink(folder / "nowhere", folder / "videos" / "dangling.mp4")
+    os.symlink("a link to itself", folder / "videos" / "a link to itself")
     assert read(folder, "path,caption\nmonday.mp4,runs\n")[0].video == "trip/monday.mp4"
 
 

@@ -104,8 +104,7 @@ def entries(
     linked: Callable[[str], object] | None = None,
     failed: Callable[[str, OSError], object] | None = None,
 ) -> Iterator[os.DirEntry[str]]:
-    """What lies below a folder and is none: its own, by name, then those of the folders in it, through links but into no folder
-    twice.
+    """The files below a folder: its own, by name, then those of the folders in it, through links but into no folder twice.
 
     Args:
         leave: whether to leave out a file, or a folder with all in it. entered: folders that were, and that are. linked: called
@@ -127,7 +126,7 @@ def entries(
                 for entry in sorted(found, key=lambda entry: entry.name):
                     if leave(entry):
                         continue
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         folders.append((entry.path, entry.is_symlink()))
                     else:
                         files.append(entry)
@@ -136,6 +135,13 @@ def entries(
                 failed(folder, error)
         yield from files
         waiting += reversed(folders)
+
+
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder that cannot be entered
+        return False
 
 
 def _in_tar(path):

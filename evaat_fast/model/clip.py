@@ -108,7 +108,7 @@ class EVA02AT(nn.Module):
         """torch.compile for each block of both towers, in place; names and the state dict stay. Blocks of a kind share what
         is compiled (the first, those between, the last of the vision tower), once for training and once for evaluation, so
         the wait is that of a few blocks, not of the model. A second number of clips compiles them for any, and a single clip
-        once more: 18 times the code of a vision block, of which Dynamo would leave all but 8 uncompiled.
+        once more: a vision block is compiled 18 times in all, and by itself Dynamo would stop after 8.
 
         Args:
             options: of torch.compile.

@@ -19,7 +19,7 @@ _MORE = 2.0  # times the difference that four fifths of its neighbours have at m
 _HALF = 0.5  # of the largest of theirs, as that may be a flash's, after which much changes
 _STAYS = 0.5  # of its difference, which every frame shortly before has at least to every one shortly after
 
-__all__ = ["SIZE", "cuts"]
+__all__ = ["SIZE", "cuts", "limits"]
 
 
 def cuts(frames: Iterable[tuple[float, np.ndarray]], fps: float) -> list[float]:

@@ -49,7 +49,7 @@ def matmul_peak(device: torch.device, size: int = 8192) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes that this process has held at most: of tensors on a GPU, of all else on a CPU, clips that are kept included; None
+    """Bytes that this process has held at most: on a GPU of tensors, on a CPU of everything, clips that are kept included; None
     where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

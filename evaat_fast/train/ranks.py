@@ -203,7 +203,8 @@ def _break(ranks: Ranks) -> None:
 
 def _watch(wires: Iterable[tuple[int, int]]) -> None:
     """Has the kernel end connections to a machine that is gone without a word. Torch's store would wait for it as long as TCP
-    sends again, a quarter of an hour, and gloo until its timeout. A process that is merely late stays: its kernel answers."""
+    sends again, a quarter of an hour, and gloo until its timeout. A process that is merely late stays: its kernel answers, and
+    gloo's own thread goes on. One that is stopped, as by SIGSTOP, goes too where more was sent to it than its kernel holds."""
     for descriptor, _ in wires:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as wire:  # one of Unix has no such options
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # where nothing is under way

@@ -118,63 +118,53 @@ def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: 
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = _place(t, call, GROUPS * ROWS)
         key += c * ROWS
-        mine = True if WHOLE else key < call.N
-        if mine:
-            v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
-            there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < call.N)[:, None]
-            dK, dV = zeros, zeros
-            slopes = gl.zeros((ROWS, ROWS), dtype, A)
-            for i in range(count):
-                j = n + i
-                here, then = j % STAGES, (j + 1) % STAGES
-                before = gl.where(i > 0, (j + STAGES - 1) % STAGES, here)
-                mbarrier.wait(sh.do_there.index(here), (j // STAGES) & 1)
-                dO = sh.do.index(here).reshape((ROWS, D))
-                dp = warpgroup_mma(v, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
-                lse = sh.lse.index(here).reshape((ROWS,)).load(columns)
-                p = gl.exp2(s * call.scale2 - lse[None, :])
-                p = p if WHOLE else gl.where(there, p, 0.0)
-                dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
-                last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
-                tile = gl.where(last, it + 1, it)
-                mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
-                mbarrier.wait(sh.q_there.index(then), ((j + 1) // STAGES) & 1, pred=more | (i + 1 < count))
-                k = sh.k.index((tile % 2) * GROUPS + c).reshape((ROWS, D))
-                scores = sh.q.index(then).reshape((ROWS, D)).permute((1, 0))
-                s = warpgroup_mma(k, scores, zeros, use_acc=False, is_async=True)
-                dp, dK = warpgroup_mma_wait(2, deps=(dp, dK))  # under way: dV, the next scores
-                mbarrier.arrive(sh.q_free.index(before), count=1, pred=i > 0)
-                delta = sh.delta.index(here).reshape((ROWS,)).load(columns)
-                ds = (p * (dp - delta[None, :])).to(dtype)
-                mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)
-                sh.ds.index((j % 2) * GROUPS + c).store(ds)
-                fence_async_shared()
-                mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
-                slopes = gl.convert_layout(ds, A)
-                dV, s = warpgroup_mma_wait(0, deps=(dV, s))
-                mbarrier.arrive(sh.do_free.index(here), count=1)
-            end = (n + count - 1) % STAGES
-            dK = warpgroup_mma(slopes, sh.q.index(end).reshape((ROWS, D)), dK, is_async=True)
-            dK = warpgroup_mma_wait(0, deps=(dK,))
-            mbarrier.arrive(sh.q_free.index(end), count=1)
-            mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
-            _leave(dV, dv, table, b, h, key, call, False, D)
-            _leave(dK * call.scale, dk, table, b, h, key, call, True, D)
-        else:  # no key of the tile is this warpgroup's: all that is left is to say so
-            for j in range(n, n + count):
-                mbarrier.wait(sh.q_there.index(j % STAGES), (j // STAGES) & 1)
-                mbarrier.arrive(sh.q_free.index(j % STAGES), count=1)
-                mbarrier.wait(sh.do_there.index(j % STAGES), (j // STAGES) & 1)
-                mbarrier.arrive(sh.do_free.index(j % STAGES), count=1)
-            mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
-            mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
+        v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
+        there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < call.N)[:, None]
+        dK, dV = zeros, zeros
+        slopes = gl.zeros((ROWS, ROWS), dtype, A)
+        for i in range(count):
+            j = n + i
+            here, then = j % STAGES, (j + 1) % STAGES
+            before = gl.where(i > 0, (j + STAGES - 1) % STAGES, here)
+            mbarrier.wait(sh.do_there.index(here), (j // STAGES) & 1)
+            dO = sh.do.index(here).reshape((ROWS, D))
+            dp = warpgroup_mma(v, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
+            lse = sh.lse.index(here).reshape((ROWS,)).load(columns)
+            p = gl.exp2(s * call.scale2 - lse[None, :])
+            p = p if WHOLE else gl.where(there, p, 0.0)
+            dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
+            last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
+            tile = gl.where(last, it + 1, it)
+            mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
+            mbarrier.wait(sh.q_there.index(then), ((j + 1) // STAGES) & 1, pred=more | (i + 1 < count))
+            k = sh.k.index((tile % 2) * GROUPS + c).reshape((ROWS, D))
+            scores = sh.q.index(then).reshape((ROWS, D)).permute((1, 0))
+            s = warpgroup_mma(k, scores, zeros, use_acc=False, is_async=True)
+            dp, dK = warpgroup_mma_wait(2, deps=(dp, dK))  # under way: dV, the next scores
+            mbarrier.arrive(sh.q_free.index(before), count=1, pred=i > 0)
+            delta = sh.delta.index(here).reshape((ROWS,)).load(columns)
+            ds = (p * (dp - delta[None, :])).to(dtype)
+            mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)
+            sh.ds.index((j % 2) * GROUPS + c).store(ds)
+            fence_async_shared()
+            mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
+            slopes = gl.convert_layout(ds, A)
+            dV, s = warpgroup_mma_wait(0, deps=(dV, s))
+            mbarrier.arrive(sh.do_free.index(here), count=1)
+        end = (n + count - 1) % STAGES
+        dK = warpgroup_mma(slopes, sh.q.index(end).reshape((ROWS, D)), dK, is_async=True)
+        dK = warpgroup_mma_wait(0, deps=(dK,))
+        mbarrier.arrive(sh.q_free.index(end), count=1)
+        mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
+        _leave(dV, dv, table, b, h, key, call, False, D)
+        _leave(dK * call.scale, dk, table, b, h, key, call, True, D)
         n += count
         it += 1
 
 
 @gluon.jit
-def _queries(at, sh, call, WHOLE: gl.constexpr, D: gl.constexpr, SPREAD: gl.constexpr):
+def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     """The third warpgroup: a tile's share of dQ, block by block."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     zeros = gl.zeros((ROWS, D), gl.float32, L)
@@ -192,13 +182,11 @@ def _queries(at, sh, call, WHOLE: gl.constexpr, D: gl.constexpr, SPREAD: gl.cons
                 dQ = warpgroup_mma(sh.ds.index(two).permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
                 dQ = warpgroup_mma_wait(0, deps=(dQ,))
                 mbarrier.arrive(sh.ds_free.index(two), count=1)
-                both = True if WHOLE else key + ROWS < call.N
-                if both:
-                    mbarrier.wait(sh.ds_there.index(two + 1), phase)
-                    keys = sh.k.index(k + 1).reshape((ROWS, D))
-                    dQ = warpgroup_mma(sh.ds.index(two + 1).permute((1, 0)), keys, dQ, is_async=True)
-                    dQ = warpgroup_mma_wait(0, deps=(dQ,))
-                    mbarrier.arrive(sh.ds_free.index(two + 1), count=1)
+                mbarrier.wait(sh.ds_there.index(two + 1), phase)
+                keys = sh.k.index(k + 1).reshape((ROWS, D))
+                dQ = warpgroup_mma(sh.ds.index(two + 1).permute((1, 0)), keys, dQ, is_async=True)
+                dQ = warpgroup_mma_wait(0, deps=(dQ,))
+                mbarrier.arrive(sh.ds_free.index(two + 1), count=1)
                 tma.store_wait(pendings=1)  # of the two blocks before, one is added to memory still
                 # In the order of registers: 16 bytes of each thread, one after the other.
                 flat = dQ.reshape((4, 2, 8, 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, D))
@@ -253,7 +241,7 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHO
         [
             (_keys, (at, sh, dk, dv, table, call, 0, WHOLE, D, STAGES)),
             (_keys, (at, sh, dk, dv, table, call, 1, WHOLE, D, STAGES)),
-            (_queries, (at, sh, call, WHOLE, D, SPREAD)),
+            (_queries, (at, sh, call, D, SPREAD)),
             (_copies, (at, sh, call, STAGES, SPREAD)),
         ],
         [4, 4, 1],
@@ -265,6 +253,7 @@ def backward(q, k, v, out, do, lse, dlse, grads, tables, prefix, scale, shape=SH
     """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
+    # So a tile that is not whole has keys for both warpgroups.
     tail = max(16, triton.next_power_of_2(rest)) if 0 < rest <= rows else 0
     full = B * Hk * per_head
     tiles = full + (B * Hk if rest and not tail else 0)
@@ -276,7 +265,7 @@ def backward(q, k, v, out, do, lse, dlse, grads, tables, prefix, scale, shape=SH
     dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
     with on(q.device):
-        attn_prepare_sm90_kernel[(1 if tail else call.groups * blocks, B * Hk)](
+        attn_prepare_sm90_kernel[(B * Hk, 1 if tail else call.groups * blocks)](
             *places, dlse, stats, sums, dk, dv, k_table, call, S, TAIL=tail, **ends_config(tail), **FUSED
         )
         attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](

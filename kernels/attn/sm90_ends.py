@@ -13,15 +13,15 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, dk, dv, t
     zeros, or with TAIL the share of dQ of the keys, so many at most, that fill no tile and whose own gradients are made here.
     """
     D: tl.constexpr = S.D
-    parts = tl.num_programs(0)
-    kv, b = (tl.program_id(1) % call.heads).to(tl.int64), (tl.program_id(1) // call.heads).to(tl.int64)
+    parts = tl.num_programs(1)
+    kv, b = (tl.program_id(0) % call.heads).to(tl.int64), (tl.program_id(0) // call.heads).to(tl.int64)
     c, i = tl.arange(0, D), tl.arange(0, S.BLOCK_M)
     if TAIL:
         n = call.per_head * S.BLOCK_N + tl.arange(0, TAIL)
         keys = load_rows(k.at + b * k.b + kv * k.h, k.n, n, call.N, c, c < D, True, D)
         values = load_rows(v.at + b * v.b + kv * v.h, v.n, n, call.N, c, c < D, True, D)
         dK, dV = tl.zeros((TAIL, D), tl.float32), tl.zeros((TAIL, D), tl.float32)
-    for at in range(tl.program_id(0), call.groups * call.blocks, parts):
+    for at in range(tl.program_id(1), call.groups * call.blocks, parts):
         h, block = kv * call.groups + at // call.blocks, at % call.blocks
         m, of = block * S.BLOCK_M + i, (b * call.heads * call.groups + h) * call.blocks + block
         x = load_rows(out.at + b * out.b + h * out.h, out.n, m, call.N, c, c < D, True, D).to(tl.float32)

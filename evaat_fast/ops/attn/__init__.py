@@ -4,5 +4,6 @@ attn.py       the public functions: a call is checked, planned, and handed to to
 plan.py       what a call is besides its tensors, and the check of that
 reference.py  the specification
 layout.py     what keeps the gradients of torch's attention right on CUDA
-triton.py     Triton's two passes as operators (kernels/attn); clips.py: packed clips for torch's; flops.py: FLOPs
+fused.py      the passes of kernels/attn, Gluon's and Triton's, as operators; cudnn.py: cuDNN's gradients behind Gluon's
+clips.py      packed clips for torch's; flops.py: FLOPs
 """
