@@ -38,8 +38,8 @@ from evaat_fast.model import save_checkpoint
 from evaat_fast.search import Index, scan, windows
 from evaat_fast.search.build import threads
 from evaat_fast.search.embedder import Embedder, Settings, weights_of
-from evaat_fast.search.graph import Graph, path_of
-from evaat_fast.search.store import Store
+from evaat_fast.search.graph import Graph
+from evaat_fast.search.store import Store, graph_of
 
 FILMS = [{"film": "1920x1080", "s": 20}, {"film": "568x320", "s": 120}]
 COPIES = 12
@@ -225,7 +225,7 @@ def led(place, args):
                 found[approximate] = {event.best for event in some}
             shares.append(len(found[True] & found[False]) / 10)
             enough += graph.events(query, every, (), 10) is not None
-        size = path_of(folder / "vectors-0000.f16").stat().st_size
+        size = graph_of(folder / "vectors-0000.f16").stat().st_size
         print(
             f"  graph of {args.graph:,} clips, {kind}: made in {built:.0f} s, {size / args.graph:.0f} bytes a clip; ten events"
         )

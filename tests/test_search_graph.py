@@ -115,6 +115,17 @@ def test_a_graph_of_other_vectors_is_refused(index, monkeypatch, capsys):
     assert same(index, likes(index, 1)) > 0.5
 
 
+def test_a_graph_that_an_index_left_behind_goes_with_it(index):
+    index.build_graph()
+    settings = Store(index.folder).manifest.settings
+    (index.folder / "index.json").unlink()
+    Store.create(index.folder, settings, WIDTH)
+    index = Index.open(index.folder.parent, device="cpu")
+    append(index, 0, 75, seed=5)
+    with pytest.raises(BadIndex, match="there is no graph"):
+        index.search(like=likes(index, 1), approximate=True)
+
+
 def test_a_missing_package_is_named(index, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     with pytest.raises(ImportError, match=r"pip install 'evaat-fast\[usearch\]'"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaat_fast._files import write_atomically
 from evaat_fast.search.moments import LONGEST, Event, events
-from evaat_fast.search.store import BadIndex, Places
+from evaat_fast.search.store import BadIndex, Places, graph_of
 from evaat_fast.search.vectors import Vectors
 
 _ADDED = 1 << 14  # rows at once
@@ -26,13 +26,7 @@ _LEAST, _EACH = 256, 32  # clips that are asked for, at least and for each momen
 _TRIED = (1, 4)  # times as many, before all are read
 _BREADTH = 2  # of the search in the graph, for each of them
 
-__all__ = ["Graph", "build", "path_of", "stamp"]
-
-
-def path_of(vectors: str | os.PathLike[str]) -> Path:
-    """The graph's file, by that of the vectors."""
-    path = Path(vectors)
-    return path.with_name(path.name.replace("vectors-", "graph-", 1)).with_suffix(".usearch")
+__all__ = ["Graph", "build", "stamp"]
 
 
 def _usearch() -> Any:
@@ -54,7 +48,7 @@ class Graph:
     """
 
     def __init__(self, path: str | os.PathLike[str], vectors: Vectors, places: Places):
-        self._graph = _opened(path_of(path), vectors, view=True)
+        self._graph = _opened(graph_of(path), vectors, view=True)
         self._vectors, self._places, self.rows = vectors, places, len(self._graph)
         self._lock = threading.Lock()
         self._mean = vectors.mean()
@@ -132,7 +126,7 @@ def _part(places: Places, rows: np.ndarray) -> Places:
 def stamp(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
     """By which the graph of a file of vectors is known again; None where there is none."""
     try:
-        found = path_of(path).stat()
+        found = graph_of(path).stat()
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
@@ -166,7 +160,7 @@ def build(
     Raises:
         ImportError: usearch is missing. OSError: the file cannot be written.
     """
-    target, make = path_of(path), _usearch()
+    target, make = graph_of(path), _usearch()
     try:
         graph = _opened(target, vectors, view=False)
     except BadIndex:

@@ -31,7 +31,7 @@ _TILE = 1 << 16  # rows that are copied at once
 _END = 1 << 16  # bytes of vectors at either end that are hashed
 COLUMNS = ("file", "start", "stop", "size", "mtime")
 
-__all__ = ["COLUMNS", "BadIndex", "File", "Manifest", "Partial", "Places", "Problem", "Store", "alone"]
+__all__ = ["COLUMNS", "BadIndex", "File", "Manifest", "Partial", "Places", "Problem", "Store", "alone", "graph_of"]
 
 
 class BadIndex(ValueError):
@@ -217,8 +217,8 @@ class Store:
 
     def tidy(self) -> None:
         """Removes what a killed process left behind."""
-        number = self.manifest.vectors[8:12]
-        kept = {MANIFEST, self.manifest.vectors, f"graph-{number}.usearch", *self.manifest.places}
+        vectors = self.manifest.vectors
+        kept = {MANIFEST, vectors, graph_of(vectors).name, *self.manifest.places}
         for path in self.folder.iterdir():
             ours = path.name.startswith(("vectors-", "places-", "graph-")) or (
                 path.name.startswith(".") and path.suffix == ".tmp"
@@ -248,6 +248,7 @@ class Store:
             path = self.folder / manifest.vectors
             if not manifest.rows:  # a new file: somebody may have mapped what an index that is gone left in its place
                 path.unlink(missing_ok=True)
+                graph_of(path).unlink(missing_ok=True)
             with open(path, "r+b" if manifest.rows else "wb") as file:
                 file.truncate(2 * manifest.rows * manifest.width)
                 file.seek(0, os.SEEK_END)
@@ -312,6 +313,12 @@ class Store:
         content = manifest.dumps()
         write_atomically(self.folder / MANIFEST, lambda file: file.write(content))
         self.manifest = manifest
+
+
+def graph_of(vectors: str | os.PathLike[str]) -> Path:
+    """The file of the graph that leads to vectors, by theirs."""
+    path = Path(vectors)
+    return path.with_name(path.name.replace("vectors-", "graph-", 1)).with_suffix(".usearch")
 
 
 def _ends(path: Path, size: int) -> str:
