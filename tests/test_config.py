@@ -100,6 +100,8 @@ def test_bad_overrides(text):
         ("eval.frames=frosen", r"eval.frames: expected one of .*; did you mean 'frozen'\?"),
         ("train.processes=-1", "train.processes: expected a value of at least 0"),
         ("optim=3", "--set: optim: expected section.key, as optim.name: it is a section, of optim.name, optim.lr, "),
+        ("train.timeout=0.0001", "train.timeout: expected"),
+        ("data.workers=1000", "data.workers: expected"),
         ("train.spike=0.5", "train.spike: expected 0, for never, or a value above 1, got 0.5"),
         ("optim.layer_decay=0", "optim.layer_decay: expected a value above 0"),
         ("schedule.warmup_epochs=2", "schedule.warmup_epochs: expected at most train.epochs=1"),

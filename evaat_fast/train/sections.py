@@ -58,7 +58,7 @@ class Data:
     decoder: Decoder = "auto"
     max_broken: float = key(0.01, least=0, most=1)
     cache: bool = False
-    workers: int = key(0, least=0)
+    workers: int = key(0, least=0, most=256)
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Train:
     precision: Literal["auto", "float32", "bfloat16", "bfloat16-params"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     processes: int = key(0, least=0)
-    timeout: float = key(10.0, above=0, most=1440)
+    timeout: float = key(10.0, least=0.1, most=1440)
     save_as: Literal["file", "parts"] = "file"
     save_every: int = key(1, least=1)
     save_steps: int = key(0, least=0)
