@@ -124,16 +124,15 @@ def gradient_cases(device, small):
     import attn
 
     from evaat_fast.ops.attn import cudnn
-    from evaat_fast.ops.attn.fused import _parts as parts
     from evaat_fast.ops.rope3d.rotate import turn
     from evaat_fast.ops.rope3d.rotation import Rotation
     from evaat_fast.ops.rope3d.table import table_of
 
     def by_cudnn(inputs):
         def step():
-            dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), parts(inputs["qkv"], inputs["heads"])
+            dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), attn.split(inputs["qkv"], inputs["heads"])
             found = cudnn.gradients(q, k, v, inputs["out"], inputs["lse"], inputs["grad"], 0.125)
-            turn(list(found), list(parts(dqkv, inputs["heads"])), inputs["rotation"].back())
+            turn(list(found), list(attn.split(dqkv, inputs["heads"])), inputs["rotation"].back())
             return (dqkv,)
 
         return step
@@ -146,8 +145,17 @@ def gradient_cases(device, small):
             shape = sm90_backward.SHAPE | changed
 
             def step():
-                dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), parts(inputs["qkv"], inputs["heads"])
-                given = (inputs["out"], inputs["grad"], inputs["lse"], None, parts(dqkv, inputs["heads"]), tables, 1, 0.125)
+                dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), attn.split(inputs["qkv"], inputs["heads"])
+                given = (
+                    inputs["out"],
+                    inputs["grad"],
+                    inputs["lse"],
+                    None,
+                    attn.split(dqkv, inputs["heads"]),
+                    tables,
+                    1,
+                    0.125,
+                )
                 sm90_backward.backward(q, k, v, *given, shape)
                 return (dqkv,)
 
@@ -164,7 +172,7 @@ def gradient_cases(device, small):
         (low,) = attn.step(attn.torch_itself)(inputs, "bwd")()
         rotation = Rotation(None, None, inputs["grid"], 1, True, False, "triton")
         qkv = inputs["qkv"].detach().clone()
-        q, k, v = parts(qkv, inputs["heads"])
+        q, k, v = attn.split(qkv, inputs["heads"])
         q.copy_(ops.rope3d(q, grid=inputs["grid"], backend="reference"))
         k.copy_(ops.rope3d(k, grid=inputs["grid"], backend="reference"))
         out, lse = ops.joint_attention(q, k, v, return_lse=True)

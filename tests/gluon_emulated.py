@@ -378,7 +378,7 @@ def rebuilt(function, fake):
     for name in ("warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared"):
         known[id(getattr(hopper, name))] = getattr(fake, name, None)
     sm90 = importlib.import_module("evaat_fast.kernels.attn.sm90")
-    known |= {id(sm90._load): fake.copy_in, id(sm90._store): fake.copy_out, id(sm90._add): fake.copy_add}
+    known |= {id(sm90.copy_in): fake.copy_in, id(sm90.copy_out): fake.copy_out, id(sm90.copy_add): fake.copy_add}
 
     def of(x):
         if id(x) in known:

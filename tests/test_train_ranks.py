@@ -96,6 +96,16 @@ def logged(folder):
     return [r for r in read(folder / "log.jsonl") if r["event"] in ("step", "eval")]
 
 
+def on_two(folder, code):
+    """Runs a script, whose argument is a configuration, as two processes of torchrun."""
+    configuration(folder)
+    (folder / "script.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(folder / "script.py"), str(folder / "run.toml")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 def test_torchrun_trains_as_one_process_and_writes_once(tmp_path):
     configuration(tmp_path)
     toml, epochs = str(tmp_path / "run.toml"), ["--set", "train.epochs=3"]
@@ -143,12 +153,7 @@ for number in range(2):
         assert found.gather((number, found.rank)) == [(number, 0), (number, 1)]
     time.sleep(0 if found.rank else 2)
 """
-    configuration(tmp_path)
-    (tmp_path / "twice.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "twice.py"), str(tmp_path / "run.toml")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
+    on_two(tmp_path, code)
 
 
 @pytest.mark.slow
@@ -163,12 +168,7 @@ with ranks.started(load(sys.argv[1]), torch.device("cpu")) as found:
     torch.distributed.all_reduce(x, group=found.group)
     assert all(len(y) == 1 << 23 for y in found.gather(x[: 1 << 23])) and bool((x == 2).all())
 """
-    configuration(tmp_path)
-    (tmp_path / "late.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "late.py"), str(tmp_path / "run.toml")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
+    on_two(tmp_path, code)
 
 
 @pytest.mark.slow

@@ -27,14 +27,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 if "functions_and_args" not in inspect.signature(gl.warp_specialize).parameters:
     raise ImportError(f"attention in Gluon needs Triton 3.6 or later, got {triton.__version__}")
 # Names of later versions, and of Triton 3.6.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 if hasattr(tma, "async_atomic_add"):
-    _add = tma.async_atomic_add
+    copy_add = tma.async_atomic_add
 else:
 
     @gl._core.builtin
-    def _add(descriptor, coord, src, _semantic=None):
+    def copy_add(descriptor, coord, src, _semantic=None):
         kind, coord = gl._core.ir.DESCRIPTOR_REDUCE_KIND.ADD, _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coord, src.handle)
 
@@ -52,7 +52,7 @@ Descriptors = namedtuple("Descriptors", "q k v k_tail v_tail out turned")
 
 
 @gluon.jit
-def _place(t, call, SIZE: gl.constexpr):
+def place_of(t, call, SIZE: gl.constexpr):
     """(clip, head, first token) of a tile of SIZE; those of a head's end that are not whole come after all others."""
     whole = t < call.full
     of = gl.where(whole, t // call.per_head, t - call.full)
@@ -64,30 +64,42 @@ def _copies(at, sh, call, BN: gl.constexpr, STAGES: gl.constexpr):
     """The producer: copies what the consumers wait for, as soon as its place in shared memory is free."""
     it = 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, row = _place(t, call, GROUPS * ROWS)
+        b, h, row = place_of(t, call, GROUPS * ROWS)
         kv = h // call.groups
         for c in gl.static_range(GROUPS):
             place = (it % 2) * GROUPS + c
             mbarrier.wait(sh.q_free.index(place), ((it // 2) & 1) ^ 1)
             mbarrier.expect(sh.q_there.index(place), at.q.block_type.nbytes)
-            _load(at.q, [b, h, row + c * ROWS, 0], sh.q_there.index(place), sh.q.index(place))
+            copy_in(at.q, [b, h, row + c * ROWS, 0], sh.q_there.index(place), sh.q.index(place))
         tail = call.blocks * BN
         mbarrier.wait(sh.tail_free.index(0), (it & 1) ^ 1)
         mbarrier.expect(sh.tail_there.index(0), at.k_tail.block_type.nbytes)
-        _load(at.k_tail, [b, kv, tail, 0], sh.tail_there.index(0), sh.k_tail)
+        copy_in(at.k_tail, [b, kv, tail, 0], sh.tail_there.index(0), sh.k_tail)
         mbarrier.wait(sh.tail_free.index(1), (it & 1) ^ 1)
         mbarrier.expect(sh.tail_there.index(1), at.v_tail.block_type.nbytes)
-        _load(at.v_tail, [b, kv, tail, 0], sh.tail_there.index(1), sh.v_tail)
+        copy_in(at.v_tail, [b, kv, tail, 0], sh.tail_there.index(1), sh.v_tail)
         for i in range(call.blocks):
             n = it * call.blocks + i
             s, free = n % STAGES, ((n // STAGES) & 1) ^ 1
             mbarrier.wait(sh.k_free.index(s), free)
             mbarrier.expect(sh.k_there.index(s), at.k.block_type.nbytes)
-            _load(at.k, [b, kv, i * BN, 0], sh.k_there.index(s), sh.k.index(s))
+            copy_in(at.k, [b, kv, i * BN, 0], sh.k_there.index(s), sh.k.index(s))
             mbarrier.wait(sh.v_free.index(s), free)
             mbarrier.expect(sh.v_there.index(s), at.v.block_type.nbytes)
-            _load(at.v, [b, kv, i * BN, 0], sh.v_there.index(s), sh.v.index(s))
+            copy_in(at.v, [b, kv, i * BN, 0], sh.v_there.index(s), sh.v.index(s))
         it += 1
+
+
+@gluon.jit
+def angles(x, table, b, h, row, call, D: gl.constexpr):
+    """Cosines and sines [64, D/2] of a head's tokens from `row` on, in x's layout; 1 and 0 where nothing is turned."""
+    P: gl.constexpr = x.type.layout
+    n = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, P))
+    c = gl.arange(0, D // 2, layout=gl.SliceLayout(0, P))
+    turned = ((n >= call.prefix) & (n < call.N))[:, None]
+    head = table.at + b.to(gl.int64) * table.b + h.to(gl.int64) * table.h
+    at = head + (n - call.prefix)[:, None] * (D // 2) + c[None, :]
+    return gl.load(at, mask=turned, other=1.0), gl.load(at + table.half, mask=turned, other=0.0)
 
 
 @gluon.jit
@@ -96,13 +108,7 @@ def _turn(q, table, b, h, row, call, D: gl.constexpr):
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     pairs = q.load(L).reshape((ROWS, D // 2, 2))
     x, y = pairs.split()
-    P: gl.constexpr = x.type.layout
-    n = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, P))
-    c = gl.arange(0, D // 2, layout=gl.SliceLayout(0, P))
-    turned = ((n >= call.prefix) & (n < call.N))[:, None]
-    head = table.at + b.to(gl.int64) * table.b + h.to(gl.int64) * table.h
-    at = head + (n - call.prefix)[:, None] * (D // 2) + c[None, :]
-    cos, sin = gl.load(at, mask=turned, other=1.0), gl.load(at + table.half, mask=turned, other=0.0)
+    cos, sin = angles(x, table, b, h, row, call, D)
     x, y = x.to(gl.float32), y.to(gl.float32)
     q.store(gl.join(x * cos - y * sin, y * cos + x * sin).reshape((ROWS, D)).to(q.dtype))
     fence_async_shared()
@@ -129,7 +135,7 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, BN: gl.constexpr, TAI
     R: gl.constexpr = gl.SliceLayout(1, SL)
     it = 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, row = _place(t, call, GROUPS * ROWS)
+        b, h, row = place_of(t, call, GROUPS * ROWS)
         row += c * ROWS
         place = (it % 2) * GROUPS + c
         before = ((it + 1) % 2) * GROUPS + c
@@ -141,7 +147,7 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, BN: gl.constexpr, TAI
             if table is not None:
                 _turn(q, table, b, h, row, call, D)
                 if KEEP:
-                    _store(at.turned, [b, h, row, 0], kept)
+                    copy_out(at.turned, [b, h, row, 0], kept)
             mbarrier.wait(sh.tail_there.index(0), it & 1)
             s_t = gl.zeros((ROWS, TAIL), gl.float32, TL)
             product = warpgroup_mma(q, sh.k_tail.reshape((TAIL, D)).permute((1, 0)), s_t, use_acc=False, is_async=True)
@@ -200,7 +206,7 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, BN: gl.constexpr, TAI
                 tma.store_wait(pendings=0)
             q.store(acc.to(dtype))
             fence_async_shared()
-            _store(at.out, [b, h, row, 0], kept)
+            copy_out(at.out, [b, h, row, 0], kept)
         else:  # no query of the tile is this warpgroup's: all that is left is to say so
             tma.store_wait(pendings=0)
             mbarrier.arrive(sh.q_free.index(before), count=1, pred=it > 0)

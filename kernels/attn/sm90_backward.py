@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import triton
 from evaat_fast.kernels.attn.forward import shape_of
-from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, _add, _load, _place
+from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, angles, copy_add, copy_in, place_of
 from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel, ends_config
 from evaat_fast.kernels.launch import FUSED, Rows, multiprocessors, on, table_of
 from triton.experimental import gluon
@@ -55,12 +55,12 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
     it, n = 0, 0
     row: gl.constexpr = 4 * ROWS
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, key = _place(t, call, GROUPS * ROWS)
+        b, h, key = place_of(t, call, GROUPS * ROWS)
         mbarrier.wait(sh.kv_free.index(it % 2), ((it // 2) & 1) ^ 1)
         mbarrier.expect(sh.kv_there.index(it % 2), 2 * GROUPS * at.k.block_type.nbytes)
         for c in gl.static_range(GROUPS):
-            _load(at.k, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.k.index((it % 2) * GROUPS + c))
-            _load(at.v, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.v.index((it % 2) * GROUPS + c))
+            copy_in(at.k, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.k.index((it % 2) * GROUPS + c))
+            copy_in(at.v, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.v.index((it % 2) * GROUPS + c))
         first = _first(key, call, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
             of = (b * call.heads * call.groups + mine) * call.blocks
@@ -69,12 +69,12 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
                 s, free = n % STAGES, ((n // STAGES) & 1) ^ 1
                 mbarrier.wait(sh.q_free.index(s), free)
                 mbarrier.expect(sh.q_there.index(s), at.q.block_type.nbytes + row)
-                _load(at.q, [b, mine, block * ROWS, 0], sh.q_there.index(s), sh.q.index(s))
-                _load(at.stats, [2 * (of + block), 0], sh.q_there.index(s), sh.lse.index(s))
+                copy_in(at.q, [b, mine, block * ROWS, 0], sh.q_there.index(s), sh.q.index(s))
+                copy_in(at.stats, [2 * (of + block), 0], sh.q_there.index(s), sh.lse.index(s))
                 mbarrier.wait(sh.do_free.index(s), free)
                 mbarrier.expect(sh.do_there.index(s), at.do.block_type.nbytes + row)
-                _load(at.do, [b, mine, block * ROWS, 0], sh.do_there.index(s), sh.do.index(s))
-                _load(at.stats, [2 * (of + block) + 1, 0], sh.do_there.index(s), sh.delta.index(s))
+                copy_in(at.do, [b, mine, block * ROWS, 0], sh.do_there.index(s), sh.do.index(s))
+                copy_in(at.stats, [2 * (of + block) + 1, 0], sh.do_there.index(s), sh.delta.index(s))
                 n += 1
         it += 1
 
@@ -86,12 +86,7 @@ def _leave(x, rows, table, b, h, key, call, TURN: gl.constexpr, D: gl.constexpr)
     x = gl.convert_layout(x, L)
     if TURN and table is not None:
         y, z = x.reshape((ROWS, D // 2, 2)).split()
-        P: gl.constexpr = y.type.layout
-        n = key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, P))
-        c = gl.arange(0, D // 2, layout=gl.SliceLayout(0, P))
-        turned = ((n >= call.prefix) & (n < call.N))[:, None]
-        at = table.at + b.to(gl.int64) * table.b + h.to(gl.int64) * table.h + (n - call.prefix)[:, None] * (D // 2) + c[None, :]
-        cos, sin = gl.load(at, mask=turned, other=1.0), gl.load(at + table.half, mask=turned, other=0.0)
+        cos, sin = angles(y, table, b, h, key, call, D)
         x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, D)), L)
     n = key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     c = gl.arange(0, D, layout=gl.SliceLayout(0, L))
@@ -116,7 +111,7 @@ def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: 
     s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, key = _place(t, call, GROUPS * ROWS)
+        b, h, key = place_of(t, call, GROUPS * ROWS)
         key += c * ROWS
         v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
         there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < call.N)[:, None]
@@ -170,7 +165,7 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     zeros = gl.zeros((ROWS, D), gl.float32, L)
     j, it = 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, key = _place(t, call, GROUPS * ROWS)
+        b, h, key = place_of(t, call, GROUPS * ROWS)
         mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
         k, first = (it % 2) * GROUPS, _first(key, call, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
@@ -192,7 +187,7 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
                 flat = dQ.reshape((4, 2, 8, 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, D))
                 sh.dq.index(j % 2).store(flat)
                 fence_async_shared()
-                _add(at.sums, [(of + gl.where(i < call.blocks, i, i - call.blocks)) * ROWS, 0], sh.dq.index(j % 2))
+                copy_add(at.sums, [(of + gl.where(i < call.blocks, i, i - call.blocks)) * ROWS, 0], sh.dq.index(j % 2))
                 j += 1
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
         it += 1
