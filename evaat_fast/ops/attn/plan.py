@@ -78,9 +78,11 @@ def plan(
     alone = deterministic and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC_CALL: alone, dispatch.WIDE_HEADS: head_dim > 128}
     if device.type == "cuda":
+        # No GPU has said yet who is faster at 128.
+        named = (dispatch.DEFAULT.get("joint_attention") if backend is None else backend) == "gluon"
         asked |= {
             dispatch.DETERMINISTIC: deterministic or torch.are_deterministic_algorithms_enabled(),
-            dispatch.OTHER_SHAPE: head_dim != 64 or shape[-2] < 192 or shape[-2] != k_shape[-2],
+            dispatch.OTHER_SHAPE: head_dim not in ((64, 128) if named else (64,)) or not 192 <= shape[-2] == k_shape[-2],
             dispatch.HALVES: not interleaved and (grid is not None or positions is not None),
             dispatch.PACKED: cu_seqlens is not None,
             dispatch.TRANSFORMED: transformed,
