@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from check import close, on_hopper
-from test_attn import results, tensors
+from test_attn import assert_bias_learns, results, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
+from evaat_fast.model.vision import Attention
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops.attn.reference import attention_reference
 from evaat_fast.ops.rope3d.rotation import Rotation
 from evaat_fast.ops.rope3d.table import table_of
@@ -36,7 +38,9 @@ class Call:
         else:
             self.q, self.k, self.v = (torch.randn(B, N, h, D, device=device).to(dtype).transpose(1, 2) for h in (H, Hk, Hk))
         self.do = torch.randn(B, N, H, D, device=device).to(dtype).transpose(1, 2)
-        self.dlse, rotation = None, Rotation(None, None, grid or (), prefix, True, False, "triton")
+        # Room for column sums, of what has as many key heads as heads.
+        columns = torch.full((B, -(-N // 64), 3, H, D), float("nan"), device=device) if Hk == H else None
+        self.dlse, self.columns, rotation = None, columns, Rotation(None, None, grid or (), prefix, True, False, "triton")
         self.table = table_of(rotation, D, self.q.device) if grid else None
 
     def turn(self, x):
@@ -77,7 +81,7 @@ class Call:
         out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         grads = [torch.full_like(x, float("nan")) for x in (self.q, self.k, self.v)]
         tables = self.table, self.table
-        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, tables, self.prefix, SCALE)
+        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, self.columns, tables, self.prefix, SCALE)
         return grads
 
     def check(self, names, found):
@@ -90,6 +94,11 @@ class Call:
                 assert error <= 2 * of_torch + 1e-5, f"lse: {error:.1e} > 2 x torch's {of_torch:.1e}"
             else:
                 close(x, low[name], truth[name], name)
+        if self.columns is not None and "dk" in names:
+            for x, y in zip(self.columns.sum((0, 1)), names[-3:], strict=True):
+                exact, low_sum = truth[y].sum((0, 2)), low[y].sum((0, 2), dtype=torch.float32)
+                error, of_torch = ((z - exact).norm() for z in (x, low_sum))
+                assert error <= 1.5 * of_torch, f"column sums of {y}: {error:.1e} > 1.5 x torch's {of_torch:.1e}"
 
 
 # Of whole tiles and of ends of all kinds, 1, 42 and 64 keys that the backward pass takes apart too; of two programs that may
@@ -227,7 +236,7 @@ def test_gluon_against_float64(D, n, grid, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("call", [dict(N=192), dict(N=193, H=2), dict(N=330, B=2, H=4, Hk=2), dict(B=3, H=12, N=785)], ids=str)
 def test_gluon_gradients_against_float64(call, dtype):
-    """Those of the kernel which nothing calls yet; those of keys and values to the bit."""
+    """Those of keys and values to the bit."""
     grid = {"grid": (4, 14, 14), "prefix": 1} if call["N"] == 785 else {}
     call = Call(**call, **grid, dtype=dtype, device="cuda")
     first = call.gradients(sm90_backward.backward)
@@ -249,6 +258,35 @@ def test_gluon_of_a_projection(heads):
     first = results(run("gluon"), [qkv])[0]
     for _ in range(300):
         assert torch.equal(first, run("gluon")(qkv))
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("n,grid", [(193, (2, 8, 12)), (785, (4, 14, 14)), (1025, (4, 16, 16))])
+def test_gluon_of_a_bias_that_qkv_has_in_it(n, grid, frozen):
+    assert_bias_learns(4, 64, n, frozen, 1e-2, "cuda", torch.bfloat16, grid=grid)
+
+
+@pytest.mark.gpu
+@hopper
+def test_a_model_sums_no_gradient_of_qkv(monkeypatch):
+    """Its biases learn within the backward pass of attention, where the kernel serves."""
+    attention, freqs = Attention(128, 2).cuda(), ops.joint_freqs(64).cuda()
+    x = torch.randn(2, 197, 128, device="cuda")
+    torch.nn.init.normal_(attention.q_bias)
+    runs, count = [], 2 * 197 * 3 * 128
+    for backend in ("gluon", "sdpa"):
+        monkeypatch.setitem(dispatch.DEFAULT, "joint_attention", backend)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = attention(x, (1, 14, 14), freqs).float().square().sum()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as run:
+            grads = torch.autograd.grad(loss, [attention.q_bias, attention.v_bias, attention.qkv.weight])
+        sums = [e.input_shapes[0] for e in run.events() if e.name == "aten::sum"]
+        runs.append((*grads, any(torch.Size(shape).numel() == count for shape in sums)))
+    assert (runs[0][-1], runs[1][-1]) == (False, True)
+    for found, expected in zip(runs[0][:-1], runs[1][:-1], strict=True):
+        assert (found - expected).norm() <= 2e-2 * expected.norm()
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from collections import namedtuple
 import triton
 from evaat_fast.kernels.attn.forward import shape_of
 from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, angles, copy_add, copy_in, place_of
-from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel, ends_config
+from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
 from evaat_fast.kernels.launch import FUSED, Rows, multiprocessors, on, table_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +29,9 @@ GROUPS = gl.constexpr(2)  # warpgroups that make weights
 # What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made
 # ahead of dK. SPREAD: see `_first`. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
 SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "KEYS": 208, "QUERIES": 72}
+# The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
+# that a program of the first then takes.
+ENDS = {"most": 64, "blocks": 4, "launch": {"num_warps": 4, "num_stages": 2}}
 
 # heads: of the keys. groups: query heads to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head of
 # a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
@@ -80,11 +83,12 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
 
 
 @gluon.jit
-def _leave(x, rows, table, b, h, key, call, TURN: gl.constexpr, D: gl.constexpr):
-    """float32 [64, D] of the keys from `key` on to memory; with TURN and a table turned back."""
+def _leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.constexpr):
+    """float32 [64, D] of the keys from `key` on to memory, turned back unless `table` is None; with `columns`, float32
+    [clips, blocks, 3, heads, D], also their column sums."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     x = gl.convert_layout(x, L)
-    if TURN and table is not None:
+    if table is not None:
         y, z = x.reshape((ROWS, D // 2, 2)).split()
         cos, sin = angles(y, table, b, h, key, call, D)
         x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, D)), L)
@@ -92,15 +96,18 @@ def _leave(x, rows, table, b, h, key, call, TURN: gl.constexpr, D: gl.constexpr)
     c = gl.arange(0, D, layout=gl.SliceLayout(0, L))
     at = rows.at + b.to(gl.int64) * rows.b + h.to(gl.int64) * rows.h + n.to(gl.int64)[:, None] * rows.n + c[None, :]
     gl.store(at, x.to(rows.at.dtype.element_ty), mask=(n < call.N)[:, None])
+    if columns is not None:
+        part = (b * call.blocks + key // ROWS).to(gl.int64) * 3 + which
+        gl.store(columns + (part * call.heads + h) * D + c, gl.sum(x, 0), mask=key + c * 0 < call.N)
 
 
 @gluon.jit
-def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Warpgroup c: the gradients of 64 keys and values of each tile, and its share of dS."""
     dtype: gl.constexpr = sh.q.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
-    columns: gl.constexpr = gl.SliceLayout(0, L)
+    C: gl.constexpr = gl.SliceLayout(0, L)
     count = call.groups * call.blocks
     zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
     n, it = 0, 0
@@ -125,7 +132,7 @@ def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: 
             dO = sh.do.index(here).reshape((ROWS, D))
             dp = warpgroup_mma(v, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
             dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
-            lse = sh.lse.index(here).reshape((ROWS,)).load(columns)
+            lse = sh.lse.index(here).reshape((ROWS,)).load(C)
             p = gl.exp2(s * call.scale2 - lse[None, :])
             p = p if WHOLE else gl.where(there, p, 0.0)
             dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
@@ -138,7 +145,7 @@ def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: 
             s = warpgroup_mma(k, scores, zeros, use_acc=False, is_async=True)
             dp, dK = warpgroup_mma_wait(2, deps=(dp, dK))  # under way: dV, the next scores
             mbarrier.arrive(sh.q_free.index(before), count=1, pred=i > 0)
-            delta = sh.delta.index(here).reshape((ROWS,)).load(columns)
+            delta = sh.delta.index(here).reshape((ROWS,)).load(C)
             ds = (p * (dp - delta[None, :])).to(dtype)
             mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)
             sh.ds.index((j % 2) * GROUPS + c).store(ds)
@@ -152,8 +159,8 @@ def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: 
         dK = warpgroup_mma_wait(0, deps=(dK,))
         mbarrier.arrive(sh.q_free.index(end), count=1)
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
-        _leave(dV, dv, table, b, h, key, call, False, D)
-        _leave(dK * call.scale, dk, table, b, h, key, call, True, D)
+        _leave(dV, dv, None, columns, 2, b, h, key, call, D)
+        _leave(dK * call.scale, dk, table, columns, 1, b, h, key, call, D)
         n += count
         it += 1
 
@@ -195,10 +202,11 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
 
 
 @gluon.jit
-def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHOLE: gl.constexpr,
+def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, call, WHOLE: gl.constexpr,
                               D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, KEYS: gl.constexpr,
                               QUERIES: gl.constexpr):  # fmt: skip
-    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. WHOLE: all tiles are."""
+    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. columns: as for `_leave`. WHOLE: all
+    tiles are."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
     at = Descriptors(q, k, v, do, stats, sums)
     S: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -234,8 +242,8 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHO
         mbarrier.init(sh.ds_free.index(i), count=1)
     gl.warp_specialize(
         [
-            (_keys, (at, sh, dk, dv, table, call, 0, WHOLE, D, STAGES)),
-            (_keys, (at, sh, dk, dv, table, call, 1, WHOLE, D, STAGES)),
+            (_keys, (at, sh, dk, dv, columns, table, call, 0, WHOLE, D, STAGES)),
+            (_keys, (at, sh, dk, dv, columns, table, call, 1, WHOLE, D, STAGES)),
             (_queries, (at, sh, call, D, SPREAD)),
             (_copies, (at, sh, call, STAGES, SPREAD)),
         ],
@@ -244,27 +252,30 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHO
     )
 
 
-def backward(q, k, v, out, do, lse, dlse, grads, tables, prefix, scale, shape=SHAPE):
-    """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it."""
+def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, shape=SHAPE, ends=ENDS):
+    """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it.
+    columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is H, or None."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
     # So a tile that is not whole has keys for both warpgroups.
-    tail = max(16, triton.next_power_of_2(rest)) if 0 < rest <= rows else 0
+    tail = max(16, triton.next_power_of_2(rest)) if 0 < rest <= ends["most"] else 0
     full = B * Hk * per_head
     tiles = full + (B * Hk if rest and not tail else 0)
     call = Call(Hk, H // Hk, N, tiles, full, per_head, blocks, scale, scale * LOG2E.value, prefix)
+    parts = triton.cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
     stats, sums = lse.new_empty((B * H * blocks * 2, rows)), lse.new_empty((B * H * blocks * rows, D))
+    shares = lse.new_empty((B * Hk, parts, 2, D, tail)) if tail else None
     of = lambda x, block, layout: TensorDescriptor.from_tensor(x, block, layout)  # noqa: E731
     layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
     places = [Rows(x, *x.stride()[:3]) for x in (q, k, v, out, do, lse)]
     dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
     with on(q.device):
-        attn_prepare_sm90_kernel[(B * Hk, 1 if tail else call.groups * blocks)](
-            *places, dlse, stats, sums, dk, dv, k_table, call, S, TAIL=tail, **ends_config(tail), **FUSED
-        )
+        attn_prepare_sm90_kernel[(B * Hk, parts)](*places, dlse, stats, sums, shares, call, S, tail, **ends["launch"], **FUSED)
         attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
             *(of(x, [1, 1, rows, D], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain), of(sums, [rows, D], plain),
-            dk, dv, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, **FUSED,
+            dk, dv, columns, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, **FUSED,
         )  # fmt: skip
-        attn_finish_sm90_kernel[(B * H * blocks,)](sums, dq, table, H, N, prefix, scale, S, **FUSED)
+        attn_finish_sm90_kernel[(B * H * blocks + (B * Hk if tail else 0),)](
+            sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, tail, **FUSED
+        )

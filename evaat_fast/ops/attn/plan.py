@@ -77,19 +77,12 @@ def plan(
     _check_clips(cu_seqlens, max_seqlen, shape[0], device)
     alone = deterministic and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC_CALL: alone, dispatch.WIDE_HEADS: head_dim > 128}
-    if device.type == "cuda":
-        # No GPU has said yet who is faster at 128.
-        named = (dispatch.DEFAULT.get("joint_attention") if backend is None else backend) == "gluon"
-        asked |= {
-            dispatch.DETERMINISTIC: deterministic or torch.are_deterministic_algorithms_enabled(),
-            dispatch.OTHER_SHAPE: head_dim not in ((64, 128) if named else (64,)) or not 192 <= shape[-2] == k_shape[-2],
-            dispatch.HALVES: not interleaved and (grid is not None or positions is not None),
-            dispatch.PACKED: cu_seqlens is not None,
-            dispatch.TRANSFORMED: transformed,
-        }
     wanted = tuple(need for need, is_asked in asked.items() if is_asked)
     if device.type == "cuda":
-        wanted += dispatch.lacks_for_hopper(device)
+        halves = not interleaved and (grid is not None or positions is not None)
+        others = {dispatch.HALVES: halves, dispatch.PACKED: cu_seqlens is not None, dispatch.TRANSFORMED: transformed}
+        wanted += tuple(need for need, is_asked in others.items() if is_asked)
+        wanted += needs_of_shape(device, head_dim, shape[-2], k_shape[-2], deterministic, backend)
     chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
     rest = (cu_seqlens, max_seqlen, scale, chosen)
@@ -118,6 +111,19 @@ def plan(
         rotation = rotation.of(rotation.freqs, of_clips(rotation.positions))
         k_positions = None if k_positions is None else of_clips(k_positions)
     return AttentionPlan(rotation, k_positions, True, *rest)
+
+
+def needs_of_shape(
+    device: torch.device, head_dim: int, N: int, M: int, deterministic: bool = False, backend: str | None = None
+) -> tuple[str, ...]:
+    """What N queries and M keys on a CUDA device ask for that a kernel for Hopper lacks. Heads of 128 are its own by name
+    alone: no GPU has said yet who is faster."""
+    named = (dispatch.DEFAULT.get("joint_attention") if backend is None else backend) == "gluon"
+    needs = {
+        dispatch.DETERMINISTIC: deterministic or torch.are_deterministic_algorithms_enabled(),
+        dispatch.OTHER_SHAPE: head_dim not in ((64, 128) if named else (64,)) or N < 192 or N != M,
+    }
+    return tuple(need for need, is_asked in needs.items() if is_asked) + dispatch.lacks_for_hopper(device)
 
 
 def _check_clips(cu_seqlens, max_seqlen, total, device):
