@@ -22,10 +22,10 @@ from evaat_fast.ops.rope3d.table import table_of
 
 interpret = pytest.mark.interpret
 sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 3.6", exc_type=ImportError)
-from evaat_fast.kernels.attn import sm90_backward  # noqa: E402
-from gluon_emulated import emulate  # noqa: E402
+from evaat_fast.kernels.attn import sm90_backward, sm90_wide  # noqa: E402
+from gluon_emulated import Launcher, emulate  # noqa: E402
 
-F16, SCALE = torch.float16, 0.125
+F16 = torch.float16
 
 
 class Call:
@@ -73,7 +73,10 @@ class Call:
 
     def backward(self, seed, module=sm90_backward):
         """Gradients by the kernels, emulated, of exact outputs and log-sum-exps."""
-        return self.gradients(emulate(module, seed).backward)
+        run, wide = emulate(module, seed).backward, []
+        if self.q.shape[3] == 128:
+            wide = [sm90_wide.SHAPE, sm90_wide.ENDS, Launcher(sm90_wide.attn_backward_wide_kernel, seed)]
+        return self.gradients(lambda *call: run(*call, *wide))
 
     def gradients(self, backward):
         out, lse, *_ = self.plain(torch.float64)
@@ -81,7 +84,7 @@ class Call:
         out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         grads = [torch.full_like(x, float("nan")) for x in (self.q, self.k, self.v)]
         tables = self.table, self.table
-        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, self.columns, tables, self.prefix, SCALE)
+        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, self.columns, tables, self.prefix, self.scale)
         return grads
 
     def check(self, names, found):
@@ -112,7 +115,7 @@ CALLS = [
     dict(N=257, grid=(2, 8, 16), prefix=1),
     dict(N=193, B=2, H=2, grid=(4, 6, 8), prefix=1),
 ]
-# Of 1, 8 and 64 keys behind the last block of 64.
+# Of 1, 8 and 64 keys behind the last block of 64; of 64, 1 and 72 behind the last tile of 128.
 WIDE = [
     dict(N=192, H=2, Hk=1, D=128),
     dict(N=193, H=2, D=128, grid=(4, 6, 8), prefix=1),
@@ -138,7 +141,7 @@ def test_forward_of_two_warpgroups():
 
 
 @interpret
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", CALLS + WIDE, ids=str)
 def test_backward(call):
     call, seed = Call(**call), random.randrange(10**6)
     first, second = call.backward(seed), call.backward(seed + 1)
@@ -234,17 +237,18 @@ def test_gluon_against_float64(D, n, grid, dtype):
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("call", [dict(N=192), dict(N=193, H=2), dict(N=330, B=2, H=4, Hk=2), dict(B=3, H=12, N=785)], ids=str)
-def test_gluon_gradients_against_float64(call, dtype):
+def test_gluon_gradients_against_float64(call, D, dtype):
     """Those of keys and values to the bit."""
     grid = {"grid": (4, 14, 14), "prefix": 1} if call["N"] == 785 else {}
-    call = Call(**call, **grid, dtype=dtype, device="cuda")
-    first = call.gradients(sm90_backward.backward)
+    call, backward = Call(**call, **grid, D=D, dtype=dtype, device="cuda"), (sm90_wide if D == 128 else sm90_backward).backward
+    first = call.gradients(backward)
     call.check(("dq", "dk", "dv"), first)
     for _ in range(100):
-        assert all(map(torch.equal, call.gradients(sm90_backward.backward)[1:], first[1:]))
+        assert all(map(torch.equal, call.gradients(backward)[1:], first[1:]))
     if not grid:
-        far_below_zero(call).check(("dq", "dk", "dv"), call.gradients(sm90_backward.backward))
+        far_below_zero(call).check(("dq", "dk", "dv"), call.gradients(backward))
 
 
 @pytest.mark.gpu

@@ -26,12 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GROUPS = gl.constexpr(2)  # warpgroups that make weights
-# What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made
-# ahead of dK. SPREAD: see `_first`. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
+# What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made ahead of dK.
+# SPREAD: see `first_of`. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
 SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "KEYS": 208, "QUERIES": 72}
 # The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
-# that a program of the first then takes.
-ENDS = {"most": 64, "blocks": 4, "launch": {"num_warps": 4, "num_stages": 2}}
+# that a program of the first then takes. launch, behind: options of the two.
+ENDS = {"most": 64, "blocks": 4, "launch": {"num_warps": 4, "num_stages": 2}, "behind": {"num_warps": 4}}
 
 # heads: of the keys. groups: query heads to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head of
 # a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
@@ -43,7 +43,7 @@ Descriptors = namedtuple("Descriptors", "q k v do stats sums")
 
 
 @gluon.jit
-def _first(key, call, SPREAD: gl.constexpr):
+def first_of(key, call, SPREAD: gl.constexpr):
     """The block of queries that a tile begins with. With SPREAD the tiles of a head, which go side by side, keep apart: no two
     of them add to the same rows of dQ at once."""
     if SPREAD:
@@ -64,7 +64,7 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
         for c in gl.static_range(GROUPS):
             copy_in(at.k, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.k.index((it % 2) * GROUPS + c))
             copy_in(at.v, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.v.index((it % 2) * GROUPS + c))
-        first = _first(key, call, SPREAD)
+        first = first_of(key, call, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
             of = (b * call.heads * call.groups + mine) * call.blocks
             for i in range(first, first + call.blocks):
@@ -83,17 +83,17 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
 
 
 @gluon.jit
-def _leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.constexpr):
-    """float32 [64, D] of the keys from `key` on to memory, turned back unless `table` is None; with `columns`, float32
-    [clips, blocks, 3, heads, D], also their column sums."""
+def leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.constexpr, FIRST: gl.constexpr = 0):
+    """float32 [64, 64] of the keys from `key` and the columns from FIRST on to memory, turned back unless `table` is None; with
+    `columns`, float32 [clips, blocks, 3, heads, D], also their column sums."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     x = gl.convert_layout(x, L)
     if table is not None:
-        y, z = x.reshape((ROWS, D // 2, 2)).split()
-        cos, sin = angles(y, table, b, h, key, call, D)
-        x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, D)), L)
+        y, z = x.reshape((ROWS, ROWS // 2, 2)).split()
+        cos, sin = angles(y, table, b, h, key, call, D, FIRST // 2)
+        x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, ROWS)), L)
     n = key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
-    c = gl.arange(0, D, layout=gl.SliceLayout(0, L))
+    c = FIRST + gl.arange(0, ROWS, layout=gl.SliceLayout(0, L))
     at = rows.at + b.to(gl.int64) * rows.b + h.to(gl.int64) * rows.h + n.to(gl.int64)[:, None] * rows.n + c[None, :]
     gl.store(at, x.to(rows.at.dtype.element_ty), mask=(n < call.N)[:, None])
     if columns is not None:
@@ -159,8 +159,8 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
         dK = warpgroup_mma_wait(0, deps=(dK,))
         mbarrier.arrive(sh.q_free.index(end), count=1)
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
-        _leave(dV, dv, None, columns, 2, b, h, key, call, D)
-        _leave(dK * call.scale, dk, table, columns, 1, b, h, key, call, D)
+        leave(dV, dv, None, columns, 2, b, h, key, call, D)
+        leave(dK * call.scale, dk, table, columns, 1, b, h, key, call, D)
         n += count
         it += 1
 
@@ -174,7 +174,7 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = place_of(t, call, GROUPS * ROWS)
         mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
-        k, first = (it % 2) * GROUPS, _first(key, call, SPREAD)
+        k, first = (it % 2) * GROUPS, first_of(key, call, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
             of = (b * call.heads * call.groups + mine) * call.blocks
             for i in range(first, first + call.blocks):
@@ -205,7 +205,7 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
 def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, call, WHOLE: gl.constexpr,
                               D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, KEYS: gl.constexpr,
                               QUERIES: gl.constexpr):  # fmt: skip
-    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. columns: as for `_leave`. WHOLE: all
+    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. columns: as for `leave`. WHOLE: all
     tiles are."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
     at = Descriptors(q, k, v, do, stats, sums)
@@ -252,9 +252,12 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, 
     )
 
 
-def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, shape=SHAPE, ends=ENDS):
-    """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it.
-    columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is H, or None."""
+def backward(
+    q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, shape=SHAPE, ends=ENDS, kernel=None
+):  # fmt: skip
+    """As `backward.backward`, of heads of 64 that `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves`
+    wants it. columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is H, or None.
+    kernel, with shape and ends: another one for other heads."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
     # So a tile that is not whole has keys for both warpgroups.
@@ -263,7 +266,7 @@ def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale,
     tiles = full + (B * Hk if rest and not tail else 0)
     call = Call(Hk, H // Hk, N, tiles, full, per_head, blocks, scale, scale * LOG2E.value, prefix)
     parts = triton.cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
-    stats, sums = lse.new_empty((B * H * blocks * 2, rows)), lse.new_empty((B * H * blocks * rows, D))
+    stats, sums = (lse.new_empty((B * H * blocks * x, rows)) for x in (2, D))
     shares = lse.new_empty((B * Hk, parts, 2, D, tail)) if tail else None
     of = lambda x, block, layout: TensorDescriptor.from_tensor(x, block, layout)  # noqa: E731
     layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
@@ -272,10 +275,10 @@ def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale,
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
     with on(q.device):
         attn_prepare_sm90_kernel[(B * Hk, parts)](*places, dlse, stats, sums, shares, call, S, tail, **ends["launch"], **FUSED)
-        attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
-            *(of(x, [1, 1, rows, D], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain), of(sums, [rows, D], plain),
-            dk, dv, columns, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, **FUSED,
+        (kernel or attn_backward_sm90_kernel)[(min(multiprocessors(q.device), tiles),)](
+            *(of(x, [1, 1, rows, rows], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain),
+            of(sums, [rows, rows], plain), dk, dv, columns, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, **FUSED,
         )  # fmt: skip
         attn_finish_sm90_kernel[(B * H * blocks + (B * Hk if tail else 0),)](
-            sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, tail, **FUSED
+            sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, tail, **ends["behind"], **FUSED
         )
