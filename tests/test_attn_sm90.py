@@ -174,8 +174,8 @@ FAULTS = {
     "queries are given away early": ("index(before), count=1, pred=i > 0", "index(here), count=1, pred=i + 1 < count"),
     "keys are given away early": ("sh.kv_free.index(i), count=GROUPS + 1", "sh.kv_free.index(i), count=GROUPS"),
     "keys are never given away": (
-        "sh.kv_free.index(it % 2), count=1)\n        _leave",
-        "sh.kv_free.index(it % 2), count=0)\n        _leave",
+        "sh.kv_free.index(it % 2), count=1)\n        leave",
+        "sh.kv_free.index(it % 2), count=0)\n        leave",
     ),
     "weights beyond the end": ("p = p if WHOLE else gl.where(there, p, 0.0)", "pass"),
 }

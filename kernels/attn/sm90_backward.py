@@ -252,9 +252,7 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, 
     )
 
 
-def backward(
-    q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, shape=SHAPE, ends=ENDS, kernel=None
-):  # fmt: skip
+def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, shape=SHAPE, ends=ENDS, kernel=None):
     """As `backward.backward`, of heads of 64 that `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves`
     wants it. columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is H, or None.
     kernel, with shape and ends: another one for other heads."""
