@@ -51,6 +51,9 @@ class Value:
     def permute(self, order):
         return Value(self.data.permute(order))
 
+    def broadcast_to(self, shape):
+        return Value(self.data.expand(shape))
+
     def split(self):
         return (Value(self.data[..., 0]), Value(self.data[..., 1]))
 

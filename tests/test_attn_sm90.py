@@ -11,6 +11,7 @@ import pytest
 import torch
 from check import close, on_hopper
 from test_attn import assert_bias_learns, results, tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
@@ -52,8 +53,9 @@ class Call:
         turned_q, turned_k = self.turn(q), self.turn(k)
         if dtype == torch.float64:
             out = attention_reference(turned_q, turned_k, v, SCALE)
-        else:
-            out = scaled_dot_product_attention(turned_q, turned_k, v, scale=SCALE, enable_gqa=True)
+        else:  # cuDNN's dQ in float16 is NaN where all scores lie far below zero
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+                out = scaled_dot_product_attention(turned_q, turned_k, v, scale=SCALE, enable_gqa=True)
         wide, many = torch.promote_types(dtype, torch.float32), turned_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         lse = (turned_q.to(wide) @ many.mT.to(wide) * SCALE).logsumexp(-1)
         grads = [self.do.to(dtype)] + ([] if self.dlse is None else [self.dlse.to(lse.dtype)])
@@ -96,7 +98,8 @@ class Call:
             for x, y in zip(self.columns.sum((0, 1)), names[-3:], strict=True):
                 exact, low_sum = truth[y].sum((0, 2)), low[y].sum((0, 2), dtype=torch.float32)
                 error, of_torch = ((z - exact).norm() for z in (x, low_sum))
-                assert error <= 1.5 * of_torch, f"column sums of {y}: {error:.1e} > 1.5 x torch's {of_torch:.1e}"
+                rounding = torch.finfo(self.q.dtype).eps / 16 * exact.norm()
+                assert error <= 2 * of_torch + rounding, f"column sums of {y}: {error:.1e} for torch's {of_torch:.1e}"
 
 
 # Of whole tiles and of ends of all kinds, 1, 42 and 64 keys that the backward pass takes apart too; of two programs that may

@@ -31,7 +31,9 @@ GROUPS = gl.constexpr(2)  # warpgroups that make weights
 SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "KEYS": 208, "QUERIES": 72}
 # The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
 # that a program of the first then takes.
-ENDS = {"most": 64, "blocks": 4, "launch": {"num_warps": 4, "num_stages": 2}}
+ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 2}}
+# Log-sum-exps are divided by the scale, and have to stay finite.
+LEAST_SCALE = 1e-20
 
 # heads: of the keys. groups: query heads to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head of
 # a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
@@ -102,20 +104,29 @@ def _leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.
 
 
 @gluon.jit
+def _columns(x, L: gl.constexpr):
+    """What a product adds up from: a number for each column. Read while products are under way; read when it is needed, it
+    waits for 230 cycles behind what these read."""
+    return x.reshape((ROWS,)).load(gl.SliceLayout(0, L))[None, :].broadcast_to((ROWS, ROWS))
+
+
+@gluon.jit
 def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Warpgroup c: the gradients of 64 keys and values of each tile, and its share of dS."""
     dtype: gl.constexpr = sh.q.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
-    C: gl.constexpr = gl.SliceLayout(0, L)
     count = call.groups * call.blocks
     zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
     n, it = 0, 0
     # The first tile's first scores; those of any other are made at the end of the tile before.
     mbarrier.wait(sh.kv_there.index(0), 0)
     mbarrier.wait(sh.q_there.index(0), 0)
+    s = _columns(sh.lse.index(0), L)
     first = sh.k.index(c).reshape((ROWS, D))
-    s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), s, is_async=True)
+    mbarrier.wait(sh.do_there.index(0), 0)
+    dp = _columns(sh.delta.index(0), L)
     s = warpgroup_mma_wait(0, deps=(s,))
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = place_of(t, call, GROUPS * ROWS)
@@ -128,30 +139,29 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             j = n + i
             here, then = j % STAGES, (j + 1) % STAGES
             before = gl.where(i > 0, (j + STAGES - 1) % STAGES, here)
-            mbarrier.wait(sh.do_there.index(here), (j // STAGES) & 1)
             dO = sh.do.index(here).reshape((ROWS, D))
-            dp = warpgroup_mma(v, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, dO.permute((1, 0)), dp, is_async=True)
             dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
-            lse = sh.lse.index(here).reshape((ROWS,)).load(C)
-            p = gl.exp2(s * call.scale2 - lse[None, :])
-            p = p if WHOLE else gl.where(there, p, 0.0)
-            dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
             last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
-            tile = gl.where(last, it + 1, it)
+            tile, phase = gl.where(last, it + 1, it), ((j + 1) // STAGES) & 1
             mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
-            mbarrier.wait(sh.q_there.index(then), ((j + 1) // STAGES) & 1, pred=more | (i + 1 < count))
+            mbarrier.wait(sh.q_there.index(then), phase, pred=more | (i + 1 < count))
+            p = gl.exp2(s * call.scale2)
+            p = p if WHOLE else gl.where(there, p, 0.0)
+            s = _columns(sh.lse.index(then), L)
+            dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
             k = sh.k.index((tile % 2) * GROUPS + c).reshape((ROWS, D))
-            scores = sh.q.index(then).reshape((ROWS, D)).permute((1, 0))
-            s = warpgroup_mma(k, scores, zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma(k, sh.q.index(then).reshape((ROWS, D)).permute((1, 0)), s, is_async=True)
             dp, dK = warpgroup_mma_wait(2, deps=(dp, dK))  # under way: dV, the next scores
             mbarrier.arrive(sh.q_free.index(before), count=1, pred=i > 0)
-            delta = sh.delta.index(here).reshape((ROWS,)).load(C)
-            ds = (p * (dp - delta[None, :])).to(dtype)
+            ds = (p * dp).to(dtype)
             mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)
             sh.ds.index((j % 2) * GROUPS + c).store(ds)
             fence_async_shared()
             mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
             slopes = gl.convert_layout(ds, A)
+            mbarrier.wait(sh.do_there.index(then), phase, pred=more | (i + 1 < count))
+            dp = _columns(sh.delta.index(then), L)
             dV, s = warpgroup_mma_wait(0, deps=(dV, s))
             mbarrier.arrive(sh.do_free.index(here), count=1)
         end = (n + count - 1) % STAGES
@@ -254,7 +264,8 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, 
 
 def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, shape=SHAPE, ends=ENDS):
     """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it.
-    columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is H, or None."""
+    scale: above LEAST_SCALE. columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is
+    H, or None."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
     # So a tile that is not whole has keys for both warpgroups.

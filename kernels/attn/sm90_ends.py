@@ -8,10 +8,10 @@ from evaat_fast.kernels.attn.forward import LOG2E, load_rows, turn
 
 @triton.jit
 def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, call, S, TAIL: tl.constexpr):
-    """Program: some queries of the heads of a key head. stats [blocks, 2, BLOCK_M] float32: log-sum-exps by log2(e), infinite
-    beyond the end, and the sums over D of out * do, less dlse, the gradient of lse, as lse or None. sums: zeros, or with TAIL
-    the share of dQ of the keys, so many at most, that fill no tile; shares [key heads, programs, 2, D, TAIL]: of their dK,
-    neither scaled nor turned back, and of their dV.
+    """Program: some queries of the heads of a key head. stats [blocks, 2, BLOCK_M] float32, which products are added to:
+    log-sum-exps by -1 / scale, -inf beyond the end, and dlse, the gradient of lse, as lse or None, less the sums over D of
+    out * do. sums: zeros, or with TAIL the share of dQ of the keys, so many at most, that fill no tile; shares [key heads,
+    programs, 2, D, TAIL]: of their dK, neither scaled nor turned back, and of their dV.
     """
     D: tl.constexpr = S.D
     of_head, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -27,18 +27,18 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, c
         m, of = block * S.BLOCK_M + i, (b * call.heads * call.groups + h) * call.blocks + block
         x = load_rows(out.at + b * out.b + h * out.h, out.n, m, call.N, c, c < D, True, D).to(tl.float32)
         dO = load_rows(do.at + b * do.b + h * do.h, do.n, m, call.N, c, c < D, True, D)
-        delta, row = tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
+        delta, row = -tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
         if dlse is not None:
-            delta -= tl.load(dlse + row, mask=m < call.N, other=0.0)
-        level = tl.load(lse.at + row, mask=m < call.N, other=float("inf")) * LOG2E
-        tl.store(stats + of * (2 * S.BLOCK_M) + i, level)
+            delta += tl.load(dlse + row, mask=m < call.N, other=0.0)
+        level = tl.load(lse.at + row, mask=m < call.N, other=float("inf"))
+        tl.store(stats + of * (2 * S.BLOCK_M) + i, -level / call.scale)
         tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, delta)
         dQ = tl.zeros((S.BLOCK_M, D), tl.float32)
         if TAIL:
             queries = load_rows(q.at + b * q.b + h * q.h, q.n, m, call.N, c, c < D, True, D)
-            p = tl.exp2(tl.dot(queries, tl.trans(keys)) * call.scale2 - level[:, None])
+            p = tl.exp2(tl.dot(queries, tl.trans(keys)) * call.scale2 - (level * LOG2E)[:, None])
             p = tl.where((n < call.N)[None, :], p, 0.0)
-            ds = (p * (tl.dot(dO, tl.trans(values)) - delta[:, None])).to(keys.dtype)
+            ds = (p * (tl.dot(dO, tl.trans(values)) + delta[:, None])).to(keys.dtype)
             dQ = tl.dot(ds, keys, dQ)
             # With D for rows: warpgroups multiply 64 at least, and the keys may be fewer.
             dK = tl.dot(tl.trans(queries), ds, dK)

@@ -91,10 +91,10 @@ def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, columns, call):
 
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     tables, (prefix, interleaved) = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
-    if call.backend == "gluon" and None not in grads:
+    if call.backend == "gluon" and all(x is not None for x in grads):
         from evaat_fast.kernels.attn import sm90, sm90_backward
 
-        if sm90.serves(q, k, v):
+        if sm90.serves(q, k, v) and call.scale > sm90_backward.LEAST_SCALE:
             grad = grad if sm90.serves(grad) else _output(grad).copy_(grad)
             sm90_backward.backward(q, k, v, out, grad, lse, grad_lse, grads, columns, tables, prefix, call.scale)
             return True
