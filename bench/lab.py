@@ -51,7 +51,7 @@ def gradient_cases(device, small):
     from evaat_fast.ops.rope3d.rotation import Rotation
     from evaat_fast.ops.rope3d.table import table_of
 
-    def gluon(ends=None, launch=None, **changed):
+    def gluon(ends=None, launch=None, ordered=False, **changed):
         def make(inputs):
             tables = (table_of(inputs["rotation"], 64, inputs["qkv"].device),) * 2
             shape, parts = sm90_backward.SHAPE | changed, sm90_backward.ENDS | (ends or {})
@@ -60,7 +60,7 @@ def gradient_cases(device, small):
             def step():
                 dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), attn.split(inputs["qkv"], inputs["heads"])
                 grads = attn.split(dqkv, inputs["heads"])
-                given = inputs["out"], inputs["grad"], inputs["lse"], None, grads, None, tables, 1, 0.125
+                given = inputs["out"], inputs["grad"], inputs["lse"], None, grads, None, tables, 1, 0.125, ordered
                 sm90_backward.backward(q, k, v, *given, shape, parts)
                 return (dqkv,)
 
@@ -74,7 +74,8 @@ def gradient_cases(device, small):
         "3 stages": gluon(launch={"num_stages": 3}),
     }
     variants |= {"13 blocks, 3 stages": gluon({"blocks": 13}, {"num_stages": 3}), "none taken apart": gluon({"most": 0})}
-    variants |= {"four blocks in flight": gluon(STAGES=4)}
+    variants |= {"four blocks in flight": gluon(STAGES=4), "in order": gluon(ordered=True)}
+    variants |= {"in order, in step": gluon(ordered=True, SPREAD=False)}
     for T, B, H, grid in ((4, 1, 1, 8),) if small else ((4, 32, 12, 14), (8, 32, 12, 14), (4, 16, 16, 16)):
         shape = attn.shape(T, B, H, 64, grid)
         inputs = attn.inputs(shape, torch.float16 if small else torch.bfloat16, device)

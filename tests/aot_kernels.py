@@ -141,7 +141,7 @@ def attn_sm90(arch, dtype="bf16", tail=32, keep=True, turned=True):
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
 
-def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True, columns=False):
+def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True, columns=False, ordered=False):
     from evaat_fast.kernels.attn import sm90_backward as kernels
     from triton.experimental.gluon import language as gl
 
@@ -150,6 +150,7 @@ def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True, columns=Fals
     types |= {"stats": f"tensordesc<fp32[1, 64],{plain!r}>", "sums": f"tensordesc<fp32[64, 64],{plain!r}>"}
     types |= dict.fromkeys(("dk", "dv"), rows(dtype)) | {"table": table("fp32") if turned else None}
     types |= {"call": kernels.Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1), "columns": "*fp32" if columns else None}
+    types["turns"] = "*i32" if ordered else None
     constants, aligned = kernels.SHAPE | {"WHOLE": whole}, [*TABLE, *strides("dk", "dv")]
     return aot.build(kernels.attn_backward_sm90_kernel, types, constants, arch, aligned=aligned, num_warps=4)
 
@@ -163,7 +164,7 @@ def attn_ends_sm90(arch, name, tail, columns=False):
     kernel, tensors = getattr(sm90_ends, f"attn_{name}_sm90_kernel"), ("q", "k", "v", "out", "do", "dq", "dk", "dv")
     types = dict.fromkeys(tensors, rows("bf16")) | dict.fromkeys(("table", "k_table"), table("fp32"))
     types |= {"lse": rows("fp32")._replace(n=1), "dlse": None, "parts": "i32"} | dict.fromkeys(("stats", "sums"), "*fp32")
-    types |= {"shares": "*fp32" if tail else None, "columns": "*fp32" if columns else None}
+    types |= {"turns": None, "shares": "*fp32" if tail else None, "columns": "*fp32" if columns else None}
     types["call"] = Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
     types["S"] = forward.Shape(*map(tl.constexpr, (64, 64, True, 0, 64, 128)))
     types, launch = {x: types[x] for x in kernel.arg_names if x in types}, ENDS["launch"] if name == "prepare" else {}
@@ -319,6 +320,7 @@ HOPPER = {
     "attn backward sm90 bf16": attn_backward_sm90,
     "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
     "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),
+    "attn backward sm90 bf16, ordered": functools.partial(attn_backward_sm90, ordered=True),
     "attn backward sm90 bf16, column sums": functools.partial(attn_backward_sm90, columns=True),
     "gradients prepare sm90, tail 0": functools.partial(attn_ends_sm90, name="prepare", tail=0),
     "gradients prepare sm90, tail 32": functools.partial(attn_ends_sm90, name="prepare", tail=32),

@@ -24,7 +24,7 @@ from evaat_fast.ops.rope3d.table import table_of
 interpret = pytest.mark.interpret
 sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 3.6", exc_type=ImportError)
 from evaat_fast.kernels.attn import sm90_backward  # noqa: E402
-from gluon_emulated import emulate  # noqa: E402
+from gluon_emulated import Gluon, emulate, rebuilt  # noqa: E402
 
 F16, SCALE = torch.float16, 0.125
 
@@ -75,13 +75,13 @@ class Call:
         """Gradients by the kernels, emulated, of exact outputs and log-sum-exps."""
         return self.gradients(emulate(module, seed).backward)
 
-    def gradients(self, backward):
+    def gradients(self, backward, ordered=False):
         out, lse, *_ = self.plain(torch.float64)
         q, k = (self.turn(x.float()).to(x.dtype) for x in (self.q, self.k))
         out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         grads = [torch.full_like(x, float("nan")) for x in (self.q, self.k, self.v)]
         tables = self.table, self.table
-        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, self.columns, tables, self.prefix, SCALE)
+        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, self.columns, tables, self.prefix, SCALE, ordered)
         return grads
 
     def check(self, names, found):
@@ -137,6 +137,31 @@ def test_backward(call):
 
 
 @interpret
+@pytest.mark.parametrize("programs,call", [(2, dict(N=640)), (5, dict(N=459, H=2)), (3, dict(N=330, H=2, Hk=1))], ids=str)
+def test_backward_in_order(programs, call):
+    """Tiles add up dQ in one order, as many programs wait for each other as there are."""
+    call, seed = Call(**call), random.randrange(10**6)
+    first, second = (call.gradients(emulate(sm90_backward, seed + i, programs).backward, True) for i in range(2))
+    call.check(("dq", "dk", "dv"), first)
+    assert all(map(torch.equal, first, second))
+
+
+@interpret
+@pytest.mark.parametrize("spread", [False, True])
+def test_turns(spread):
+    """Each tile of a head has one of its own, and comes to a block of queries after those whose turns are before."""
+    turn = rebuilt(sm90_backward._turn.fn, Gluon(None, 0, 1))
+    for blocks, n, whole in ((13, 6, True), (25, 12, False), (40, 19, True), (9, 4, False), (4, 2, True)):
+        call = sm90_backward.Call(1, 1, 64 * blocks, n, n, n, blocks, 1.0, 1.0, 0)
+        first = [tile * blocks // (n + 1) if spread else 0 for tile in range(n)]
+        for block in range(blocks):
+            turns = [int(turn(128 * tile, block, call, spread)) for tile in range(n + (not whole))]
+            assert sorted(turns) == list(range(len(turns))) and turns[n:] == [n][: not whole]
+            steps = [(block - first[tile]) % blocks for tile in range(n)]
+            assert sorted(steps) == [steps[turns.index(i)] for i in range(n)]
+
+
+@interpret
 def test_gradients_of_log_sum_exps():
     call = Call(N=200, H=2)
     call.dlse = torch.randn(1, 2, 200)
@@ -173,19 +198,40 @@ def far_below_zero(call):
     return call
 
 
+def faulty(other, folder):
+    """The module with another text."""
+    text = Path(sm90_backward.__file__).read_text()
+    assert text.count(other[0]) == 1
+    (folder / "faulty.py").write_text(text.replace(*other))
+    spec = importlib.util.spec_from_file_location("faulty", folder / "faulty.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @interpret
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault, tmp_path):
-    text, other = Path(sm90_backward.__file__).read_text(), FAULTS[fault]
-    assert text.count(other[0]) == 1
-    (tmp_path / "faulty.py").write_text(text.replace(*other))
-    spec = importlib.util.spec_from_file_location("faulty", tmp_path / "faulty.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = faulty(FAULTS[fault], tmp_path)
     call = far_below_zero(Call(N=200)) if fault == "weights beyond the end" else Call(H=4 if "keys" in fault else 2, N=450)
     with pytest.raises((AssertionError, RuntimeError)):
         for seed in range(30):
             call.check(("dq", "dk", "dv"), call.backward(seed, module))
+
+
+@interpret
+@pytest.mark.parametrize(
+    "other",
+    [
+        (") < turn:", ") < 0:"),
+        ("if at.turns is not None:\n                    stores_done()", "if False:\n                    pass"),
+    ],
+    ids=["no turn is waited for", "a turn is given away early"],
+)
+def test_faults_of_order_are_found(other, tmp_path):
+    module, call = faulty(other, tmp_path), Call(N=459)
+    first = call.gradients(emulate(module, 0, 3).backward, True)[0]
+    assert not all(torch.equal(first, call.gradients(emulate(module, 1 + i, 3).backward, True)[0]) for i in range(40))
 
 
 hopper = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
@@ -229,6 +275,22 @@ def test_gluon_gradients_against_float64(call, dtype):
         assert all(map(torch.equal, call.gradients(sm90_backward.backward)[1:], first[1:]))
     if not grid:
         far_below_zero(call).check(("dq", "dk", "dv"), call.gradients(sm90_backward.backward))
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("n,grid", [(256, None), (459, None), (785, (4, 14, 14)), (3137, (16, 14, 14))])
+def test_gluon_gradients_in_order(n, grid):
+    """Of more tiles than there are multiprocessors, some of them not whole."""
+    inputs = tensors(B=4, H=12, n=n, D=64, dtype=torch.bfloat16, device="cuda")
+    options = dict(grid=grid) if grid else {}
+    run = lambda backend: lambda *x: ops.joint_attention(*x, backend=backend, deterministic=backend == "gluon", **options)  # noqa: E731
+    held_to_sdpa(run, [x[:1, :2].detach().requires_grad_() for x in inputs])
+    first = results(run("gluon"), inputs)
+    for _ in range(100):
+        assert all(map(torch.equal, first, results(run("gluon"), inputs)))
+    for found, expected in zip(first, results(run("sdpa"), inputs), strict=True):
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.gpu

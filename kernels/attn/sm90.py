@@ -39,6 +39,12 @@ else:
         _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coord, src.handle)
 
 
+@gluon.jit
+def stores_done():
+    """Waits until what this partition has copied out is in memory; tma.store_wait, until it is read."""
+    gl.inline_asm_elementwise("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 GROUPS = gl.constexpr(3)  # warpgroups

@@ -9,9 +9,10 @@ under that of dV and that of the scores which come next, be they the next tile's
 
 from collections import namedtuple
 
+import torch
 import triton
 from evaat_fast.kernels.attn.forward import shape_of
-from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, angles, copy_add, copy_in, place_of
+from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, angles, copy_add, copy_in, place_of, stores_done
 from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
 from evaat_fast.kernels.launch import FUSED, Rows, multiprocessors, on, table_of
 from triton.experimental import gluon
@@ -41,7 +42,8 @@ Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale scale
 # What is in shared memory: two tiles' keys and values, blocks in flight, two blocks' dS and dQ, and barriers by the name of
 # what they guard.
 Shared = namedtuple("Shared", "k v q do lse delta ds dq kv_there kv_free q_there q_free do_there do_free ds_there ds_free")
-Descriptors = namedtuple("Descriptors", "q k v do stats sums")
+# Descriptors of tensors, and how many tiles have added to a block of dQ, or None.
+Memory = namedtuple("Memory", "q k v do stats sums turns")
 
 
 @gluon.jit
@@ -176,11 +178,25 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
 
 
 @gluon.jit
+def _turn(key, block, call, SPREAD: gl.constexpr):
+    """How many tiles of a head add to a block of queries before the tile that begins with `key`: with SPREAD those that come to
+    it before. A tile which is not whole comes last, as it does in time."""
+    tile, n = key // (GROUPS * ROWS), call.per_head
+    if SPREAD:
+        begun = ((block + 1) * (n + 1) + call.blocks - 1) // call.blocks  # tiles that begin with it or before it
+        begun = gl.where(begun < n, begun, n)
+        turn = begun - 1 - tile
+        return gl.where(tile < n, gl.where(turn < 0, turn + n, turn), n)
+    else:
+        return tile
+
+
+@gluon.jit
 def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     """The third warpgroup: a tile's share of dQ, block by block."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     zeros = gl.zeros((ROWS, D), gl.float32, L)
-    j, it = 0, 0
+    j, it, last = 0, 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = place_of(t, call, GROUPS * ROWS)
         mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
@@ -189,6 +205,11 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
             of = (b * call.heads * call.groups + mine) * call.blocks
             for i in range(first, first + call.blocks):
                 two, phase = (j % 2) * GROUPS, (j // 2) & 1
+                block = gl.where(i < call.blocks, i, i - call.blocks)
+                if at.turns is not None:
+                    turn = _turn(key, block, call, SPREAD)
+                    while gl.atomic_add(at.turns + of + block, 0, sem="acquire") < turn:
+                        pass
                 mbarrier.wait(sh.ds_there.index(two), phase)
                 keys = sh.k.index(k).reshape((ROWS, D))
                 dQ = warpgroup_mma(sh.ds.index(two).permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
@@ -199,26 +220,35 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
                 dQ = warpgroup_mma(sh.ds.index(two + 1).permute((1, 0)), keys, dQ, is_async=True)
                 dQ = warpgroup_mma_wait(0, deps=(dQ,))
                 mbarrier.arrive(sh.ds_free.index(two + 1), count=1)
-                tma.store_wait(pendings=1)  # of the two blocks before, one is added to memory still
+                if at.turns is not None:
+                    stores_done()
+                else:
+                    tma.store_wait(pendings=1)  # of the two blocks before, one is added to memory still
                 # In the order of registers: 16 bytes of each thread, one after the other.
                 flat = dQ.reshape((4, 2, 8, 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, D))
                 sh.dq.index(j % 2).store(flat)
                 fence_async_shared()
-                copy_add(at.sums, [(of + gl.where(i < call.blocks, i, i - call.blocks)) * ROWS, 0], sh.dq.index(j % 2))
+                if at.turns is not None:  # of the block before; stored to, shared memory has brought all threads together
+                    gl.atomic_add(at.turns + last, 1, mask=(mine > h * call.groups) | (i > first), sem="release")
+                copy_add(at.sums, [(of + block) * ROWS, 0], sh.dq.index(j % 2))
+                last = of + block
                 j += 1
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
+        if at.turns is not None:
+            stores_done()
+            gl.atomic_add(at.turns + last, 1, sem="release")
         it += 1
     tma.store_wait(pendings=0)
 
 
 @gluon.jit
-def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, call, WHOLE: gl.constexpr,
+def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, table, call, WHOLE: gl.constexpr,
                               D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, KEYS: gl.constexpr,
                               QUERIES: gl.constexpr):  # fmt: skip
-    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. columns: as for `_leave`. WHOLE: all
-    tiles are."""
+    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. turns: zeros, int32 [blocks of all
+    heads], or None for tiles that add to dQ in any order. columns: as for `_leave`. WHOLE: all tiles are."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    at = Descriptors(q, k, v, do, stats, sums)
+    at = Memory(q, k, v, do, stats, sums, turns)
     S: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     of_kv: gl.constexpr = 2 * GROUPS
     sh = Shared(
@@ -262,10 +292,10 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, 
     )
 
 
-def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, shape=SHAPE, ends=ENDS):
+def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, ordered, shape=SHAPE, ends=ENDS):
     """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it.
     scale: above LEAST_SCALE. columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is
-    H, or None."""
+    H, or None. ordered: dQ is the same to the bit every time."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
     # So a tile that is not whole has keys for both warpgroups.
@@ -276,16 +306,24 @@ def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale,
     parts = triton.cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
     stats, sums = lse.new_empty((B * H * blocks * 2, rows)), lse.new_empty((B * H * blocks * rows, D))
     shares = lse.new_empty((B * Hk, parts, 2, D, tail)) if tail else None
+    programs, turns = min(multiprocessors(q.device), tiles), None
+    if ordered:
+        turns = torch.empty(B * H * blocks, dtype=torch.int32, device=q.device)
+        # A tile may wait for another of its head, which no program may be to take after it; all programs run at once.
+        shape = shape | {"SPREAD": shape["SPREAD"] and per_head <= programs}
     of = lambda x, block, layout: TensorDescriptor.from_tensor(x, block, layout)  # noqa: E731
     layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
     places = [Rows(x, *x.stride()[:3]) for x in (q, k, v, out, do, lse)]
     dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
     with on(q.device):
-        attn_prepare_sm90_kernel[(B * Hk, parts)](*places, dlse, stats, sums, shares, call, S, tail, **ends["launch"], **FUSED)
-        attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
+        attn_prepare_sm90_kernel[(B * Hk, parts)](
+            *places, dlse, stats, sums, shares, turns, call, S, tail, **ends["launch"], **FUSED
+        )
+        attn_backward_sm90_kernel[(programs,)](
             *(of(x, [1, 1, rows, D], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain), of(sums, [rows, D], plain),
-            dk, dv, columns, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, **FUSED,
+            turns, dk, dv, columns, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, launch_cooperative_grid=ordered,
+            **FUSED,
         )  # fmt: skip
         attn_finish_sm90_kernel[(B * H * blocks + (B * Hk if tail else 0),)](
             sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, tail, **FUSED

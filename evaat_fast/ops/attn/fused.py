@@ -96,7 +96,8 @@ def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, columns, call):
 
         if sm90.serves(q, k, v) and call.scale > sm90_backward.LEAST_SCALE:
             grad = grad if sm90.serves(grad) else _output(grad).copy_(grad)
-            sm90_backward.backward(q, k, v, out, grad, lse, grad_lse, grads, columns, tables, prefix, call.scale)
+            how = (columns, tables, prefix, call.scale, call.deterministic)
+            sm90_backward.backward(q, k, v, out, grad, lse, grad_lse, grads, *how)
             return True
     delta, rest = torch.empty_like(lse), (prefix, interleaved, call.scale, call.cu_seqlens)
     backward.backward(q, k, v, out, grad, lse, grad_lse, delta, grads, tables, *rest)
