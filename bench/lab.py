@@ -95,6 +95,48 @@ def gradient_cases(device, small):
         yield Case(f"N {shape['N']}", inputs, variants, check, yardstick, work)
 
 
+def wide_cases(device, small):
+    """Attention of turned heads of 128, forward alone, of a projection."""
+    import attn
+
+    from evaat_fast.ops.rope3d.rotation import Rotation
+    from evaat_fast.ops.rope3d.table import table_of
+
+    def by_gluon(**changed):
+        def make(inputs):
+            from evaat_fast.kernels.attn import sm90
+
+            q, k, v = attn.split(inputs["qkv"].detach(), inputs["heads"])
+            rotation = Rotation(None, None, inputs["grid"], 1, True, False, "triton")
+            table, shape = table_of(rotation, 128, q.device), sm90.shape_of(q.shape[2], 128) | changed
+            (B, H, N, D), lse = q.shape, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+            def step():
+                out, turned = q.new_empty(B, N, H, D).transpose(1, 2), ops.rope3d(k, grid=inputs["grid"])
+                sm90.forward(q, turned, v, out, lse, None, table, 1, D**-0.5, shape)
+                return (out,)
+
+            return step
+
+        return make
+
+    def alone(inputs):
+        q, k, v = (x.detach() for x in attn.split(inputs["qkv"], inputs["heads"]))
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    for T, B, patches in ((4, 1, 8),) if small else ((4, 32, 14), (8, 32, 14), (16, 32, 14)):
+        shape = attn.shape(T, B, 1 if small else 12, 128, patches)
+        inputs = attn.inputs(shape, torch.float16 if small else torch.bfloat16, device)
+        (truth,) = attn.truth(harness.doubled(inputs), "fwd")()
+        (low,) = attn.step(attn.torch_itself)(inputs, "fwd")()
+        check = lambda found, low=low, truth=truth: harness.of_tests("check").close(found[0], low, truth)  # noqa: E731
+        by_torch = lambda i: attn.step(attn.unpacked("sdpa"))(i, "fwd")  # noqa: E731
+        variants = {"rotation, SDPA": by_torch, "Gluon, 3 x 64 queries, 64 keys": by_gluon()}
+        if (shape["N"] - 1) % 128 < 64:  # else the last keys have no room beside two blocks
+            variants["Gluon, 2 x 64 queries, 128 keys"] = by_gluon(GROUPS=2, BN=128, STAGES=2, REGISTERS=240)
+        yield Case(f"D 128, T {T}", inputs, variants, check, alone, attn.BENCH.work(shape, "fwd", 2))
+
+
 ENTRIES = {
     "ends": Entry(
         "How are the last keys of a head that fill no tile, 17, 33 and 1 here, best taken in Gluon's backward pass?",
@@ -102,6 +144,13 @@ ENTRIES = {
         "0.464, 0.457 and 0.503, 1.50, 1.41 and 1.50, and 0.481, 0.479 and 0.524, when the pass between took 0.343, 1.18, 0.35",
         "ENDS of kernels/attn/sm90_backward.py, and STAGES of its SHAPE",
         gradient_cases,
+    ),
+    "wide": Entry(
+        "Does attention in Gluon of heads of 128 beat our rotation before cuDNN, and in which blocks?",
+        "0.31 to 0.40, 0.96 to 1.22 and 3.4 to 4.3 ms at T 4, 8 and 16 on an H200, the rotation of the keys included, where "
+        "cuDNN should take 0.27, 0.85 and 3.3 and the rotation of queries and keys 0.08, 0.16 and 0.32",
+        "SHAPES of kernels/attn/sm90.py; who serves heads of 128 in ops/attn/plan.py: Gluon where it is 1.05 x as fast",
+        wide_cases,
     ),
 }
 

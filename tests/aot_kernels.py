@@ -127,17 +127,18 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     return aot.build(kernel, types, {}, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
-def attn_sm90(arch, dtype="bf16", tail=32, keep=True, turned=True):
-    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys."""
+def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape):
+    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys. shape: where it is another than the shipped one."""
     from evaat_fast.kernels.attn import sm90
     from triton.experimental.gluon import language as gl
 
     layout = gl.NVMMASharedLayout(128, 16, rank=4)
-    of = lambda rows: f"tensordesc<{dtype}[1, 1, {rows}, 64],{layout!r}>"  # noqa: E731
-    types = dict.fromkeys(("q", "out", "turned"), of(64)) | dict.fromkeys(("k", "v"), of(128))
+    shape = sm90.shape_of(785, D) | shape
+    of = lambda rows: f"tensordesc<{dtype}[1, 1, {rows}, {D}],{layout!r}>"  # noqa: E731
+    types = dict.fromkeys(("q", "out", "turned"), of(64)) | dict.fromkeys(("k", "v"), of(shape["BN"]))
     types |= dict.fromkeys(("k_tail", "v_tail"), of(tail)) | {"lse": "*fp32", "table": table("fp32") if turned else None}
     types["call"] = sm90.Call("i32", 1, *["i32"] * 5, "fp32", 1)
-    constants = dict(BN=128, TAIL=tail, D=64, STAGES=3, KEEP=keep, REGISTERS=160)
+    constants = dict(TAIL=tail, D=D, KEEP=keep) | shape
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
 
@@ -317,6 +318,10 @@ HOPPER = {
     "attn sm90 bf16, tail 32": functools.partial(attn_sm90, keep=False),
     "attn sm90 bf16, tail 128, training": functools.partial(attn_sm90, tail=128),
     "attn sm90 fp16, tail 64, no rotation": functools.partial(attn_sm90, dtype="fp16", tail=64, keep=False, turned=False),
+    "attn sm90 bf16 D128, tail 32, training": functools.partial(attn_sm90, D=128),
+    "attn sm90 fp16 D128, tail 64, no rotation": functools.partial(
+        attn_sm90, dtype="fp16", D=128, tail=64, keep=False, turned=False
+    ),
     "attn backward sm90 bf16": attn_backward_sm90,
     "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
     "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),

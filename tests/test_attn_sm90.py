@@ -26,23 +26,23 @@ sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 
 from evaat_fast.kernels.attn import sm90_backward  # noqa: E402
 from gluon_emulated import Gluon, emulate, rebuilt  # noqa: E402
 
-F16, SCALE = torch.float16, 0.125
+F16 = torch.float16
 
 
 class Call:
-    """Inputs of a call: packed [B, N, 3, H, 64] in memory where Hk is H, else tokens first; turned where there is a grid."""
+    """Inputs of a call: packed [B, N, 3, H, D] in memory where Hk is H, else tokens first; turned where there is a grid."""
 
-    def __init__(self, B=1, H=1, Hk=None, N=192, grid=None, prefix=0, dtype=F16, device="cpu"):
-        Hk, self.prefix, self.grid = Hk or H, prefix, grid
+    def __init__(self, B=1, H=1, Hk=None, N=192, D=64, grid=None, prefix=0, dtype=F16, device="cpu"):
+        Hk, self.prefix, self.grid, self.scale = Hk or H, prefix, grid, D**-0.5
         if Hk == H:
-            self.q, self.k, self.v = torch.randn(B, N, 3, H, 64, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+            self.q, self.k, self.v = torch.randn(B, N, 3, H, D, device=device).to(dtype).permute(2, 0, 3, 1, 4)
         else:
-            self.q, self.k, self.v = (torch.randn(B, N, h, 64, device=device).to(dtype).transpose(1, 2) for h in (H, Hk, Hk))
-        self.do = torch.randn(B, N, H, 64, device=device).to(dtype).transpose(1, 2)
+            self.q, self.k, self.v = (torch.randn(B, N, h, D, device=device).to(dtype).transpose(1, 2) for h in (H, Hk, Hk))
+        self.do = torch.randn(B, N, H, D, device=device).to(dtype).transpose(1, 2)
         # Room for column sums, of what has as many key heads as heads.
-        columns = torch.full((B, -(-N // 64), 3, H, 64), float("nan"), device=device) if Hk == H else None
+        columns = torch.full((B, -(-N // 64), 3, H, D), float("nan"), device=device) if Hk == H else None
         self.dlse, self.columns, rotation = None, columns, Rotation(None, None, grid or (), prefix, True, False, "triton")
-        self.table = table_of(rotation, 64, self.q.device) if grid else None
+        self.table = table_of(rotation, D, self.q.device) if grid else None
 
     def turn(self, x):
         return ops.rope3d(x, grid=self.grid, prefix_tokens=self.prefix, backend="reference") if self.grid else x
@@ -52,23 +52,25 @@ class Call:
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
         turned_q, turned_k = self.turn(q), self.turn(k)
         if dtype == torch.float64:
-            out = attention_reference(turned_q, turned_k, v, SCALE)
+            out = attention_reference(turned_q, turned_k, v, self.scale)
         else:  # cuDNN's dQ in float16 is NaN where all scores lie far below zero
             with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
-                out = scaled_dot_product_attention(turned_q, turned_k, v, scale=SCALE, enable_gqa=True)
+                out = scaled_dot_product_attention(turned_q, turned_k, v, scale=self.scale, enable_gqa=True)
         wide, many = torch.promote_types(dtype, torch.float32), turned_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        lse = (turned_q.to(wide) @ many.mT.to(wide) * SCALE).logsumexp(-1)
+        lse = (turned_q.to(wide) @ many.mT.to(wide) * self.scale).logsumexp(-1)
         grads = [self.do.to(dtype)] + ([] if self.dlse is None else [self.dlse.to(lse.dtype)])
         found = torch.autograd.grad([out, lse][: len(grads)], (q, k, v), grads)
         return out.detach(), lse.detach(), *found
 
-    def forward(self, seed, keep=True):
+    def forward(self, seed, keep=True, shape=None):
         """(out, lse, the queries that it leaves), by the kernel."""
         k = self.turn(self.k) if self.grid else self.k
         B, H, N, D = self.q.shape
         out = torch.full((B, N, H, D), float("nan"), dtype=self.q.dtype).transpose(1, 2)
         lse, turned = torch.full((B, H, N), float("nan")), self.q.clone() if keep else None
-        emulate(sm90, seed).forward(self.q, k.contiguous(), self.v, out, lse, turned, self.table, self.prefix, SCALE)
+        emulate(sm90, seed).forward(
+            self.q, k.contiguous(), self.v, out, lse, turned, self.table, self.prefix, self.scale, shape
+        )
         return out, lse, turned
 
     def backward(self, seed, module=sm90_backward):
@@ -81,7 +83,9 @@ class Call:
         out = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         grads = [torch.full_like(x, float("nan")) for x in (self.q, self.k, self.v)]
         tables = self.table, self.table
-        backward(q, k, self.v, out, self.do, lse.float(), self.dlse, grads, self.columns, tables, self.prefix, SCALE, ordered)
+        backward(
+            q, k, self.v, out, self.do, lse.float(), self.dlse, grads, self.columns, tables, self.prefix, self.scale, ordered
+        )
         return grads
 
     def check(self, names, found):
@@ -113,16 +117,29 @@ CALLS = [
     dict(N=257, grid=(2, 8, 16), prefix=1),
     dict(N=193, B=2, H=2, grid=(4, 6, 8), prefix=1),
 ]
+# Of 1, 8 and 64 keys behind the last block of 64.
+WIDE = [
+    dict(N=192, H=2, Hk=1, D=128),
+    dict(N=193, H=2, D=128, grid=(4, 6, 8), prefix=1),
+    dict(N=328, H=4, Hk=2, D=128),
+]
 
 
 @interpret
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", CALLS + WIDE, ids=str)
 def test_forward(call):
     call, seed = Call(**call), random.randrange(10**6)
     out, lse, turned = call.forward(seed)
     call.check(("out", "lse"), (out, lse))
     torch.testing.assert_close(turned.double(), call.turn(call.q.double()), rtol=1e-3, atol=1e-3)
     assert torch.equal(call.forward(seed + 1, keep=False)[0], out)
+
+
+@interpret
+def test_forward_of_two_warpgroups():
+    """What may be compiled for heads of 128, too."""
+    for call in (Call(N=321, H=2, D=128), Call(N=257, D=128, grid=(2, 8, 16), prefix=1)):
+        call.check(("out", "lse"), call.forward(0, shape=sm90.SHAPES[128] | {"GROUPS": 2, "BN": 128, "STAGES": 2})[:2])
 
 
 @interpret
@@ -252,11 +269,15 @@ def held_to_sdpa(function, inputs):
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("n,grid", [(192, None), (193, (2, 8, 12)), (298, (3, 9, 11)), (785, (4, 14, 14)), (1025, (4, 16, 16))])
-def test_gluon_against_float64(n, grid, dtype):
+@pytest.mark.parametrize(
+    "D,n,grid",
+    [(64, 192, None), (64, 193, (2, 8, 12)), (64, 298, (3, 9, 11)), (64, 785, (4, 14, 14)), (64, 1025, (4, 16, 16))]
+    + [(128, 192, None), (128, 785, (4, 14, 14)), (128, 1025, (4, 16, 16))],
+)
+def test_gluon_against_float64(D, n, grid, dtype):
     rope = dict(grid=grid) if grid else {}
     attend = lambda backend: lambda *x: ops.joint_attention(*x, backend=backend, **rope)  # noqa: E731
-    for inputs in (tensors(H=4, Hk=2, n=n, D=64, dtype=dtype, device="cuda"), tensors(n=n, D=64, dtype=dtype, device="cuda")):
+    for inputs in (tensors(H=4, Hk=2, n=n, D=D, dtype=dtype, device="cuda"), tensors(n=n, D=D, dtype=dtype, device="cuda")):
         held_to_sdpa(attend, inputs)
         held_to_sdpa(attend, list(map(tokens_first, inputs)))
 
@@ -295,10 +316,11 @@ def test_gluon_gradients_in_order(n, grid):
 
 @pytest.mark.gpu
 @hopper
-def test_gluon_of_a_projection():
+@pytest.mark.parametrize("heads", [12, 6])
+def test_gluon_of_a_projection(heads):
     """Of more tiles than there are multiprocessors: each program takes several, the last of them not whole."""
     qkv = (torch.randn(20, 785, 3 * 12 * 64, device="cuda") / 2).bfloat16().requires_grad_()
-    run = lambda backend: lambda x: ops.joint_attention_qkv_(x * 1, 12, (4, 14, 14), backend=backend)  # noqa: E731
+    run = lambda backend: lambda x: ops.joint_attention_qkv_(x * 1, heads, (4, 14, 14), backend=backend)  # noqa: E731
     held_to_sdpa(run, [qkv])
     first = results(run("gluon"), [qkv])[0]
     for _ in range(300):

@@ -35,6 +35,22 @@ def test_gradients_of_attention(lab, monkeypatch):
             case.check((found + 0.1,))
 
 
+@pytest.mark.interpret
+def test_heads_of_128(lab, monkeypatch):
+    sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 3.6", exc_type=ImportError)
+    from gluon_emulated import emulate
+
+    monkeypatch.setattr(sm90, "forward", emulate(sm90, 0).forward)
+    for case in lab.ENTRIES["wide"].cases("cpu", True):
+        assert len(case.variants) == 3
+        for make in case.variants.values():
+            (found,) = make(case.inputs)()
+            case.check((found,))
+            with pytest.raises(AssertionError):
+                case.check((found + 0.1,))
+        case.yardstick(case.inputs)()
+
+
 def test_without_a_gpu_it_says_so(lab):
     if torch.cuda.is_available():
         pytest.skip("there is one")

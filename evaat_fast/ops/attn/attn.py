@@ -84,8 +84,8 @@ def joint_attention(
             "gluon" does not serve, Triton then does, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
-        backend: "auto", "gluon" (Hopper's heads of 64 in half precision, from 192 tokens on), "sdpa", "triton" (head dims up to
-            128; slower than sdpa on an H200) or "reference".
+        backend: "auto", "gluon" (Hopper's heads of 64, by this name of 128, in half precision, from 192 tokens on), "sdpa",
+            "triton" (head dims up to 128; slower than sdpa on an H200) or "reference".
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). With

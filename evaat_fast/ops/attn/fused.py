@@ -94,7 +94,8 @@ def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, columns, call):
     if call.backend == "gluon" and all(x is not None for x in grads):
         from evaat_fast.kernels.attn import sm90, sm90_backward
 
-        if sm90.serves(q, k, v) and call.scale > sm90_backward.LEAST_SCALE:
+        small = q.shape[3] == sm90_backward.SHAPE["D"] and call.scale > sm90_backward.LEAST_SCALE
+        if small and sm90.serves(q, k, v):
             grad = grad if sm90.serves(grad) else _output(grad).copy_(grad)
             how = (columns, tables, prefix, call.scale, call.deterministic)
             sm90_backward.backward(q, k, v, out, grad, lse, grad_lse, grads, *how)

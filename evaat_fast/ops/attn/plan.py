@@ -85,7 +85,7 @@ def plan(
         halves = not interleaved and (grid is not None or positions is not None)
         others = {dispatch.HALVES: halves, dispatch.PACKED: cu_seqlens is not None, dispatch.TRANSFORMED: transformed}
         wanted += tuple(need for need, is_asked in others.items() if is_asked)
-        wanted += needs_of_shape(device, head_dim, shape[-2], k_shape[-2])
+        wanted += needs_of_shape(device, head_dim, shape[-2], k_shape[-2], backend)
     chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
     rest = (cu_seqlens, max_seqlen, scale, chosen, deterministic or of_torch)
@@ -116,9 +116,11 @@ def plan(
     return AttentionPlan(rotation, k_positions, True, *rest)
 
 
-def needs_of_shape(device: torch.device, head_dim: int, N: int, M: int) -> tuple[str, ...]:
-    """What N queries and M keys on a CUDA device ask for that a kernel for Hopper lacks."""
-    fits = head_dim == 64 and N >= 192 and N == M
+def needs_of_shape(device: torch.device, head_dim: int, N: int, M: int, backend: str | None = None) -> tuple[str, ...]:
+    """What N queries and M keys on a CUDA device ask for that a kernel for Hopper lacks. Heads of 128 are its own by name
+    alone: no GPU has said yet who is faster."""
+    named = (dispatch.DEFAULT.get("joint_attention") if backend is None else backend) == "gluon"
+    fits = head_dim in ((64, 128) if named else (64,)) and N >= 192 and N == M
     return (() if fits else (dispatch.OTHER_SHAPE,)) + dispatch.lacks_for_hopper(device)
 
 
