@@ -11,7 +11,7 @@ from collections import namedtuple
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, Rows, constants, generation, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, constants, generation, launch, table_of
 from evaat_fast.kernels.rope3d.rotate import turn_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -184,8 +184,7 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, interleaved, scale, cu):
     """
     (B, H, N, D), (_, Hk, M, _) = q.shape, k.shape
     call = Call(H // Hk, H, N, M, prefix, cu, 0 if cu is None else len(cu) - 1, scale)
-    rows, columns, launch = blocks_of("forward", q.dtype, D, generation(q.device))
+    rows, columns, options = blocks_of("forward", q.dtype, D, generation(q.device))
     places = [None if x is None else Rows(x, *x.stride()[:3]) for x in (q, k, v, out, lse, turned_q)]
-    with on(q.device):
-        S = shape_of(q, interleaved, cu, rows, columns)
-        attn_forward_kernel[programs(call, N, rows, B)](*places, table_of(table), call, S, **launch, **FUSED)
+    S = shape_of(q, interleaved, cu, rows, columns)
+    launch(attn_forward_kernel, programs(call, N, rows, B), (*places, table_of(table), call, S), options | FUSED)

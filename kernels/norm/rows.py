@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, multiprocessors, on
+from evaat_fast.kernels.launch import FUSED, launch, multiprocessors
 
 
 def block(C, channels, **constants):
@@ -97,5 +97,5 @@ SUMS = {"BLOCK_P": 128, "BLOCK_C": 32, "num_warps": 8}
 def add_up(sums, dweight, dbias, dx_bias):
     """sums: float32 [P, 2 or more, C]. The others may be None."""
     P, count, C = sums.shape
-    with on(sums.device):
-        sums_kernel[triton.cdiv(C, SUMS["BLOCK_C"]), count](sums, dweight, dbias, dx_bias, P, C=C, KINDS=count, **SUMS, **FUSED)
+    grid, options = (-(-C // SUMS["BLOCK_C"]), count), {"C": C, "KINDS": count, **SUMS, **FUSED}
+    launch(sums_kernel, grid, (sums, dweight, dbias, dx_bias, P), options)

@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, generation, on
+from evaat_fast.kernels.launch import FUSED, generation, launch
 from evaat_fast.kernels.pairwise import panel
 from evaat_fast.kernels.pairwise.panel import place, products, strips, tiles
 
@@ -254,15 +254,12 @@ def tiles_of(rows, f, logits):
 def stats(f, logits, out, sums, totals):
     """The statistics of a panel, and what they add to the totals."""
     (down, across), every, block = tiles_of(out.last - out.first, f, logits), kind_of(logits) != OWN, 64
-    with on(f.video.device):
-        contrast_stats_kernel[(down * across,)](f, logits, out, **_constants(f, logits))
-        grid = triton.cdiv(f.N, block), 2
-        halves = 4 * across * (out.last - out.first), down * f.N
-        contrast_totals_kernel[grid](
-            out, sums, totals, halves, f.N, down, across, EVERY=every, BLOCK=block, num_warps=2, **FUSED
-        )
+    launch(contrast_stats_kernel, (down * across,), (f, logits, out), _constants(f, logits))
+    halves = 4 * across * (out.last - out.first), down * f.N
+    places = out, sums, totals, halves, f.N, down, across
+    options = {"EVERY": every, "BLOCK": block, "num_warps": 2, **FUSED}
+    launch(contrast_totals_kernel, (triton.cdiv(f.N, block), 2), places, options)
 
 
 def slopes(f, logits, totals, out):
-    with on(f.video.device):
-        contrast_slopes_kernel[(len(out.scale_slope),)](f, logits, totals, out, **_constants(f, logits))
+    launch(contrast_slopes_kernel, (len(out.scale_slope),), (f, logits, totals, out), _constants(f, logits))

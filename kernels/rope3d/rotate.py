@@ -11,13 +11,15 @@ each of the three angles composed in float32) are as many instructions as the ro
 """
 
 from collections import namedtuple
+from functools import cache
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, Rows, constants, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, constants, launch, table_of
 
 HEADS = 4
 NUM_WARPS = 4
+OPTIONS = {"num_warps": NUM_WARPS, **FUSED}
 BLOCK_ELEMENTS = 2048  # of one head in a program, of 16 bits: 16 a thread, two loads of 16 bytes; of float32 half as many
 MOST_CLIPS = 65535  # of a grid's third dimension
 
@@ -26,6 +28,7 @@ MOST_CLIPS = 65535  # of a grid's third dimension
 Shape = namedtuple("Shape", "D INTERLEAVED INVERSE HEADS BLOCK_N BLOCK_C")
 
 
+@cache
 def shape_of(D, interleaved, inverse, per_head, heads=HEADS, elements=BLOCK_ELEMENTS):
     """elements: of one head in a program."""
     rows = max(1, elements // triton.next_power_of_2(D))
@@ -155,7 +158,7 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
         rows = [x if x is None else Rows(x, *x.stride()[:3]) for x in tensors]
         places += [rows[0], rows[min(1, len(rows) - 1)], rows[2] if len(rows) > 2 else None]
     counts = (q_heads, k_heads, N, prefix_tokens, first)
-    with on(xs[0].device):
-        for clip in range(0, B, MOST_CLIPS):
-            grid = (blocks, groups, min(B - clip, MOST_CLIPS))
-            rope3d_kernel[grid](*places, table_of(table), *counts, clip, S, num_warps=NUM_WARPS, **FUSED)
+    table = table_of(table)
+    for clip in range(0, B, MOST_CLIPS):
+        grid = (blocks, groups, min(B - clip, MOST_CLIPS))
+        launch(rope3d_kernel, grid, (*places, table, *counts, clip, S), OPTIONS)

@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, on, table_of
+from evaat_fast.kernels.launch import FUSED, launch, table_of
 
 BLOCK = 1024  # entries of a program
 
@@ -76,5 +76,5 @@ def fill(out, freqs, positions, grid):
     _, Hp, Wp = grid or (1, 1, 1)
     rows = None if positions is None else Positions(positions, *positions.stride())
     places = (freqs, freqs.stride(0), rows, table_of(out), M, Hp, Wp)
-    with on(out.device):
-        rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](*places, C=C, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, **FUSED)
+    options = {"C": C, "BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, **FUSED}
+    launch(rope3d_table_kernel, (B * triton.cdiv(M, BLOCK_M), H), places, options)
