@@ -33,6 +33,15 @@ _KEPT: dict[tuple, tuple] = {}
 _MOST_KEPT = 4096
 
 
+def cdiv(a, b):
+    """triton.cdiv is a function of constants, too, and takes 2 us, as next_power_of_2 does."""
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length()
+
+
 def table_of(x):
     if x is None:
         return None
@@ -116,6 +125,7 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@lru_cache(maxsize=64)
 def generation(device):
     """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

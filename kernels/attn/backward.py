@@ -8,7 +8,7 @@ in memory, took as long on an H200. Gradients are turned back while still float3
 import triton
 import triton.language as tl
 from evaat_fast.kernels.attn.forward import LOG2E, TF32X3, Call, blocks_of, channel, load_rows, place, programs, shape_of, turn
-from evaat_fast.kernels.launch import FUSED, Rows, generation, launch, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, cdiv, generation, launch, table_of
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def backward(q, k, v, out, do, lse, dlse, delta, grads, tables, prefix, interlea
     of_out, dq, dk, dv = (None if x is None else Rows(x, *x.stride()[:3]) for x in (out, *grads))
     table, k_table = map(table_of, tables)
     S = shape_of(q, interleaved, None, 64, 64)
-    launch(attn_delta_kernel, (triton.cdiv(N, 64) * B * H,), (of_out, *places[3:], dlse, delta, H, N, S), FUSED)
+    launch(attn_delta_kernel, (cdiv(N, 64) * B * H,), (of_out, *places[3:], dlse, delta, H, N, S), FUSED)
     if dk is not None:
         (rows, columns, options), of_keys = blocks("keys"), call._replace(heads=Hk)
         S = shape_of(q, interleaved, cu, rows, columns)

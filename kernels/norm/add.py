@@ -4,7 +4,7 @@ from functools import cache, lru_cache
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, launch
+from evaat_fast.kernels.launch import FUSED, launch, next_power_of_2
 from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, stages, store_sums
 
 # Neighbouring channels of a thread: 16 bytes of float32, 8 of 16 bits. With 8 a thread what is stored in float32 passes through
@@ -82,7 +82,7 @@ def forward(x, residual, weight, bias, normed, total, statistics, eps):
 def channels(C, of_x):
     """Of a warp of the backward pass. of_x: it sums up x's columns, too. Rows of 512 and 1,024 would then take 154 and 143
     registers, where 16 warps a multiprocessor have 128; they take 91 and 80."""
-    return 256 if of_x and triton.next_power_of_2(C) == C else 512
+    return 256 if of_x and next_power_of_2(C) == C else 512
 
 
 def backward_config(C, *itemsizes, of_x=False):

@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import launch
+from evaat_fast.kernels.launch import cdiv, launch
 from evaat_fast.kernels.pairwise.panel import config, place, products, strips, tiles
 
 RULES = {"code": 0, "paper": 1, "charades": 2}
@@ -187,7 +187,7 @@ def sms_kernel(f, pairs, labels, penalty, out, RULE: tl.constexpr, BLOCK: tl.con
 def own_pairs(f, pairs, labels):
     """Fills the cosines of pairs, and where there are labels their own relevancies."""
     shape = config(f.video.dtype)
-    grid, options = (triton.cdiv(f.N, shape["BLOCK"]),), {"LABELLED": labels is not None, **shape}
+    grid, options = (cdiv(f.N, shape["BLOCK"]),), {"LABELLED": labels is not None, **shape}
     launch(diagonal_kernel, grid, (f, pairs, labels), options)
 
 

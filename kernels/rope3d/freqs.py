@@ -7,7 +7,7 @@ angles, times the tokens' positions, over its tokens in float64: one sum a progr
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import Rows, launch, table_of
+from evaat_fast.kernels.launch import Rows, cdiv, launch, table_of
 from evaat_fast.kernels.rope3d.rotate import BLOCK_ELEMENTS, HEADS, OPTIONS, shape_of, turn_pair
 
 
@@ -99,7 +99,7 @@ def programs(grads, per_head):
     """(blocks of tokens, blocks of heads): each has a partial sum of the slopes."""
     B, _, N, D = grads[0].shape
     S = shape_with_freqs(D, True, True, per_head)
-    return B * triton.cdiv(N, S.BLOCK_N.value), sum(triton.cdiv(x.shape[1], S.HEADS.value) for x in grads)
+    return B * cdiv(N, S.BLOCK_N.value), sum(cdiv(x.shape[1], S.HEADS.value) for x in grads)
 
 
 def rotate_with_freqs(grads, outs, xs, partial, table, positions, prefix_tokens, interleaved, inverse):

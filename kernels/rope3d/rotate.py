@@ -15,7 +15,7 @@ from functools import cache
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, Rows, constants, launch, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, cdiv, constants, launch, next_power_of_2, table_of
 
 HEADS = 4
 NUM_WARPS = 4
@@ -31,8 +31,8 @@ Shape = namedtuple("Shape", "D INTERLEAVED INVERSE HEADS BLOCK_N BLOCK_C")
 @cache
 def shape_of(D, interleaved, inverse, per_head, heads=HEADS, elements=BLOCK_ELEMENTS):
     """elements: of one head in a program."""
-    rows = max(1, elements // triton.next_power_of_2(D))
-    return constants(Shape, D, interleaved, inverse, 1 if per_head else heads, rows, triton.next_power_of_2(D // 2))
+    rows = max(1, elements // next_power_of_2(D))
+    return constants(Shape, D, interleaved, inverse, 1 if per_head else heads, rows, next_power_of_2(D // 2))
 
 
 @triton.jit
@@ -145,8 +145,8 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
     in_place = outs[0] is xs[0]
     first = prefix_tokens if in_place else 0
     S = shape_of(D, interleaved, inverse, table.shape[2] > 1, elements=2 * BLOCK_ELEMENTS // xs[0].element_size())
-    q_groups, k_groups = triton.cdiv(q_heads, S.HEADS.value), triton.cdiv(k_heads, S.HEADS.value)
-    blocks, groups = triton.cdiv(N - first, S.BLOCK_N.value), q_groups + k_groups * max(1, len(xs) - 1)
+    q_groups, k_groups = cdiv(q_heads, S.HEADS.value), cdiv(k_heads, S.HEADS.value)
+    blocks, groups = cdiv(N - first, S.BLOCK_N.value), q_groups + k_groups * max(1, len(xs) - 1)
     if N == prefix_tokens and not in_place:  # the table has no rows, and the kernel reads one
         for x, out in zip(xs, outs, strict=True):
             out.copy_(x)
