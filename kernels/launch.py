@@ -1,4 +1,4 @@
-"""What launchers ask of a tensor, and what travels together into a kernel as one named tuple."""
+"""What launchers ask of a tensor, what travels together into a kernel as one named tuple, and the launch itself."""
 
 import contextlib
 from collections import namedtuple
@@ -6,6 +6,13 @@ from functools import lru_cache
 
 import torch
 import triton.language as tl
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+try:
+    from triton import knobs
+except ImportError:  # before Triton 3.4
+    knobs = None
 
 # A tensor [B, H, N, ..] with a contiguous last dimension: its address, and the strides of clips, heads and tokens.
 Rows = namedtuple("Rows", "at b h n")
@@ -18,20 +25,98 @@ Table = namedtuple("Table", "at half b h")
 # of that.
 FUSED = {"enable_fp_fusion": True}
 
+_HERE = contextlib.nullcontext()
+_CONSTANTS: dict[int, tuple] = {}  # the tuples that `constants` made, by their ids
+# What a launch was compiled to, and the constants behind its arguments, by all that decides it. Of batches of a thousand sizes
+# there are as many, and it begins anew.
+_KEPT: dict[tuple, tuple] = {}
+_MOST_KEPT = 4096
+
+
+def cdiv(a, b):
+    """triton.cdiv is a function of constants, too, and takes 2 us, as next_power_of_2 does."""
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length()
+
 
 def table_of(x):
-    return None if x is None else Table(x, x.stride(0), *(x.stride(i) if x.shape[i] > 1 else 0 for i in (1, 2)))
+    if x is None:
+        return None
+    (half, b, h, *_), (_, clips, heads, *_) = x.stride(), x.shape
+    return Table(x, half, b if clips > 1 else 0, h if heads > 1 else 0)
 
 
-@lru_cache(maxsize=256, typed=True)
+@lru_cache(maxsize=None, typed=True)
 def constants(kind, *values):
     """A named tuple of what a kernel is compiled for. Kept, since making it takes as long as half a launch."""
-    return kind(*map(tl.constexpr, values))
+    made = kind(*map(tl.constexpr, values))
+    _CONSTANTS[id(made)] = made
+    return made
 
 
 def on(device):
     """A launch's device as a context."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return _at(device.index) if device.type == "cuda" else _HERE
+
+
+def _at(index):
+    return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+def launch(kernel, grid, arguments, options):
+    """kernel[grid](*arguments, **options), where the tensors are.
+
+    Triton binds the arguments of each call, finds out what of them it compiles for, and looks that up: 7 us of a launch's 9.
+    Here a call whose dtypes, integers and constants were seen before is told by these alone, and what it was compiled to is
+    launched as it is, by which hooks of profilers are called, too.
+
+    arguments: tensors, numbers, None, what `constants` made, and named tuples of these, the kernel's first ones; options: its
+    constants in their order, and Triton's.
+    """
+    kinds, tensors = [id(kernel), *options.values()], []
+    known = _describe(arguments, kinds, tensors) and knobs is not None and not kernel.pre_run_hooks
+    index = tensors[0].get_device()
+    with _HERE if index < 0 else _at(index):
+        if known:
+            key = (index, knobs.runtime.debug, knobs.compilation.instrumentation_mode, *kinds)
+            kept = _KEPT.get(key)
+            if kept is not None:
+                compiled, rest = kept
+                compiled[(*grid, 1, 1)](*arguments, *rest)
+                return
+        assert "enable_fp_fusion" in options  # of which versions of Triton think differently
+        compiled = kernel[grid](*arguments, **options)
+    # Interpreted kernels are none; those of other vendors are compiled for sizes in bytes, too.
+    if known and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+        if len(_KEPT) >= _MOST_KEPT:
+            _KEPT.clear()
+        _KEPT[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _describe(arguments, kinds, tensors):
+    """Whether what is put into kinds tells all of the arguments: not where one does not lie at a multiple of 16 bytes, which is
+    rare, and for which Triton compiles another kernel."""
+    told = True
+    for x in arguments:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            kinds.append(x.dtype)
+            if x.data_ptr() % 16:
+                told = False
+        elif x is None or isinstance(x, int):
+            kinds.append(x)
+        elif id(x) in _CONSTANTS:
+            kinds.append(id(x))
+        elif isinstance(x, tuple):
+            kinds.append(len(x))
+            told = _describe(x, kinds, tensors) and told
+        else:
+            kinds.append(type(x))
+            told = told and isinstance(x, float)
+    return told
 
 
 @lru_cache(maxsize=64)
@@ -40,6 +125,7 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@lru_cache(maxsize=64)
 def generation(device):
     """8 for Ampere and Ada, 9 for Hopper, 10 and more for Blackwell; Hopper's in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

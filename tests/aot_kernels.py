@@ -142,7 +142,7 @@ def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
 
-def attn_backward_sm90(arch, dtype="bf16", D=64, turned=True, whole=True, columns=False):
+def attn_backward_sm90(arch, dtype="bf16", D=64, turned=True, whole=True, columns=False, ordered=False):
     from evaat_fast.kernels.attn import sm90_backward as kernels
     from evaat_fast.kernels.attn import sm90_wide
     from triton.experimental.gluon import language as gl
@@ -152,6 +152,7 @@ def attn_backward_sm90(arch, dtype="bf16", D=64, turned=True, whole=True, column
     types |= {"stats": f"tensordesc<fp32[1, 64],{plain!r}>", "sums": f"tensordesc<fp32[64, 64],{plain!r}>"}
     types |= dict.fromkeys(("dk", "dv"), rows(dtype)) | {"table": table("fp32") if turned else None}
     types |= {"call": kernels.Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1), "columns": "*fp32" if columns else None}
+    types["turns"] = "*i32" if ordered else None
     kernel, constants = kernels.attn_backward_sm90_kernel, kernels.SHAPE | {"WHOLE": whole}
     if D == 128:
         kernel, constants = sm90_wide.attn_backward_wide_kernel, sm90_wide.SHAPE | {"WHOLE": whole}
@@ -167,7 +168,7 @@ def attn_ends_sm90(arch, name, tail, D=64, columns=False):
     kernel, tensors = getattr(sm90_ends, f"attn_{name}_sm90_kernel"), ("q", "k", "v", "out", "do", "dq", "dk", "dv")
     types = dict.fromkeys(tensors, rows("bf16")) | dict.fromkeys(("table", "k_table"), table("fp32"))
     types |= {"lse": rows("fp32")._replace(n=1), "dlse": None, "parts": "i32"} | dict.fromkeys(("stats", "sums"), "*fp32")
-    types |= {"shares": "*fp32" if tail else None, "columns": "*fp32" if columns else None}
+    types |= {"turns": None, "shares": "*fp32" if tail else None, "columns": "*fp32" if columns else None}
     types["call"] = Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
     types["S"] = forward.Shape(*map(tl.constexpr, (D, D, True, 0, 64, 128)))
     ends = (sm90_wide if D == 128 else sm90_backward).ENDS
@@ -328,6 +329,7 @@ HOPPER = {
     "attn backward sm90 bf16": attn_backward_sm90,
     "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
     "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),
+    "attn backward sm90 bf16, ordered": functools.partial(attn_backward_sm90, ordered=True),
     "attn backward sm90 bf16, column sums": functools.partial(attn_backward_sm90, columns=True),
     "attn backward sm90 bf16 D128": functools.partial(attn_backward_sm90, D=128),
     "attn backward sm90 fp16 D128, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", D=128, turned=False),

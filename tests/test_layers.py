@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # A layer may import itself and the layers before it.
@@ -134,15 +135,20 @@ def test_kernels_folder_is_not_importable_by_its_bare_name():
 
 def test_every_launch_says_whether_products_and_sums_are_fused():
     """Triton 3.10 changes its default: a kernel that says nothing would lose instructions there, and nobody would see."""
+    from evaat_fast.kernels.launch import launch
+    from evaat_fast.kernels.norm.add import add_norm_kernel
+
     launches, undecided = 0, []
     for path in ROOT.glob("kernels/**/*.py"):
-        text = path.read_text()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and "kernel" in ast.unparse(node.func.value):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            launches += ast.unparse(node.func) == "launch"  # which refuses options that do not say it
+            if isinstance(node.func, ast.Subscript) and "kernel" in ast.unparse(node.func.value) and path.name != "launch.py":
                 launches += 1
-                unpacked = {ast.unparse(word.value) for word in node.keywords if word.arg is None}
-                by_config = path.parent.name == "pairwise" and unpacked & {"shape", "_constants(f, logits)"}
-                if "FUSED" not in unpacked and not by_config:
+                if "FUSED" not in {ast.unparse(word.value) for word in node.keywords if word.arg is None}:
                     undecided.append(f"{path.name}:{node.lineno}")
     assert launches >= 20 and not undecided
     assert '"enable_fp_fusion": False' in (ROOT / "kernels" / "pairwise" / "panel.py").read_text()
+    with pytest.raises(AssertionError):
+        launch(add_norm_kernel, (1,), (torch.zeros(4),), {"num_warps": 4})

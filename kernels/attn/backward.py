@@ -8,7 +8,7 @@ in memory, took as long on an H200. Gradients are turned back while still float3
 import triton
 import triton.language as tl
 from evaat_fast.kernels.attn.forward import LOG2E, TF32X3, Call, blocks_of, channel, load_rows, place, programs, shape_of, turn
-from evaat_fast.kernels.launch import FUSED, Rows, generation, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, cdiv, generation, launch, table_of
 
 
 @triton.jit
@@ -122,16 +122,14 @@ def backward(q, k, v, out, do, lse, dlse, delta, grads, tables, prefix, interlea
     places = [Rows(x, *x.stride()[:3]) for x in (q, k, v, do, lse)]
     of_out, dq, dk, dv = (None if x is None else Rows(x, *x.stride()[:3]) for x in (out, *grads))
     table, k_table = map(table_of, tables)
-    with on(q.device):
-        S = shape_of(q, interleaved, None, 64, 64)
-        attn_delta_kernel[(triton.cdiv(N, 64) * B * H,)](of_out, *places[3:], dlse, delta, H, N, S, **FUSED)
-        if dk is not None:
-            (rows, columns, launch), of_keys = blocks("keys"), call._replace(heads=Hk)
-            attn_keys_kernel[programs(of_keys, M, columns, B)](
-                *places, delta, dk, dv, k_table, of_keys, shape_of(q, interleaved, cu, rows, columns), **launch, **FUSED
-            )
-        if dq is not None:
-            rows, columns, launch = blocks("queries")
-            attn_queries_kernel[programs(call, N, rows, B)](
-                *places, delta, dq, table, call, shape_of(q, interleaved, cu, rows, columns), **launch, **FUSED
-            )
+    S = shape_of(q, interleaved, None, 64, 64)
+    launch(attn_delta_kernel, (cdiv(N, 64) * B * H,), (of_out, *places[3:], dlse, delta, H, N, S), FUSED)
+    if dk is not None:
+        (rows, columns, options), of_keys = blocks("keys"), call._replace(heads=Hk)
+        S = shape_of(q, interleaved, cu, rows, columns)
+        targets = delta, dk, dv, k_table, of_keys, S
+        launch(attn_keys_kernel, programs(of_keys, M, columns, B), (*places, *targets), options | FUSED)
+    if dq is not None:
+        rows, columns, options = blocks("queries")
+        S = shape_of(q, interleaved, cu, rows, columns)
+        launch(attn_queries_kernel, programs(call, N, rows, B), (*places, delta, dq, table, call, S), options | FUSED)

@@ -11,7 +11,7 @@ from collections import namedtuple
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, Rows, constants, generation, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, cdiv, constants, generation, launch, next_power_of_2, table_of
 from evaat_fast.kernels.rope3d.rotate import turn_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -50,7 +50,7 @@ def blocks_of(kind, dtype, D, generation=9):
 
 def padded(D):
     """Columns of a block: a power of two that the products take."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, next_power_of_2(D))
 
 
 @triton.jit
@@ -169,12 +169,12 @@ def attn_forward_kernel(q, k, v, out, lse, turned_q, table, call, S):
 
 
 def shape_of(q, interleaved, cu, rows, columns):
-    most = 0 if cu is None else max(2, triton.next_power_of_2(len(cu) - 1))
-    return constants(Shape, q.shape[-1], padded(q.shape[-1]), interleaved, most, rows, columns)
+    D, most = q.shape[-1], 0 if cu is None else max(2, next_power_of_2(len(cu) - 1))
+    return constants(Shape, D, padded(D), interleaved, most, rows, columns)
 
 
 def programs(call, tokens, block, B):
-    return ((triton.cdiv(tokens, block) + call.clips) * B * call.heads,)
+    return ((cdiv(tokens, block) + call.clips) * B * call.heads,)
 
 
 def forward(q, k, v, out, lse, turned_q, table, prefix, interleaved, scale, cu):
@@ -184,8 +184,7 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, interleaved, scale, cu):
     """
     (B, H, N, D), (_, Hk, M, _) = q.shape, k.shape
     call = Call(H // Hk, H, N, M, prefix, cu, 0 if cu is None else len(cu) - 1, scale)
-    rows, columns, launch = blocks_of("forward", q.dtype, D, generation(q.device))
+    rows, columns, options = blocks_of("forward", q.dtype, D, generation(q.device))
     places = [None if x is None else Rows(x, *x.stride()[:3]) for x in (q, k, v, out, lse, turned_q)]
-    with on(q.device):
-        S = shape_of(q, interleaved, cu, rows, columns)
-        attn_forward_kernel[programs(call, N, rows, B)](*places, table_of(table), call, S, **launch, **FUSED)
+    S = shape_of(q, interleaved, cu, rows, columns)
+    launch(attn_forward_kernel, programs(call, N, rows, B), (*places, table_of(table), call, S), options | FUSED)

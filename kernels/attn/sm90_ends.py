@@ -7,16 +7,16 @@ from evaat_fast.kernels.attn.forward import LOG2E, load_rows, turn
 
 
 @triton.jit
-def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, call, S, TAIL: tl.constexpr):
-    """Program: some queries of the heads of a key head. stats [blocks, 2, BLOCK_M] float32: log-sum-exps by log2(e), infinite
-    beyond the end, and the sums over D of out * do, less dlse, the gradient of lse, as lse or None. sums: zeros, or with TAIL
-    the share of dQ of the keys, so many at most, that fill no tile; shares [key heads, programs, 2, D, TAIL]: of their dK,
-    neither scaled nor turned back, and of their dV.
+def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, turns, call, S, TAIL: tl.constexpr):
+    """Program: some queries of the heads of a key head. stats [blocks, 2, BLOCK_M] float32, which products are added to:
+    log-sum-exps by -1 / scale, -inf beyond the end, and dlse, the gradient of lse, as lse or None, less the sums over D of
+    out * do. sums: zeros, or with TAIL the share of dQ of the keys, so many at most, that fill no tile; shares [key heads,
+    programs, 2, D, TAIL]: of their dK, neither scaled nor turned back, and of their dV. turns: zeros [blocks], or None.
     """
     D: tl.constexpr = S.D
     of_head, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     kv, b = of_head % call.heads, of_head // call.heads
-    c, i = tl.arange(0, D), tl.arange(0, S.BLOCK_M)
+    c, i, per_score = tl.arange(0, D), tl.arange(0, S.BLOCK_M), -1.0 / call.scale2
     if TAIL:
         n = call.per_head * S.BLOCK_N + tl.arange(0, TAIL)
         keys = load_rows(k.at + b * k.b + kv * k.h, k.n, n, call.N, c, c < D, True, D)
@@ -31,8 +31,10 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, c
         if dlse is not None:
             delta -= tl.load(dlse + row, mask=m < call.N, other=0.0)
         level = tl.load(lse.at + row, mask=m < call.N, other=float("inf")) * LOG2E
-        tl.store(stats + of * (2 * S.BLOCK_M) + i, level)
-        tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, delta)
+        tl.store(stats + of * (2 * S.BLOCK_M) + i, level * per_score)
+        tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, -delta)
+        if turns is not None:
+            tl.store(turns + of, 0)
         dQ = tl.zeros((S.BLOCK_M, D), tl.float32)
         if TAIL:
             queries = load_rows(q.at + b * q.b + h * q.h, q.n, m, call.N, c, c < D, True, D)

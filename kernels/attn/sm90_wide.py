@@ -9,8 +9,8 @@ what leaves for dQ under that of the next scores. Everything is in halves of 64 
 from collections import namedtuple
 
 from evaat_fast.kernels.attn import sm90_backward
-from evaat_fast.kernels.attn.sm90 import ROWS, copy_add, copy_in, place_of
-from evaat_fast.kernels.attn.sm90_backward import GROUPS, Descriptors, first_of, leave
+from evaat_fast.kernels.attn.sm90 import ROWS, copy_add, copy_in, place_of, zero_here
+from evaat_fast.kernels.attn.sm90_backward import GROUPS, Memory, columns_of, first_of, leave
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -82,10 +82,9 @@ def _half(places, i):
 
 
 @gluon.jit
-def _scores(rows, c: gl.constexpr, columns, s, x, ADD: gl.constexpr):
-    """Warpgroup c's 64 rows [64, 128] times the transposed columns [64, 128] of stage s, added to x or not: two products, under
-    way."""
-    x = warpgroup_mma(_half(rows, c * HALVES), _half(columns, s * HALVES).permute((1, 0)), x, use_acc=ADD, is_async=True)
+def _scores(rows, c: gl.constexpr, columns, s, x):
+    """Warpgroup c's 64 rows [64, 128] times the transposed columns [64, 128] of stage s, and x: two products, under way."""
+    x = warpgroup_mma(_half(rows, c * HALVES), _half(columns, s * HALVES).permute((1, 0)), x, is_async=True)
     return warpgroup_mma(_half(rows, c * HALVES + 1), _half(columns, s * HALVES + 1).permute((1, 0)), x, is_async=True)
 
 
@@ -96,7 +95,6 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
     dtype: gl.constexpr = sh.q.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
-    C: gl.constexpr = gl.SliceLayout(0, L)
     zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
     n, it = 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
@@ -108,17 +106,15 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
         dK0, dK1, dV0, dV1 = zeros, zeros, zeros, zeros
         mbarrier.wait(sh.k_there.index(0), it & 1)
         mbarrier.wait(sh.q_there.index(n % STAGES), (n // STAGES) & 1)
-        s = _scores(sh.k, c, sh.q, n % STAGES, zeros, False)
+        s = _scores(sh.k, c, sh.q, n % STAGES, columns_of(sh.lse.index(n % STAGES), L))
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.wait(sh.v_there.index(0), it & 1)
         for i in range(count):
             j = n + i
             here, then, two = j % STAGES, (j + 1) % STAGES, (j % 2) * GROUPS
             mbarrier.wait(sh.do_there.index(here), (j // STAGES) & 1)
-            delta = sh.delta.index(here).reshape((ROWS,)).load(C)
-            dp = _scores(sh.v, c, sh.do, here, zeros - delta[None, :], True)
-            lse = sh.lse.index(here).reshape((ROWS,)).load(C)
-            p = gl.exp2(s * call.scale2 - lse[None, :])
+            dp = _scores(sh.v, c, sh.do, here, columns_of(sh.delta.index(here), L))
+            p = gl.exp2(s * call.scale2 + zero_here(call.N))
             p = p if WHOLE else gl.where(there, p, 0.0)
             weights = gl.convert_layout(p.to(dtype), A)
             dV0 = warpgroup_mma(weights, _half(sh.do, here * HALVES), dV0, is_async=True)
@@ -137,7 +133,9 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             dQ = warpgroup_mma(sh.ds.index(two + 1).permute((1, 0)), _half(sh.k, HALVES + c), dQ, is_async=True)
             mbarrier.wait(sh.q_there.index(then), ((j + 1) // STAGES) & 1, pred=i + 1 < count)
             dV0, dV1, dK0, dK1 = warpgroup_mma_wait(2, deps=(dV0, dV1, dK0, dK1))  # under way: the next scores
-            s = _scores(sh.k, c, sh.q, then, zeros, False)  # of a tile's last block of what lies there, for nothing
+            s = _scores(
+                sh.k, c, sh.q, then, columns_of(sh.lse.index(then), L)
+            )  # of a tile's last block of what lies there, for nothing
             dQ = warpgroup_mma_wait(2, deps=(dQ,))
             mbarrier.arrive(sh.do_free.index(here), count=1)
             mbarrier.arrive(sh.q_free.index(here), count=1)
@@ -160,12 +158,12 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
 
 
 @gluon.jit
-def attn_backward_wide_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, call, WHOLE: gl.constexpr,
+def attn_backward_wide_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, table, call, WHOLE: gl.constexpr,
                               D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, KEYS: gl.constexpr):  # fmt: skip
     """As `attn_backward_sm90_kernel`, of 128 columns in two halves. Descriptors of q, k, v and do [1, 1, 64, 64], of stats
-    [1, 64] and of sums [64, 64]."""
+    [1, 64] and of sums [64, 64]. turns: None."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    at = Descriptors(q, k, v, do, stats, sums)
+    at = Memory(q, k, v, do, stats, sums, turns)
     S: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     sh = Shared(
         gl.allocate_shared_memory(k.dtype, [GROUPS * HALVES, 1, 1, ROWS, ROWS], k.layout),
@@ -209,5 +207,5 @@ def attn_backward_wide_kernel(q, k, v, do, stats, sums, dk, dv, columns, table, 
 
 
 def backward(*call):
-    """As `sm90_backward.backward`, of heads of 128."""
-    sm90_backward.backward(*call, SHAPE, ENDS, attn_backward_wide_kernel)
+    """As `sm90_backward.backward`, of heads of 128, not ordered."""
+    sm90_backward.backward(*call, False, SHAPE, ENDS, attn_backward_wide_kernel)

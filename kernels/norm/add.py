@@ -1,8 +1,10 @@
 """LayerNorm of a sum, and its gradients: x and residual are read once, their sum and its norm written once."""
 
+from functools import cache, lru_cache
+
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, on
+from evaat_fast.kernels.launch import FUSED, launch, next_power_of_2
 from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, stages, store_sums
 
 # Neighbouring channels of a thread: 16 bytes of float32, 8 of 16 bits. With 8 a thread what is stored in float32 passes through
@@ -65,17 +67,22 @@ def forward_config(C):
     return block(C, 1024)
 
 
+@cache
+def _forward_options(C):
+    return forward_config(C) | FUSED
+
+
 def forward(x, residual, weight, bias, normed, total, statistics, eps):
     """[..., C], contiguous, and total and statistics [2, M] float32. residual and total, and bias, may be None."""
     M, C = size(x)
-    with on(x.device):
-        add_norm_kernel[M,](x, residual, weight, bias, normed, total, statistics, M, eps, **forward_config(C), **FUSED)
+    places = x, residual, weight, bias, normed, total, statistics, M, eps
+    launch(add_norm_kernel, (M,), places, _forward_options(C))
 
 
 def channels(C, of_x):
     """Of a warp of the backward pass. of_x: it sums up x's columns, too. Rows of 512 and 1,024 would then take 154 and 143
     registers, where 16 warps a multiprocessor have 128; they take 91 and 80."""
-    return 256 if of_x and triton.next_power_of_2(C) == C else 512
+    return 256 if of_x and next_power_of_2(C) == C else 512
 
 
 def backward_config(C, *itemsizes, of_x=False):
@@ -87,6 +94,12 @@ def backward_config(C, *itemsizes, of_x=False):
     return block(C, channels(C, of_x), KINDS=3 if of_x else 2, STAGES=stages(C, itemsizes, ahead))
 
 
+@cache
+def _backward_options(C, *itemsizes, of_x):
+    return backward_config(C, *itemsizes, of_x=of_x) | FUSED
+
+
+@lru_cache(maxsize=256)
 def count(M, C, device, of_x):
     """Programs of the backward pass."""
     return programs(M, device, 16, block(C, channels(C, of_x))["num_warps"])
@@ -96,9 +109,8 @@ def backward(dY, dR, total, weight, statistics, dx, dr, sums, dweight, dbias, dx
     """As `forward`. dR: [..., C] of any dtype, or None; dx, of x, and dr, float32: either may be None; sums: float32
     [count(...), 2, C], with dx_bias 3 for 2, or None if none of what they add up to is wanted."""
     (M, C), of_x = size(total), dx_bias is not None
-    with on(dY.device):
-        places = dY, dR, total, weight, statistics, dx, dr, sums, M
-        options = backward_config(C, *(x.itemsize for x in (dY, total, dR) if x is not None), of_x=of_x)
-        add_norm_backward_kernel[count(M, C, dY.device, of_x),](*places, **options, **FUSED)
+    places = dY, dR, total, weight, statistics, dx, dr, sums, M
+    sizes = (dY.itemsize, total.itemsize) if dR is None else (dY.itemsize, total.itemsize, dR.itemsize)
+    launch(add_norm_backward_kernel, (count(M, C, dY.device, of_x),), places, _backward_options(C, *sizes, of_x=of_x))
     if sums is not None:
         add_up(sums, dweight, dbias, dx_bias)

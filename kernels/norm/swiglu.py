@@ -1,10 +1,12 @@
 """silu(gate) * value and its LayerNorm, and their gradients. The product is made again in the backward pass: it costs an
 exponential, and to keep it would cost a pass over memory."""
 
+from functools import cache, lru_cache
+
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, on
+from evaat_fast.kernels.launch import FUSED, launch
 from evaat_fast.kernels.norm.rows import add_up, block, normalised, programs, row_gradient, size, stages, store_sums
 
 CHANNELS = 512  # of a warp of the backward pass
@@ -82,13 +84,16 @@ def forward_config(C):
     return block(C, 512 if C <= 2048 else 1024)
 
 
+@cache
+def _forward_options(C, exact):
+    return forward_config(C) | FUSED | {"EXACT": exact}
+
+
 def forward(x, weight, bias, out, statistics, eps):
     """x: [..., 2 C], contiguous, the gates first; out: [..., C]; statistics: float32 [2, M], None as weight and bias are."""
     M, C = size(out)
-    with on(x.device):
-        swiglu_norm_kernel[M,](
-            x, weight, bias, out, statistics, M, eps, EXACT=x.dtype == torch.float32, **forward_config(C), **FUSED
-        )
+    places = x, weight, bias, out, statistics, M, eps
+    launch(swiglu_norm_kernel, (M,), places, _forward_options(C, x.dtype == torch.float32))
 
 
 def backward_config(C, *itemsizes, of_x=False):
@@ -97,6 +102,12 @@ def backward_config(C, *itemsizes, of_x=False):
     return block(C, CHANNELS, KINDS=4 if of_x else 2, STAGES=stages(C, itemsizes))
 
 
+@cache
+def _backward_options(C, exact, *itemsizes, of_x):
+    return backward_config(C, *itemsizes, of_x=of_x) | FUSED | {"EXACT": exact}
+
+
+@lru_cache(maxsize=256)
 def count(M, C, device, of_x):
     """Programs of the backward pass: 8 warps of a multiprocessor are what 204 registers leave room for, or 246."""
     return programs(M, device, 8, block(C, CHANNELS)["num_warps"])
@@ -106,9 +117,8 @@ def backward(dY, x, weight, statistics, dx, sums, dweight, dbias, dx_bias):
     """As `forward`. sums: float32 [count(...), 2, C], with dx_bias [2 C] 4 for 2, or None if none of what they add up to is
     wanted."""
     (M, C), of_x = size(dY), dx_bias is not None
-    with on(x.device):
-        places = dY, x, weight, statistics, dx, sums, M
-        options = backward_config(C, dY.itemsize, x.itemsize, x.itemsize, of_x=of_x)
-        swiglu_norm_backward_kernel[count(M, C, x.device, of_x),](*places, EXACT=x.dtype == torch.float32, **options, **FUSED)
+    places = dY, x, weight, statistics, dx, sums, M
+    options = _backward_options(C, x.dtype == torch.float32, dY.itemsize, x.itemsize, x.itemsize, of_x=of_x)
+    launch(swiglu_norm_backward_kernel, (count(M, C, x.device, of_x),), places, options)
     if sums is not None:
         add_up(sums, dweight, dbias, dx_bias)

@@ -8,10 +8,12 @@ No atomics: two runs agree to the last bit.
 """
 
 from collections import namedtuple
+from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, generation, on
+from evaat_fast.kernels.launch import FUSED, cdiv, generation, launch
 from evaat_fast.kernels.pairwise import panel
 from evaat_fast.kernels.pairwise.panel import place, products, strips, tiles
 
@@ -241,9 +243,15 @@ def kind_of(logits):
 
 def _constants(f, logits):
     """What both kernels are compiled for."""
-    kind = kind_of(logits)
-    words = {"VERB_WORDS": logits.verbs.shape[1], "NOUN_WORDS": logits.nouns.shape[1]} if kind == SHARED else {}
-    return {"VERB_WORDS": 1, "NOUN_WORDS": 1} | words | config(f.video.dtype, kind, generation(f.video.device))
+    kind, x = kind_of(logits), f.video
+    words = (logits.verbs.shape[1], logits.nouns.shape[1]) if kind == SHARED else (1, 1)
+    return _options(x.dtype, x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32, kind, *words, x.device)
+
+
+@lru_cache(maxsize=64)
+def _options(dtype, tf32, kind, verb_words, noun_words, device):
+    """tf32: what `panel.config` asks torch, which may change its mind."""
+    return {"VERB_WORDS": verb_words, "NOUN_WORDS": noun_words} | config(dtype, kind, generation(device))
 
 
 def tiles_of(rows, f, logits):
@@ -254,15 +262,12 @@ def tiles_of(rows, f, logits):
 def stats(f, logits, out, sums, totals):
     """The statistics of a panel, and what they add to the totals."""
     (down, across), every, block = tiles_of(out.last - out.first, f, logits), kind_of(logits) != OWN, 64
-    with on(f.video.device):
-        contrast_stats_kernel[(down * across,)](f, logits, out, **_constants(f, logits))
-        grid = triton.cdiv(f.N, block), 2
-        halves = 4 * across * (out.last - out.first), down * f.N
-        contrast_totals_kernel[grid](
-            out, sums, totals, halves, f.N, down, across, EVERY=every, BLOCK=block, num_warps=2, **FUSED
-        )
+    launch(contrast_stats_kernel, (down * across,), (f, logits, out), _constants(f, logits))
+    halves = 4 * across * (out.last - out.first), down * f.N
+    places = out, sums, totals, halves, f.N, down, across
+    options = {"EVERY": every, "BLOCK": block, "num_warps": 2, **FUSED}
+    launch(contrast_totals_kernel, (cdiv(f.N, block), 2), places, options)
 
 
 def slopes(f, logits, totals, out):
-    with on(f.video.device):
-        contrast_slopes_kernel[(len(out.scale_slope),)](f, logits, totals, out, **_constants(f, logits))
+    launch(contrast_slopes_kernel, (len(out.scale_slope),), (f, logits, totals, out), _constants(f, logits))

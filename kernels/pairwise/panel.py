@@ -9,7 +9,7 @@ from collections import namedtuple
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, on
+from evaat_fast.kernels.launch import FUSED, cdiv, launch, next_power_of_2
 
 GROUP = tl.constexpr(8)  # tiles of rows that share a column of tiles in L2
 
@@ -175,13 +175,13 @@ def scale_kernel(factor, xs, outs, of_scale, to_scale, count, BLOCK: tl.constexp
 
 def tiles(rows, N, block):
     """(down, across): how many tiles a panel has."""
-    return triton.cdiv(rows, block), triton.cdiv(N, block)
+    return cdiv(rows, block), cdiv(N, block)
 
 
 def prepare(f, units, norms, inverses, sums=None):
     """Norms of the rows, their inverses (both float32 [2, N]), and two times [N, E] unit rows in the dtype of units; zeros."""
-    with on(f.video.device):
-        prepare_kernel[(f.N, 2)](f, *units, norms, inverses, sums, BLOCK_E=triton.next_power_of_2(f.E), **FUSED)
+    options = {"BLOCK_E": next_power_of_2(f.E), **FUSED}
+    launch(prepare_kernel, (f.N, 2), (f, *units, norms, inverses, sums), options)
 
 
 def finish(f, norms, sums, weight, grads, scale, ends, factor):
@@ -192,9 +192,9 @@ def finish(f, norms, sums, weight, grads, scale, ends, factor):
     some = [x for x in (*grads, f.video) if x is not None]  # for one that is None another's pointer, of its type, is not read
     some = [some[0] if x is None else x for x in grads]
     rows = f.N if sides else 0
-    with on(f.video.device):
-        grid, shape = (rows + 1, max(sides, 1)), {"FIRST": first, "BLOCK_E": triton.next_power_of_2(f.E)}
-        finish_kernel[grid](f, norms, sums, weight, tuple(some), scale, ends, factor, rows, **shape, **FUSED)
+    places = f, norms, sums, weight, tuple(some), scale, ends, factor, rows
+    options = {"FIRST": first, "BLOCK_E": next_power_of_2(f.E), **FUSED}
+    launch(finish_kernel, (rows + 1, max(sides, 1)), places, options)
 
 
 def scale(factor, gradients, outs):
@@ -203,6 +203,5 @@ def scale(factor, gradients, outs):
     rows = [pair for pair in zip(gradients, outs, strict=True) if pair[0].ndim]
     count, block = (rows[0][0].numel() if rows else 0), 4096
     xs, ys = zip(*rows, strict=True) if rows else ((), ())
-    with on(factor.device):
-        grid = max(triton.cdiv(count, block), 1), max(len(rows), 1)
-        scale_kernel[grid](factor, xs, ys, *number, count, BLOCK=block, num_warps=8, **FUSED)
+    grid, options = (max(cdiv(count, block), 1), max(len(rows), 1)), {"BLOCK": block, "num_warps": 8, **FUSED}
+    launch(scale_kernel, grid, (factor, xs, ys, *number, count), options)

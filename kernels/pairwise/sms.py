@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import on
+from evaat_fast.kernels.launch import cdiv, launch
 from evaat_fast.kernels.pairwise.panel import config, place, products, strips, tiles
 
 RULES = {"code": 0, "paper": 1, "charades": 2}
@@ -187,13 +187,13 @@ def sms_kernel(f, pairs, labels, penalty, out, RULE: tl.constexpr, BLOCK: tl.con
 def own_pairs(f, pairs, labels):
     """Fills the cosines of pairs, and where there are labels their own relevancies."""
     shape = config(f.video.dtype)
-    with on(f.video.device):
-        diagonal_kernel[(triton.cdiv(f.N, shape["BLOCK"]),)](f, pairs, labels, LABELLED=labels is not None, **shape)
+    grid, options = (cdiv(f.N, shape["BLOCK"]),), {"LABELLED": labels is not None, **shape}
+    launch(diagonal_kernel, grid, (f, pairs, labels), options)
 
 
 def sms_panel(f, pairs, labels, penalty, out):
     """penalty: has the fields of `Penalty` and a rule of RULES."""
     shape = config(f.video.dtype)
     down, across = tiles(out.last - out.first, f.N, shape["BLOCK"])
-    with on(f.video.device):
-        sms_kernel[(down * across,)](f, pairs, labels, numbers(penalty), out, RULE=RULES[penalty.rule], **shape)
+    places, options = (f, pairs, labels, numbers(penalty), out), {"RULE": RULES[penalty.rule], **shape}
+    launch(sms_kernel, (down * across,), places, options)

@@ -7,8 +7,8 @@ angles, times the tokens' positions, over its tokens in float64: one sum a progr
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, Rows, on, table_of
-from evaat_fast.kernels.rope3d.rotate import BLOCK_ELEMENTS, HEADS, NUM_WARPS, shape_of, turn_pair
+from evaat_fast.kernels.launch import Rows, cdiv, launch, table_of
+from evaat_fast.kernels.rope3d.rotate import BLOCK_ELEMENTS, HEADS, OPTIONS, shape_of, turn_pair
 
 
 def shape_with_freqs(D, interleaved, inverse, per_head):
@@ -99,7 +99,7 @@ def programs(grads, per_head):
     """(blocks of tokens, blocks of heads): each has a partial sum of the slopes."""
     B, _, N, D = grads[0].shape
     S = shape_with_freqs(D, True, True, per_head)
-    return B * triton.cdiv(N, S.BLOCK_N.value), sum(triton.cdiv(x.shape[1], S.HEADS.value) for x in grads)
+    return B * cdiv(N, S.BLOCK_N.value), sum(cdiv(x.shape[1], S.HEADS.value) for x in grads)
 
 
 def rotate_with_freqs(grads, outs, xs, partial, table, positions, prefix_tokens, interleaved, inverse):
@@ -114,5 +114,4 @@ def rotate_with_freqs(grads, outs, xs, partial, table, positions, prefix_tokens,
     places = (table_of(table), positions, positions.stride(0) if positions.shape[0] > 1 else 0, partial)
     S = shape_with_freqs(D, interleaved, inverse, per_head)
     counts = (q_heads, k_heads, N, prefix_tokens)
-    with on(table.device):
-        rope3d_freqs_kernel[programs(grads, per_head)](*pairs, *places, *counts, S, num_warps=NUM_WARPS, **FUSED)
+    launch(rope3d_freqs_kernel, programs(grads, per_head), (*pairs, *places, *counts, S), OPTIONS)

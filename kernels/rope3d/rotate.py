@@ -11,13 +11,15 @@ each of the three angles composed in float32) are as many instructions as the ro
 """
 
 from collections import namedtuple
+from functools import cache
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, Rows, constants, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, cdiv, constants, launch, next_power_of_2, table_of
 
 HEADS = 4
 NUM_WARPS = 4
+OPTIONS = {"num_warps": NUM_WARPS, **FUSED}
 BLOCK_ELEMENTS = 2048  # of one head in a program, of 16 bits: 16 a thread, two loads of 16 bytes; of float32 half as many
 MOST_CLIPS = 65535  # of a grid's third dimension
 
@@ -26,10 +28,11 @@ MOST_CLIPS = 65535  # of a grid's third dimension
 Shape = namedtuple("Shape", "D INTERLEAVED INVERSE HEADS BLOCK_N BLOCK_C")
 
 
+@cache
 def shape_of(D, interleaved, inverse, per_head, heads=HEADS, elements=BLOCK_ELEMENTS):
     """elements: of one head in a program."""
-    rows = max(1, elements // triton.next_power_of_2(D))
-    return constants(Shape, D, interleaved, inverse, 1 if per_head else heads, rows, triton.next_power_of_2(D // 2))
+    rows = max(1, elements // next_power_of_2(D))
+    return constants(Shape, D, interleaved, inverse, 1 if per_head else heads, rows, next_power_of_2(D // 2))
 
 
 @triton.jit
@@ -142,8 +145,8 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
     in_place = outs[0] is xs[0]
     first = prefix_tokens if in_place else 0
     S = shape_of(D, interleaved, inverse, table.shape[2] > 1, elements=2 * BLOCK_ELEMENTS // xs[0].element_size())
-    q_groups, k_groups = triton.cdiv(q_heads, S.HEADS.value), triton.cdiv(k_heads, S.HEADS.value)
-    blocks, groups = triton.cdiv(N - first, S.BLOCK_N.value), q_groups + k_groups * max(1, len(xs) - 1)
+    q_groups, k_groups = cdiv(q_heads, S.HEADS.value), cdiv(k_heads, S.HEADS.value)
+    blocks, groups = cdiv(N - first, S.BLOCK_N.value), q_groups + k_groups * max(1, len(xs) - 1)
     if N == prefix_tokens and not in_place:  # the table has no rows, and the kernel reads one
         for x, out in zip(xs, outs, strict=True):
             out.copy_(x)
@@ -155,7 +158,7 @@ def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
         rows = [x if x is None else Rows(x, *x.stride()[:3]) for x in tensors]
         places += [rows[0], rows[min(1, len(rows) - 1)], rows[2] if len(rows) > 2 else None]
     counts = (q_heads, k_heads, N, prefix_tokens, first)
-    with on(xs[0].device):
-        for clip in range(0, B, MOST_CLIPS):
-            grid = (blocks, groups, min(B - clip, MOST_CLIPS))
-            rope3d_kernel[grid](*places, table_of(table), *counts, clip, S, num_warps=NUM_WARPS, **FUSED)
+    table = table_of(table)
+    for clip in range(0, B, MOST_CLIPS):
+        grid = (blocks, groups, min(B - clip, MOST_CLIPS))
+        launch(rope3d_kernel, grid, (*places, table, *counts, clip, S), OPTIONS)

@@ -8,7 +8,7 @@ from collections import namedtuple
 
 import triton
 import triton.language as tl
-from evaat_fast.kernels.launch import FUSED, on, table_of
+from evaat_fast.kernels.launch import FUSED, cdiv, launch, next_power_of_2, table_of
 
 BLOCK = 1024  # entries of a program
 
@@ -71,10 +71,10 @@ def fill(out, freqs, positions, grid):
     float32, any strides; or None, and then grid = (T, Hp, Wp), M = T * Hp * Wp and B = 1.
     """
     _, B, H, M, C = out.shape
-    BLOCK_C = triton.next_power_of_2(C)
+    BLOCK_C = next_power_of_2(C)
     BLOCK_M = max(1, BLOCK // BLOCK_C)
     _, Hp, Wp = grid or (1, 1, 1)
     rows = None if positions is None else Positions(positions, *positions.stride())
     places = (freqs, freqs.stride(0), rows, table_of(out), M, Hp, Wp)
-    with on(out.device):
-        rope3d_table_kernel[B * triton.cdiv(M, BLOCK_M), H](*places, C=C, BLOCK_M=BLOCK_M, BLOCK_C=BLOCK_C, **FUSED)
+    options = {"C": C, "BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, **FUSED}
+    launch(rope3d_table_kernel, (B * cdiv(M, BLOCK_M), H), places, options)

@@ -52,7 +52,7 @@ FEW_PAIRS = "fewer pairs than CUDA C++ is faster with"
 LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
-DETERMINISTIC, OTHER_GPU = "deterministic gradients", "a GPU that is no Hopper"
+OTHER_GPU = "a GPU that is no Hopper"
 OTHER_SHAPE, HALVES, PACKED = "heads other than 64, short clips or other keys than queries", "half-split pairs", "packed clips"
 TRANSFORMED = "a call that is transformed"
 
@@ -107,7 +107,6 @@ SUPPORT = {
                 OTHER_SHAPE: "its kernel takes heads of 64 and at least 192 tokens, as many queries as keys",
                 HALVES: "its kernel turns neighbouring pairs",
                 PACKED: "its kernel takes no packed clips",
-                DETERMINISTIC: "its tiles of keys add up the gradient of q in any order",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
             },
             note=f"Hopper's heads of 64; {_RIGHT}",

@@ -80,8 +80,8 @@ def joint_attention(
             longest clip (the others have its first frames), and prefix_tokens lead each clip. Values are checked on the CPU; on
             CUDA limits that are none make the result NaN in Triton.
         max_seqlen: at least the longest clip's tokens; spares SDPA on CUDA a wait.
-        deterministic: the backward gives the same bits every time, as it always does on CPU and in Triton. On CUDA then Triton
-            serves, unless torch.use_deterministic_algorithms binds SDPA too.
+        deterministic: the backward gives the same bits every time, as it always does on CPU and in Triton. On CUDA, where
+            "gluon" does not serve, Triton then does, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
         backend: "auto", "gluon" (Hopper's heads of 64, by this name of 128, in half precision, from 192 tokens on), "sdpa",
