@@ -90,7 +90,7 @@ def gradient_cases(device, small):
 
 
 def wide_cases(device, small):
-    """Attention of turned heads of 128, forward alone, of a projection."""
+    """Attention of turned heads of 128 of a projection: forward alone and, on a GPU, the gradient of the projection alone."""
     import attn
 
     from evaat_fast.ops.rope3d.rotation import Rotation
@@ -129,6 +129,15 @@ def wide_cases(device, small):
         if (shape["N"] - 1) % 128 < 64:  # else the last keys have no room beside two blocks
             variants["Gluon, 2 x 64 queries, 128 keys"] = by_gluon(GROUPS=2, BN=128, STAGES=2, REGISTERS=240)
         yield Case(f"D 128, T {T}", inputs, variants, check, alone, attn.BENCH.work(shape, "fwd", 2))
+        if small:
+            continue
+        (truth,), (low,) = (
+            f(x, "bwd")() for f, x in ((attn.truth, harness.doubled(inputs)), (attn.step(attn.torch_itself), inputs))
+        )
+        check = lambda found, low=low, truth=truth: harness.of_tests("check").close(found[0], low, truth, "dqkv")  # noqa: E731
+        by = lambda name: lambda i: attn.step(attn.unpacked(name))({**i, "qkv": i["qkv"].requires_grad_()}, "bwd")  # noqa: E731
+        work = attn.BENCH.work(shape, "bwd", 2)
+        yield Case(f"D 128, T {T}, bwd", inputs, {"rotation, SDPA": by("sdpa"), "Gluon": by("gluon")}, check, by("sdpa"), work)
 
 
 ENTRIES = {
@@ -143,7 +152,8 @@ ENTRIES = {
     "wide": Entry(
         "Does attention in Gluon of heads of 128 beat our rotation before cuDNN, and in which blocks?",
         "0.31 to 0.40, 0.96 to 1.22 and 3.4 to 4.3 ms at T 4, 8 and 16 on an H200, the rotation of the keys included, where "
-        "cuDNN should take 0.27, 0.85 and 3.3 and the rotation of queries and keys 0.08, 0.16 and 0.32",
+        "cuDNN should take 0.27, 0.85 and 3.3 and the rotation of queries and keys 0.08, 0.16 and 0.32; gradients 0.71 to "
+        "0.88, 2.4 to 3.0 and 8.9 to 11.2, for 1.3, 3.4 and 11.2, and a copy of them into the projection's",
         "SHAPES of kernels/attn/sm90.py; who serves heads of 128 in ops/attn/plan.py: Gluon where it is 1.05 x as fast",
         wide_cases,
     ),

@@ -24,7 +24,7 @@ from evaat_fast.ops.rope3d.table import table_of
 interpret = pytest.mark.interpret
 sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 3.6", exc_type=ImportError)
 from evaat_fast.kernels.attn import sm90_backward, sm90_wide  # noqa: E402
-from gluon_emulated import Launcher, Gluon, emulate, rebuilt  # noqa: E402
+from gluon_emulated import Gluon, Launcher, emulate, rebuilt  # noqa: E402
 
 F16 = torch.float16
 
@@ -257,7 +257,7 @@ def test_faults_of_order_are_found(other, tmp_path):
 hopper = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
 
 
-def tokensfirst_of(x):
+def tokens_first(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
 
 
