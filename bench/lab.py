@@ -11,11 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import harness
-import norm
-import pairwise
 import store
 import torch
 from timing import quantiles, time_gpu
@@ -46,127 +43,41 @@ class Entry:
     cases: Callable[[str, bool], Iterator[Case]]
 
 
-def ordered(kind, least):
-    """Its step, which takes pairs in the order of their captions' places from so many on."""
-    return type("Ordered", (kind,), {"ORDERED_FROM": least})
-
-
-def sms_cases(device, small):
-    """A step of sms_loss by random places of a table, as training draws them, held to that of the order that is given."""
-    from evaat_fast.ops.pairwise import cuda, step
-    from evaat_fast.ops.pairwise.reference import Penalty
-    from evaat_fast.ops.pairwise.relevancy import Labels
-
-    def make(kind):
-        def made(inputs):
-            video, text, labels = (inputs[name] for name in ("video", "text", "labels"))
-            work = step.Work(False, True, True, False, "cuda", None)
-            costs = Penalty(pairwise.MARGIN, pairwise.RELAXATION, 1.1 / 240, "code")
-            settings = step.SmsSettings(labels, inputs["own"], costs, True, work)
-            return lambda: step.run(kind(video, text, None, None, settings))
-
-        return made
-
-    for N in (140,) if small else (2048, 4096):
-        video, text = (torch.randn(N, 256, device=device).to(torch.float16 if small else torch.bfloat16) for _ in range(2))
-        labels = Labels(torch.rand(2000, 2000, device=device), *torch.randint(0, 2000, (2, N), device=device))
-        inputs = {"video": video, "text": text, "labels": labels, "own": labels.diagonal(torch.float32)}
-        given = [x.float() for x in make(ordered(cuda.Sms, N + 1))(inputs)()]
-
-        def check(results, given=given):
-            assert all((x - y).norm() <= 4e-3 * y.norm() for x, y in zip(results, given, strict=True))
-
-        variants = {"as given": make(ordered(cuda.Sms, N + 1)), "in order": make(ordered(cuda.Sms, 2))}
-        yardstick = lambda i: pairwise.bare_products(i, "fwdbwd")  # noqa: E731
-        work = pairwise.BENCH.work({"loss": "sms", "N": N, "E": 256}, "fwdbwd", 2)
-        yield Case(f"sms N {N}", inputs, variants, check, yardstick, work)
-
-
-def bias_cases(device, small):
-    """A norm, its gradients and that of the bias that its input has in it."""
-    from evaat_fast.kernels.norm import swiglu
-
-    def make(inside, channels=None):
-        def made(inputs):
-            weights, bias = [inputs["weight"], inputs["bias"]], inputs["x_bias"]
-            learn, other = [inputs["x"], *weights, *[bias][:inside]], {"x_bias": bias if inside else None}
-
-            def step():
-                with mock.patch.object(swiglu, "CHANNELS", channels or swiglu.CHANNELS):
-                    if inputs["op"] == "add_norm":
-                        outs = ops.add_norm(inputs["x"], inputs["residual"], *weights, **other)
-                        grads = torch.autograd.grad(outs, learn, [inputs["dY"], inputs["dtotal"]])
-                    else:
-                        grads = torch.autograd.grad(ops.swiglu_norm(inputs["x"], *weights, **other), learn, inputs["dY"])
-                return grads[0], grads[3] if inside else grads[0].sum(0, dtype=torch.float32)
-
-            return step
-
-        return made
-
-    def check(results):
-        dx, dx_bias = results
-        exact = dx.double().sum(0)
-        assert (dx_bias - exact).norm() <= 1e-2 * exact.norm()
-
-    for op, M, C in (("swiglu_norm", 64 * 785, 2048), ("add_norm", 64 * 785, 768), ("swiglu_norm", 32 * 1025, 2730)):
-        shape = {"op": op, "M": 33 if small else M, "C": 64 if small else C}
-        inputs = norm.make_inputs(shape, torch.bfloat16, device)
-        inputs["x_bias"] = torch.zeros(inputs["x"].shape[1], device=device, requires_grad=True)
-        variants = {"in the norm": make(True), "torch's sum": make(False)}
-        if op == "swiglu_norm":
-            variants["in the norm, 256 a warp"] = make(True, 256)
-        yield Case(store.label(shape), inputs, variants, check, lambda i: norm.copy(i, "fwdbwd"), norm.work(shape, "fwdbwd", 2))
-
-
 def gradient_cases(device, small):
     """dQ, dK and dV of a turned projection, as they were before they were turned, held to tests/check.py's rule."""
     import attn
+    from evaat_fast.kernels.attn import sm90_backward
 
-    from evaat_fast.ops.attn import cudnn
-    from evaat_fast.ops.rope3d.rotate import turn
     from evaat_fast.ops.rope3d.rotation import Rotation
     from evaat_fast.ops.rope3d.table import table_of
 
-    def by_cudnn(inputs):
-        def step():
-            dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), attn.split(inputs["qkv"], inputs["heads"])
-            found = cudnn.gradients(q, k, v, inputs["out"], inputs["lse"], inputs["grad"], 0.125)
-            turn(list(found), list(attn.split(dqkv, inputs["heads"])), inputs["rotation"].back())
-            return (dqkv,)
-
-        return step
-
-    def by_gluon(**changed):
+    def gluon(ends=None, launch=None, ordered=False, **changed):
         def make(inputs):
-            from evaat_fast.kernels.attn import sm90_backward
-
             tables = (table_of(inputs["rotation"], 64, inputs["qkv"].device),) * 2
-            shape = sm90_backward.SHAPE | changed
+            shape, parts = sm90_backward.SHAPE | changed, sm90_backward.ENDS | (ends or {})
+            parts = parts | {"launch": parts["launch"] | (launch or {})}
 
             def step():
                 dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), attn.split(inputs["qkv"], inputs["heads"])
-                given = (
-                    inputs["out"],
-                    inputs["grad"],
-                    inputs["lse"],
-                    None,
-                    attn.split(dqkv, inputs["heads"]),
-                    tables,
-                    1,
-                    0.125,
-                )
-                sm90_backward.backward(q, k, v, *given, shape)
+                grads = attn.split(dqkv, inputs["heads"])
+                given = inputs["out"], inputs["grad"], inputs["lse"], None, grads, None, tables, 1, 0.125, ordered
+                sm90_backward.backward(q, k, v, *given, shape, parts)
                 return (dqkv,)
 
             return step
 
         return make
 
-    variants = {"cuDNN's": by_cudnn, "Gluon": by_gluon()}
-    variants |= {"Gluon, a head's tiles in step": by_gluon(SPREAD=False)}
-    for T, B in ((2, 1),) if small else ((4, 32), (8, 32), (16, 32)):
-        shape = attn.shape(T, B, 1 if small else 12, 64, 10 if small else 14)
+    variants = {
+        "as shipped": gluon(),
+        "13 blocks a program": gluon({"blocks": 13}),
+        "3 stages": gluon(launch={"num_stages": 3}),
+    }
+    variants |= {"13 blocks, 3 stages": gluon({"blocks": 13}, {"num_stages": 3}), "none taken apart": gluon({"most": 0})}
+    variants |= {"four blocks in flight": gluon(STAGES=4), "in order": gluon(ordered=True)}
+    variants |= {"in order, in step": gluon(ordered=True, SPREAD=False)}
+    for T, B, H, grid in ((4, 1, 1, 8),) if small else ((4, 32, 12, 14), (8, 32, 12, 14), (4, 16, 16, 16)):
+        shape = attn.shape(T, B, H, 64, grid)
         inputs = attn.inputs(shape, torch.float16 if small else torch.bfloat16, device)
         (truth,) = attn.truth(harness.doubled(inputs), "bwd")()
         (low,) = attn.step(attn.torch_itself)(inputs, "bwd")()
@@ -181,30 +92,65 @@ def gradient_cases(device, small):
         check = lambda found, low=low, truth=truth: harness.of_tests("check").close(found[0], low, truth, "dqkv")  # noqa: E731
         yardstick = lambda i: attn.step(attn.packed("sdpa"))({**i, "qkv": i["qkv"].requires_grad_()}, "bwd")  # noqa: E731
         work = attn.BENCH.work(shape, "bwd", 2)
-        yield Case(f"T {T}", inputs, variants, check, yardstick, work)
+        yield Case(f"N {shape['N']}", inputs, variants, check, yardstick, work)
+
+
+def wide_cases(device, small):
+    """Attention of turned heads of 128, forward alone, of a projection."""
+    import attn
+
+    from evaat_fast.ops.rope3d.rotation import Rotation
+    from evaat_fast.ops.rope3d.table import table_of
+
+    def by_gluon(**changed):
+        def make(inputs):
+            from evaat_fast.kernels.attn import sm90
+
+            q, k, v = attn.split(inputs["qkv"].detach(), inputs["heads"])
+            rotation = Rotation(None, None, inputs["grid"], 1, True, False, "triton")
+            table, shape = table_of(rotation, 128, q.device), sm90.shape_of(q.shape[2], 128) | changed
+            (B, H, N, D), lse = q.shape, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+            def step():
+                out, turned = q.new_empty(B, N, H, D).transpose(1, 2), ops.rope3d(k, grid=inputs["grid"])
+                sm90.forward(q, turned, v, out, lse, None, table, 1, D**-0.5, shape)
+                return (out,)
+
+            return step
+
+        return make
+
+    def alone(inputs):
+        q, k, v = (x.detach() for x in attn.split(inputs["qkv"], inputs["heads"]))
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    for T, B, patches in ((4, 1, 8),) if small else ((4, 32, 14), (8, 32, 14), (16, 32, 14)):
+        shape = attn.shape(T, B, 1 if small else 12, 128, patches)
+        inputs = attn.inputs(shape, torch.float16 if small else torch.bfloat16, device)
+        (truth,) = attn.truth(harness.doubled(inputs), "fwd")()
+        (low,) = attn.step(attn.torch_itself)(inputs, "fwd")()
+        check = lambda found, low=low, truth=truth: harness.of_tests("check").close(found[0], low, truth)  # noqa: E731
+        by_torch = lambda i: attn.step(attn.unpacked("sdpa"))(i, "fwd")  # noqa: E731
+        variants = {"rotation, SDPA": by_torch, "Gluon, 3 x 64 queries, 64 keys": by_gluon()}
+        if (shape["N"] - 1) % 128 < 64:  # else the last keys have no room beside two blocks
+            variants["Gluon, 2 x 64 queries, 128 keys"] = by_gluon(GROUPS=2, BN=128, STAGES=2, REGISTERS=240)
+        yield Case(f"D 128, T {T}", inputs, variants, check, alone, attn.BENCH.work(shape, "fwd", 2))
 
 
 ENTRIES = {
-    "bias": Entry(
-        "Does the gradient of a bias cost less in the norm behind it than torch's pass over the norm's gradient?",
-        "forward and backward of swiglu_norm at 2,048 0.42 ms, with 246 registers backward, where without they take 0.41 and "
-        "208, and torch's sum 0.16 more; of add_norm at 768 0.28 and 124 for 0.28 and 118, and 0.03",
-        "open_bias of evaat_fast/model/linear.py: of the ops where the norm wins; swiglu.CHANNELS, 512, if 256 win",
-        bias_cases,
-    ),
-    "gradients": Entry(
-        "Do the gradients of attention in Gluon, in one pass with the rotations inside, beat cuDNN's and a rotation?",
-        "0.41 to 0.53, 1.4 to 1.8 and 5.1 to 6.7 ms at T 4, 8 and 16 on an H200, where cuDNN's and a rotation take 0.67, 2.0 "
-        "and 6.3; slower where the tiles of a head, in step, add to the same rows of dQ",
-        "who makes the gradients in fused.py: Gluon where it is not slower; then it takes the gradient of log-sum-exps, too",
+    "ends": Entry(
+        "How are the last keys of a head that fill no tile, 17, 33 and 1 here, best taken in Gluon's backward pass?",
+        "as shipped 0.39, 1.20 and 0.40 ms on an H200, where 4 blocks of queries a program, 8, and all keys in tiles took "
+        "0.464, 0.457 and 0.503, 1.50, 1.41 and 1.50, and 0.481, 0.479 and 0.524, when the pass between took 0.343, 1.18, 0.35",
+        "ENDS of kernels/attn/sm90_backward.py, and STAGES of its SHAPE",
         gradient_cases,
     ),
-    "sms": Entry(
-        "Does it pay at 2,048 pairs, too, to take them in the order of their captions' places in the table?",
-        "in order 0.209 ms for 0.250 at 4,096 on an H200; at 2,048 labels at random places add 10 us, by their square, a sort "
-        "and four gathers of rows as much",
-        "cuda.Sms.ORDERED_FROM, 4,096: 2,048 if the order wins there by more than 2 %",
-        sms_cases,
+    "wide": Entry(
+        "Does attention in Gluon of heads of 128 beat our rotation before cuDNN, and in which blocks?",
+        "0.31 to 0.40, 0.96 to 1.22 and 3.4 to 4.3 ms at T 4, 8 and 16 on an H200, the rotation of the keys included, where "
+        "cuDNN should take 0.27, 0.85 and 3.3 and the rotation of queries and keys 0.08, 0.16 and 0.32",
+        "SHAPES of kernels/attn/sm90.py; who serves heads of 128 in ops/attn/plan.py: Gluon where it is 1.05 x as fast",
+        wide_cases,
     ),
 }
 

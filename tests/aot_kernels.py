@@ -127,21 +127,22 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     return aot.build(kernel, types, {}, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
-def attn_sm90(arch, dtype="bf16", tail=32, keep=True, turned=True):
-    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys."""
+def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape):
+    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys. shape: where it is another than the shipped one."""
     from evaat_fast.kernels.attn import sm90
     from triton.experimental.gluon import language as gl
 
     layout = gl.NVMMASharedLayout(128, 16, rank=4)
-    of = lambda rows: f"tensordesc<{dtype}[1, 1, {rows}, 64],{layout!r}>"  # noqa: E731
-    types = dict.fromkeys(("q", "out", "turned"), of(64)) | dict.fromkeys(("k", "v"), of(128))
+    shape = sm90.shape_of(785, D) | shape
+    of = lambda rows: f"tensordesc<{dtype}[1, 1, {rows}, {D}],{layout!r}>"  # noqa: E731
+    types = dict.fromkeys(("q", "out", "turned"), of(64)) | dict.fromkeys(("k", "v"), of(shape["BN"]))
     types |= dict.fromkeys(("k_tail", "v_tail"), of(tail)) | {"lse": "*fp32", "table": table("fp32") if turned else None}
     types["call"] = sm90.Call("i32", 1, *["i32"] * 5, "fp32", 1)
-    constants = dict(BN=128, TAIL=tail, D=64, STAGES=3, KEEP=keep, REGISTERS=160)
+    constants = dict(TAIL=tail, D=D, KEEP=keep) | shape
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
 
-def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True):
+def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True, columns=False, ordered=False):
     from evaat_fast.kernels.attn import sm90_backward as kernels
     from triton.experimental.gluon import language as gl
 
@@ -149,24 +150,26 @@ def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True):
     types = dict.fromkeys(("q", "k", "v", "do"), f"tensordesc<{dtype}[1, 1, 64, 64],{layout!r}>")
     types |= {"stats": f"tensordesc<fp32[1, 64],{plain!r}>", "sums": f"tensordesc<fp32[64, 64],{plain!r}>"}
     types |= dict.fromkeys(("dk", "dv"), rows(dtype)) | {"table": table("fp32") if turned else None}
-    types["call"] = kernels.Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
+    types |= {"call": kernels.Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1), "columns": "*fp32" if columns else None}
+    types["turns"] = "*i32" if ordered else None
     constants, aligned = kernels.SHAPE | {"WHOLE": whole}, [*TABLE, *strides("dk", "dv")]
     return aot.build(kernels.attn_backward_sm90_kernel, types, constants, arch, aligned=aligned, num_warps=4)
 
 
-def attn_ends_sm90(arch, name, tail=None):
+def attn_ends_sm90(arch, name, tail, columns=False):
     """Before and behind the backward pass on Hopper."""
     import triton.language as tl
     from evaat_fast.kernels.attn import forward, sm90_ends
-    from evaat_fast.kernels.attn.sm90_backward import Call
+    from evaat_fast.kernels.attn.sm90_backward import ENDS, Call
 
     kernel, tensors = getattr(sm90_ends, f"attn_{name}_sm90_kernel"), ("q", "k", "v", "out", "do", "dq", "dk", "dv")
-    types = dict.fromkeys(tensors, rows("bf16")) | {"table": table("fp32"), "lse": rows("fp32")._replace(n=1), "dlse": None}
-    types |= {"stats": "*fp32", "sums": "*fp32", "heads": "i32", "N": "i32", "prefix": 1, "scale": "fp32"}
+    types = dict.fromkeys(tensors, rows("bf16")) | dict.fromkeys(("table", "k_table"), table("fp32"))
+    types |= {"lse": rows("fp32")._replace(n=1), "dlse": None, "parts": "i32"} | dict.fromkeys(("stats", "sums"), "*fp32")
+    types |= {"turns": None, "shares": "*fp32" if tail else None, "columns": "*fp32" if columns else None}
     types["call"] = Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
     types["S"] = forward.Shape(*map(tl.constexpr, (64, 64, True, 0, 64, 128)))
-    types, constants = {x: types[x] for x in kernel.arg_names if x in types}, {} if tail is None else {"TAIL": tail}
-    return aot.build(kernel, types, constants, arch, aligned=[*TABLE, *strides(*tensors)], **sm90_ends.ends_config(tail or 0))
+    types, launch = {x: types[x] for x in kernel.arg_names if x in types}, ENDS["launch"] if name == "prepare" else {}
+    return aot.build(kernel, types, {"TAIL": tail}, arch, aligned=[*TABLE, *strides(*tensors)], **launch)
 
 
 def of_rows(arch, name):
@@ -315,13 +318,21 @@ HOPPER = {
     "attn sm90 bf16, tail 32": functools.partial(attn_sm90, keep=False),
     "attn sm90 bf16, tail 128, training": functools.partial(attn_sm90, tail=128),
     "attn sm90 fp16, tail 64, no rotation": functools.partial(attn_sm90, dtype="fp16", tail=64, keep=False, turned=False),
+    "attn sm90 bf16 D128, tail 32, training": functools.partial(attn_sm90, D=128),
+    "attn sm90 fp16 D128, tail 64, no rotation": functools.partial(
+        attn_sm90, dtype="fp16", D=128, tail=64, keep=False, turned=False
+    ),
     "attn backward sm90 bf16": attn_backward_sm90,
     "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
     "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),
+    "attn backward sm90 bf16, ordered": functools.partial(attn_backward_sm90, ordered=True),
+    "attn backward sm90 bf16, column sums": functools.partial(attn_backward_sm90, columns=True),
     "gradients prepare sm90, tail 0": functools.partial(attn_ends_sm90, name="prepare", tail=0),
     "gradients prepare sm90, tail 32": functools.partial(attn_ends_sm90, name="prepare", tail=32),
     "gradients prepare sm90, tail 64": functools.partial(attn_ends_sm90, name="prepare", tail=64),
-    "gradients finish sm90": functools.partial(attn_ends_sm90, name="finish"),
+    "gradients finish sm90, tail 0": functools.partial(attn_ends_sm90, name="finish", tail=0),
+    "gradients finish sm90, tail 32": functools.partial(attn_ends_sm90, name="finish", tail=32),
+    "gradients finish sm90, tail 64, column sums": functools.partial(attn_ends_sm90, name="finish", tail=64, columns=True),
 }
 
 

@@ -51,6 +51,9 @@ class Value:
     def permute(self, order):
         return Value(self.data.permute(order))
 
+    def broadcast_to(self, shape):
+        return Value(self.data.expand(shape))
+
     def split(self):
         return (Value(self.data[..., 0]), Value(self.data[..., 1]))
 
@@ -164,18 +167,18 @@ class Descriptor:
 
 
 class Machine:
-    """One program: its partitions take turns, and change where they meet a barrier, a copy or a product."""
+    """One program, or several at once: partitions take turns, and change where they meet a barrier, a copy or a product."""
 
     def __init__(self, seed):
-        self.draw, self.error, self.copies, self.idle = random.Random(seed), None, [], 0
+        self.draw, self.error, self.copies, self.partitions, self.idle, self.polls = random.Random(seed), None, [], [], 0, 0
         self.turns, self.here = {}, threading.local()
         # How likely a product, a store and a copy happens before it must, and how often a partition's turn comes.
         self.soon = [self.draw.choice((0.02, 0.3, 0.9)) for _ in range(3)]
         self.often = {}
 
-    def run(self, partitions):
-        """[(function, arguments)], until all have come to their end."""
-        threads = [threading.Thread(target=self._part, args=part, daemon=True) for part in partitions]
+    def run(self):
+        """The partitions [(function, arguments)], until all have come to their end."""
+        threads = [threading.Thread(target=self._part, args=part, daemon=True) for part in self.partitions]
         self.turns = {thread: threading.Semaphore(0) for thread in threads}
         self.often = {thread: self.draw.choice((1, 1, 40)) for thread in threads}
         for thread in threads:
@@ -276,7 +279,17 @@ class Gluon:
         return Shared(torch.full(shape, float("nan"), dtype=dtype), self.machine)
 
     def warp_specialize(self, partitions, warps, registers):
-        self.machine.run(partitions)
+        self.machine.partitions += partitions
+
+    def atomic_add(self, at, value, mask=True, sem=None):
+        self.machine.pause()
+        before = int(at.memory[at.at])
+        self.machine.polls = 0 if value else self.machine.polls + 1
+        if self.machine.polls > 20000:
+            raise RuntimeError("programs wait for each other")
+        if mask:
+            at.memory[at.at] += value
+        return Value(torch.tensor(before))
 
     def warpgroup_mma(self, a, b, acc, use_acc=True, is_async=False):
         result, here = Product(), self.machine.here
@@ -338,6 +351,9 @@ class Gluon:
     def copy_add(self, descriptor, at, place):
         self.copy_out(descriptor, at, place, True)
 
+    def stores_done(self):
+        self.store_wait(0)
+
     def store_wait(self, pendings):
         while len(self.machine.here.stores) > pendings:
             self.machine.here.stores.pop(0)()
@@ -349,7 +365,7 @@ class Product:
 
 
 class Launcher:
-    """kernel[grid](*arguments): one program after the other."""
+    """kernel[grid](*arguments): one program after the other, or all at once where they may wait for each other."""
 
     def __init__(self, kernel, seed):
         self.kernel, self.seed = kernel, seed
@@ -358,9 +374,14 @@ class Launcher:
         def launch(*arguments, **options):
             arguments = [of(x) for x in arguments]
             named = {name: x for name, x in options.items() if name in self.kernel.arg_names}
+            at_once = Machine(self.seed) if options.get("launch_cooperative_grid") else None
             for program in range(grid[0]):
-                machine = Machine(f"{self.seed} {program}")
+                machine = at_once or Machine(f"{self.seed} {program}")
                 rebuilt(self.kernel.fn, Gluon(machine, program, grid[0]))(*arguments, **named)
+                if not at_once:
+                    machine.run()
+            if at_once:
+                at_once.run()
 
         def of(x):
             if isinstance(x, torch.Tensor):
@@ -378,7 +399,7 @@ def rebuilt(function, fake):
     for name in ("warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared"):
         known[id(getattr(hopper, name))] = getattr(fake, name, None)
     sm90 = importlib.import_module("evaat_fast.kernels.attn.sm90")
-    known |= {id(sm90.copy_in): fake.copy_in, id(sm90.copy_out): fake.copy_out, id(sm90.copy_add): fake.copy_add}
+    known |= {id(getattr(sm90, name)): getattr(fake, name) for name in ("copy_in", "copy_out", "copy_add", "stores_done")}
 
     def of(x):
         if id(x) in known:
@@ -395,11 +416,11 @@ def rebuilt(function, fake):
     return rebuilt_of(function)
 
 
-def emulate(module, seed):
-    """The module's launchers, by name, whose kernels run here."""
+def emulate(module, seed, programs=2):
+    """The module's launchers, by name, whose kernels run here, as on a GPU of so many multiprocessors."""
     found = dict(vars(module))
     kernels = {name: Launcher(x, seed) for name, x in found.items() if isinstance(x, GluonJITFunction)}
-    fake = {**found, **kernels, "TensorDescriptor": Descriptor}
+    fake = {**found, **kernels, "TensorDescriptor": Descriptor, "multiprocessors": lambda device: programs}
     return types.SimpleNamespace(
         **{
             name: types.FunctionType(x.__code__, fake, name, x.__defaults__, x.__closure__)

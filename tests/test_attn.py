@@ -72,7 +72,7 @@ def test_gluon_says_why_not():
     q, k, v = tensors(n=200, D=64, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="'gluon' was asked for but cannot serve this call: the gluon backend takes CUDA"):
         ops.joint_attention(q, k, v, backend="gluon")
-    device, needs = torch.device("cuda"), (dispatch.OTHER_GPU, dispatch.HALVES, dispatch.PACKED, dispatch.DETERMINISTIC)
+    device, needs = torch.device("cuda"), (dispatch.OTHER_GPU, dispatch.HALVES, dispatch.PACKED)
     for need in needs:
         assert dispatch.pick("joint_attention", device, torch.bfloat16, None, (need,)) == "sdpa"
     assert dispatch.pick("joint_attention", device, torch.float32) == "sdpa"
@@ -164,6 +164,28 @@ def test_packed_equals_unpacked(rope, backend):
     torch.testing.assert_close(out, expected)
     expected_grads = torch.autograd.grad(expected.square().sum(), list(linear.parameters()))
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)
+
+
+def assert_bias_learns(heads, D, n, frozen, tolerance, device="cpu", dtype=torch.float32, **options):
+    """A projection's bias learns behind the attention what it does in its layer; frozen: there is nothing else to learn."""
+    linear = torch.nn.Linear(16, 3 * heads * D, device=device).to(dtype)
+    x = torch.randn(2, n, 16, device=device, dtype=dtype)
+    linear.weight.requires_grad_(not frozen)
+    wanted = [x for x in linear.parameters() if x.requires_grad]
+    runs = []
+    for bias in (None, linear.bias):
+        qkv = linear(x) if bias is None else torch.nn.functional.linear(x, linear.weight, bias.detach())
+        out = ops.joint_attention_qkv_(qkv, heads, qkv_bias=bias, **options)
+        runs.append([out, *torch.autograd.grad(out.float().square().sum(), wanted)])
+    for found, expected in zip(*runs, strict=True):
+        assert found.dtype == expected.dtype and (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rope", [dict(grid=GRID), dict()], ids=["grid", "no rotation"])
+def test_bias_that_qkv_has_in_it(rope, frozen, backend):
+    assert_bias_learns(3, 32, N, frozen, 1e-5, backend=backend, **rope)
 
 
 def test_output_is_a_view_of_packed_heads():
@@ -403,6 +425,20 @@ def test_bad_input(change, error, message):
 def test_bad_packed_input(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.joint_attention_qkv_(*arguments)
+
+
+@pytest.mark.parametrize(
+    "bias,error,message",
+    [
+        (torch.zeros(96), ValueError, r"qkv_bias: expected the shape \[288\] to go with qkv, got \[96\]"),
+        (torch.zeros(288, dtype=torch.int8), TypeError, "qkv_bias: expected a floating-point tensor"),
+        (torch.zeros(288, device="meta"), ValueError, "qkv_bias"),
+        (0.5, TypeError, "qkv_bias: expected a floating-point tensor, got float"),
+    ],
+)
+def test_bad_bias(bias, error, message):
+    with pytest.raises(error, match=message):
+        ops.joint_attention_qkv_(torch.zeros(2, N, 288), 3, GRID, qkv_bias=bias)
 
 
 @pytest.mark.parametrize("option", ["dropout_p", "attn_mask"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from check import close
-from test_attn import results, tensors
+from test_attn import assert_bias_learns, results, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 from evaat_fast import ops
@@ -191,6 +191,14 @@ def test_packed_projection(bias, options):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "options", [dict(grid=(2, 3, 4)), {}, dict(grid=(2, 3, 4), scale=-0.2)], ids=["grid", "no rotation", "scale"]
+)
+def test_bias_that_qkv_has_in_it(options, frozen):
+    assert_bias_learns(3, 32, 25, frozen, 1e-5, backend="triton", **options)
+
+
 def test_packed_projection_in_place():
     """Keys and queries are turned where they lie: what the linear layer returned holds what the backward pass needs."""
     qkv = torch.randn(2, 25, 3 * 3 * 32)
@@ -235,7 +243,7 @@ def test_opcheck_packed():
     torch.library.opcheck(raw.attn_qkv_forward_.default, (qkv.clone(), 4, True, *settings()))
     out, lse = raw.attn_qkv_forward_(qkv, 4, True, *settings())
     for dlse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(raw.attn_qkv_backward.default, (qkv, out, lse, torch.randn_like(out), dlse, 4, *settings()))
+        torch.library.opcheck(raw.attn_qkv_backward.default, (qkv, out, lse, torch.randn_like(out), dlse, 4, True, *settings()))
 
 
 def test_operators_and_compilation():

@@ -17,6 +17,7 @@ from evaat_fast.model.configs import ModelConfig
 from evaat_fast.model.linear import is_plain, open_bias, product
 from evaat_fast.model.pixels import PatchEmbed, embed
 from evaat_fast.model.recompute import Mode, again
+from evaat_fast.ops.attn.attn import sums_bias
 from evaat_fast.ops.rope3d.table import hold_constant
 
 EPS = 1e-6  # EVA-02's layer norms, unlike CLIP's text
@@ -49,11 +50,14 @@ class Attention(nn.Module):
         `proj`, if it learns elsewhere."""
         # Joined in each call: two small launches. A single parameter would take one, to keep the key's part of its gradient
         # at zero (a key's bias does not cancel under rotation), and change the names that checkpoints and optimizers know.
-        of_qkv = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, of_qkv) if is_plain(self.qkv) else self.qkv(x) + of_qkv
-        out = ops.joint_attention_qkv_(
-            qkv, self.heads, None if positions is not None else grid, freqs=freqs, positions=positions
-        )
+        of_qkv, learns = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias)), None
+        if is_plain(self.qkv):
+            learns = of_qkv if of_qkv.requires_grad and sums_bias(x, len(self.q_bias), self.heads) else None
+            qkv = F.linear(x, self.qkv.weight, of_qkv if learns is None else of_qkv.detach())
+        else:
+            qkv = self.qkv(x) + of_qkv
+        cells = None if positions is not None else grid
+        out = ops.joint_attention_qkv_(qkv, self.heads, cells, freqs=freqs, positions=positions, qkv_bias=learns)
         return again(self.project, out, bias) if selective else self.project(out, bias)
 
     def forward_class(self, x: Tensor, grid: Grid, freqs: Tensor, positions: Any = None, bias: Tensor | None = None) -> Tensor:

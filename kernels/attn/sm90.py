@@ -39,9 +39,20 @@ else:
         _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coord, src.handle)
 
 
+@gluon.jit
+def stores_done():
+    """Waits until what this partition has copied out is in memory; tma.store_wait, until it is read."""
+    gl.inline_asm_elementwise("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)  # queries of a warpgroup
-GROUPS = gl.constexpr(3)  # warpgroups
+# What the kernel is compiled for, by head dim. GROUPS: warpgroups of 64 queries. BN: keys of a block. STAGES: blocks in flight.
+# REGISTERS: of the warpgroups. At 128 the sums take twice the registers, so blocks half the keys.
+SHAPES = {
+    64: {"GROUPS": 3, "BN": 128, "STAGES": 3, "REGISTERS": 160},
+    128: {"GROUPS": 3, "BN": 64, "STAGES": 3, "REGISTERS": 160},
+}
 
 # heads, groups: of the queries, and of those to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head
 # of a head. blocks: of BN keys, without the tail. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
@@ -60,7 +71,7 @@ def place_of(t, call, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _copies(at, sh, call, BN: gl.constexpr, STAGES: gl.constexpr):
+def _copies(at, sh, call, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
     """The producer: copies what the consumers wait for, as soon as its place in shared memory is free."""
     it = 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
@@ -124,7 +135,7 @@ def _weights(s, m, total, scale2, dtype: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def _attend(at, sh, out_lse, table, call, c: gl.constexpr, BN: gl.constexpr, TAIL: gl.constexpr,
+def _attend(at, sh, out_lse, table, call, c: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, TAIL: gl.constexpr,
             D: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr):  # fmt: skip
     """A consumer: warpgroup c."""
     dtype: gl.constexpr = sh.q.dtype
@@ -223,8 +234,9 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, BN: gl.constexpr, TAI
 
 
 @gluon.jit
-def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, call, BN: gl.constexpr, TAIL: gl.constexpr,
-                             D: gl.constexpr, STAGES: gl.constexpr, KEEP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, call, TAIL: gl.constexpr, D: gl.constexpr,
+                             KEEP: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+                             REGISTERS: gl.constexpr):  # fmt: skip
     """Descriptors of q, out and turned [1, 1, 64, D], of k, v [1, 1, BN, D] and of their tails [1, 1, TAIL, D]. lse: float32
     [B, H, N]. KEEP: the turned queries, as the products see them, go to `turned`."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
@@ -256,16 +268,27 @@ def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, c
     for i in gl.static_range(2):
         mbarrier.init(sh.tail_there.index(i), count=1)
         mbarrier.init(sh.tail_free.index(i), count=GROUPS)
-    gl.warp_specialize(
-        [
-            (_attend, (at, sh, lse, table, call, 0, BN, TAIL, D, STAGES, KEEP)),
-            (_attend, (at, sh, lse, table, call, 1, BN, TAIL, D, STAGES, KEEP)),
-            (_attend, (at, sh, lse, table, call, 2, BN, TAIL, D, STAGES, KEEP)),
-            (_copies, (at, sh, call, BN, STAGES)),
-        ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, 24],
-    )
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_attend, (at, sh, lse, table, call, 0, GROUPS, BN, TAIL, D, STAGES, KEEP)),
+                (_attend, (at, sh, lse, table, call, 1, GROUPS, BN, TAIL, D, STAGES, KEEP)),
+                (_attend, (at, sh, lse, table, call, 2, GROUPS, BN, TAIL, D, STAGES, KEEP)),
+                (_copies, (at, sh, call, GROUPS, BN, STAGES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (at, sh, lse, table, call, 0, GROUPS, BN, TAIL, D, STAGES, KEEP)),
+                (_attend, (at, sh, lse, table, call, 1, GROUPS, BN, TAIL, D, STAGES, KEEP)),
+                (_copies, (at, sh, call, GROUPS, BN, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
 
 
 def serves(*tensors):
@@ -273,18 +296,21 @@ def serves(*tensors):
     return all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride for stride in x.stride()[:3]) for x in tensors)
 
 
-def stages_of(N):
-    """Blocks of keys in flight: three are 2 to 3 % faster on an H200 of 785, 1,025 and 1,569 tokens, 1 % slower of 6,273."""
-    return 3 if N < 3000 else 2
+def shape_of(N, D):
+    """What the kernel is compiled for. Of heads of 64 three blocks in flight are 2 to 3 % faster than two on an H200 of 785,
+    1,025 and 1,569 tokens, 1 % slower of 6,273."""
+    return SHAPES[D] | ({"STAGES": 2} if D == 64 and N >= 3000 else {})
 
 
-def forward(q, k, v, out, lse, turned_q, table, prefix, scale):
-    """As `forward.forward`, of heads of 64 in half precision and neighbouring pairs, of at least 192 queries and as many keys,
-    of clips that are not packed."""
-    (B, H, N, D), Hk, BN = q.shape, k.shape[1], 128
+def forward(q, k, v, out, lse, turned_q, table, prefix, scale, shape=None):
+    """As `forward.forward`, of heads of 64 or 128 in half precision and neighbouring pairs, of at least 192 queries and as many
+    keys, of clips that are not packed. shape: another one of `SHAPES`."""
+    (B, H, N, D), Hk = q.shape, k.shape[1]
+    shape = shape or shape_of(N, D)
+    BN, groups = shape["BN"], shape["GROUPS"]
     blocks = (N - 1) // BN
     tail = max(16, triton.next_power_of_2(N - blocks * BN))
-    per_head, rest = divmod(triton.cdiv(N, ROWS.value), GROUPS.value)
+    per_head, rest = divmod(triton.cdiv(N, ROWS.value), groups)
     full = B * H * per_head
     tiles = full + (B * H if rest else 0)
     layout = gl.NVMMASharedLayout(128, 16, rank=4)
@@ -294,6 +320,5 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, scale):
     with on(q.device):
         attn_forward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
             of(q, 64), of(k, BN), of(v, BN), of(k, tail), of(v, tail), of(out, 64), of(turned_q if keep else q, 64),
-            lse, table_of(table), call, BN, tail, D, stages_of(N), keep, 160,
-            num_warps=4, **FUSED,
+            lse, table_of(table), call, tail, D, keep, **shape, num_warps=4, **FUSED,
         )  # fmt: skip

@@ -9,10 +9,11 @@ under that of dV and that of the scores which come next, be they the next tile's
 
 from collections import namedtuple
 
+import torch
 import triton
 from evaat_fast.kernels.attn.forward import shape_of
-from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, angles, copy_add, copy_in, place_of
-from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel, ends_config
+from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, angles, copy_add, copy_in, place_of, stores_done
+from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
 from evaat_fast.kernels.launch import FUSED, Rows, multiprocessors, on, table_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +30,11 @@ GROUPS = gl.constexpr(2)  # warpgroups that make weights
 # What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made
 # ahead of dK. SPREAD: see `_first`. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
 SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "KEYS": 208, "QUERIES": 72}
+# The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
+# that a program of the first then takes.
+ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 2}}
+# Log-sum-exps are divided by the scale, and have to stay finite.
+LEAST_SCALE = 1e-20
 
 # heads: of the keys. groups: query heads to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head of
 # a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
@@ -36,7 +42,8 @@ Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale scale
 # What is in shared memory: two tiles' keys and values, blocks in flight, two blocks' dS and dQ, and barriers by the name of
 # what they guard.
 Shared = namedtuple("Shared", "k v q do lse delta ds dq kv_there kv_free q_there q_free do_there do_free ds_there ds_free")
-Descriptors = namedtuple("Descriptors", "q k v do stats sums")
+# Descriptors of tensors, and how many tiles have added to a block of dQ, or None.
+Memory = namedtuple("Memory", "q k v do stats sums turns")
 
 
 @gluon.jit
@@ -80,11 +87,12 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
 
 
 @gluon.jit
-def _leave(x, rows, table, b, h, key, call, TURN: gl.constexpr, D: gl.constexpr):
-    """float32 [64, D] of the keys from `key` on to memory; with TURN and a table turned back."""
+def _leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.constexpr):
+    """float32 [64, D] of the keys from `key` on to memory, turned back unless `table` is None; with `columns`, float32
+    [clips, blocks, 3, heads, D], also their column sums."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     x = gl.convert_layout(x, L)
-    if TURN and table is not None:
+    if table is not None:
         y, z = x.reshape((ROWS, D // 2, 2)).split()
         cos, sin = angles(y, table, b, h, key, call, D)
         x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, D)), L)
@@ -92,23 +100,35 @@ def _leave(x, rows, table, b, h, key, call, TURN: gl.constexpr, D: gl.constexpr)
     c = gl.arange(0, D, layout=gl.SliceLayout(0, L))
     at = rows.at + b.to(gl.int64) * rows.b + h.to(gl.int64) * rows.h + n.to(gl.int64)[:, None] * rows.n + c[None, :]
     gl.store(at, x.to(rows.at.dtype.element_ty), mask=(n < call.N)[:, None])
+    if columns is not None:
+        part = (b * call.blocks + key // ROWS).to(gl.int64) * 3 + which
+        gl.store(columns + (part * call.heads + h) * D + c, gl.sum(x, 0), mask=key + c * 0 < call.N)
 
 
 @gluon.jit
-def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+def _columns(x, L: gl.constexpr):
+    """What a product adds up from: a number for each column. Read while products are under way; read when it is needed, it
+    waits for 230 cycles behind what these read."""
+    return x.reshape((ROWS,)).load(gl.SliceLayout(0, L))[None, :].broadcast_to((ROWS, ROWS))
+
+
+@gluon.jit
+def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Warpgroup c: the gradients of 64 keys and values of each tile, and its share of dS."""
     dtype: gl.constexpr = sh.q.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
-    columns: gl.constexpr = gl.SliceLayout(0, L)
     count = call.groups * call.blocks
     zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
     n, it = 0, 0
     # The first tile's first scores; those of any other are made at the end of the tile before.
     mbarrier.wait(sh.kv_there.index(0), 0)
     mbarrier.wait(sh.q_there.index(0), 0)
+    s = _columns(sh.lse.index(0), L)
     first = sh.k.index(c).reshape((ROWS, D))
-    s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), s, is_async=True)
+    mbarrier.wait(sh.do_there.index(0), 0)
+    dp = _columns(sh.delta.index(0), L)
     s = warpgroup_mma_wait(0, deps=(s,))
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = place_of(t, call, GROUPS * ROWS)
@@ -121,30 +141,29 @@ def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: 
             j = n + i
             here, then = j % STAGES, (j + 1) % STAGES
             before = gl.where(i > 0, (j + STAGES - 1) % STAGES, here)
-            mbarrier.wait(sh.do_there.index(here), (j // STAGES) & 1)
             dO = sh.do.index(here).reshape((ROWS, D))
-            dp = warpgroup_mma(v, dO.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, dO.permute((1, 0)), dp, is_async=True)
             dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
-            lse = sh.lse.index(here).reshape((ROWS,)).load(columns)
-            p = gl.exp2(s * call.scale2 - lse[None, :])
-            p = p if WHOLE else gl.where(there, p, 0.0)
-            dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
             last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
-            tile = gl.where(last, it + 1, it)
+            tile, phase = gl.where(last, it + 1, it), ((j + 1) // STAGES) & 1
             mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
-            mbarrier.wait(sh.q_there.index(then), ((j + 1) // STAGES) & 1, pred=more | (i + 1 < count))
+            mbarrier.wait(sh.q_there.index(then), phase, pred=more | (i + 1 < count))
+            p = gl.exp2(s * call.scale2)
+            p = p if WHOLE else gl.where(there, p, 0.0)
+            s = _columns(sh.lse.index(then), L)
+            dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
             k = sh.k.index((tile % 2) * GROUPS + c).reshape((ROWS, D))
-            scores = sh.q.index(then).reshape((ROWS, D)).permute((1, 0))
-            s = warpgroup_mma(k, scores, zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma(k, sh.q.index(then).reshape((ROWS, D)).permute((1, 0)), s, is_async=True)
             dp, dK = warpgroup_mma_wait(2, deps=(dp, dK))  # under way: dV, the next scores
             mbarrier.arrive(sh.q_free.index(before), count=1, pred=i > 0)
-            delta = sh.delta.index(here).reshape((ROWS,)).load(columns)
-            ds = (p * (dp - delta[None, :])).to(dtype)
+            ds = (p * dp).to(dtype)
             mbarrier.wait(sh.ds_free.index((j % 2) * GROUPS + c), ((j // 2) & 1) ^ 1)
             sh.ds.index((j % 2) * GROUPS + c).store(ds)
             fence_async_shared()
             mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
             slopes = gl.convert_layout(ds, A)
+            mbarrier.wait(sh.do_there.index(then), phase, pred=more | (i + 1 < count))
+            dp = _columns(sh.delta.index(then), L)
             dV, s = warpgroup_mma_wait(0, deps=(dV, s))
             mbarrier.arrive(sh.do_free.index(here), count=1)
         end = (n + count - 1) % STAGES
@@ -152,10 +171,24 @@ def _keys(at, sh, dk, dv, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: 
         dK = warpgroup_mma_wait(0, deps=(dK,))
         mbarrier.arrive(sh.q_free.index(end), count=1)
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
-        _leave(dV, dv, table, b, h, key, call, False, D)
-        _leave(dK * call.scale, dk, table, b, h, key, call, True, D)
+        _leave(dV, dv, None, columns, 2, b, h, key, call, D)
+        _leave(dK * call.scale, dk, table, columns, 1, b, h, key, call, D)
         n += count
         it += 1
+
+
+@gluon.jit
+def _turn(key, block, call, SPREAD: gl.constexpr):
+    """How many tiles of a head add to a block of queries before the tile that begins with `key`: with SPREAD those that come to
+    it before. A tile which is not whole comes last, as it does in time."""
+    tile, n = key // (GROUPS * ROWS), call.per_head
+    if SPREAD:
+        begun = ((block + 1) * (n + 1) + call.blocks - 1) // call.blocks  # tiles that begin with it or before it
+        begun = gl.where(begun < n, begun, n)
+        turn = begun - 1 - tile
+        return gl.where(tile < n, gl.where(turn < 0, turn + n, turn), n)
+    else:
+        return tile
 
 
 @gluon.jit
@@ -163,7 +196,7 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     """The third warpgroup: a tile's share of dQ, block by block."""
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     zeros = gl.zeros((ROWS, D), gl.float32, L)
-    j, it = 0, 0
+    j, it, last = 0, 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = place_of(t, call, GROUPS * ROWS)
         mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
@@ -172,6 +205,11 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
             of = (b * call.heads * call.groups + mine) * call.blocks
             for i in range(first, first + call.blocks):
                 two, phase = (j % 2) * GROUPS, (j // 2) & 1
+                block = gl.where(i < call.blocks, i, i - call.blocks)
+                if at.turns is not None:
+                    turn = _turn(key, block, call, SPREAD)
+                    while gl.atomic_add(at.turns + of + block, 0, sem="acquire") < turn:
+                        pass
                 mbarrier.wait(sh.ds_there.index(two), phase)
                 keys = sh.k.index(k).reshape((ROWS, D))
                 dQ = warpgroup_mma(sh.ds.index(two).permute((1, 0)), keys, zeros, use_acc=False, is_async=True)
@@ -182,25 +220,35 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
                 dQ = warpgroup_mma(sh.ds.index(two + 1).permute((1, 0)), keys, dQ, is_async=True)
                 dQ = warpgroup_mma_wait(0, deps=(dQ,))
                 mbarrier.arrive(sh.ds_free.index(two + 1), count=1)
-                tma.store_wait(pendings=1)  # of the two blocks before, one is added to memory still
+                if at.turns is not None:
+                    stores_done()
+                else:
+                    tma.store_wait(pendings=1)  # of the two blocks before, one is added to memory still
                 # In the order of registers: 16 bytes of each thread, one after the other.
                 flat = dQ.reshape((4, 2, 8, 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, D))
                 sh.dq.index(j % 2).store(flat)
                 fence_async_shared()
-                copy_add(at.sums, [(of + gl.where(i < call.blocks, i, i - call.blocks)) * ROWS, 0], sh.dq.index(j % 2))
+                if at.turns is not None:  # of the block before; stored to, shared memory has brought all threads together
+                    gl.atomic_add(at.turns + last, 1, mask=(mine > h * call.groups) | (i > first), sem="release")
+                copy_add(at.sums, [(of + block) * ROWS, 0], sh.dq.index(j % 2))
+                last = of + block
                 j += 1
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
+        if at.turns is not None:
+            stores_done()
+            gl.atomic_add(at.turns + last, 1, sem="release")
         it += 1
     tma.store_wait(pendings=0)
 
 
 @gluon.jit
-def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHOLE: gl.constexpr,
+def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, table, call, WHOLE: gl.constexpr,
                               D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, KEYS: gl.constexpr,
                               QUERIES: gl.constexpr):  # fmt: skip
-    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. WHOLE: all tiles are."""
+    """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. turns: zeros, int32 [blocks of all
+    heads], or None for tiles that add to dQ in any order. columns: as for `_leave`. WHOLE: all tiles are."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
-    at = Descriptors(q, k, v, do, stats, sums)
+    at = Memory(q, k, v, do, stats, sums, turns)
     S: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     of_kv: gl.constexpr = 2 * GROUPS
     sh = Shared(
@@ -234,8 +282,8 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHO
         mbarrier.init(sh.ds_free.index(i), count=1)
     gl.warp_specialize(
         [
-            (_keys, (at, sh, dk, dv, table, call, 0, WHOLE, D, STAGES)),
-            (_keys, (at, sh, dk, dv, table, call, 1, WHOLE, D, STAGES)),
+            (_keys, (at, sh, dk, dv, columns, table, call, 0, WHOLE, D, STAGES)),
+            (_keys, (at, sh, dk, dv, columns, table, call, 1, WHOLE, D, STAGES)),
             (_queries, (at, sh, call, D, SPREAD)),
             (_copies, (at, sh, call, STAGES, SPREAD)),
         ],
@@ -244,27 +292,39 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, dk, dv, table, call, WHO
     )
 
 
-def backward(q, k, v, out, do, lse, dlse, grads, tables, prefix, scale, shape=SHAPE):
-    """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it."""
+def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, ordered, shape=SHAPE, ends=ENDS):
+    """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it.
+    scale: above LEAST_SCALE. columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is
+    H, or None. ordered: dQ is the same to the bit every time."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
     # So a tile that is not whole has keys for both warpgroups.
-    tail = max(16, triton.next_power_of_2(rest)) if 0 < rest <= rows else 0
+    tail = max(16, triton.next_power_of_2(rest)) if 0 < rest <= ends["most"] else 0
     full = B * Hk * per_head
     tiles = full + (B * Hk if rest and not tail else 0)
     call = Call(Hk, H // Hk, N, tiles, full, per_head, blocks, scale, scale * LOG2E.value, prefix)
+    parts = triton.cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
     stats, sums = lse.new_empty((B * H * blocks * 2, rows)), lse.new_empty((B * H * blocks * rows, D))
+    shares = lse.new_empty((B * Hk, parts, 2, D, tail)) if tail else None
+    programs, turns = min(multiprocessors(q.device), tiles), None
+    if ordered:
+        turns = torch.empty(B * H * blocks, dtype=torch.int32, device=q.device)
+        # A tile may wait for another of its head, which no program may be to take after it; all programs run at once.
+        shape = shape | {"SPREAD": shape["SPREAD"] and per_head <= programs}
     of = lambda x, block, layout: TensorDescriptor.from_tensor(x, block, layout)  # noqa: E731
     layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
     places = [Rows(x, *x.stride()[:3]) for x in (q, k, v, out, do, lse)]
     dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
     with on(q.device):
-        attn_prepare_sm90_kernel[(B * Hk, 1 if tail else call.groups * blocks)](
-            *places, dlse, stats, sums, dk, dv, k_table, call, S, TAIL=tail, **ends_config(tail), **FUSED
+        attn_prepare_sm90_kernel[(B * Hk, parts)](
+            *places, dlse, stats, sums, shares, turns, call, S, tail, **ends["launch"], **FUSED
         )
-        attn_backward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
+        attn_backward_sm90_kernel[(programs,)](
             *(of(x, [1, 1, rows, D], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain), of(sums, [rows, D], plain),
-            dk, dv, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, **FUSED,
+            turns, dk, dv, columns, k_table, call, WHOLE=tiles == full, **shape, num_warps=4, launch_cooperative_grid=ordered,
+            **FUSED,
         )  # fmt: skip
-        attn_finish_sm90_kernel[(B * H * blocks,)](sums, dq, table, H, N, prefix, scale, S, **FUSED)
+        attn_finish_sm90_kernel[(B * H * blocks + (B * Hk if tail else 0),)](
+            sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, tail, **FUSED
+        )

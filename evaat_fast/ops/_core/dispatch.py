@@ -39,7 +39,6 @@ class Support:
 
 # What one H200 has shown; bench/README.md says it op by op.
 _RIGHT = "right on an H200"
-_BEFORE = "before the last change of its code"
 _ALL = (*FLOATS, "float64")
 
 # A need of a call of rope3d.
@@ -53,7 +52,7 @@ FEW_PAIRS = "fewer pairs than CUDA C++ is faster with"
 LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
-DETERMINISTIC, OTHER_GPU, CUDNN_IS_OFF = "deterministic gradients", "a GPU that is no Hopper", "cuDNN's gradients are off"
+OTHER_GPU = "a GPU that is no Hopper"
 OTHER_SHAPE, HALVES, PACKED = "heads other than 64, short clips or other keys than queries", "half-split pairs", "packed clips"
 TRANSFORMED = "a call that is transformed"
 
@@ -108,11 +107,9 @@ SUPPORT = {
                 OTHER_SHAPE: "its kernel takes heads of 64 and at least 192 tokens, as many queries as keys",
                 HALVES: "its kernel turns neighbouring pairs",
                 PACKED: "its kernel takes no packed clips",
-                CUDNN_IS_OFF: "its gradients are cuDNN's, of 9.15.1 or later, which is not there or switched off",
-                DETERMINISTIC: "its gradients are cuDNN's, which are not deterministic",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
             },
-            note=f"Hopper's heads of 64: one kernel forward, cuDNN backward; {_RIGHT}, {_BEFORE}",
+            note=f"Hopper's heads of 64; {_RIGHT}",
         ),
         "sdpa": Support(
             _ALL,
@@ -164,7 +161,12 @@ AUTO = {
 # Ops whose first choice needs no device of its own: torch's attention runs wherever torch does.
 _ANY_DEVICE = {"joint_attention"}
 
-_MODULE = {"gluon": "evaat_fast.kernels.attn.sm90", "triton": "triton", "cuda": "evaat_fast._cuda", "cpu": "evaat_fast._cpu"}
+_MODULE = {
+    "gluon": "evaat_fast.kernels.attn.sm90_backward",
+    "triton": "triton",
+    "cuda": "evaat_fast._cuda",
+    "cpu": "evaat_fast._cpu",
+}
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -211,10 +213,8 @@ def has_little_shared(device: torch.device) -> bool:
 
 @_constant
 def lacks_for_hopper(device: torch.device) -> tuple[str, ...]:
-    """The needs of attention on a CUDA device that a kernel for Hopper before cuDNN's gradients cannot meet. cuDNN is right for
-    any number of tokens from 9.15.1 on, and torch takes it for attention where nobody has switched it off."""
-    has_cudnn = torch.backends.cuda.cudnn_sdp_enabled() and (torch.backends.cudnn.version() or 0) > 91500
-    return ((OTHER_GPU,) if _capability(device) != (9, 0) else ()) + (() if has_cudnn else (CUDNN_IS_OFF,))
+    """The needs of attention on a CUDA device that a kernel for Hopper cannot meet."""
+    return (OTHER_GPU,) if _capability(device) != (9, 0) else ()
 
 
 @functools.cache

@@ -4,6 +4,6 @@ attn.py       the public functions: a call is checked, planned, and handed to to
 plan.py       what a call is besides its tensors, and the check of that
 reference.py  the specification
 layout.py     what keeps the gradients of torch's attention right on CUDA
-fused.py      the passes of kernels/attn, Gluon's and Triton's, as operators; cudnn.py: cuDNN's gradients behind Gluon's
+fused.py      the passes of kernels/attn, Gluon's and Triton's, as operators
 clips.py      packed clips for torch's; flops.py: FLOPs
 """

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from evaat_fast.ops._core import dispatch
 from evaat_fast.ops._core.autocast import autocast_dtype
-from evaat_fast.ops._core.tensor import is_transformed, keeps_numbers_elsewhere, kind, memory_of, packed_base
+from evaat_fast.ops._core.tensor import check_device, is_transformed, keeps_numbers_elsewhere, kind, memory_of, packed_base
 from evaat_fast.ops.attn.clips import each_clip, sdpa_of_clips
 from evaat_fast.ops.attn.fused import FUSED, attend, attend_packed
 from evaat_fast.ops.attn.layout import gradient_like
-from evaat_fast.ops.attn.plan import AttentionPlan, plan
+from evaat_fast.ops.attn.plan import AttentionPlan, needs_of_shape, plan
 from evaat_fast.ops.attn.reference import attention_reference
 from evaat_fast.ops.rope3d.rope3d import rotate_by_table
 from evaat_fast.ops.rope3d.rotate import consume, rotate
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
 
     from evaat_fast.ops.rope3d.rope3d import Options
 
-    class PackedOptions(Options, total=False):
+    class _BothOptions(Options, total=False):
         scale: float | None
         deterministic: bool
 
-    class AttentionOptions(PackedOptions, total=False):
+    class PackedOptions(_BothOptions, total=False):
+        qkv_bias: Tensor | None
+
+    class AttentionOptions(_BothOptions, total=False):
         grid: Grid
         k_positions: Tensor | None
         cu_seqlens: Tensor | None
@@ -76,12 +80,12 @@ def joint_attention(
             longest clip (the others have its first frames), and prefix_tokens lead each clip. Values are checked on the CPU; on
             CUDA limits that are none make the result NaN in Triton.
         max_seqlen: at least the longest clip's tokens; spares SDPA on CUDA a wait.
-        deterministic: the backward gives the same bits every time, as it always does on CPU and in Triton. On CUDA then Triton
-            serves, unless torch.use_deterministic_algorithms binds SDPA too.
+        deterministic: the backward gives the same bits every time, as it always does on CPU and in Triton. On CUDA, where
+            "gluon" does not serve, Triton then does, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
-        backend: "auto", "gluon" (Hopper's heads of 64 in half precision, from 192 tokens on), "sdpa", "triton" (head dims up to
-            128; slower than sdpa on an H200) or "reference".
+        backend: "auto", "gluon" (Hopper's heads of 64, by this name of 128, in half precision, from 192 tokens on), "sdpa",
+            "triton" (head dims up to 128; slower than sdpa on an H200) or "reference".
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). With
@@ -134,6 +138,7 @@ def joint_attention_qkv_(
     positions: Tensor | None = None,
     interleaved: bool = True,
     scale: float | None = None,
+    qkv_bias: Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
@@ -144,6 +149,9 @@ def joint_attention_qkv_(
         qkv: [B, N, 3 * H * D], one tensor and no view (what torch.nn.Linear returns). Rotated in place: do not use it again,
             or the backward pass raises a RuntimeError, as soon as something else has a gradient for it.
         num_heads: H. The rest as for `joint_attention`.
+        qkv_bias: [3 * H * D], the bias of the linear layer that made qkv, and in qkv already: given for its gradient alone, the
+            column sums of qkv's, which "gluon" makes in float32 as it makes qkv's, where torch would pass over that once more.
+            The layer then has none to learn: `F.linear(x, W, b.detach())`, and here `qkv_bias=b`. See `sums_bias`.
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]: `.transpose(1, 2).flatten(2)` is free. With return_lse as
@@ -160,24 +168,49 @@ def joint_attention_qkv_(
         raise ValueError(f"num_heads: expected a positive int, got {num_heads!r}")
     if qkv.ndim != 3 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
         raise ValueError(f"qkv: expected the shape [B, N, 3 * {num_heads} * D], got {list(qkv.shape)}")
+    if qkv_bias is not None:
+        _check_bias(qkv_bias, qkv)
     dtype = autocast_dtype(qkv.device.type)
     qkv = qkv.to(dtype) if dtype is not None and qkv.dtype != torch.float64 else qkv
     B, N, width = qkv.shape
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
     rope = (grid, freqs, prefix_tokens, positions, interleaved)
-    asked = (deterministic, return_lse, _is_transformed(qkv), backend)
+    given = (qkv,) if qkv_bias is None else (qkv, qkv_bias)
+    asked = (deterministic, return_lse, _is_transformed(*given), backend)
     call = plan(shape, shape, qkv.dtype, qkv.device, rope, None, scale, None, None, *asked)
-    base = packed_base("joint_attention_qkv_", qkv, False) if call.rope else None
+    bias = qkv_bias if qkv_bias is not None and qkv_bias.requires_grad else None
+    base = packed_base("joint_attention_qkv_", qkv, bias is not None) if call.rope else None
     # Dynamo takes no function that changes a view, as a linear layer's output may be, and returns more than that.
     in_place = call.rope and call.backend != "reference" and not call.rotation.learns() and not torch.compiler.is_compiling()
+    packed = in_place and call.backend in FUSED and qkv.numel() and call.scale >= 0
+    if bias is not None and not packed:
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
+        base = None if base is None else qkv
     if not in_place:
         # unbind(2): its backward stacks the three gradients straight into the packed layout, one copy.
         q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
         return _attend(q, k, v, call, return_lse)
-    if call.backend in FUSED and qkv.numel() and call.scale >= 0:
-        out, lse = attend_packed(qkv, base, num_heads, call)
+    if packed:
+        out, lse = attend_packed(qkv, base, num_heads, bias, call)
         return (out, lse) if return_lse else out
     return _attend(*consume(qkv, base, num_heads, call.rotation), call.without_rope(), return_lse)
+
+
+def sums_bias(x: Tensor, width: int, num_heads: int) -> bool:
+    """Whether `joint_attention_qkv_` of a projection to [B, N, 3 * width] of x, [B, N, C], makes qkv_bias's gradient as it
+    passes by. Else the linear layer had better make it."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return False
+    dtype, needs = autocast_dtype("cuda") or x.dtype, needs_of_shape(x.device, width // num_heads, x.shape[1], x.shape[1])
+    return dispatch.pick("joint_attention", x.device, dtype, None, needs) == "gluon"
+
+
+def _check_bias(qkv_bias, qkv):
+    if not isinstance(qkv_bias, Tensor) or not qkv_bias.is_floating_point():
+        raise TypeError(f"qkv_bias: expected a floating-point tensor, got {kind(qkv_bias)}")
+    if qkv_bias.shape != qkv.shape[2:]:
+        raise ValueError(f"qkv_bias: expected the shape [{qkv.shape[2]}] to go with qkv, got {list(qkv_bias.shape)}")
+    check_device("qkv_bias", qkv_bias.device, qkv.device, "qkv's")
 
 
 def _is_transformed(*tensors):

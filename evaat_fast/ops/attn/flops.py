@@ -7,7 +7,7 @@ def _products(times):
     """`times` multiplications for every channel of every pair of a query and a key."""
 
     def count(q, k, *settings, out_val=None):
-        *_, cu_seqlens, _max_seqlen, _scale, _backend = settings  # in AttentionPlan's order of fields
+        *_, cu_seqlens, _max_seqlen, _scale, _backend, _deterministic = settings  # in AttentionPlan's order of fields
         (B, H, N, D), M = q.shape, k.shape[2]
         return times * H * D * (B * N * M if cu_seqlens is None else int(cu_seqlens.diff().long().square().sum()))
 

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from evaat_fast.ops._core.register import once_differentiable, register, traced
 from evaat_fast.ops._core.tensor import contiguous_rows
-from evaat_fast.ops.attn import cudnn
-from evaat_fast.ops.attn.layout import with_strides
 from evaat_fast.ops.attn.plan import AttentionPlan
 from evaat_fast.ops.rope3d.rotate import empty, turn, used_again
 from evaat_fast.ops.rope3d.table import table_of
@@ -81,27 +79,30 @@ def _backward_fake(q, k, v, *others):
 def attn_backward(q, k, v, out, lse, grad, grad_lse, need_q, need_kv, call):
     """dQ, dK and dV of queries and keys as they were before they were turned; q and k: turned. What is not needed is not
     written."""
-    if call.backend == "gluon" and grad_lse is None:
-        found = cudnn.gradients(q, k, v, out, lse, grad, call.scale)
-        if call.rope and call.k_positions is None:
-            turn(list(found[:2]), list(found[:2]), call.rotation.back())
-        elif call.rope:
-            turn([found[0]], [found[0]], call.rotation.back())
-            turn([found[1]], [found[1]], call.k_rotation().back())
-        return tuple(with_strides(x, (x[0].numel(), x.shape[3], x.shape[1] * x.shape[3], 1)) for x in found)
     dq, dk, dv = _backward_fake(q, k, v)
     wanted = (dq if need_q else None, dk if need_kv else None, dv if need_kv else None)
-    _launch_backward(q, k, v, out, lse, grad, grad_lse, wanted, call)
+    _launch_backward(q, k, v, out, lse, grad, grad_lse, wanted, None, call)
     return dq, dk, dv
 
 
-def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, call):
-    """Writes the gradients that are not None."""
-    from evaat_fast.kernels.attn.backward import backward
+def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, columns, call):
+    """Writes the gradients that are not None; whether it wrote their column sums to `columns`, too."""
+    from evaat_fast.kernels.attn import backward
 
-    grad_lse, delta = None if grad_lse is None else grad_lse.contiguous(), torch.empty_like(lse)
-    rotation = call.rotation.prefix_tokens, call.rotation.interleaved
-    backward(q, k, v, out, grad, lse, grad_lse, delta, grads, _tables(q, call), *rotation, call.scale, call.cu_seqlens)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    tables, (prefix, interleaved) = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
+    if call.backend == "gluon" and all(x is not None for x in grads):
+        from evaat_fast.kernels.attn import sm90, sm90_backward
+
+        small = q.shape[3] == sm90_backward.SHAPE["D"] and call.scale > sm90_backward.LEAST_SCALE
+        if small and sm90.serves(q, k, v):
+            grad = grad if sm90.serves(grad) else _output(grad).copy_(grad)
+            how = (columns, tables, prefix, call.scale, call.deterministic)
+            sm90_backward.backward(q, k, v, out, grad, lse, grad_lse, grads, *how)
+            return True
+    delta, rest = torch.empty_like(lse), (prefix, interleaved, call.scale, call.cu_seqlens)
+    backward.backward(q, k, v, out, grad, lse, grad_lse, delta, grads, tables, *rest)
+    return False
 
 
 class _Attend(torch.autograd.Function):
@@ -167,34 +168,39 @@ def attn_qkv_forward_(qkv: Tensor, num_heads: int, keep: bool, call: AttentionPl
     return out, lse
 
 
+def _packed_backward_fake(qkv, out, lse, grad, grad_lse, num_heads, with_bias, call):
+    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[2] if with_bias else 0, dtype=torch.float32)
+
+
 @register(
-    "attn_qkv_backward(Tensor qkv, Tensor out, Tensor lse, Tensor grad, Tensor? grad_lse, SymInt num_heads, {settings}) "
-    "-> Tensor",
-    lambda qkv, *others: qkv.new_empty(qkv.shape),
+    "attn_qkv_backward(Tensor qkv, Tensor out, Tensor lse, Tensor grad, Tensor? grad_lse, SymInt num_heads, bool with_bias, "
+    "{settings}) -> (Tensor, Tensor)",
+    _packed_backward_fake,
     AttentionPlan,
 )
 @torch.no_grad()
-def attn_qkv_backward(qkv, out, lse, grad, grad_lse, num_heads, call):
-    """The gradient of the projection as it was before its queries and keys were turned."""
-    dqkv = qkv.new_empty(qkv.shape)
+def attn_qkv_backward(qkv, out, lse, grad, grad_lse, num_heads, with_bias, call):
+    """(the gradient of the projection as it was before its queries and keys were turned, with_bias: its column sums in float32,
+    else nothing)."""
+    (B, N, width), dqkv = qkv.shape, qkv.new_empty(qkv.shape)
+    columns = lse.new_empty((B * -(-N // 64), width)) if with_bias else None
     q, k, v = _parts(qkv, num_heads)
-    if call.backend == "gluon" and grad_lse is None:
-        turn(list(cudnn.gradients(q, k, v, out, lse, grad, call.scale)), list(_parts(dqkv, num_heads)), call.rotation.back())
-        return dqkv
-    _launch_backward(q, k, v, out, lse, grad, grad_lse, _parts(dqkv, num_heads), call)
-    return dqkv
+    summed = _launch_backward(q, k, v, out, lse, grad, grad_lse, _parts(dqkv, num_heads), columns, call)
+    if columns is None:
+        return dqkv, lse.new_empty(0)
+    return dqkv, columns.sum(0) if summed else dqkv.sum((0, 1), dtype=torch.float32)
 
 
 class _AttendPacked(torch.autograd.Function):
     """Saves the projection as it has become, the output and its log-sum-exps: of queries and keys there is one copy."""
 
     @staticmethod
-    def forward(ctx, base, shape, num_heads, freqs, positions, bare):
+    def forward(ctx, base, shape, num_heads, freqs, positions, bias, bare):
         ctx.mark_dirty(base)
         ctx.set_materialize_grads(False)
         call = bare.of(freqs, positions, None, None)
         out, lse = attn_qkv_forward_.at(traced(type(base)))(base.view(shape), num_heads, True, call)
-        ctx.shape, ctx.num_heads, ctx.bare = shape, num_heads, bare
+        ctx.shape, ctx.num_heads, ctx.bare, ctx.bias = shape, num_heads, bare, None if bias is None else bias.dtype
         ctx.save_for_backward(base, out, lse, freqs, positions)
         return base, out, lse
 
@@ -206,13 +212,17 @@ class _AttendPacked(torch.autograd.Function):
         base, out, lse, freqs, positions = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else contiguous_rows(grad)
         call, through = ctx.bare.of(freqs, positions, None, None), traced(type(grad))
-        dqkv = attn_qkv_backward.at(through)(base.view(ctx.shape), out, lse, grad, grad_lse, ctx.num_heads, call)
-        return dqkv.view(base.shape), *[None] * 5
+        settings = (ctx.num_heads, ctx.needs_input_grad[5], call)
+        dqkv, dbias = attn_qkv_backward.at(through)(base.view(ctx.shape), out, lse, grad, grad_lse, *settings)
+        return dqkv.view(base.shape), *[None] * 4, dbias.to(ctx.bias) if ctx.needs_input_grad[5] else None, None
 
 
-def attend_packed(qkv: Tensor, base: Tensor | None, num_heads: int, call: AttentionPlan) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exps) of a checked projection [B, N, 3*H*D], which is consumed; scale >= 0. base: as for `consume`."""
+def attend_packed(
+    qkv: Tensor, base: Tensor | None, num_heads: int, bias: Tensor | None, call: AttentionPlan
+) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exps) of a checked projection [B, N, 3*H*D], which is consumed; scale >= 0. base: as for `consume`.
+    bias: what gets the column sums of the projection's gradient."""
     if base is None:
         return attn_qkv_forward_.at(traced(type(qkv)))(qkv, num_heads, False, call)
     freqs, positions, *_ = call.tensors()
-    return _AttendPacked.apply(base, qkv.shape, num_heads, freqs, positions, call.bare())[1:]
+    return _AttendPacked.apply(base, qkv.shape, num_heads, freqs, positions, bias, call.bare())[1:]

@@ -17,7 +17,7 @@ _STILL = Rotation(None, None, (), 0, True, False, "reference")
 @dataclass(frozen=True)
 class AttentionPlan:
     """A checked call. rope: whether there is a rotation; k_positions: of the keys, where they have their own. cu_seqlens,
-    max_seqlen: of packed clips. scale: of the scores."""
+    max_seqlen: of packed clips. scale: of the scores. deterministic: of the gradients."""
 
     rotation: Rotation
     k_positions: Tensor | None
@@ -26,6 +26,7 @@ class AttentionPlan:
     max_seqlen: int | None
     scale: float
     backend: str
+    deterministic: bool = False
 
     def k_rotation(self) -> Rotation:
         return self.rotation if self.k_positions is None else self.rotation.of(self.rotation.freqs, self.k_positions)
@@ -53,7 +54,8 @@ class AttentionPlan:
 
     # Not dataclasses.replace, which Dynamo cannot trace.
     def _with(self, rotation, k_positions, rope, cu_seqlens, scale):
-        return AttentionPlan(rotation, k_positions, rope, cu_seqlens, self.max_seqlen, scale, self.backend)
+        of_all = (self.max_seqlen, scale, self.backend, self.deterministic)
+        return AttentionPlan(rotation, k_positions, rope, cu_seqlens, *of_all)
 
 
 def plan(
@@ -75,22 +77,18 @@ def plan(
     transformed: by torch.func, or tensors of other classes."""
     (grid, freqs, prefix_tokens, positions, interleaved), head_dim = rope, shape[-1]
     _check_clips(cu_seqlens, max_seqlen, shape[0], device)
-    alone = deterministic and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    of_torch = torch.are_deterministic_algorithms_enabled()
+    alone = deterministic and device.type == "cuda" and not of_torch
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC_CALL: alone, dispatch.WIDE_HEADS: head_dim > 128}
-    if device.type == "cuda":
-        asked |= {
-            dispatch.DETERMINISTIC: deterministic or torch.are_deterministic_algorithms_enabled(),
-            dispatch.OTHER_SHAPE: head_dim != 64 or shape[-2] < 192 or shape[-2] != k_shape[-2],
-            dispatch.HALVES: not interleaved and (grid is not None or positions is not None),
-            dispatch.PACKED: cu_seqlens is not None,
-            dispatch.TRANSFORMED: transformed,
-        }
     wanted = tuple(need for need, is_asked in asked.items() if is_asked)
     if device.type == "cuda":
-        wanted += dispatch.lacks_for_hopper(device)
+        halves = not interleaved and (grid is not None or positions is not None)
+        others = {dispatch.HALVES: halves, dispatch.PACKED: cu_seqlens is not None, dispatch.TRANSFORMED: transformed}
+        wanted += tuple(need for need, is_asked in others.items() if is_asked)
+        wanted += needs_of_shape(device, head_dim, shape[-2], k_shape[-2], backend)
     chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
-    rest = (cu_seqlens, max_seqlen, scale, chosen)
+    rest = (cu_seqlens, max_seqlen, scale, chosen, deterministic or of_torch)
     if freqs is not None and grid is None and positions is None:
         raise ValueError("freqs: given, but neither grid nor positions is")
     if k_positions is not None and (positions is None or grid is not None):
@@ -116,6 +114,14 @@ def plan(
         rotation = rotation.of(rotation.freqs, of_clips(rotation.positions))
         k_positions = None if k_positions is None else of_clips(k_positions)
     return AttentionPlan(rotation, k_positions, True, *rest)
+
+
+def needs_of_shape(device: torch.device, head_dim: int, N: int, M: int, backend: str | None = None) -> tuple[str, ...]:
+    """What N queries and M keys on a CUDA device ask for that a kernel for Hopper lacks. Heads of 128 are its own by name
+    alone: no GPU has said yet who is faster."""
+    named = (dispatch.DEFAULT.get("joint_attention") if backend is None else backend) == "gluon"
+    fits = head_dim in ((64, 128) if named else (64,)) and N >= 192 and N == M
+    return (() if fits else (dispatch.OTHER_SHAPE,)) + dispatch.lacks_for_hopper(device)
 
 
 def _check_clips(cu_seqlens, max_seqlen, total, device):
