@@ -117,7 +117,7 @@ def behind(t):
 
     def attend():
         qkv = t["qkv"].clone()
-        return attend_packed(qkv, qkv if torch.is_grad_enabled() else None, 2, attention)[0]
+        return attend_packed(qkv, qkv if torch.is_grad_enabled() else None, 2, None, attention)[0]
 
     def loss():
         inputs = t["video"], t["text"], t["scale"]
