@@ -77,7 +77,7 @@ def launch(kernel, grid, arguments, options):
     constants in their order, and Triton's.
     """
     kinds, tensors = [id(kernel), *options.values()], []
-    known = _describe(arguments, kinds, tensors) and knobs is not None and not kernel.pre_run_hooks
+    known = _describe(arguments, kinds, tensors) and knobs is not None and not getattr(kernel, "pre_run_hooks", True)
     index = tensors[0].get_device()
     with _HERE if index < 0 else _at(index):
         if known:
