@@ -351,6 +351,9 @@ class Gluon:
     def copy_add(self, descriptor, at, place):
         self.copy_out(descriptor, at, place, True)
 
+    def zero_here(self, n):
+        return Value(torch.tensor(0.0))
+
     def stores_done(self):
         self.store_wait(0)
 
@@ -399,7 +402,9 @@ def rebuilt(function, fake):
     for name in ("warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared"):
         known[id(getattr(hopper, name))] = getattr(fake, name, None)
     sm90 = importlib.import_module("evaat_fast.kernels.attn.sm90")
-    known |= {id(getattr(sm90, name)): getattr(fake, name) for name in ("copy_in", "copy_out", "copy_add", "stores_done")}
+    known |= {
+        id(getattr(sm90, name)): getattr(fake, name) for name in ("copy_in", "copy_out", "copy_add", "stores_done", "zero_here")
+    }
 
     def of(x):
         if id(x) in known:

@@ -85,8 +85,8 @@ def test_attention_in_gluon_fits_hopper(name):
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith("attn backward sm90")])
 def test_gradients_in_gluon_fit_hopper(name):
-    """Four products in flight: weights are made under two, slopes under two others. The stack is for what is read once a
-    tile."""
+    """Four products in flight: weights are made as two begin and under them, slopes under two others. The stack is for what
+    is read once a tile."""
     of_it, inner = used(name, 90), aot.inner_loop(listing(name, 90), 12)
     if resources.triton_version() in resources.read():
         assert resources.triton_cell(name, 90) == resources.read()[resources.triton_version()][name]["sm_90"]
@@ -98,9 +98,8 @@ def test_gradients_in_gluon_fit_hopper(name):
     weights = [i for i, op in enumerate(ops) if op.startswith("MUFU.EX2")]
     slopes = [i for i, op in enumerate(ops) if op.startswith("STSM")]
     assert len(products) == 16 and len(waits) == 2 and len(inner) <= 420
-    assert (
-        products[4] < weights[0] and weights[-1] < products[8] and products[-1] < waits[0] < slopes[0] < slopes[-1] < waits[1]
-    )
+    assert products[0] < weights[2] and weights[-1] < products[8]
+    assert products[-1] < waits[0] < slopes[0] < slopes[-1] < waits[1]
 
 
 @pytest.mark.sample(2)

@@ -26,7 +26,7 @@ def test_gradients_of_attention(lab, monkeypatch):
     from gluon_emulated import emulate
 
     monkeypatch.setattr(sm90, "backward", emulate(sm90, 0).backward)
-    for case in lab.ENTRIES["ends"].cases("cpu", True):
+    for case in lab.ENTRIES["gradients"].cases("cpu", True):
         for make in case.variants.values():
             (found,) = make(case.inputs)()
             case.check((found,))
@@ -55,6 +55,6 @@ def test_without_a_gpu_it_says_so(lab):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="needs a GPU"):
-        lab.main(["ends"])
+        lab.main(["gradients"])
     with pytest.raises(SystemExit):
         lab.main(["nothing"])

@@ -40,6 +40,13 @@ else:
 
 
 @gluon.jit
+def zero_here(n):
+    """0.0, of an n that is not negative, which no compiler knows above the wait before it."""
+    vote: gl.constexpr = "{ .reg .pred p; setp.lt.s32 p, $1, 0; vote.sync.ballot.b32 $0, p, -1; }"
+    return gl.inline_asm_elementwise(vote, "=f,r", [n], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def stores_done():
     """Waits until what this partition has copied out is in memory; tma.store_wait, until it is read."""
     gl.inline_asm_elementwise("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

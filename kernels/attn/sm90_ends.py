@@ -16,7 +16,7 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, t
     D: tl.constexpr = S.D
     of_head, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     kv, b = of_head % call.heads, of_head // call.heads
-    c, i = tl.arange(0, D), tl.arange(0, S.BLOCK_M)
+    c, i, per_score = tl.arange(0, D), tl.arange(0, S.BLOCK_M), -1.0 / call.scale2
     if TAIL:
         n = call.per_head * S.BLOCK_N + tl.arange(0, TAIL)
         keys = load_rows(k.at + b * k.b + kv * k.h, k.n, n, call.N, c, c < D, True, D)
@@ -27,20 +27,20 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, t
         m, of = block * S.BLOCK_M + i, (b * call.heads * call.groups + h) * call.blocks + block
         x = load_rows(out.at + b * out.b + h * out.h, out.n, m, call.N, c, c < D, True, D).to(tl.float32)
         dO = load_rows(do.at + b * do.b + h * do.h, do.n, m, call.N, c, c < D, True, D)
-        delta, row = -tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
+        delta, row = tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
         if dlse is not None:
-            delta += tl.load(dlse + row, mask=m < call.N, other=0.0)
-        level = tl.load(lse.at + row, mask=m < call.N, other=float("inf"))
-        tl.store(stats + of * (2 * S.BLOCK_M) + i, -level / call.scale)
-        tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, delta)
+            delta -= tl.load(dlse + row, mask=m < call.N, other=0.0)
+        level = tl.load(lse.at + row, mask=m < call.N, other=float("inf")) * LOG2E
+        tl.store(stats + of * (2 * S.BLOCK_M) + i, level * per_score)
+        tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, -delta)
         if turns is not None:
             tl.store(turns + of, 0)
         dQ = tl.zeros((S.BLOCK_M, D), tl.float32)
         if TAIL:
             queries = load_rows(q.at + b * q.b + h * q.h, q.n, m, call.N, c, c < D, True, D)
-            p = tl.exp2(tl.dot(queries, tl.trans(keys)) * call.scale2 - (level * LOG2E)[:, None])
+            p = tl.exp2(tl.dot(queries, tl.trans(keys)) * call.scale2 - level[:, None])
             p = tl.where((n < call.N)[None, :], p, 0.0)
-            ds = (p * (tl.dot(dO, tl.trans(values)) + delta[:, None])).to(keys.dtype)
+            ds = (p * (tl.dot(dO, tl.trans(values)) - delta[:, None])).to(keys.dtype)
             dQ = tl.dot(ds, keys, dQ)
             # With D for rows: warpgroups multiply 64 at least, and the keys may be fewer.
             dK = tl.dot(tl.trans(queries), ds, dK)
