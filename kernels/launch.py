@@ -101,21 +101,22 @@ def _describe(arguments, kinds, tensors):
     rare, and for which Triton compiles another kernel."""
     told = True
     for x in arguments:
-        if isinstance(x, Tensor):
+        kind = type(x)
+        if x is None or kind is int or kind is bool:
+            kinds.append(x)
+        elif isinstance(x, Tensor):
             tensors.append(x)
             kinds.append(x.dtype)
             if x.data_ptr() % 16:
                 told = False
-        elif x is None or isinstance(x, int):
-            kinds.append(x)
         elif id(x) in _CONSTANTS:
             kinds.append(id(x))
         elif isinstance(x, tuple):
             kinds.append(len(x))
             told = _describe(x, kinds, tensors) and told
         else:
-            kinds.append(type(x))
-            told = told and isinstance(x, float)
+            kinds.append(kind)
+            told = told and kind is float
     return told
 
 
