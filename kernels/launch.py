@@ -73,8 +73,8 @@ def launch(kernel, grid, arguments, options):
     Here a call whose dtypes, integers and constants were seen before is told by these alone, and what it was compiled to is
     launched as it is, by which hooks of profilers are called, too.
 
-    arguments: tensors, numbers, None, what `constants` made, and named tuples of these, the kernel's first ones; options: its
-    constants in their order, and Triton's.
+    arguments: tensors, descriptors, numbers, None, what `constants` made, and named tuples of these, the kernel's first ones;
+    options: its constants in their order, and Triton's.
     """
     kinds, tensors = [id(kernel), *options.values()], []
     known = _describe(arguments, kinds, tensors) and knobs is not None and not getattr(kernel, "pre_run_hooks", True)
@@ -114,9 +114,13 @@ def _describe(arguments, kinds, tensors):
         elif isinstance(x, tuple):
             kinds.append(len(x))
             told = _describe(x, kinds, tensors) and told
-        else:
+        elif kind is float:
             kinds.append(kind)
-            told = told and kind is float
+        elif hasattr(x, "block_shape"):  # a descriptor of TMA
+            tensors.append(x.base)
+            kinds += (x.base.dtype, *x.block_shape, x.padding, getattr(x, "layout", None))
+        else:
+            told = False
     return told
 
 

@@ -56,6 +56,15 @@ def a_scale(draw):
     return panel.scale_kernel, lambda: panel.scale(factor, given, outs)
 
 
+def an_attention(N):
+    """Of TMA's descriptors."""
+    from evaat_fast.kernels.attn import sm90
+
+    q, k, v = torch.zeros(1, N, 3, 1, 64, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    out, lse = torch.zeros(1, N, 1, 64, dtype=torch.bfloat16).transpose(1, 2), torch.zeros(1, 1, N)
+    return sm90.attn_forward_sm90_kernel, lambda: sm90.forward(q, k, v, out, lse, None, None, 0, 0.125)
+
+
 def told(launch):
     source, grid, arguments = launch
     constants = {name: str(value) for name, value in source.constants.items()}
@@ -66,6 +75,8 @@ def same(a, b):
     """Whether two arguments are one."""
     if isinstance(a, tuple):
         return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
+    if hasattr(a, "block_shape"):
+        return same(a.base, b.base) and (a.shape, a.strides, a.block_shape) == (b.shape, b.strides, b.block_shape)
     if isinstance(a, torch.Tensor):
         return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
     return getattr(a, "value", a) == getattr(b, "value", b)
@@ -76,6 +87,7 @@ def main(count):
     host.stand_in(launches)
     # What differs in one thing alone, then anything.
     calls = [norm(16, M, low, random.Random(2), first) for low in FLOATS[:2] for M in (16, 3, 1) for first in (0, 1)]
+    calls += [an_attention(N) for N in (200, 208, 200)]
     for kernel, call in calls + [draw.choice((a_norm, a_gradient, a_rotation, a_scale))(draw) for _ in range(count)]:
         for _ in range(2):
             call()
