@@ -135,8 +135,8 @@ ENTRIES = {
     "gradients": Entry(
         "Do exponentials in Gluon's backward pass wait for the launch of the products which they lie under, where ptxas would "
         "begin them before, and how deep does the pass before it load?",
-        "as shipped 0.39, 1.22 and 0.40 ms at 17, 33 and 1 keys that fill no tile on an H200, where exponentials among products "
-        "took 0.416, 1.34 and 0.435, of 2 stages 0.427, 1.32 and 0.439; in order 0.49, 1.60 and 0.54",
+        "as shipped 0.39, 1.22 and 0.40 ms with 17, 33 and 1 keys that fill no tile on an H200, where exponentials among "
+        "products took 0.416, 1.34 and 0.435, with 2 stages 0.427, 1.32 and 0.439; in order 0.49, 1.60 and 0.54",
         "HELD of SHAPE in kernels/attn/sm90_backward.py, and num_stages of ENDS",
         gradient_cases,
     ),

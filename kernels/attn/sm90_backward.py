@@ -26,9 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GROUPS = gl.constexpr(2)  # warpgroups that make weights
-# What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made
-# ahead of dK. SPREAD: see `_first`. HELD: exponentials wait until the products are launched which they lie under. KEYS: registers
-# of the warpgroups that make weights, which need 192; QUERIES: of the third.
+# What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made ahead of dK.
+# SPREAD: see `_first`. HELD: exponentials wait until the products are launched which they lie under. KEYS: registers of the
+# warpgroups that make weights, which need 192; QUERIES: of the third.
 SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "HELD": True, "KEYS": 208, "QUERIES": 72}
 # The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
 # that a program of the first then takes.
