@@ -142,8 +142,9 @@ def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
 
-def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True, columns=False, ordered=False):
+def attn_backward_sm90(arch, dtype="bf16", D=64, turned=True, whole=True, columns=False, ordered=False):
     from evaat_fast.kernels.attn import sm90_backward as kernels
+    from evaat_fast.kernels.attn import sm90_wide
     from triton.experimental.gluon import language as gl
 
     layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
@@ -152,23 +153,26 @@ def attn_backward_sm90(arch, dtype="bf16", turned=True, whole=True, columns=Fals
     types |= dict.fromkeys(("dk", "dv"), rows(dtype)) | {"table": table("fp32") if turned else None}
     types |= {"call": kernels.Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1), "columns": "*fp32" if columns else None}
     types["turns"] = "*i32" if ordered else None
-    constants, aligned = kernels.SHAPE | {"WHOLE": whole}, [*TABLE, *strides("dk", "dv")]
-    return aot.build(kernels.attn_backward_sm90_kernel, types, constants, arch, aligned=aligned, num_warps=4)
+    kernel, constants = kernels.attn_backward_sm90_kernel, kernels.SHAPE | {"WHOLE": whole}
+    if D == 128:
+        kernel, constants = sm90_wide.attn_backward_wide_kernel, sm90_wide.SHAPE | {"WHOLE": whole}
+    return aot.build(kernel, types, constants, arch, aligned=[*TABLE, *strides("dk", "dv")], num_warps=4)
 
 
-def attn_ends_sm90(arch, name, tail, columns=False):
+def attn_ends_sm90(arch, name, tail, D=64, columns=False):
     """Before and behind the backward pass on Hopper."""
     import triton.language as tl
-    from evaat_fast.kernels.attn import forward, sm90_ends
-    from evaat_fast.kernels.attn.sm90_backward import ENDS, Call
+    from evaat_fast.kernels.attn import forward, sm90_backward, sm90_ends, sm90_wide
+    from evaat_fast.kernels.attn.sm90_backward import Call
 
     kernel, tensors = getattr(sm90_ends, f"attn_{name}_sm90_kernel"), ("q", "k", "v", "out", "do", "dq", "dk", "dv")
     types = dict.fromkeys(tensors, rows("bf16")) | dict.fromkeys(("table", "k_table"), table("fp32"))
     types |= {"lse": rows("fp32")._replace(n=1), "dlse": None, "parts": "i32"} | dict.fromkeys(("stats", "sums"), "*fp32")
     types |= {"turns": None, "shares": "*fp32" if tail else None, "columns": "*fp32" if columns else None}
     types["call"] = Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1)
-    types["S"] = forward.Shape(*map(tl.constexpr, (64, 64, True, 0, 64, 128)))
-    types, launch = {x: types[x] for x in kernel.arg_names if x in types}, ENDS["launch"] if name == "prepare" else {}
+    types["S"] = forward.Shape(*map(tl.constexpr, (D, D, True, 0, 64, 128)))
+    ends = (sm90_wide if D == 128 else sm90_backward).ENDS
+    types, launch = {x: types[x] for x in kernel.arg_names if x in types}, ends["launch" if name == "prepare" else "behind"]
     return aot.build(kernel, types, {"TAIL": tail}, arch, aligned=[*TABLE, *strides(*tensors)], **launch)
 
 
@@ -327,6 +331,13 @@ HOPPER = {
     "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),
     "attn backward sm90 bf16, ordered": functools.partial(attn_backward_sm90, ordered=True),
     "attn backward sm90 bf16, column sums": functools.partial(attn_backward_sm90, columns=True),
+    "attn backward sm90 bf16 D128": functools.partial(attn_backward_sm90, D=128),
+    "attn backward sm90 fp16 D128, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", D=128, turned=False),
+    "attn backward sm90 bf16 D128, ends": functools.partial(attn_backward_sm90, D=128, whole=False),
+    "gradients prepare sm90 D128, tail 0": functools.partial(attn_ends_sm90, name="prepare", D=128, tail=0),
+    "gradients prepare sm90 D128, tail 32": functools.partial(attn_ends_sm90, name="prepare", D=128, tail=32),
+    "gradients finish sm90 D128, tail 0": functools.partial(attn_ends_sm90, name="finish", D=128, tail=0),
+    "gradients finish sm90 D128, tail 32": functools.partial(attn_ends_sm90, name="finish", D=128, tail=32),
     "gradients prepare sm90, tail 0": functools.partial(attn_ends_sm90, name="prepare", tail=0),
     "gradients prepare sm90, tail 32": functools.partial(attn_ends_sm90, name="prepare", tail=32),
     "gradients prepare sm90, tail 64": functools.partial(attn_ends_sm90, name="prepare", tail=64),

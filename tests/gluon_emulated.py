@@ -30,7 +30,7 @@ class Value:
         self.data = x
 
     dtype = property(lambda self: self.data.dtype)
-    type = property(lambda self: types.SimpleNamespace(layout=None, element_ty=self.dtype))
+    type = property(lambda self: types.SimpleNamespace(layout=None, element_ty=self.dtype, shape=self.data.shape))
     __index__ = __int__ = lambda self: int(self.data)
 
     def __bool__(self):
@@ -296,7 +296,8 @@ class Gluon:
 
         def happen():
             x, y = (z.read() if isinstance(z, Shared) else z.data for z in (a, b))
-            result.value = x.float() @ y.float() + (acc.data if use_acc else 0)
+            before = acc.value if isinstance(acc, Product) else acc.data
+            result.value = x.float() @ y.float() + (before if use_acc else 0)
 
         assert is_async
         here.products.append(happen)
@@ -416,7 +417,8 @@ def rebuilt(function, fake):
 
     def rebuilt_of(function):
         names = {name: function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__}
-        return types.FunctionType(function.__code__, {name: of(x) for name, x in names.items()}, function.__name__)
+        fakes = {name: of(x) for name, x in names.items()}
+        return types.FunctionType(function.__code__, fakes, function.__name__, function.__defaults__)
 
     return rebuilt_of(function)
 

@@ -23,8 +23,8 @@ from evaat_fast.ops.rope3d.table import table_of
 
 interpret = pytest.mark.interpret
 sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 3.6", exc_type=ImportError)
-from evaat_fast.kernels.attn import sm90_backward  # noqa: E402
-from gluon_emulated import Gluon, emulate, rebuilt  # noqa: E402
+from evaat_fast.kernels.attn import sm90_backward, sm90_wide  # noqa: E402
+from gluon_emulated import Gluon, Launcher, emulate, rebuilt  # noqa: E402
 
 F16 = torch.float16
 
@@ -75,7 +75,10 @@ class Call:
 
     def backward(self, seed, module=sm90_backward):
         """Gradients by the kernels, emulated, of exact outputs and log-sum-exps."""
-        return self.gradients(emulate(module, seed).backward)
+        run, wide = emulate(module, seed).backward, []
+        if self.q.shape[3] == 128:
+            wide = [sm90_wide.SHAPE, sm90_wide.ENDS, Launcher(sm90_wide.attn_backward_wide_kernel, seed)]
+        return self.gradients(lambda *call: run(*call, *wide))
 
     def gradients(self, backward, ordered=False):
         out, lse, *_ = self.plain(torch.float64)
@@ -117,7 +120,7 @@ CALLS = [
     dict(N=257, grid=(2, 8, 16), prefix=1),
     dict(N=193, B=2, H=2, grid=(4, 6, 8), prefix=1),
 ]
-# Of 1, 8 and 64 keys behind the last block of 64.
+# Of 1, 8 and 64 keys behind the last block of 64; of 64, 1 and 72 behind the last tile of 128.
 WIDE = [
     dict(N=192, H=2, Hk=1, D=128),
     dict(N=193, H=2, D=128, grid=(4, 6, 8), prefix=1),
@@ -143,7 +146,7 @@ def test_forward_of_two_warpgroups():
 
 
 @interpret
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", CALLS + WIDE, ids=str)
 def test_backward(call):
     call, seed = Call(**call), random.randrange(10**6)
     first, second = call.backward(seed), call.backward(seed + 1)
@@ -201,8 +204,8 @@ FAULTS = {
     "queries are given away early": ("index(before), count=1, pred=i > 0", "index(here), count=1, pred=i + 1 < count"),
     "keys are given away early": ("sh.kv_free.index(i), count=GROUPS + 1", "sh.kv_free.index(i), count=GROUPS"),
     "keys are never given away": (
-        "sh.kv_free.index(it % 2), count=1)\n        _leave",
-        "sh.kv_free.index(it % 2), count=0)\n        _leave",
+        "sh.kv_free.index(it % 2), count=1)\n        leave",
+        "sh.kv_free.index(it % 2), count=0)\n        leave",
     ),
     "weights beyond the end": ("p = p if WHOLE else gl.where(there, p, 0.0)", "pass"),
 }
@@ -254,6 +257,10 @@ def test_faults_of_order_are_found(other, tmp_path):
 hopper = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
 
 
+def tokensfirst_of(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
+
+
 def tokens_first(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
 
@@ -286,16 +293,19 @@ def test_gluon_against_float64(D, n, grid, dtype):
 @hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("call", [dict(N=192), dict(N=193, H=2), dict(N=330, B=2, H=4, Hk=2), dict(B=3, H=12, N=785)], ids=str)
-def test_gluon_gradients_against_float64(call, dtype):
+@pytest.mark.parametrize("D", [64, 128])
+def test_gluon_gradients_against_float64(D, call, dtype):
     """Those of keys and values to the bit."""
     grid = {"grid": (4, 14, 14), "prefix": 1} if call["N"] == 785 else {}
-    call = Call(**call, **grid, dtype=dtype, device="cuda")
-    first = call.gradients(sm90_backward.backward)
+    call, wide = Call(**call, **grid, D=D, dtype=dtype, device="cuda"), [sm90_wide.SHAPE, sm90_wide.ENDS]
+    wide = [*wide, sm90_wide.attn_backward_wide_kernel] if D == 128 else []
+    backward = lambda *x: sm90_backward.backward(*x, *wide)  # noqa: E731
+    first = call.gradients(backward)
     call.check(("dq", "dk", "dv"), first)
     for _ in range(100):
-        assert all(map(torch.equal, call.gradients(sm90_backward.backward)[1:], first[1:]))
+        assert all(map(torch.equal, call.gradients(backward)[1:], first[1:]))
     if not grid:
-        far_below_zero(call).check(("dq", "dk", "dv"), call.gradients(sm90_backward.backward))
+        far_below_zero(call).check(("dq", "dk", "dv"), call.gradients(backward))
 
 
 @pytest.mark.gpu

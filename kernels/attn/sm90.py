@@ -109,11 +109,12 @@ def _copies(at, sh, call, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
-def angles(x, table, b, h, row, call, D: gl.constexpr):
-    """Cosines and sines [64, D/2] of a head's tokens from `row` on, in x's layout; 1 and 0 where nothing is turned."""
+def angles(x, table, b, h, row, call, D: gl.constexpr, FIRST: gl.constexpr = 0):
+    """Cosines and sines [64, pairs] of a head's tokens from `row` on and of pairs from FIRST on, as many as x has, in its
+    layout; 1 and 0 where nothing is turned."""
     P: gl.constexpr = x.type.layout
     n = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, P))
-    c = gl.arange(0, D // 2, layout=gl.SliceLayout(0, P))
+    c = FIRST + gl.arange(0, x.type.shape[1], layout=gl.SliceLayout(0, P))
     turned = ((n >= call.prefix) & (n < call.N))[:, None]
     head = table.at + b.to(gl.int64) * table.b + h.to(gl.int64) * table.h
     at = head + (n - call.prefix)[:, None] * (D // 2) + c[None, :]

@@ -27,12 +27,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GROUPS = gl.constexpr(2)  # warpgroups that make weights
 # What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made ahead of dK.
-# SPREAD: see `_first`. HELD: exponentials wait until the products are launched which they lie under. KEYS: registers of the
+# SPREAD: see `first_of`. HELD: exponentials wait until the products are launched which they lie under. KEYS: registers of the
 # warpgroups that make weights, which need 192; QUERIES: of the third.
 SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "HELD": True, "KEYS": 208, "QUERIES": 72}
 # The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
-# that a program of the first then takes.
-ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 3}}
+# that a program of the first then takes. launch, behind: options of the two.
+ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 3}, "behind": {"num_warps": 4}}
 # Log-sum-exps are divided by the scale, and have to stay finite.
 LEAST_SCALE = 1e-20
 
@@ -47,7 +47,7 @@ Memory = namedtuple("Memory", "q k v do stats sums turns")
 
 
 @gluon.jit
-def _first(key, call, SPREAD: gl.constexpr):
+def first_of(key, call, SPREAD: gl.constexpr):
     """The block of queries that a tile begins with. With SPREAD the tiles of a head, which go side by side, keep apart: no two
     of them add to the same rows of dQ at once."""
     if SPREAD:
@@ -68,7 +68,7 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
         for c in gl.static_range(GROUPS):
             copy_in(at.k, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.k.index((it % 2) * GROUPS + c))
             copy_in(at.v, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.v.index((it % 2) * GROUPS + c))
-        first = _first(key, call, SPREAD)
+        first = first_of(key, call, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
             of = (b * call.heads * call.groups + mine) * call.blocks
             for i in range(first, first + call.blocks):
@@ -87,17 +87,17 @@ def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
 
 
 @gluon.jit
-def _leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.constexpr):
-    """float32 [64, D] of the keys from `key` on to memory, turned back unless `table` is None; with `columns`, float32
-    [clips, blocks, 3, heads, D], also their column sums."""
+def leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.constexpr, FIRST: gl.constexpr = 0):
+    """float32 [64, 64] of the keys from `key` and the columns from FIRST on to memory, turned back unless `table` is None; with
+    `columns`, float32 [clips, blocks, 3, heads, D], also their column sums."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     x = gl.convert_layout(x, L)
     if table is not None:
-        y, z = x.reshape((ROWS, D // 2, 2)).split()
-        cos, sin = angles(y, table, b, h, key, call, D)
-        x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, D)), L)
+        y, z = x.reshape((ROWS, ROWS // 2, 2)).split()
+        cos, sin = angles(y, table, b, h, key, call, D, FIRST // 2)
+        x = gl.convert_layout(gl.join(y * cos + z * sin, z * cos - y * sin).reshape((ROWS, ROWS)), L)
     n = key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
-    c = gl.arange(0, D, layout=gl.SliceLayout(0, L))
+    c = FIRST + gl.arange(0, ROWS, layout=gl.SliceLayout(0, L))
     at = rows.at + b.to(gl.int64) * rows.b + h.to(gl.int64) * rows.h + n.to(gl.int64)[:, None] * rows.n + c[None, :]
     gl.store(at, x.to(rows.at.dtype.element_ty), mask=(n < call.N)[:, None])
     if columns is not None:
@@ -106,7 +106,7 @@ def _leave(x, rows, table, columns, which: gl.constexpr, b, h, key, call, D: gl.
 
 
 @gluon.jit
-def _columns(x, L: gl.constexpr):
+def columns_of(x, L: gl.constexpr):
     """What a product adds up from: a number for each column. Read while products are under way; read when it is needed, it
     waits for 230 cycles behind what these read."""
     return x.reshape((ROWS,)).load(gl.SliceLayout(0, L))[None, :].broadcast_to((ROWS, ROWS))
@@ -125,11 +125,11 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
     # The first tile's first scores; those of any other are made at the end of the tile before.
     mbarrier.wait(sh.kv_there.index(0), 0)
     mbarrier.wait(sh.q_there.index(0), 0)
-    s = _columns(sh.lse.index(0), L)
+    s = columns_of(sh.lse.index(0), L)
     first = sh.k.index(c).reshape((ROWS, D))
     s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), s, is_async=True)
     mbarrier.wait(sh.do_there.index(0), 0)
-    dp = _columns(sh.delta.index(0), L)
+    dp = columns_of(sh.delta.index(0), L)
     s = warpgroup_mma_wait(0, deps=(s,))
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = place_of(t, call, GROUPS * ROWS)
@@ -151,7 +151,7 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             mbarrier.wait(sh.q_there.index(then), phase, pred=more | (i + 1 < count))
             p = gl.exp2(s * call.scale2 + zero_here(call.N) if HELD else s * call.scale2)
             p = p if WHOLE else gl.where(there, p, 0.0)
-            s = _columns(sh.lse.index(then), L)
+            s = columns_of(sh.lse.index(then), L)
             dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
             k = sh.k.index((tile % 2) * GROUPS + c).reshape((ROWS, D))
             s = warpgroup_mma(k, sh.q.index(then).reshape((ROWS, D)).permute((1, 0)), s, is_async=True)
@@ -164,7 +164,7 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
             slopes = gl.convert_layout(ds, A)
             mbarrier.wait(sh.do_there.index(then), phase, pred=more | (i + 1 < count))
-            dp = _columns(sh.delta.index(then), L)
+            dp = columns_of(sh.delta.index(then), L)
             dV, s = warpgroup_mma_wait(0, deps=(dV, s))
             mbarrier.arrive(sh.do_free.index(here), count=1)
         end = (n + count - 1) % STAGES
@@ -172,8 +172,8 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
         dK = warpgroup_mma_wait(0, deps=(dK,))
         mbarrier.arrive(sh.q_free.index(end), count=1)
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
-        _leave(dV, dv, None, columns, 2, b, h, key, call, D)
-        _leave(dK * call.scale, dk, table, columns, 1, b, h, key, call, D)
+        leave(dV, dv, None, columns, 2, b, h, key, call, D)
+        leave(dK * call.scale, dk, table, columns, 1, b, h, key, call, D)
         n += count
         it += 1
 
@@ -201,7 +201,7 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
         b, h, key = place_of(t, call, GROUPS * ROWS)
         mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
-        k, first = (it % 2) * GROUPS, _first(key, call, SPREAD)
+        k, first = (it % 2) * GROUPS, first_of(key, call, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
             of = (b * call.heads * call.groups + mine) * call.blocks
             for i in range(first, first + call.blocks):
@@ -247,7 +247,7 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, 
                               D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, HELD: gl.constexpr,
                               KEYS: gl.constexpr, QUERIES: gl.constexpr):  # fmt: skip
     """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. turns: zeros, int32 [blocks of all
-    heads], or None for tiles that add to dQ in any order. columns: as for `_leave`. WHOLE: all tiles are."""
+    heads], or None for tiles that add to dQ in any order. columns: as for `leave`. WHOLE: all tiles are."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
     at = Memory(q, k, v, do, stats, sums, turns)
     S: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -296,10 +296,11 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, 
 PLAIN = gl.NVMMASharedLayout(0, 32, rank=2)  # of sums and statistics
 
 
-def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, ordered, shape=SHAPE, ends=ENDS):
+def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, ordered, shape=SHAPE, ends=ENDS, kernel=None):
     """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it.
     scale: above LEAST_SCALE. columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is
-    H, or None. ordered: dQ is the same to the bit every time."""
+    H, or None. ordered: dQ is the same to the bit every time. kernel: of other heads than 64, with their shape and ends; not
+    ordered."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     blocks, (per_head, rest) = cdiv(N, rows), divmod(N, GROUPS.value * rows)
     # So a tile that is not whole has keys for both warpgroups.
@@ -308,7 +309,7 @@ def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale,
     tiles = full + (B * Hk if rest and not tail else 0)
     call = Call(Hk, H // Hk, N, tiles, full, per_head, blocks, scale, scale * LOG2E.value, prefix)
     parts = cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
-    stats, sums = lse.new_empty((B * H * blocks * 2, rows)), lse.new_empty((B * H * blocks * rows, D))
+    stats, sums = (lse.new_empty((B * H * blocks * x, rows)) for x in (2, D))
     shares = lse.new_empty((B * Hk, parts, 2, D, tail)) if tail else None
     programs, turns = min(multiprocessors(q.device), tiles), None
     if ordered:
@@ -319,12 +320,16 @@ def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale,
     places = [Rows(x, *x.stride()[:3]) for x in (q, k, v, out, do, lse)]
     dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
-    of_ends = {"TAIL": tail, **FUSED}
     given = *places, dlse, stats, sums, shares, turns, call, S
-    launch(attn_prepare_sm90_kernel, (B * Hk, parts), given, of_ends | ends["launch"])
-    given = *(of(x, [1, 1, rows, D], LAYOUT) for x in (q, k, v, do)), of(stats, [1, rows], PLAIN), of(sums, [rows, D], PLAIN)
+    launch(attn_prepare_sm90_kernel, (B * Hk, parts), given, {"TAIL": tail, **ends["launch"], **FUSED})
+    given = (
+        *(of(x, [1, 1, rows, rows], LAYOUT) for x in (q, k, v, do)),
+        of(stats, [1, rows], PLAIN),
+        of(sums, [rows, rows], PLAIN),
+    )
     given += turns, dk, dv, columns, k_table, call
     options = {"WHOLE": tiles == full, **shape, "num_warps": 4, "launch_cooperative_grid": ordered, **FUSED}
-    launch(attn_backward_sm90_kernel, (programs,), given, options)
+    launch(kernel or attn_backward_sm90_kernel, (programs,), given, options)
     given = sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S
-    launch(attn_finish_sm90_kernel, (B * H * blocks + (B * Hk if tail else 0),), given, of_ends)
+    programs = B * H * blocks + (B * Hk if tail else 0)
+    launch(attn_finish_sm90_kernel, (programs,), given, {"TAIL": tail, **ends["behind"], **FUSED})

@@ -45,7 +45,7 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, t
             # With D for rows: warpgroups multiply 64 at least, and the keys may be fewer.
             dK = tl.dot(tl.trans(queries), ds, dK)
             dV = tl.dot(tl.trans(dO), p.to(dO.dtype), dV)
-        flat = tl.reshape(tl.permute(tl.reshape(dQ, (4, 2, 8, 8, 4, 2)), (3, 0, 2, 4, 1, 5)), (S.BLOCK_M * D,))
+        flat = tl.reshape(tl.permute(tl.reshape(dQ, (4, 2, 8, D // 64, 8, 4, 2)), (3, 4, 0, 2, 5, 1, 6)), (S.BLOCK_M * D,))
         tl.store(sums + of * (S.BLOCK_M * D) + tl.arange(0, S.BLOCK_M * D), flat)
     if TAIL:
         at = shares + (of_head * parts + part) * (2 * D * TAIL) + c[:, None] * TAIL + tl.arange(0, TAIL)[None, :]
@@ -74,7 +74,7 @@ def attn_finish_sm90_kernel(sums, shares, dq, dk, dv, columns, table, k_table, c
         of = (pid - ends).to(tl.int64)
         block, h, b = of % call.blocks, of // call.blocks % heads, of // call.blocks // heads
         x = tl.load(sums + of * (S.BLOCK_M * D) + tl.arange(0, S.BLOCK_M * D)) * call.scale
-        x = tl.reshape(tl.permute(tl.reshape(x, (8, 4, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5)), (S.BLOCK_M, D))
+        x = tl.reshape(tl.permute(tl.reshape(x, (D // 64, 8, 4, 8, 4, 2, 2)), (2, 5, 3, 0, 1, 4, 6)), (S.BLOCK_M, D))
         m = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
         if table is not None:
             x = turn(x, table, b, h, 0, m, call.N, call.prefix, True, S)

@@ -92,13 +92,16 @@ def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, columns, call):
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     tables, (prefix, interleaved) = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
     if call.backend == "gluon" and all(x is not None for x in grads):
-        from evaat_fast.kernels.attn import sm90, sm90_backward
+        from evaat_fast.kernels.attn import sm90, sm90_backward, sm90_wide
 
-        small = q.shape[3] == sm90_backward.SHAPE["D"] and call.scale > sm90_backward.LEAST_SCALE
-        if small and sm90.serves(q, k, v):
+        wide = q.shape[3] == sm90_wide.SHAPE["D"]
+        if sm90.serves(q, k, v) and call.scale > sm90_backward.LEAST_SCALE and not (wide and call.deterministic):
             grad = grad if sm90.serves(grad) else _output(grad).copy_(grad)
-            how = (columns, tables, prefix, call.scale, call.deterministic)
-            sm90_backward.backward(q, k, v, out, grad, lse, grad_lse, grads, *how)
+            how = (columns, tables, prefix, call.scale)
+            if wide:
+                sm90_wide.backward(q, k, v, out, grad, lse, grad_lse, grads, *how)
+            else:
+                sm90_backward.backward(q, k, v, out, grad, lse, grad_lse, grads, *how, call.deterministic)
             return True
     delta, rest = torch.empty_like(lse), (prefix, interleaved, call.scale, call.cu_seqlens)
     backward.backward(q, k, v, out, grad, lse, grad_lse, delta, grads, tables, *rest)
