@@ -73,11 +73,11 @@ def launch(kernel, grid, arguments, options):
     Here a call whose dtypes, integers and constants were seen before is told by these alone, and what it was compiled to is
     launched as it is, by which hooks of profilers are called, too.
 
-    arguments: tensors, numbers, None, what `constants` made, and named tuples of these, the kernel's first ones; options: its
-    constants in their order, and Triton's.
+    arguments: tensors, descriptors, numbers, None, what `constants` made, and named tuples of these, the kernel's first ones;
+    options: its constants in their order, and Triton's.
     """
     kinds, tensors = [id(kernel), *options.values()], []
-    known = _describe(arguments, kinds, tensors) and knobs is not None and not kernel.pre_run_hooks
+    known = _describe(arguments, kinds, tensors) and knobs is not None and not getattr(kernel, "pre_run_hooks", True)
     index = tensors[0].get_device()
     with _HERE if index < 0 else _at(index):
         if known:
@@ -101,21 +101,26 @@ def _describe(arguments, kinds, tensors):
     rare, and for which Triton compiles another kernel."""
     told = True
     for x in arguments:
-        if isinstance(x, Tensor):
+        kind = type(x)
+        if x is None or kind is int or kind is bool:
+            kinds.append(x)
+        elif isinstance(x, Tensor):
             tensors.append(x)
             kinds.append(x.dtype)
             if x.data_ptr() % 16:
                 told = False
-        elif x is None or isinstance(x, int):
-            kinds.append(x)
         elif id(x) in _CONSTANTS:
             kinds.append(id(x))
         elif isinstance(x, tuple):
             kinds.append(len(x))
             told = _describe(x, kinds, tensors) and told
+        elif kind is float:
+            kinds.append(kind)
+        elif hasattr(x, "block_shape"):  # a descriptor of TMA
+            tensors.append(x.base)
+            kinds += (x.base.dtype, *x.block_shape, x.padding, getattr(x, "layout", None))
         else:
-            kinds.append(type(x))
-            told = told and isinstance(x, float)
+            told = False
     return told
 
 

@@ -40,8 +40,9 @@ def open_bias(linear: nn.Module, op: str, x: Tensor, *around: nn.Module) -> Tens
 
 def _stands_alone(module):
     """Whether a call of a module is its class's forward and nothing else."""
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return not (any(hooks) or _has_global_hook() or "forward" in vars(module) or module._compiled_call_impl is not None)
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return False
+    return not (_has_global_hook() or "forward" in vars(module) or module._compiled_call_impl is not None)
 
 
 def product(linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import inspect
 from collections import namedtuple
 
 import triton
-from evaat_fast.kernels.launch import FUSED, multiprocessors, on, table_of
+from evaat_fast.kernels.launch import FUSED, cdiv, launch, multiprocessors, next_power_of_2, table_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -310,6 +310,9 @@ def shape_of(N, D):
     return SHAPES[D] | ({"STAGES": 2} if D == 64 and N >= 3000 else {})
 
 
+LAYOUT = gl.NVMMASharedLayout(128, 16, rank=4)
+
+
 def forward(q, k, v, out, lse, turned_q, table, prefix, scale, shape=None):
     """As `forward.forward`, of heads of 64 or 128 in half precision and neighbouring pairs, of at least 192 queries and as many
     keys, of clips that are not packed. shape: another one of `SHAPES`."""
@@ -317,16 +320,13 @@ def forward(q, k, v, out, lse, turned_q, table, prefix, scale, shape=None):
     shape = shape or shape_of(N, D)
     BN, groups = shape["BN"], shape["GROUPS"]
     blocks = (N - 1) // BN
-    tail = max(16, triton.next_power_of_2(N - blocks * BN))
-    per_head, rest = divmod(triton.cdiv(N, ROWS.value), groups)
+    tail = max(16, next_power_of_2(N - blocks * BN))
+    per_head, rest = divmod(cdiv(N, ROWS.value), groups)
     full = B * H * per_head
     tiles = full + (B * H if rest else 0)
-    layout = gl.NVMMASharedLayout(128, 16, rank=4)
-    of = lambda x, rows: TensorDescriptor.from_tensor(x, [1, 1, rows, D], layout)  # noqa: E731
+    of = lambda x, rows: TensorDescriptor.from_tensor(x, [1, 1, rows, D], LAYOUT)  # noqa: E731
     call = Call(H, H // Hk, N, tiles, full, per_head, blocks, scale * LOG2E.value, prefix)
     keep = turned_q is not None and table is not None
-    with on(q.device):
-        attn_forward_sm90_kernel[(min(multiprocessors(q.device), tiles),)](
-            of(q, 64), of(k, BN), of(v, BN), of(k, tail), of(v, tail), of(out, 64), of(turned_q if keep else q, 64),
-            lse, table_of(table), call, tail, D, keep, **shape, num_warps=4, **FUSED,
-        )  # fmt: skip
+    places = of(q, 64), of(k, BN), of(v, BN), of(k, tail), of(v, tail), of(out, 64), of(turned_q if keep else q, 64)
+    places += lse, table_of(table), call, tail, D, keep
+    launch(attn_forward_sm90_kernel, (min(multiprocessors(q.device), tiles),), places, {**shape, "num_warps": 4, **FUSED})

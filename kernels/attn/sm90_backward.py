@@ -10,11 +10,10 @@ under that of dV and that of the scores which come next, be they the next tile's
 from collections import namedtuple
 
 import torch
-import triton
 from evaat_fast.kernels.attn.forward import shape_of
-from evaat_fast.kernels.attn.sm90 import LOG2E, ROWS, angles, copy_add, copy_in, place_of, stores_done, zero_here
+from evaat_fast.kernels.attn.sm90 import LAYOUT, LOG2E, ROWS, angles, copy_add, copy_in, place_of, stores_done, zero_here
 from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
-from evaat_fast.kernels.launch import FUSED, Rows, multiprocessors, on, table_of
+from evaat_fast.kernels.launch import FUSED, Rows, cdiv, launch, multiprocessors, next_power_of_2, table_of
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -294,19 +293,22 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, 
     )
 
 
+PLAIN = gl.NVMMASharedLayout(0, 32, rank=2)  # of sums and statistics
+
+
 def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale, ordered, shape=SHAPE, ends=ENDS, kernel=None):
     """As `backward.backward`, of what `sm90.forward` takes; all three gradients are wanted. do: as `sm90.serves` wants it.
     scale: above LEAST_SCALE. columns: room for the column sums of the gradients, float32 [B, cdiv(N, 64), 3, H, D] where Hk is
     H, or None. ordered: dQ is the same to the bit every time. kernel: of other heads than 64, with their shape and ends; not
     ordered."""
     (B, H, N, D), Hk, rows = q.shape, k.shape[1], ROWS.value
-    blocks, (per_head, rest) = triton.cdiv(N, rows), divmod(N, GROUPS.value * rows)
+    blocks, (per_head, rest) = cdiv(N, rows), divmod(N, GROUPS.value * rows)
     # So a tile that is not whole has keys for both warpgroups.
-    tail = max(16, triton.next_power_of_2(rest)) if 0 < rest <= ends["most"] else 0
+    tail = max(16, next_power_of_2(rest)) if 0 < rest <= ends["most"] else 0
     full = B * Hk * per_head
     tiles = full + (B * Hk if rest and not tail else 0)
     call = Call(Hk, H // Hk, N, tiles, full, per_head, blocks, scale, scale * LOG2E.value, prefix)
-    parts = triton.cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
+    parts = cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
     stats, sums = (lse.new_empty((B * H * blocks * x, rows)) for x in (2, D))
     shares = lse.new_empty((B * Hk, parts, 2, D, tail)) if tail else None
     programs, turns = min(multiprocessors(q.device), tiles), None
@@ -315,19 +317,19 @@ def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale,
         # A tile may wait for another of its head, which no program may be to take after it; all programs run at once.
         shape = shape | {"SPREAD": shape["SPREAD"] and per_head <= programs}
     of = lambda x, block, layout: TensorDescriptor.from_tensor(x, block, layout)  # noqa: E731
-    layout, plain = gl.NVMMASharedLayout(128, 16, rank=4), gl.NVMMASharedLayout(0, 32, rank=2)
     places = [Rows(x, *x.stride()[:3]) for x in (q, k, v, out, do, lse)]
     dq, dk, dv = (Rows(x, *x.stride()[:3]) for x in grads)
     (table, k_table), S = map(table_of, tables), shape_of(q, True, None, rows, GROUPS.value * rows)
-    with on(q.device):
-        attn_prepare_sm90_kernel[(B * Hk, parts)](
-            *places, dlse, stats, sums, shares, turns, call, S, tail, **ends["launch"], **FUSED
-        )
-        (kernel or attn_backward_sm90_kernel)[(programs,)](
-            *(of(x, [1, 1, rows, rows], layout) for x in (q, k, v, do)), of(stats, [1, rows], plain),
-            of(sums, [rows, rows], plain), turns, dk, dv, columns, k_table, call, WHOLE=tiles == full, **shape, num_warps=4,
-            launch_cooperative_grid=ordered, **FUSED,
-        )  # fmt: skip
-        attn_finish_sm90_kernel[(B * H * blocks + (B * Hk if tail else 0),)](
-            sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, tail, **ends["behind"], **FUSED
-        )
+    given = *places, dlse, stats, sums, shares, turns, call, S
+    launch(attn_prepare_sm90_kernel, (B * Hk, parts), given, {"TAIL": tail, **ends["launch"], **FUSED})
+    given = (
+        *(of(x, [1, 1, rows, rows], LAYOUT) for x in (q, k, v, do)),
+        of(stats, [1, rows], PLAIN),
+        of(sums, [rows, rows], PLAIN),
+    )
+    given += turns, dk, dv, columns, k_table, call
+    options = {"WHOLE": tiles == full, **shape, "num_warps": 4, "launch_cooperative_grid": ordered, **FUSED}
+    launch(kernel or attn_backward_sm90_kernel, (programs,), given, options)
+    given = sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S
+    programs = B * H * blocks + (B * Hk if tail else 0)
+    launch(attn_finish_sm90_kernel, (programs,), given, {"TAIL": tail, **ends["behind"], **FUSED})

@@ -1,5 +1,6 @@
 """Calls of the C++ and CUDA modules, which know nothing of torch: pointers, strides and codes in, an error code out."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -7,6 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_HERE = contextlib.nullcontext()
+# The address of a device's current stream. A private name, which Triton takes, too: torch's own makes an object first.
+_stream: Callable[[int | None], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 
 
 @functools.cache
@@ -44,8 +51,8 @@ def module_of(backend: str) -> Any:
 def run(function: Callable[..., int], shape: torch.Size, device: torch.device, *arguments: Any, **named: Any) -> None:
     """Calls a module's function, where the device's threads or stream are; a RuntimeError unless it returns 0."""
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            error = function(*arguments, **named, where=torch.cuda.current_stream().cuda_stream)
+        with _HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+            error = function(*arguments, **named, where=_stream(device.index))
     else:
         error = function(*arguments, **named, where=torch.get_num_threads())
     if error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaat_fast.ops._core.tensor import keeps_numbers_elsewhere
+from evaat_fast.ops._core.tensor import PLAIN, keeps_numbers_elsewhere
 
 _LIBRARY = torch.library.Library("evaat_fast", "DEF")
 # Non-zero under FakeTensorMode, FlopCounterMode and the like, which must see the operator. A private name, hence the getattr.
@@ -34,7 +34,7 @@ def traced(*classes: type) -> bool:
     """Whether a call of tensors of these classes must pass through torch's dispatcher, where a compiler, a tracer, a mode or a
     wrapper sees it; else an operator's body may be called as it is."""
     seen = torch.compiler.is_compiling() or _modes() > 0 or torch.jit.is_tracing()
-    return seen or any(map(keeps_numbers_elsewhere, classes))
+    return seen or (not PLAIN.issuperset(classes) and any(map(keeps_numbers_elsewhere, classes)))
 
 
 class Operator:

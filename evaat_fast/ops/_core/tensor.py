@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _DISABLED = Tensor.__torch_dispatch__
 # A private name, hence the getattr: without it such a tensor fails further down, with a less clear error.
 _transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 _wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
 
 
-def is_transformed(x: Tensor) -> bool:
-    """Whether a call with x is inside torch.func's transforms, or x has a forward-mode tangent: only torch's operators know."""
-    inside = _transforms() is not None  # whatever x is: the transforms take no autograd.Function of the old kind
-    return inside or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a call with these is inside torch.func's transforms, or one has a forward-mode tangent: only torch's operators
+    know."""
+    if _transforms() is not None:  # whatever they are: the transforms take no autograd.Function of the old kind
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def memory_of(op: str, name: str, x: Tensor, rows: bool = False) -> Tensor:
@@ -114,7 +116,7 @@ def packed_base(op: str, qkv: Tensor, learns: bool) -> Tensor | None:
 
 def keeps_numbers_elsewhere(kind: type) -> bool:
     """Whether a tensor of this class is a wrapper (fake and distributed tensors, say)."""
-    return kind not in _PLAIN and issubclass(kind, Tensor) and kind.__torch_dispatch__ is not _DISABLED
+    return kind not in PLAIN and issubclass(kind, Tensor) and kind.__torch_dispatch__ is not _DISABLED
 
 
 def number(name: str, x: float | Tensor) -> float:

@@ -131,7 +131,7 @@ def sums_columns(op: str, x: Tensor) -> bool:
 def _pick(op, C, given, dtype, backend):
     """The backend of checked tensors, for a result of that dtype. Of none there is nothing to launch."""
     x = given[0]
-    count, is_traced = x.numel(), traced(*map(type, given)) or any(map(is_transformed, given))
+    count, is_traced = x.numel(), traced(*map(type, given)) or is_transformed(*given)
     needs = ((dispatch.TRACED,) if is_traced else ()) + ((dispatch.WIDE_ROWS,) if C > MOST_CHANNELS else ())
     if x.is_cpu and not is_traced and (backend == "auto" or (backend is None and op not in dispatch.DEFAULT)):
         if count < OVERTAKES[op][x.itemsize == 2] and function.learns(*given):
@@ -142,12 +142,13 @@ def _pick(op, C, given, dtype, backend):
 
 
 def _check_rows(name, x):
+    if isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided and not x.is_nested and x.ndim:
+        return
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {kind(x)}")
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
-    if x.ndim == 0:
-        raise ValueError(f"{name}: expected the shape [..., C], got []")
+    raise ValueError(f"{name}: expected the shape [..., C], got []")
 
 
 def _check_weights(x, weight, bias, C, of):
@@ -165,10 +166,13 @@ def _check_weight(name, w, x, C, of):
     _check_rows(name, w)
     if w.shape != (C,):
         raise ValueError(f"{name}: expected the shape [{C}], as {of} is {list(x.shape)}, got {list(w.shape)}")
-    check_device(name, w.device, x.device, "x's")
+    if w.device != x.device:
+        check_device(name, w.device, x.device, "x's")
 
 
 def _eps(eps):
+    if type(eps) is float and 0 <= eps <= 1:  # what models have
+        return eps
     value = number("eps", eps)
     if value < 0:
         raise ValueError(f"eps: expected a float >= 0, got {eps!r}")

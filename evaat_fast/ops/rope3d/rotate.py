@@ -121,16 +121,14 @@ def rotate_(xs: list[Tensor], rotation: Rotation) -> None:
 
 
 class _Rotate(torch.autograd.Function):
+    # With ctx, as torch takes 10 us to call one that has a setup_context.
     @staticmethod
-    def forward(q, k, freqs, positions, table, bare, owned):
-        return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions, table)))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, freqs, positions, table, ctx.bare, ctx.owned = inputs
+    def forward(ctx, q, k, freqs, positions, table, bare, owned):
+        ctx.bare, ctx.owned = bare, owned
         saved = (q, k) if freqs is not None and freqs.requires_grad else (None, None)
         ctx.save_for_backward(freqs, positions, table, *saved)
         ctx.set_materialize_grads(False)
+        return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions, table)))
 
     @staticmethod
     @once_differentiable
@@ -209,16 +207,13 @@ class _RotatePacked(torch.autograd.Function):
     """In place forward; the backward pass writes a new gradient, since the one it is given may have other readers."""
 
     @staticmethod
-    def forward(base, saved, freqs, positions, shape, num_heads, bare):
+    def forward(ctx, base, saved, freqs, positions, shape, num_heads, bare):
+        ctx.shape, ctx.num_heads, ctx.bare = shape, num_heads, bare
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(saved, freqs, positions)
         qkv = base.view(shape)
         rope3d_qkv_op_.at(traced(type(qkv)))(qkv, num_heads, bare.of(freqs, positions))
         return base
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        base, saved, freqs, positions, ctx.shape, ctx.num_heads, ctx.bare = inputs
-        ctx.mark_dirty(base)
-        ctx.save_for_backward(saved, freqs, positions)
 
     @staticmethod
     @once_differentiable
