@@ -261,10 +261,6 @@ def tokens_first(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
 
 
-def tokens_first(x):
-    return x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
-
-
 def held_to_sdpa(function, inputs):
     """function(backend)(*inputs) in Gluon, with the errors that rope3d and torch's attention have."""
     ours, low = results(function("gluon"), inputs), results(function("sdpa"), inputs)
