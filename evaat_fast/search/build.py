@@ -144,12 +144,15 @@ def threads(workers: int | None) -> int:
     return workers
 
 
+_Clips = tuple[np.ndarray, np.ndarray]  # uint8 [U, S, S, 3], and which of these frames each clip has, int64 [n, T]
+
+
 @dataclass
 class _Group:
     """What the next commit will have. first: its row at which the current video begins."""
 
     vectors: list[Any] = field(default_factory=list)  # arrays, or futures of them
-    waiting: list[torch.Tensor] = field(default_factory=list)  # clips that are not a batch yet
+    waiting: list[_Clips] = field(default_factory=list)  # that are not a batch yet
     clips: int = 0
     first: int = 0
     places: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
@@ -159,11 +162,22 @@ class _Group:
 
     def add(self, span: "_Span", found: scan.Found) -> None:
         n = len(span.where)
-        self.waiting.append(torch.from_numpy(span.frames[span.where]))
+        self.waiting.append((span.frames, span.where))
         self.clips += n
         columns = ([span.name] * n, span.start.tolist(), span.stop.tolist(), [found.size] * n, [found.mtime] * n)
         for column, values in zip(COLUMNS, columns, strict=True):
             self.places[column] += values
+
+    def batch(self, size: int) -> list[_Clips]:
+        """The first clips that wait, at most so many, which wait no more."""
+        taken: list[_Clips] = []
+        while self.waiting and size:
+            frames, where = self.waiting.pop(0)
+            if len(where) > size:
+                self.waiting.insert(0, (frames, where[size:]))
+            taken.append((frames, where[:size]))
+            size -= len(taken[-1][1])
+        return taken
 
 
 def build(
@@ -196,20 +210,22 @@ def build(
             so_far = read + int(share * todo[name].size)
             progress(Progress(done, len(todo), so_far, total, clips, time.monotonic() - began, name))
 
-    def embed(batch: torch.Tensor) -> None:
+    def embedded(batch: list[_Clips]) -> np.ndarray:
+        clips = [np.take(frames, where, axis=0) for frames, where in batch]
+        return embedder.clips(torch.from_numpy(clips[0] if len(clips) == 1 else np.concatenate(clips)))
+
+    def embed(batch: list[_Clips]) -> None:
         if device != "cpu":
-            group.vectors.append(embedder.clips(batch))
+            group.vectors.append(embedded(batch))
             return
         running = [x for x in group.vectors[-2 * workers :] if isinstance(x, Future) and not x.done()]
         if len(running) > workers:
             running[0].result()
-        group.vectors.append(pool.submit(embedder.clips, batch))
+        group.vectors.append(pool.submit(embedded, batch))
 
     def flush(everything: bool = False) -> None:
-        while sum(map(len, group.waiting)) >= size or (everything and group.waiting):
-            some = torch.cat(group.waiting)
-            group.waiting = [some[size:]] if len(some) > size else []
-            embed(some[:size])
+        while (n := sum(len(where) for _, where in group.waiting)) >= size or (everything and n):
+            embed(group.batch(size))
 
     def commit(partial: Partial | None = None) -> None:
         nonlocal group
