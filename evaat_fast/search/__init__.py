@@ -16,6 +16,7 @@ from evaat_fast import _lazy
 _LAZY = {"Index": "index", "Like": "query", "Moments": "moments", "find": "index"}
 _SUBMODULES = (
     "build",
+    "by_shot",
     "cut",
     "embedder",
     "graph",
@@ -39,6 +40,7 @@ __all__ = ["PORT", *_LAZY, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from evaat_fast.search import build as build
+    from evaat_fast.search import by_shot as by_shot
     from evaat_fast.search import cut as cut
     from evaat_fast.search import embedder as embedder
     from evaat_fast.search import graph as graph
