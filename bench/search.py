@@ -1,15 +1,16 @@
 """An index of one's own videos, against its bars: python bench/search.py
 
 build      videos to rows of an index, beside decoding alone: the same frames, cropped alike, by as many threads. Films of a
-           moving texture, 12 of them, one file under 12 names; clips of 2 s that overlap by half.
+           moving texture, 12 of them, one file under 12 names; clips of 2 s that overlap by half. And with --shots, for which
+           every frame is decoded: decoding alone leaves out those that nothing is made of.
 search     a text among so many clips of 256 numbers, warm: tokens, text tower, product and events; and a bare product with
            float16 vectors, whose scores are rounded to float16. Memory: the peak of a fresh process, packages included.
 open       that index.
 unchanged  `evaat-fast index` of so many videos that it knows, from the shell's prompt on.
-graph      with --graph CLIPS: how long making it takes, and ten events by it and by the product of all: time, and the share of
-           the events that it finds, too; led: the share of queries for which it was enough, and not all were read after it.
-           Memory: the most that is no file's, while it is made. Queries are clips and as much noise; vectors of scenes of 20 clips of 200 topics, and without structure, which are
-           hardest.
+graph      with --graph CLIPS: how long making it takes, and the most memory meanwhile that is no file's; and ten events by it
+           and by the product of all: time, and the share of the events that it finds, too; led: the share of queries for which
+           it was enough, and not all were read after it. Queries are clips and as much noise; vectors of scenes of 20 clips of
+           200 topics, and without structure, which are hardest.
 
 Model: eva02_at_tiny_patch16_64 with 256 numbers, drawn, not trained. `first` is before anything is in a cache of the process.
 """
@@ -44,7 +45,7 @@ from evaat_fast.search.store import Store, graph_of
 FILMS = [{"film": "1920x1080", "s": 20}, {"film": "568x320", "s": 120}]
 COPIES = 12
 CLIPS, WIDTH, VIDEOS = 1_000_000, 256, 10_000
-OURS, ALONE = "evaat index", "decoding alone"
+OURS, SHOTS, ALONE = "evaat index", "evaat index --shots", "decoding alone"
 
 
 def film(path, width, height, seconds):
@@ -104,10 +105,9 @@ def building(place, shape, args):
     _, embedder = settings(checkpoint)
     alone, count = decoded(folder, embedder.crop), 0
 
-    def ours():
-        nonlocal count
+    def ours(shots=False):
         with tempfile.TemporaryDirectory(dir=place) as out:
-            index = Index.create(Path(out) / "index", checkpoint, device="cpu")
+            index = Index.create(Path(out) / "index", checkpoint, shots=shots, device="cpu")
             index.embedder  # noqa: B018, loaded before the clock runs
             began = time.perf_counter()
             index.add(folder)
@@ -115,8 +115,9 @@ def building(place, shape, args):
 
     alone()
     ours()
-    times = {OURS: [], ALONE: []}
+    times = {OURS: [], ALONE: [], SHOTS: []}
     for _ in range(args.turns):
+        times[SHOTS].append(ours(shots=True))
         times[OURS].append(ours())
         began = time.perf_counter()
         count = alone()
@@ -237,8 +238,8 @@ def led(place, args):
             enough += graph.events(query, every, (), 10) is not None
         size = graph_of(folder / "vectors-0000.f16").stat().st_size
         print(
-            f"  graph of {args.graph:,} clips, {kind}: made in {built:.0f} s and {most:.0f} MiB, {size / args.graph:.0f} bytes a "
-            "clip on the disk; ten events"
+            f"  graph of {args.graph:,} clips, {kind}: made in {built:.0f} s and {most:.0f} MiB, on the disk "
+            f"{size / args.graph:.0f} bytes a clip; ten events"
         )
         near, all_of_them = (1e3 * statistics.median(times[x][3:]) for x in (True, False))
         print(
