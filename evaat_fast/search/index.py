@@ -427,6 +427,7 @@ class Index:
 
         Raises:
             ImportError: usearch is missing: pip install 'evaat-fast[usearch]'. BadIndex: another process is indexing.
+            RuntimeError: there is too little memory for it.
         """
         workers = threads(workers)
         with alone(self.folder):
