@@ -4,9 +4,9 @@
     print(index.add("videos"))                                       # what is new or changed
     print(index.search("push the red block left - a hand", k=5))     # score, time and file of five moments
 
-`store` is the folder on the disk, `scan` looks for videos, `shots` finds their cuts, `windows` makes clips of them, `embedder`
-is the model, `build` brings them together, `query` and `moments` are what is asked and found, `graph` leads to it among tens of
-millions; `page`, `cut` and `server` show it, and `measure` says how much of it is right.
+`store` is the folder on the disk, `scan` looks for videos, `windows` makes clips of them, `by_shot` clips between the cuts that
+`shots` finds, `embedder` is the model, `build` brings them together, `query` and `moments` are what is asked and found, `graph`
+leads to it among tens of millions; `page`, `cut` and `server` show it, and `measure` says how much of it is right.
 """
 
 from typing import TYPE_CHECKING

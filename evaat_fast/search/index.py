@@ -118,7 +118,7 @@ class Index:
             folder: to be made. checkpoint: what `evaat_fast.load` takes: a file, a run's folder, "eva02_clip_b16".
             seconds: of a clip, 0.5 to 60. overlap: the share of a clip that the next one has, too, 0 to 0.9.
             frames: of a clip; None: as many as the weights were trained with, 4 for those of pictures.
-            shots: no clip reaches beyond a hard cut; all frames are decoded to find them, see `evaat_fast.search.shots.cuts`.
+            shots: no clip reaches beyond a hard cut; all frames are decoded to find them, see `evaat_fast.search.shots`.
             device: as for `open`. overwrite: in the place of one that is there, whatever that is of.
 
         Raises:
