@@ -146,7 +146,7 @@ def test_of_large_pictures_not_all_are_kept(tmp_path, monkeypatch, large):
     size = 128 * 112 * 3 // 2
     start, stop, clips, times = twice(path, 1.0, 0.5)
     monkeypatch.setattr(by_shot, "_HELD", 9 * size)
-    monkeypatch.setattr(by_shot, "_LARGE", size - 1 if large else 2 * size)
+    monkeypatch.setattr(by_shot, "_RECENT", size * shots.Detector(RATE).reach * (1 if large else 2) - 1)
     judged = by_shot._Shots._judged
 
     def counted(self, *given):
@@ -178,7 +178,9 @@ def test_damage_is_found_where_frames_are_asked_for(tmp_path, needed):
         packets = [p for p in file.demux(video=0) if p.size]
     times = {round(t, 3) for t in (np.floor(twice(path)[3] * RATE) / RATE).ravel().tolist()}  # of frames that clips have
     # In H.264 a picture that no other one refers to says so in the first byte of its data.
-    alone = (p for p in packets if not p.is_keyframe and not bytes(p)[4] & 0x60 and round(float(p.pts * p.time_base), 3) not in times)
+    alone = (
+        p for p in packets if not p.is_keyframe and not bytes(p)[4] & 0x60 and round(float(p.pts * p.time_base), 3) not in times
+    )
     for packet in [packets[0]] if needed else itertools.islice(alone, 5):
         data[packet.pos + 5 : packet.pos + packet.size] = random.Random(0).randbytes(packet.size - 5)
     path.write_bytes(data)

@@ -22,7 +22,7 @@ from evaat_fast.search import shots, windows
 from evaat_fast.search.windows import Span
 
 _HELD = 64 << 20  # bytes of decoded frames that are kept at equal distances
-_LARGE = 4 << 20  # bytes of a decoded frame that is not kept as it is
+_RECENT = 96 << 20  # bytes of all those of which it is not known whether a shot begins with them; larger ones are not kept
 
 __all__ = ["spans"]
 
@@ -147,7 +147,7 @@ class _Shots:
             size = shown.bytes
             most = max(2 * self.frames, _HELD // max(1, size))
             self.every = 0.0 if most >= self.seconds * self.fps else self.seconds / most
-            self.large = size > _LARGE
+            self.large = size * self.detector.reach > _RECENT
         before, self.newest = self.newest, shown
         stays = not before or not self.every or before.time // self.every != shown.time // self.every
         self.kept.append(_Kept(shown.time, shown, stays))
