@@ -134,8 +134,8 @@ def test_once_is_as_good_as_twice(tmp_path, name, rate, wobble):
     for how in ((2.0, 1.0, 4), (1.0, 0.1, 4), (4.0, 3.0, 8)):
         expected = twice(path, *how)[:3]
         assert len(expected[0]) > 6 and same(found(path, *how), expected), how
-        for skip in (0, len(expected[0]) // 2, len(expected[0]) - 1):
-            assert same(found(path, *how, size=7, skip=skip), [x[skip:] for x in expected]), (how, skip)
+        skip = len(expected[0]) // 2
+        assert same(found(path, *how, size=7, skip=skip), [x[skip:] for x in expected]), how
 
 
 @pytest.mark.parametrize("large", [False, True])
