@@ -25,7 +25,7 @@ _ADDED = 1 << 14  # rows at once
 _SAVED = 1 << 20  # rows after which an unfinished graph is written, or as many as it has on the disk
 _LEAST, _EACH = 256, 32  # clips that are asked for, at least and for each moment, which may be of 30 s
 _TRIED = (1, 4)  # times as many, before all are read
-_BREADTH = 2  # of the search in the graph, for each of them
+_BREADTH = 8  # of the search in the graph, for each of them; with 2 one query in thirty found nothing of what it should
 _LINKS = 256  # bytes of a row in memory beside its numbers, while the graph is made
 
 __all__ = ["Graph", "build", "stamp"]
