@@ -1,6 +1,7 @@
 """Indexing that SIGKILL ends, many times in one process: python index_killed.py, with a JSON of what to do on stdin.
 
-{"videos": a folder, "checkpoint": weights, "phases": [{"kills": [[what, when], ...], "remove": names, "add": {name: file}}]}
+{"videos": a folder, "checkpoint": weights, "shots": whether clips keep to their shot,
+ "phases": [{"kills": [[what, when], ...], "remove": names, "add": {name: file}}]}
 
 what is "replace" or "fsync", the whenth call of which is the last, or "after", so many seconds. Each kill of a phase begins
 with the folder as the phase before left it, changed. Prints a line for a run that nothing ends and one for each kill: how the
@@ -34,7 +35,7 @@ evaat_fast.get_tokenizer()
 SETTINGS = {"seconds": 1.0, "overlap": 0.9, "device": "cpu"}
 
 
-def work(index, videos, checkpoint, kill):
+def work(index, videos, checkpoint, kill, shots):
     if kill and kill[0] == "after":
         threading.Thread(target=lambda: (time.sleep(kill[1]), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
     elif kill:
@@ -48,7 +49,7 @@ def work(index, videos, checkpoint, kill):
 
         setattr(os, kill[0], counted)
     if not (index / "index.json").exists():
-        Index.create(index, checkpoint, **SETTINGS)
+        Index.create(index, checkpoint, shots=shots, **SETTINGS)
     Index.open(index, device="cpu").add(videos, workers=2)
 
 
@@ -86,12 +87,12 @@ def main(job):
             if before.exists():
                 shutil.copytree(before, index)
             began = time.monotonic()
-            ended = forked(lambda kill=kill: work(index, videos, job["checkpoint"], kill))
+            ended = forked(lambda kill=kill: work(index, videos, job["checkpoint"], kill, job["shots"]))
             took = time.monotonic() - began
             manifest = index / "index.json"
             opens = forked(lambda: len(Index.open(index)) * 0) if kill and manifest.exists() else 0
             rows = json.loads(manifest.read_text())["rows"] if manifest.exists() else None
-            again = forked(lambda: work(index, videos, job["checkpoint"], None)) if kill else 0
+            again = forked(lambda: work(index, videos, job["checkpoint"], None, job["shots"])) if kill else 0
             print(json.dumps([kill, ended, took, opens, rows, again, hashes(index)]), flush=True)
 
 

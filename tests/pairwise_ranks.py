@@ -198,9 +198,12 @@ def refusals(rank, groups, backends):
     outside[3] += 9 * odd
     table = ops.IndexedRelevancy(k["table"], outside, index[1])
     for options, message in (
-        ({"n": 5 if odd else 6}, r"the same video on every rank, got float32 [6, 7] on rank 0 and float32 [5, 7] on rank 2"),
-        ({"width": 3 if odd else E}, "the same video on every rank"),
-        ({"dtype": torch.float16 if odd else torch.float32}, "the same video on every rank"),
+        (
+            {"n": 5 if odd else 6},
+            r"video of one dtype and shape on every rank, got float32 [6, 7] on rank 0 and float32 [5, 7] on rank 2",
+        ),
+        ({"width": 3 if odd else E}, "video of one dtype and shape on every rank"),
+        ({"dtype": torch.float16 if odd else torch.float32}, "video of one dtype and shape on every rank"),
         ({"reduction": "none" if odd else "mean"}, "the same reduction on every rank, got mean on rank 0 and none on rank 2"),
         ({"grad_mode": "sum" if odd else "ddp"}, "the same grad_mode on every rank"),
         ({"margin": 0.5 if odd else 0.6}, "the same penalty on every rank"),

@@ -110,9 +110,11 @@ def test_captions_beside_the_videos(folder, tmp_path, capsys, monkeypatch):
     (folder / "trip/Été, 1.txt").write_text("sings\n\nsings\nsings loudly\n")
     (folder / 'trip/"quoted".mov.vtt').write_text("WEBVTT\n\n00:00.500 --> 00:01.500 align:start\nwaves\n")
     (folder / "trip/deep/line\nbreak.srt").write_text("1\nsoon --> later\nx\n")
-    said = run(capsys, "init", folder, "--out", "work")
+    said = run(capsys, "init", folder, "--out", "work", "--minutes", "2.5")
     assert "5 captions of 3 files beside 3 videos, and 1 videos to caption" in said
-    assert "fill in the column caption of work/captions.csv" in said and "--out work --overwrite    # sizes config.toml" in said
+    assert (
+        "fill in the column caption of work/captions.csv" in said and "--out work --minutes 2.5 --overwrite    # sizes" in said
+    )
     assert "no captions taken from: 'trip/deep/line\\nbreak.srt': expected times as" in said
     found = [(row["path"], row["caption"], row["start"], row["stop"]) for row in rows("work/captions.csv") if row["caption"]]
     assert sorted(found) == [

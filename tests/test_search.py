@@ -215,8 +215,8 @@ def test_videos_and_index_can_be_moved(index, videos, tmp_path):
     assert all(Path(f).is_file() for f in moved.search("push left").file)
 
 
-def kill(folder, checkpoint, *phases):
-    job = {"videos": str(folder), "checkpoint": str(checkpoint), "phases": phases}
+def kill(folder, checkpoint, *phases, shots=False):
+    job = {"videos": str(folder), "checkpoint": str(checkpoint), "shots": shots, "phases": phases}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "index_killed.py")]
     run = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=280, env=environment)
@@ -265,14 +265,24 @@ def test_killed_runs_go_on_to_the_same_bytes(commits, place, tmp_path):
     assert manifest["unreadable"].keys() == {"1-broken.mp4", "2.mp4"}
 
 
+def test_killed_runs_find_the_same_shots(commits, place, tmp_path):
+    """Within a video, of which the cuts before are found again."""
+    folder = tmp_path / "v"
+    folder.mkdir()
+    shutil.copy(commits / "1.mp4", folder)
+    killed, left = held(kill(folder, place / "weights.safetensors", {"kills": [["replace", 5]]}, shots=True))
+    assert killed == 1 and left == {256} and len(Index.open(folder)) == 288
+
+
 @pytest.mark.slow
-def test_fifty_random_moments(commits, place, tmp_path):
+@pytest.mark.parametrize("shots", [False, True])
+def test_fifty_random_moments(commits, place, tmp_path, shots):
     folder, draw = tmp_path / "v", random.Random(0)
     shutil.copytree(commits, folder)
-    whole = kill(folder, place / "weights.safetensors", {"kills": []})[0][2]
+    whole = kill(folder, place / "weights.safetensors", {"kills": []}, shots=shots)[0][2]
     shutil.rmtree(folder / ".evaat-index")
     kills = [["after", draw.uniform(0, whole)] for _ in range(50)]
-    killed, left = held(kill(folder, place / "weights.safetensors", {"kills": kills}))
+    killed, left = held(kill(folder, place / "weights.safetensors", {"kills": kills}, shots=shots))
     assert killed >= 30 and len(left) > 2
 
 
@@ -298,12 +308,14 @@ def hostile(folder, film, count):
     return {"empty.mp4", "dangling.mkv", "pipe.mp4", "text.MOV"}
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_hostile_files_neither_stop_nor_slow_it(place, tmp_path, capsys, count):
+@pytest.mark.parametrize(
+    "count, shots",
+    [(20, False), (10, True), *(pytest.param(300, shots, marks=pytest.mark.slow) for shots in (False, True))],
+)
+def test_hostile_files_neither_stop_nor_slow_it(place, tmp_path, capsys, count, shots):
     bad = hostile(tmp_path, place / "one.mp4", count)
-    assert (
-        main(["index", str(tmp_path), "--checkpoint", str(place / "weights.safetensors"), "--json", str(tmp_path / "r")]) == 0
-    )
+    command = ["index", str(tmp_path), "--checkpoint", str(place / "weights.safetensors"), "--json", str(tmp_path / "r")]
+    assert main(command + ["--shots"] * shots) == 0
     out, report = capsys.readouterr().out, json.loads((tmp_path / "r").read_text())
     assert "cannot be read" in out and "\u202e" not in out
     index = Index.open(tmp_path)
@@ -329,7 +341,7 @@ def test_filters(index, videos):
     assert names(before="2020-05-02") == ["one.mp4"] and names(before="2020-05-01") == []
     assert names(after="2020-05-01", before=datetime.date(2020, 5, 2)) == ["one.mp4"]
     assert names(after="2020-05-02") == ["three.mp4", "two.mp4"]
-    assert names(folder=videos / "below") == ["three.mp4"] and len(names(folder=videos)) == 3
+    assert names(folder=videos / "below") == names(folder="below") == ["three.mp4"] and len(names(folder=videos)) == 3
     with pytest.raises(ValueError, match="folder: expected one with videos of the index below it"):
         index.search("push left", folder=videos / "belo")
     with pytest.raises(ValueError, match="after: expected a date as 2026-05-31, got 'May'"):

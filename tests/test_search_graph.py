@@ -1,5 +1,6 @@
 """Search by a graph of neighbours, against the product of all."""
 
+import os
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from test_search import built, place  # noqa: F401, fixtures
 
 from evaat_fast.cli import main
-from evaat_fast.search import Index
+from evaat_fast.search import Index, graph
 from evaat_fast.search.store import BadIndex, Store
 
 pytest.importorskip("usearch")
@@ -130,3 +131,21 @@ def test_a_missing_package_is_named(index, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     with pytest.raises(ImportError, match=r"pip install 'evaat-fast\[usearch\]'"):
         index.build_graph()
+
+
+def test_too_little_memory_is_said_before(index, monkeypatch, capsys):
+    """And the index is what it was."""
+    monkeypatch.setattr(graph, "_free", lambda: 75 * CLIPS * (2 * WIDTH + 256) - 1)
+    with pytest.raises(RuntimeError, match=r"a graph of 3,000 clips takes 0.0 GB of memory .* searched exactly without it"):
+        index.build_graph()
+    (index.folder.parent / "videos").mkdir()
+    command = ["index", str(index.folder.parent / "videos"), "--out", str(index.folder), "--approximate"]
+    assert main(command) == 2 and "of memory while it is made" in capsys.readouterr().err
+    assert len(index.search(like=likes(index, 1))) == 10 and not (index.folder / "graph-0000.usearch").exists()
+    monkeypatch.setattr(graph, "_free", lambda: 75 * CLIPS * (2 * WIDTH + 256))
+    assert index.build_graph() == 75 * CLIPS
+
+
+def test_free_memory_is_what_the_system_says():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert graph._free() is None or 0 < graph._free() <= total

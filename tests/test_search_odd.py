@@ -6,6 +6,7 @@ import random
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,23 @@ def test_threads_are_left_as_they_are(tmp_path):
         assert all((a == b).all() for a, b in zip(expected, found, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+def test_searches_leave_no_memory_behind(tmp_path):
+    """However many there were before."""
+    (tmp_path / "v").write_bytes(torch.randn(140_000, 64).half().numpy().tobytes())
+    mapped, query, before = Vectors(tmp_path / "v", 140_000, 64), torch.randn(64), torch.get_num_threads()
+    anonymous = lambda: int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024  # noqa: E731
+    torch.set_num_threads(2)
+    try:
+        taken = []
+        for _ in range(40):
+            mapped.scores(query)
+            taken.append(anonymous())
+    finally:
+        torch.set_num_threads(before)
+    assert max(taken) - taken[3] < 8
 
 
 def test_eight_threads_find_what_one_does(index, videos):  # noqa: F811

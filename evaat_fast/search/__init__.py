@@ -4,9 +4,9 @@
     print(index.add("videos"))                                       # what is new or changed
     print(index.search("push the red block left - a hand", k=5))     # score, time and file of five moments
 
-`store` is the folder on the disk, `scan` looks for videos, `shots` finds their cuts, `windows` makes clips of them, `embedder`
-is the model, `build` brings them together, `query` and `moments` are what is asked and found, `graph` leads to it among tens of
-millions; `page`, `cut` and `server` show it, and `measure` says how much of it is right.
+`store` is the folder on the disk, `scan` looks for videos, `windows` makes clips of them, `by_shot` clips between the cuts that
+`shots` finds, `embedder` is the model, `build` brings them together, `query` and `moments` are what is asked and found, `graph`
+leads to it among tens of millions; `page`, `cut` and `server` show it, and `measure` says how much of it is right.
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from evaat_fast import _lazy
 _LAZY = {"Index": "index", "Like": "query", "Moments": "moments", "find": "index"}
 _SUBMODULES = (
     "build",
+    "by_shot",
     "cut",
     "embedder",
     "graph",
@@ -39,6 +40,7 @@ __all__ = ["PORT", *_LAZY, *_SUBMODULES]
 
 if TYPE_CHECKING:
     from evaat_fast.search import build as build
+    from evaat_fast.search import by_shot as by_shot
     from evaat_fast.search import cut as cut
     from evaat_fast.search import embedder as embedder
     from evaat_fast.search import graph as graph

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from evaat_fast.data.decode import VideoError, why_not
-from evaat_fast.search import scan, windows
+from evaat_fast.search import by_shot, scan, windows
 from evaat_fast.search.embedder import Embedder, Settings
 from evaat_fast.search.store import COLUMNS, Partial, Problem, Store
+from evaat_fast.search.windows import Span
 
 _COMMIT = 256  # clips, or the video more that reaches them
 _BATCH = 64  # clips, at most
@@ -144,12 +145,15 @@ def threads(workers: int | None) -> int:
     return workers
 
 
+_Clips = tuple[np.ndarray, np.ndarray]  # uint8 [U, S, S, 3], and which of these frames each clip has, int64 [n, T]
+
+
 @dataclass
 class _Group:
     """What the next commit will have. first: its row at which the current video begins."""
 
     vectors: list[Any] = field(default_factory=list)  # arrays, or futures of them
-    waiting: list[torch.Tensor] = field(default_factory=list)  # clips that are not a batch yet
+    waiting: list[_Clips] = field(default_factory=list)  # that are not a batch yet
     clips: int = 0
     first: int = 0
     places: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
@@ -157,13 +161,25 @@ class _Group:
     dead: list[tuple[int, int]] = field(default_factory=list)  # and those of them that were committed before
     unreadable: dict[str, Problem] = field(default_factory=dict)
 
-    def add(self, span: "_Span", found: scan.Found) -> None:
+    def add(self, name: str, span: Span, found: scan.Found) -> None:
         n = len(span.where)
-        self.waiting.append(torch.from_numpy(span.frames[span.where]))
+        if n:
+            self.waiting.append((span.frames, span.where))
         self.clips += n
-        columns = ([span.name] * n, span.start.tolist(), span.stop.tolist(), [found.size] * n, [found.mtime] * n)
+        columns = ([name] * n, span.start.tolist(), span.stop.tolist(), [found.size] * n, [found.mtime] * n)
         for column, values in zip(COLUMNS, columns, strict=True):
             self.places[column] += values
+
+    def batch(self, size: int) -> list[_Clips]:
+        """The first clips that wait, at most so many, which wait no more."""
+        taken: list[_Clips] = []
+        while self.waiting and size:
+            frames, where = self.waiting.pop(0)
+            if len(where) > size:
+                self.waiting.insert(0, (frames, where[size:]))
+            taken.append((frames, where[:size]))
+            size -= len(taken[-1][1])
+        return taken
 
 
 def build(
@@ -196,20 +212,22 @@ def build(
             so_far = read + int(share * todo[name].size)
             progress(Progress(done, len(todo), so_far, total, clips, time.monotonic() - began, name))
 
-    def embed(batch: torch.Tensor) -> None:
+    def embedded(batch: list[_Clips]) -> np.ndarray:
+        clips = [np.take(frames, where, axis=0) for frames, where in batch]
+        return embedder.clips(torch.from_numpy(clips[0] if len(clips) == 1 else np.concatenate(clips)))
+
+    def embed(batch: list[_Clips]) -> None:
         if device != "cpu":
-            group.vectors.append(embedder.clips(batch))
+            group.vectors.append(embedded(batch))
             return
         running = [x for x in group.vectors[-2 * workers :] if isinstance(x, Future) and not x.done()]
         if len(running) > workers:
             running[0].result()
-        group.vectors.append(pool.submit(embedder.clips, batch))
+        group.vectors.append(pool.submit(embedded, batch))
 
     def flush(everything: bool = False) -> None:
-        while sum(map(len, group.waiting)) >= size or (everything and group.waiting):
-            some = torch.cat(group.waiting)
-            group.waiting = [some[size:]] if len(some) > size else []
-            embed(some[:size])
+        while (n := sum(len(where) for _, where in group.waiting)) >= size or (everything and n):
+            embed(group.batch(size))
 
     def commit(partial: Partial | None = None) -> None:
         nonlocal group
@@ -229,19 +247,19 @@ def build(
     with ThreadPoolExecutor(workers, "index", initializer=_one_thread) as pool:
         here = 0  # clips of the video
         try:
-            for event in _events(pool, todo, base, settings, embedder, workers, begun):
-                name, found = event.name, todo[event.name]
-                if isinstance(event, _Span):
+            for name, event in _events(pool, todo, base, settings, embedder, workers, begun):
+                found = todo[name]
+                if isinstance(event, Span):
                     here = here or (begun.clips if begun and begun.name == name else 0)
-                    group.add(event, found)
+                    group.add(name, event, found)
                     here, clips = here + len(event.where), clips + len(event.where)
                     flush()
                     tell(name, event.share)
                     if group.clips >= _COMMIT and event.share < 1:
                         commit(Partial(name, here, found.size, found.mtime))
                     continue
-                if event.why:
-                    group.unreadable[name], failed[name] = Problem(found.size, found.mtime, event.why), event.why
+                if event:
+                    group.unreadable[name], failed[name] = Problem(found.size, found.mtime, event), event
                     group.dropped.append((group.first, group.clips))
                     here = here or (begun.clips if begun and begun.name == name else 0)
                     committed = here - (group.clips - group.first)
@@ -259,27 +277,6 @@ def build(
     return clips, failed
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Some clips of a video. frames: uint8 [U, S, S, 3]. where: int64 [n, T], each clip's. start, stop: float64 [n], seconds.
-    share: of the video that is done."""
-
-    name: str
-    frames: np.ndarray
-    where: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    share: float
-
-
-@dataclass(frozen=True)
-class _End:
-    """Of a video, and why none of its clips count, if it broke off."""
-
-    name: str
-    why: str = ""
-
-
 def _events(
     pool: ThreadPoolExecutor,
     todo: Mapping[str, scan.Found],
@@ -288,48 +285,85 @@ def _events(
     embedder: Embedder,
     workers: int,
     begun: Partial | None,
-) -> Iterator[_Span | _End]:
-    """What becomes of each video, in order; threads are ahead."""
+) -> Iterator[tuple[str, Span | str]]:
+    """What becomes of each video, in order, by name: spans, and at last why none of its clips count, "" where they do. Threads
+    are ahead."""
     config = embedder.config
     height, width = config.size
     most = _SPAN // (config.num_frames * height * width * 3)
+    clips = (settings.seconds, settings.stride, config.num_frames)
     size = max(_SPANS[0], min(_SPANS[1], most))
     paths = {name: scan.path_of(name, base) for name in todo}
+    spans = (_by_shot if settings.shots else _in_parallel)(pool, paths, clips, embedder.crop, size, workers, begun)
+    for name, found in spans:
+        if not isinstance(found, Exception):
+            yield name, found
+            if found.share < 1:
+                continue
+            try:
+                if scan.stamp(os.stat(paths[name])) == todo[name][:2]:
+                    yield name, ""
+                    continue
+                raise VideoError("it changed while it was read; index again")
+            except (VideoError, OSError) as error:
+                found = error
+        yield name, _why(found, paths[name])
 
-    def plan(path):
-        return windows.windows(path, settings.seconds, settings.stride, config.num_frames, settings.shots)
+
+def _in_parallel(pool, paths, clips, crop, size, workers, begun):
+    """(name, a Span or why there are no more), each of them a thread's work."""
 
     def jobs():
         """(name, its windows or why there are none, the first clip, a decoded span)."""
-        for name, planned in _ahead(((name, pool.submit(plan, path)) for name, path in paths.items()), 2 * workers):
+        for name, planned in _ahead(
+            ((name, pool.submit(windows.windows, path, *clips)) for name, path in paths.items()), 2 * workers
+        ):
             try:
                 some = planned.result()
             except (VideoError, OSError) as error:
-                yield name, _why(error, paths[name]), 0, None
+                yield name, error, 0, None
                 continue
             first = begun.clips if begun and begun.name == name else 0
             for at in range(first, len(some), size):
-                yield name, some, at, pool.submit(windows.decode, paths[name], some.times[at : at + size], embedder.crop)
+                yield name, some, at, pool.submit(windows.decode, paths[name], some.times[at : at + size], crop)
 
     broken = None
     for name, some, at, future in _ahead(jobs(), workers + 1):
         if future is None:
-            yield _End(name, some)
+            yield name, some
         elif name == broken:
             future.cancel()
         else:
             try:
                 frames, where = future.result()
                 end = at + len(where)
-                yield _Span(name, frames, where, some.start[at:end], some.stop[at:end], end / len(some))
-                if end < len(some):
-                    continue
-                if scan.stamp(os.stat(paths[name])) != todo[name][:2]:
-                    raise VideoError("it changed while it was read; index again")
-                yield _End(name)
+                yield name, Span(frames, where, some.start[at:end], some.stop[at:end], end / len(some))
             except (VideoError, OSError) as error:
                 broken = name
-                yield _End(name, _why(error, paths[name]))
+                yield name, error
+
+
+def _by_shot(pool, paths, clips, crop, size, workers, begun):
+    """(name, a Span or why there are no more), of which those of one video are made one after another."""
+    seconds, stride, frames = clips
+
+    def opened():
+        for name, path in paths.items():
+            skip = begun.clips if begun and begun.name == name else 0
+            spans = by_shot.spans(path, seconds, stride, frames, crop, size, skip)
+            yield name, spans, pool.submit(next, spans)
+
+    for name, spans, future in _ahead(opened(), workers + 1):
+        share = 0.0
+        while share < 1:
+            try:
+                span = future.result()
+            except (VideoError, OSError) as error:
+                yield name, error
+                break
+            if (share := span.share) < 1:
+                future = pool.submit(next, spans)
+            yield name, span
 
 
 def _ahead(things: Iterable[Any], count: int) -> Iterator[Any]:

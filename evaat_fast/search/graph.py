@@ -5,6 +5,7 @@ read as ever, and rows that no longer count are left out of what it finds. It is
 is exact, and where the vectors are copied to a new file it is left behind.
 """
 
+import contextlib
 import itertools
 import os
 import threading
@@ -24,7 +25,8 @@ _ADDED = 1 << 14  # rows at once
 _SAVED = 1 << 20  # rows after which an unfinished graph is written, or as many as it has on the disk
 _LEAST, _EACH = 256, 32  # clips that are asked for, at least and for each moment, which may be of 30 s
 _TRIED = (1, 4)  # times as many, before all are read
-_BREADTH = 2  # of the search in the graph, for each of them
+_BREADTH = 8  # of the search in the graph, for each of them; with 2 one query in thirty found nothing of what it should
+_LINKS = 256  # bytes of a row in memory beside its numbers, while the graph is made
 
 __all__ = ["Graph", "build", "stamp"]
 
@@ -158,9 +160,15 @@ def build(
         How many rows were added.
 
     Raises:
-        ImportError: usearch is missing. OSError: the file cannot be written.
+        ImportError: usearch is missing. OSError: the file cannot be written. RuntimeError: there is too little memory for it.
     """
     target, make = graph_of(path), _usearch()
+    need, free = vectors.rows * (2 * vectors.width + _LINKS), _free()
+    if free is not None and need > free:
+        raise RuntimeError(
+            f"approximate: a graph of {vectors.rows:,} clips takes {need / 1e9:.1f} GB of memory while it is made, and "
+            f"{free / 1e9:.1f} GB are free; the clips are indexed, and searched exactly without it"
+        )
     try:
         graph = _opened(target, vectors, view=False)
     except BadIndex:
@@ -175,6 +183,19 @@ def build(
         if progress is not None:
             progress(last, vectors.rows)
     return vectors.rows - begun
+
+
+def _free() -> int | None:
+    """Bytes of memory that may still be taken, here and in the container around; None where the system does not say."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        found.append(1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        taken, files = int((group / "memory.current").read_text()), (group / "memory.stat").read_text()
+        given_back = sum(int(files.partition(f"\n{name} ")[2].split()[0]) for name in ("inactive_file", "active_file"))
+        found.append(int((group / "memory.max").read_text()) - taken + given_back)  # "max" where there is no limit
+    return min(found, default=None)
 
 
 def _save(graph, target):

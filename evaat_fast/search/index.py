@@ -118,7 +118,7 @@ class Index:
             folder: to be made. checkpoint: what `evaat_fast.load` takes: a file, a run's folder, "eva02_clip_b16".
             seconds: of a clip, 0.5 to 60. overlap: the share of a clip that the next one has, too, 0 to 0.9.
             frames: of a clip; None: as many as the weights were trained with, 4 for those of pictures.
-            shots: no clip reaches beyond a hard cut; all frames are decoded to find them, see `evaat_fast.search.shots.cuts`.
+            shots: no clip reaches beyond a hard cut; all frames are decoded to find them, see `evaat_fast.search.shots`.
             device: as for `open`. overwrite: in the place of one that is there, whatever that is of.
 
         Raises:
@@ -208,8 +208,8 @@ class Index:
             like: moments as "FILE@12.5", "FILE@01:02" or `Like`, which add to the query; in the index or not. They are not
                 found themselves.
             k: how many, at most.
-            folder: only videos below it. after, before: only files of this date or later, of earlier ones than that: a date,
-                or text in ISO 8601.
+            folder: only videos below it; its path from here, or from the index's videos. after, before: only files of this date
+                or later, of earlier ones than that: a date, or text in ISO 8601.
             merge: False: single clips, not events.
             approximate: True: by the graph of `build_graph`, for more than some ten million clips; scores are exact, and what
                 is missed is measured in bench/README.md. Where filters leave too little of what it finds, all are read.
@@ -293,7 +293,7 @@ class Index:
         if rows is not None:
             middle = (self.places.start[rows] + self.places.stop[rows]) / 2
             return self.vectors.row(rows.start + int(np.abs(middle - like.time).argmin()))
-        path = self._located(like)
+        path = self._located(like.file)
         if not os.path.isfile(path):
             raise ValueError(f"like: there is no file {like.file!r}")
         embedder = self.embedder
@@ -301,14 +301,14 @@ class Index:
         frames, where = windows.decode(path, some.times, embedder.crop)
         return torch.from_numpy(embedder.clips(torch.from_numpy(frames[where]))[0]).float()
 
-    def _located(self, like: Like) -> str:
+    def _located(self, name: str | os.PathLike[str]) -> str:
         """From the current folder, else from that of the videos."""
-        there = scan.real(like.file)
-        return there if os.path.exists(there) else self.path(like.file)
+        there = scan.real(name)
+        return there if os.path.exists(there) else self.path(os.fspath(name))
 
     def _rows(self, like: Like) -> slice | None:
         """Those of clips that contain a moment; None where the video is not in the index, or has changed."""
-        path = self._located(like)
+        path = self._located(like.file)
         name = scan.name_of(path, self.base)
         file = next((file for file in self.places.files if file.name == name), None)
         if file is None:
@@ -337,7 +337,7 @@ class Index:
         files = self.places.files
         some = np.ones(len(files), bool)
         if folder is not None:
-            below = _below([scan.name_of(scan.real(folder), self.base)])
+            below = _below([scan.name_of(self._located(folder), self.base)])
             some &= np.array([below(file.name) for file in files], bool)
             if files and not some.any():
                 raise ValueError(f"folder: expected one with videos of the index below it, got {os.fspath(folder)!r}")
@@ -427,6 +427,7 @@ class Index:
 
         Raises:
             ImportError: usearch is missing: pip install 'evaat-fast[usearch]'. BadIndex: another process is indexing.
+            RuntimeError: there is too little memory for it.
         """
         workers = threads(workers)
         with alone(self.folder):

@@ -5,6 +5,7 @@ import itertools
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -68,21 +69,22 @@ class Vectors:
         """float32 [rows - first]: the products of all vectors, or those from a row on, with one query, float32 [width]. May run
         in several threads at once."""
         rows = self.rows - first
-        found = torch.empty(self.rows)  # of which the part before `first` is never touched, and so takes no memory
+        # numpy's, which is not aligned, see below. The part before `first` is never touched, and so takes no memory.
+        found = torch.from_numpy(np.empty(self.rows, np.float32))
         count = max(1, min(torch.get_num_threads(), rows // (4 * _TILE)))
         bounds = [first + part * rows // count // _TILE * _TILE for part in range(count)] + [self.rows]
         if not rows:
             pass
         elif count == 1:
-            self._part(query, found, first, self.rows)
+            self._part(query, found, first, self.rows, torch.empty)
         else:  # threads of their own: torch's wait for each other after each tile
             pool = _pool(torch.get_num_threads())
             for done in [pool.submit(self._part, query, found, *pair) for pair in itertools.pairwise(bounds)]:
                 done.result()
         return found[first:].numpy()
 
-    def _part(self, query: Tensor, found: Tensor, begin: int, end: int) -> None:
-        wide = torch.empty(min(_TILE, end - begin), self.width)
+    def _part(self, query: Tensor, found: Tensor, begin: int, end: int, empty: Callable[[int], Tensor] | None = None) -> None:
+        wide = (empty or _scratch)(min(_TILE, end - begin) * self.width).view(-1, self.width)
         dropped = -(-2 * begin * self.width // mmap.PAGESIZE) * mmap.PAGESIZE
         for first in range(begin, end, _TILE):
             some = self._all[first : min(first + _TILE, end)]
@@ -91,6 +93,17 @@ class Vectors:
             if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED") and behind - dropped >= _KEPT:
                 self._mapped.madvise(mmap.MADV_DONTNEED, dropped, behind - dropped)
                 dropped = behind
+
+
+_own = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """float32 [size], a thread's own from search to search: where it is made each time, glibc uses little of what was aligned
+    and freed again, and memory grows by 200 MB in ten searches among a million clips."""
+    if getattr(_own, "wide", None) is None or len(_own.wide) < size:
+        _own.wide = torch.empty(size)
+    return _own.wide[:size]
 
 
 _making = threading.Lock()

@@ -31,6 +31,7 @@ from evaat_fast.train.setup import check_folder
 CAPTIONS, CONFIG = "captions.csv", "config.toml"
 # A training step of the base model took 20,860 MiB for 64 clips of 4 frames, by docs/benchmarks.md.
 _MIB_PER_FRAME = 20_860 / (64 * 4)
+_MINUTES = 10.0  # of training
 _CACHE = 2 << 30  # bytes of decoded clips that may be kept
 _CPU_MODEL, _GPU_MODEL = "eva02_at_tiny_patch16_64", "eva02_at_base_patch16_224"
 _COARSE = {"patch_size": 32, "rope_grid": 2}
@@ -90,7 +91,7 @@ def write(
     out: str | os.PathLike[str] = ".",
     *,
     overwrite: bool = False,
-    minutes: float = 10.0,
+    minutes: float = _MINUTES,
     progress: Callable[[int, int], object] | None = None,
 ) -> str:
     """Writes a file of captions, where there is none yet, and a configuration that trains on them.
@@ -142,7 +143,7 @@ def write(
     said += [
         f"wrote {out / CONFIG}{f': {plan.said}' if plan.step else ''}",
         "",
-        *_next(annotations, out / CONFIG, unfilled, found.root),
+        *_next(annotations, out / CONFIG, unfilled, found.root, "" if minutes == _MINUTES else f" --minutes {minutes:g}"),
     ]
     return "\n".join(said)
 
@@ -341,14 +342,14 @@ every = {max(1, plan.epochs // 5)}
 """
 
 
-def _next(annotations: Path, config: Path, unfilled: bool, videos: Path) -> list[str]:
+def _next(annotations: Path, config: Path, unfilled: bool, videos: Path, minutes: str) -> list[str]:
     path, folder, run = (shlex.quote(str(x)) for x in (config, videos, config.parent / "run"))
     lines = ["next, to train on captions:"]
     if unfilled:
         note = "a row a clip: a video may have many rows, with start and stop"
         lines.append(f"  fill in the column caption of {annotations} ({note})")
         out = "" if config.parent == Path() else f" --out {shlex.quote(str(config.parent))}"
-        lines.append(f"  evaat-fast init {folder}{out} --overwrite    # sizes {config.name} by them")
+        lines.append(f"  evaat-fast init {folder}{out}{minutes} --overwrite    # sizes {config.name} by them")
     lines += [f"  evaat-fast check {path}", f"  evaat-fast train {path}"]
     lines += [f"  evaat-fast index {folder} --checkpoint {run}"]
     lines += ["or, to search at once, with weights that know pictures and words (600 MB are downloaded once):"]

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,20 @@ from evaat_fast.data.decode.mp4 import UPRIGHT, right_angles, turned
 
 _FAR = 1.0  # seconds from which a seek is cheaper than reading the packets between
 _END = 2**62
+
+
+class Shown(NamedTuple):
+    """A frame of a file. time: seconds. picture: uint8 [h, w, 3]: luminance and two colours, as stored. whole: whether nothing
+    that it may be made of was damaged. frame: PyAV's."""
+
+    time: float
+    picture: np.ndarray
+    whole: bool
+    frame: Any
+
+    @property
+    def bytes(self) -> int:
+        return sum(plane.buffer_size for plane in self.frame.planes)
 
 
 class AvReader:
@@ -27,6 +41,7 @@ class AvReader:
         self.path, self.fps, self._change = path, self._head.fps, change
         self._turn: tuple[int, int, int, int] | None = None
         self._step = round(1 / (self.fps * self._head.base))  # of a frame without a duration of its own
+        self.lost: list[float] = []  # seconds of what `frames` left out
         self._seeks = True
         self._open()
 
@@ -80,39 +95,68 @@ class AvReader:
             raise VideoError(f"{self.path}: frames of different sizes, {sorted(s[:2] for s in shapes)}")
         return np.stack([found[t] for t in wanted])
 
+    def floor(self, time: float) -> float:
+        """Seconds: the time on the grid of the file's time stamps by which `read` finds the frame that is on screen then."""
+        return self._head.seconds(self._head.ticks(time))
+
     def close(self) -> None:
         self._packets, self._group, self._pushed = iter(()), [], None
         self._head.close()
 
-    def pictures(self, width: int, height: int) -> Iterator[tuple[float, np.ndarray]]:
-        """(seconds, uint8 [height, width, 3]: luminance and two colours, as stored) of all frames that are shown, in order,
-        without those that cannot be decoded. To be read to the end, and nothing else meanwhile."""
+    def frames(self, width: int, height: int) -> Iterator["Shown"]:
+        """All frames that are shown, in order, without those that cannot be decoded, with a picture of this size of each. To be
+        read to the end, and nothing else meanwhile but what `take` makes of them."""
         from av.error import FFmpegError
 
         context, head, stamps = self._context, self._head, []
         context.skip_frame = "DEFAULT"
-        packet = True
+        packet: Any = True
+        latest = -1.0  # in damaged files frames come out in another order
+        whole_from: int | None = -_END  # the time stamp from which on nothing is missing; None: from the next key frame on
         try:
             self._go(head.stream.start_time or 0)
             while packet is not None:
                 packet = self._next()
-                if packet is not None and not head.ordered:
-                    stamps.append(packet.dts)
+                if packet is not None:
+                    stamp = packet.pts if head.ordered else packet.dts
+                    stamps += [] if head.ordered else [stamp]
+                    if packet.is_keyframe and whole_from is None:
+                        whole_from = stamp
                 try:
+                    damaged = packet is not None and packet.is_corrupt
                     frames = context.decode(packet)
                 except FFmpegError:
                     del stamps[-1:]
-                    continue
+                    damaged, frames = True, []
+                if damaged:
+                    whole_from = None
+                    if packet is not None and stamp is not None:
+                        self.lost.append(head.seconds(stamp))
                 for frame in frames:
-                    stamp = frame.pts if head.ordered else stamps.pop(0)
-                    if stamp is not None and (time := head.seconds(stamp)) >= 0:
-                        yield time, self._small(frame, width, height)
+                    at = frame.pts if head.ordered else stamps.pop(0)
+                    if at is None or (time := head.seconds(at)) < 0:
+                        continue
+                    if time <= latest:
+                        self.lost.append(time)
+                    else:
+                        latest = time
+                        whole = whole_from is not None and at >= whole_from and not frame.is_corrupt
+                        yield Shown(time, self._small(frame, width, height), whole, frame)
         except VideoError:
             raise
         except Exception as error:
             raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
         finally:
             self._placed = False
+
+    def take(self, frame: "Shown") -> np.ndarray:
+        """uint8 [H, W, 3], or what `change` makes of it."""
+        try:
+            return self._converted(frame.frame)
+        except VideoError:
+            raise
+        except Exception as error:
+            raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
 
     def _small(self, frame, width, height):
         how: dict[str, Any] = {"format": "yuv444p", "interpolation": "AREA", "threads": 1}

@@ -113,7 +113,8 @@ class Ranks:
             other = next((rank for rank, x in values.items() if x != values[first]), None)
             if other is not None:
                 what = f"got {values[first]} on rank {first} and {values[other]} on rank {other}"
-                raise ValueError(f"group: expected the same {name} on every rank, {what}")
+                one = f"{name} of one dtype and shape" if name in ("video", "text") else f"the same {name}"
+                raise ValueError(f"group: expected {one} on every rank, {what}")
         if error is not None:
             raise error
         failed = next(rank for rank, call in enumerate(calls) if "error" in call)
