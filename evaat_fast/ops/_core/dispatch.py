@@ -104,7 +104,7 @@ SUPPORT = {
             ("bfloat16", "float16"),
             lacks={
                 OTHER_GPU: "its kernel is for Hopper (sm_90)",
-                OTHER_SHAPE: "its kernel takes heads of 64 and at least 192 tokens, as many queries as keys",
+                OTHER_SHAPE: "its kernels take heads of 64, by name of 128, and at least 192 tokens, as many queries as keys",
                 HALVES: "its kernel turns neighbouring pairs",
                 PACKED: "its kernel takes no packed clips",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
