@@ -68,7 +68,7 @@ def gradient_cases(device, small):
 
         return make
 
-    variants = {"as shipped": gluon(), "among products": gluon(HELD=False), "2 stages": gluon(launch={"num_stages": 2})}
+    variants = {"as shipped": gluon(), "held": gluon(HELD=True), "2 stages": gluon(launch={"num_stages": 2})}
     variants |= {"in order": gluon(ordered=True)}
     for T, B, H, grid in ((4, 1, 1, 8),) if small else ((4, 32, 12, 14), (8, 32, 12, 14), (4, 16, 16, 16)):
         shape = attn.shape(T, B, H, 64, grid)
@@ -92,14 +92,13 @@ def gradient_cases(device, small):
 def wide_cases(device, small):
     """Attention of turned heads of 128 of a projection: forward alone and, on a GPU, the gradient of the projection alone."""
     import attn
+    from evaat_fast.kernels.attn import sm90
 
     from evaat_fast.ops.rope3d.rotation import Rotation
     from evaat_fast.ops.rope3d.table import table_of
 
     def by_gluon(**changed):
         def make(inputs):
-            from evaat_fast.kernels.attn import sm90
-
             q, k, v = attn.split(inputs["qkv"].detach(), inputs["heads"])
             rotation = Rotation(None, None, inputs["grid"], 1, True, False, "triton")
             table, shape = table_of(rotation, 128, q.device), sm90.shape_of(q.shape[2], 128) | changed
@@ -125,9 +124,9 @@ def wide_cases(device, small):
         (low,) = attn.step(attn.torch_itself)(inputs, "fwd")()
         check = lambda found, low=low, truth=truth: harness.of_tests("check").close(found[0], low, truth)  # noqa: E731
         by_torch = lambda i: attn.step(attn.unpacked("sdpa"))(i, "fwd")  # noqa: E731
-        variants = {"rotation, SDPA": by_torch, "Gluon, 3 x 64 queries, 64 keys": by_gluon()}
-        if (shape["N"] - 1) % 128 < 64:  # else the last keys have no room beside two blocks
-            variants["Gluon, 2 x 64 queries, 128 keys"] = by_gluon(GROUPS=2, BN=128, STAGES=2, REGISTERS=240)
+        variants = {"rotation, SDPA": by_torch, "Gluon": by_gluon()}
+        if (shape["N"] - 1) % 128 < 64:  # else these are what is shipped
+            variants["Gluon, 3 x 64 queries, 64 keys"] = by_gluon(**sm90.HALF_BLOCKS)
         yield Case(f"D 128, T {T}", inputs, variants, check, alone, attn.BENCH.work(shape, "fwd", 2))
         if small:
             continue
@@ -144,16 +143,16 @@ ENTRIES = {
     "gradients": Entry(
         "Do exponentials in Gluon's backward pass wait for the launch of the products which they lie under, where ptxas would "
         "begin them before, and how deep does the pass before it load?",
-        "as shipped 0.39, 1.22 and 0.40 ms with 17, 33 and 1 keys that fill no tile on an H200, where exponentials among "
-        "products took 0.416, 1.34 and 0.435, with 2 stages 0.427, 1.32 and 0.439; in order 0.49, 1.60 and 0.54",
+        "held 0.39, 1.22 and 0.40 ms with 17, 33 and 1 keys that fill no tile on an H200, where exponentials among products, "
+        "as shipped, took 0.416, 1.34 and 0.435, with 2 stages 0.427, 1.32 and 0.439",
         "HELD of SHAPE in kernels/attn/sm90_backward.py, and num_stages of ENDS",
         gradient_cases,
     ),
     "wide": Entry(
         "Does attention in Gluon of heads of 128 beat our rotation before cuDNN, and in which blocks?",
-        "0.31 to 0.40, 0.96 to 1.22 and 3.4 to 4.3 ms at T 4, 8 and 16 on an H200, the rotation of the keys included, where "
-        "cuDNN should take 0.27, 0.85 and 3.3 and the rotation of queries and keys 0.08, 0.16 and 0.32; gradients 0.71 to "
-        "0.88, 2.4 to 3.0 and 8.9 to 11.2, for 1.3, 3.4 and 11.2, and a copy of them into the projection's",
+        "forward 3.4 to 4.3 ms at T 16 on an H200, the rotation of the keys included, for 3.87 (at T 4 and 8 it took 0.304 and "
+        "0.961 for 0.359 and 1.08); gradients 0.71 to 0.88, 2.4 to 3.0 and 8.9 to 11.2 at T 4, 8 and 16, for 1.3, 3.4 and "
+        "11.2, and a copy of them into the projection's",
         "SHAPES of kernels/attn/sm90.py; who serves heads of 128 in ops/attn/plan.py: Gluon where it is 1.05 x as fast",
         wide_cases,
     ),

@@ -36,7 +36,7 @@ def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False, tens
     elements = kernels.BLOCK_ELEMENTS // (2 if dtype == "fp32" else 1)
     types["S"] = kernels.shape_of(D, interleaved, inverse, per_head, elements=elements)
     aligned = [*TABLE, *strides(*tensors.split()), "clip"]
-    return aot.build(kernels.rope3d_kernel, types, {}, arch, aligned=aligned, num_warps=kernels.NUM_WARPS)
+    return aot.build(kernels.rope3d_kernel, types, {}, arch, aligned=aligned, **kernels.OPTIONS)
 
 
 def rope3d_freqs(arch, dtype, D, interleaved=True, per_head=False):
@@ -48,7 +48,7 @@ def rope3d_freqs(arch, dtype, D, interleaved=True, per_head=False):
     types |= dict.fromkeys(("q_heads", "k_heads", "N", "prefix"), "i32")
     types["S"] = kernels.shape_with_freqs(D, interleaved, True, per_head)
     aligned = [*TABLE, *strides(*(f"{x}.{i}" for x in pairs for i in (0, 1)))]
-    return aot.build(kernels.rope3d_freqs_kernel, types, {}, arch, aligned=aligned, num_warps=kernels.NUM_WARPS)
+    return aot.build(kernels.rope3d_freqs_kernel, types, {}, arch, aligned=aligned, **kernels.OPTIONS)
 
 
 def rope3d_table(arch, out, grid):
@@ -323,6 +323,7 @@ HOPPER = {
     "attn sm90 bf16, tail 128, training": functools.partial(attn_sm90, tail=128),
     "attn sm90 fp16, tail 64, no rotation": functools.partial(attn_sm90, dtype="fp16", tail=64, keep=False, turned=False),
     "attn sm90 bf16 D128, tail 32, training": functools.partial(attn_sm90, D=128),
+    "attn sm90 bf16 D128, tail 32, half blocks": functools.partial(attn_sm90, D=128, GROUPS=3, BN=64, STAGES=3, REGISTERS=160),
     "attn sm90 fp16 D128, tail 64, no rotation": functools.partial(
         attn_sm90, dtype="fp16", D=128, tail=64, keep=False, turned=False
     ),

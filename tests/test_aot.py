@@ -116,7 +116,7 @@ def test_gradients_of_wide_heads_in_gluon_fit_hopper(name):
     waits, products = places("WARPGROUP.DEPBAR"), places("HGMMA")
     weights, slopes, sums = (places(x) for x in ("MUFU.EX2", "STSM", "STS.128"))
     assert len(products) == 40 and len(waits) == 4
-    assert products[3] < weights[0] and weights[-1] < products[8]  # dP, weights, dV
+    assert products[3] < weights[2] and weights[-1] < products[8]  # dP, weights, dV
     assert products[15] < waits[0] < products[16] < products[23] < slopes[0] < products[24]  # dV, slopes, dK, dQ
     assert products[31] < waits[1] < products[32] and products[39] < waits[2] < sums[0] < sums[-1] < waits[3]  # dQ, scores
 

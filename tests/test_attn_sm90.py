@@ -142,7 +142,7 @@ def test_forward(call):
 def test_forward_of_two_warpgroups():
     """What may be compiled for heads of 128, too."""
     for call in (Call(N=321, H=2, D=128), Call(N=257, D=128, grid=(2, 8, 16), prefix=1)):
-        call.check(("out", "lse"), call.forward(0, shape=sm90.SHAPES[128] | {"GROUPS": 2, "BN": 128, "STAGES": 2})[:2])
+        call.check(("out", "lse"), call.forward(0, shape=sm90.HALF_BLOCKS)[:2])
 
 
 @interpret

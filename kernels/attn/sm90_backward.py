@@ -27,9 +27,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GROUPS = gl.constexpr(2)  # warpgroups that make weights
 # What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made ahead of dK.
-# SPREAD: see `first_of`. HELD: exponentials wait until the products are launched which they lie under. KEYS: registers of the
-# warpgroups that make weights, which need 192; QUERIES: of the third.
-SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "HELD": True, "KEYS": 208, "QUERIES": 72}
+# SPREAD: see `first_of`. HELD: exponentials wait until the products are launched which they lie under, before which ptxas
+# begins them otherwise. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
+SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "HELD": False, "KEYS": 208, "QUERIES": 72}
 # The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
 # that a program of the first then takes. launch, behind: options of the two.
 ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 3}, "behind": {"num_warps": 4}}

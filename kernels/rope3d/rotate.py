@@ -18,8 +18,7 @@ import triton.language as tl
 from evaat_fast.kernels.launch import FUSED, Rows, cdiv, constants, launch, next_power_of_2, table_of
 
 HEADS = 4
-NUM_WARPS = 4
-OPTIONS = {"num_warps": NUM_WARPS, **FUSED}
+OPTIONS = {"num_warps": 4, **FUSED}
 BLOCK_ELEMENTS = 2048  # of one head in a program, of 16 bits: 16 a thread, two loads of 16 bytes; of float32 half as many
 MOST_CLIPS = 65535  # of a grid's third dimension
 
