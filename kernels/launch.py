@@ -77,11 +77,11 @@ def launch(kernel, grid, arguments, options):
     options: its constants in their order, and Triton's.
     """
     kinds, tensors = [id(kernel), *options.values()], []
-    known = _describe(arguments, kinds, tensors) and knobs is not None and not getattr(kernel, "pre_run_hooks", True)
+    known = _describe(arguments, kinds, tensors) and _is_plain(kernel)
     index = tensors[0].get_device()
     with _HERE if index < 0 else _at(index):
         if known:
-            key = (index, knobs.runtime.debug, knobs.compilation.instrumentation_mode, *kinds)
+            key = (index, knobs.runtime.debug, *(getattr(knobs.compilation, name, None) for name in _COMPILED_BY), *kinds)
             kept = _KEPT.get(key)
             if kept is not None:
                 compiled, rest = kept
@@ -96,14 +96,27 @@ def launch(kernel, grid, arguments, options):
         _KEPT[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
 
 
+# Knobs that decide what a kernel is compiled to, where a version of Triton has them.
+_COMPILED_BY = ("instrumentation_mode", "fpsan_homomorphic_casts")
+
+
+def _is_plain(kernel):
+    """Whether nobody looks on as a kernel is bound or compiled."""
+    if knobs is None or getattr(kernel, "pre_run_hooks", True):
+        return False
+    return getattr(knobs.runtime, "add_stages_inspection_hook", None) is None
+
+
 def _describe(arguments, kinds, tensors):
     """Whether what is put into kinds tells all of the arguments: not where one does not lie at a multiple of 16 bytes, which is
     rare, and for which Triton compiles another kernel."""
     told = True
     for x in arguments:
         kind = type(x)
-        if x is None or kind is int or kind is bool:
+        if x is None or kind is int:
             kinds.append(x)
+        elif kind is bool:  # equal to a number, and compiled otherwise
+            kinds += (bool, x)
         elif isinstance(x, Tensor):
             tensors.append(x)
             kinds.append(x.dtype)

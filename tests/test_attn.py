@@ -188,6 +188,32 @@ def test_bias_that_qkv_has_in_it(rope, frozen, backend):
     assert_bias_learns(3, 32, N, frozen, 1e-5, backend=backend, **rope)
 
 
+@pytest.mark.parametrize("attend", [lambda q: ops.rope3d(q, q, GRID)[0], lambda q: ops.joint_attention(q, q, q, grid=GRID)])
+def test_beside_what_torch_func_transforms(attend):
+    """A tensor with a gradient of its own in a transform of something else."""
+    (q,) = tensors(dtype=torch.float32)[:1]
+    out = attend(q).detach()
+    slope = torch.func.grad(lambda factor: (factor * attend(q) * out).sum())(torch.ones(()))
+    torch.testing.assert_close(slope.detach(), out.square().sum())
+
+
+class _Unmoved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.gpu
+def test_what_has_no_gradient_behind_sdpa():
+    q, k, v = tensors(dtype=torch.float32, device="cuda")
+    _Unmoved.apply(ops.joint_attention(q, k, v, backend="sdpa")).backward()
+    assert q.grad is None or not q.grad.any()
+
+
 def test_output_is_a_view_of_packed_heads():
     q, k, v = tensors(dtype=torch.float32)
     for out in (

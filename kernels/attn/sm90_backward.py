@@ -229,14 +229,15 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
                 flat = dQ.reshape((4, 2, 8, 8, 4, 2)).permute((3, 0, 2, 4, 1, 5)).reshape((ROWS, D))
                 sh.dq.index(j % 2).store(flat)
                 fence_async_shared()
-                if at.turns is not None:  # of the block before; stored to, shared memory has brought all threads together
-                    gl.atomic_add(at.turns + last, 1, mask=(mine > h * call.groups) | (i > first), sem="release")
                 copy_add(at.sums, [(of + block) * ROWS, 0], sh.dq.index(j % 2))
+                if at.turns is not None:  # of the block before; a copy is launched when all threads have come to it
+                    gl.atomic_add(at.turns + last, 1, mask=(mine > h * call.groups) | (i > first), sem="release")
                 last = of + block
                 j += 1
-        mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
         if at.turns is not None:
             stores_done()
+        mbarrier.arrive(sh.kv_free.index(it % 2), count=1)  # when all threads have come to it
+        if at.turns is not None:
             gl.atomic_add(at.turns + last, 1, sem="release")
         it += 1
     tma.store_wait(pendings=0)
@@ -308,7 +309,7 @@ def backward(q, k, v, out, do, lse, dlse, grads, columns, tables, prefix, scale,
     full = B * Hk * per_head
     tiles = full + (B * Hk if rest and not tail else 0)
     call = Call(Hk, H // Hk, N, tiles, full, per_head, blocks, scale, scale * LOG2E.value, prefix)
-    parts = cdiv(call.groups * blocks, ends["blocks"] if tail else 1)
+    parts = min(cdiv(call.groups * blocks, ends["blocks"] if tail else 1), 65535)  # a grid has no more beside its first
     stats, sums = (lse.new_empty((B * H * blocks * x, rows)) for x in (2, D))
     shares = lse.new_empty((B * Hk, parts, 2, D, tail)) if tail else None
     programs, turns = min(multiprocessors(q.device), tiles), None

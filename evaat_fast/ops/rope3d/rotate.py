@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evaat_fast.ops._core.register import once_differentiable, register, traced
-from evaat_fast.ops._core.tensor import contiguous_rows, overlaps
+from evaat_fast.ops._core.tensor import contiguous_rows, is_transformed, overlaps
 from evaat_fast.ops.rope3d import native, reference
 from evaat_fast.ops.rope3d.rotation import Rotation
 from evaat_fast.ops.rope3d.table import rows_of, table_of
@@ -105,7 +105,12 @@ def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False)
         return (out, None) if k is None else out
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad) or rotation.learns()):
         k = q.view_as(q) if k is q else k  # Dynamo takes no tensor twice
-        out = _Rotate.apply(q, k, rotation.freqs, rotation.positions, rotation.table, rotation.bare(), owned)
+        given = (q, k, rotation.freqs, rotation.positions, rotation.table, rotation.bare(), owned)
+        out = (
+            _Rotate.apply(*given)
+            if torch.compiler.is_compiling() or not is_transformed(q)
+            else _RotateTransformed.apply(*given)
+        )
     else:
         out = rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], rotation)
     return out[0], out[1] if k is not None else None
@@ -120,16 +125,7 @@ def rotate_(xs: list[Tensor], rotation: Rotation) -> None:
         rope3d_op_.at(traced(type(xs[0])))(xs, rotation)
 
 
-class _Rotate(torch.autograd.Function):
-    # With ctx, as torch takes 10 us to call one that has a setup_context.
-    @staticmethod
-    def forward(ctx, q, k, freqs, positions, table, bare, owned):
-        ctx.bare, ctx.owned = bare, owned
-        saved = (q, k) if freqs is not None and freqs.requires_grad else (None, None)
-        ctx.save_for_backward(freqs, positions, table, *saved)
-        ctx.set_materialize_grads(False)
-        return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions, table)))
-
+class _Turned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
@@ -146,6 +142,38 @@ class _Rotate(torch.autograd.Function):
             rows = rope3d_op.at(through)(rows, back)
         turned = dict(zip(given, rows, strict=True))
         return turned.get(0), turned.get(1), of_freqs, *[None] * 4
+
+
+def _keep(ctx, q, k, freqs, positions, table, bare, owned):
+    ctx.bare, ctx.owned = bare, owned
+    saved = (q, k) if freqs is not None and freqs.requires_grad else (None, None)
+    ctx.save_for_backward(freqs, positions, table, *saved)
+    ctx.set_materialize_grads(False)
+
+
+def _turned(q, k, freqs, positions, table, bare, owned):
+    return tuple(rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], bare.of(freqs, positions, table)))
+
+
+class _Rotate(_Turned):
+    """With ctx, as torch takes 10 us to call one that has a setup_context."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        _keep(ctx, *given)
+        return _turned(*given)
+
+
+class _RotateTransformed(_Turned):
+    """Of the kind that torch.func's transforms take, of something else."""
+
+    @staticmethod
+    def forward(*given):
+        return _turned(*given)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _keep(ctx, *inputs)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
