@@ -106,11 +106,8 @@ def rotate(q: Tensor, k: Tensor | None, rotation: Rotation, owned: bool = False)
     if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad) or rotation.learns()):
         k = q.view_as(q) if k is q else k  # Dynamo takes no tensor twice
         given = (q, k, rotation.freqs, rotation.positions, rotation.table, rotation.bare(), owned)
-        out = (
-            _Rotate.apply(*given)
-            if torch.compiler.is_compiling() or not is_transformed(q)
-            else _RotateTransformed.apply(*given)
-        )
+        plain = torch.compiler.is_compiling() or not is_transformed()
+        out = _Rotate.apply(*given) if plain else _RotateTransformed.apply(*given)
     else:
         out = rope3d_op.at(traced(type(q)))([q] if k is None else [q, k], rotation)
     return out[0], out[1] if k is not None else None
