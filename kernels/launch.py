@@ -57,12 +57,8 @@ def constants(kind, *values):
     return made
 
 
-def on(device):
-    """A launch's device as a context."""
-    return _at(device.index) if device.type == "cuda" else _HERE
-
-
 def _at(index):
+    """A launch's device as a context."""
     return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
 
 

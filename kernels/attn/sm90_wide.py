@@ -133,9 +133,8 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             dQ = warpgroup_mma(sh.ds.index(two + 1).permute((1, 0)), _half(sh.k, HALVES + c), dQ, is_async=True)
             mbarrier.wait(sh.q_there.index(then), ((j + 1) // STAGES) & 1, pred=i + 1 < count)
             dV0, dV1, dK0, dK1 = warpgroup_mma_wait(2, deps=(dV0, dV1, dK0, dK1))  # under way: the next scores
-            s = _scores(
-                sh.k, c, sh.q, then, columns_of(sh.lse.index(then), L)
-            )  # of a tile's last block of what lies there, for nothing
+            # Behind a tile's last block, of what lies there, for nothing.
+            s = _scores(sh.k, c, sh.q, then, columns_of(sh.lse.index(then), L))
             dQ = warpgroup_mma_wait(2, deps=(dQ,))
             mbarrier.arrive(sh.do_free.index(here), count=1)
             mbarrier.arrive(sh.q_free.index(here), count=1)

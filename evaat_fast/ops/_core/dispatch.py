@@ -37,8 +37,9 @@ class Support:
     note: str = ""
 
 
-# What one H200 has shown; bench/README.md says it op by op.
+# What one H200 has shown; bench/README.md says it op by op, and what of all has changed since.
 _RIGHT = "right on an H200"
+_BEFORE = "before the last change of its code"
 _ALL = (*FLOATS, "float64")
 
 # A need of a call of rope3d.
@@ -109,7 +110,7 @@ SUPPORT = {
                 PACKED: "its kernel takes no packed clips",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
             },
-            note=f"Hopper's heads of 64; {_RIGHT}",
+            note=f"Hopper's heads of 64; {_RIGHT}, {_BEFORE}",
         ),
         "sdpa": Support(
             _ALL,
