@@ -23,7 +23,7 @@ GROUPS = {
         *(r"\battn_", "sdpa", "flash", "fmha", "scaled_dot_product", "flex_attention", "dot_do_o", "convert_dq"),
         r"\b_(Attend|LikeOut|OfClips)",
     ),
-    "rotation": (r"\brope3d", r"\b_(Rotate|Consume)"),
+    "rotation": (r"\brope3d", r"\b_(Rotate|Turned|Consume)"),
     "optimiser": ("multi_tensor_apply", "_fused_adam", "_foreach", r"Optimizer\."),
     "norms, SwiGLU, GELU": (
         *("(add|swiglu)_?norm", r"\bsums_kernel", "layer_?norm", "GammaBeta", "cuComputeGradInput", "RowwiseMoments"),
