@@ -43,52 +43,6 @@ class Entry:
     cases: Callable[[str, bool], Iterator[Case]]
 
 
-def gradient_cases(device, small):
-    """dQ, dK and dV of a turned projection, as they were before they were turned, held to tests/check.py's rule."""
-    import attn
-    from evaat_fast.kernels.attn import sm90_backward
-
-    from evaat_fast.ops.rope3d.rotation import Rotation
-    from evaat_fast.ops.rope3d.table import table_of
-
-    def gluon(launch=None, ordered=False, **changed):
-        def make(inputs):
-            tables = (table_of(inputs["rotation"], 64, inputs["qkv"].device),) * 2
-            shape, ends = sm90_backward.SHAPE | changed, sm90_backward.ENDS
-            ends = ends | {"launch": ends["launch"] | (launch or {})}
-
-            def step():
-                dqkv, (q, k, v) = torch.empty_like(inputs["qkv"]), attn.split(inputs["qkv"], inputs["heads"])
-                grads = attn.split(dqkv, inputs["heads"])
-                given = inputs["out"], inputs["grad"], inputs["lse"], None, grads, None, tables, 1, 0.125, ordered
-                sm90_backward.backward(q, k, v, *given, shape, ends)
-                return (dqkv,)
-
-            return step
-
-        return make
-
-    variants = {"as shipped": gluon(), "held": gluon(HELD=True), "2 stages": gluon(launch={"num_stages": 2})}
-    variants |= {"in order": gluon(ordered=True)}
-    for T, B, H, grid in ((4, 1, 1, 8),) if small else ((4, 32, 12, 14), (8, 32, 12, 14), (4, 16, 16, 16)):
-        shape = attn.shape(T, B, H, 64, grid)
-        inputs = attn.inputs(shape, torch.float16 if small else torch.bfloat16, device)
-        (truth,) = attn.truth(harness.doubled(inputs), "bwd")()
-        (low,) = attn.step(attn.torch_itself)(inputs, "bwd")()
-        rotation = Rotation(None, None, inputs["grid"], 1, True, False, "triton")
-        qkv = inputs["qkv"].detach().clone()
-        q, k, v = attn.split(qkv, inputs["heads"])
-        q.copy_(ops.rope3d(q, grid=inputs["grid"], backend="reference"))
-        k.copy_(ops.rope3d(k, grid=inputs["grid"], backend="reference"))
-        out, lse = ops.joint_attention(q, k, v, return_lse=True)
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
-        inputs |= {"qkv": qkv, "out": out, "lse": lse, "rotation": rotation}
-        check = lambda found, low=low, truth=truth: harness.of_tests("check").close(found[0], low, truth, "dqkv")  # noqa: E731
-        yardstick = lambda i: attn.step(attn.packed("sdpa"))({**i, "qkv": i["qkv"].requires_grad_()}, "bwd")  # noqa: E731
-        work = attn.BENCH.work(shape, "bwd", 2)
-        yield Case(f"N {shape['N']}", inputs, variants, check, yardstick, work)
-
-
 def wide_cases(device, small):
     """Attention of turned heads of 128 of a projection: forward alone and, on a GPU, the gradient of the projection alone."""
     import attn
@@ -140,14 +94,6 @@ def wide_cases(device, small):
 
 
 ENTRIES = {
-    "gradients": Entry(
-        "Do exponentials in Gluon's backward pass wait for the launch of the products which they lie under, where ptxas would "
-        "begin them before, and how deep does the pass before it load?",
-        "held 0.39, 1.22 and 0.40 ms with 17, 33 and 1 keys that fill no tile on an H200, where exponentials among products, "
-        "as shipped, took 0.416, 1.34 and 0.435, with 2 stages 0.427, 1.32 and 0.439",
-        "HELD of SHAPE in kernels/attn/sm90_backward.py, and num_stages of ENDS",
-        gradient_cases,
-    ),
     "wide": Entry(
         "Does attention in Gluon of heads of 128 beat our rotation before cuDNN, and in which blocks?",
         "forward 3.4 to 4.3 ms at T 16 on an H200, the rotation of the keys included, for 3.87 (at T 4 and 8 it took 0.304 and "

@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import torch
 from evaat_fast.kernels.attn.forward import shape_of
-from evaat_fast.kernels.attn.sm90 import LAYOUT, LOG2E, ROWS, angles, copy_add, copy_in, place_of, stores_done, zero_here
+from evaat_fast.kernels.attn.sm90 import LAYOUT, LOG2E, ROWS, angles, copy_add, copy_in, place_of, stores_done
 from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
 from evaat_fast.kernels.launch import FUSED, Rows, cdiv, launch, multiprocessors, next_power_of_2, table_of
 from triton.experimental import gluon
@@ -27,9 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 GROUPS = gl.constexpr(2)  # warpgroups that make weights
 # What the kernel is compiled for. STAGES: blocks of queries and of dO in flight, at least three: scores are made ahead of dK.
-# SPREAD: see `first_of`. HELD: exponentials wait until the products are launched which they lie under, before which ptxas
-# begins them otherwise. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
-SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "HELD": False, "KEYS": 208, "QUERIES": 72}
+# SPREAD: see `first_of`. KEYS: registers of the warpgroups that make weights, which need 192; QUERIES: of the third.
+SHAPE = {"D": 64, "STAGES": 3, "SPREAD": True, "KEYS": 208, "QUERIES": 72}
 # The passes before and behind it. most: keys at the end of a head that fill no tile and are taken apart; blocks: of queries
 # that a program of the first then takes. launch, behind: options of the two.
 ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 3}, "behind": {"num_warps": 4}}
@@ -113,8 +112,7 @@ def columns_of(x, L: gl.constexpr):
 
 
 @gluon.jit
-def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-          HELD: gl.constexpr):  # fmt: skip
+def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Warpgroup c: the gradients of 64 keys and values of each tile, and its share of dS."""
     dtype: gl.constexpr = sh.q.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
@@ -149,7 +147,7 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             tile, phase = gl.where(last, it + 1, it), ((j + 1) // STAGES) & 1
             mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
             mbarrier.wait(sh.q_there.index(then), phase, pred=more | (i + 1 < count))
-            p = gl.exp2(s * call.scale2 + zero_here(call.N) if HELD else s * call.scale2)
+            p = gl.exp2(s * call.scale2)
             p = p if WHOLE else gl.where(there, p, 0.0)
             s = columns_of(sh.lse.index(then), L)
             dV = warpgroup_mma(gl.convert_layout(p.to(dtype), A), dO, dV, is_async=True)
@@ -245,7 +243,7 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
 
 @gluon.jit
 def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, table, call, WHOLE: gl.constexpr,
-                              D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr, HELD: gl.constexpr,
+                              D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr,
                               KEYS: gl.constexpr, QUERIES: gl.constexpr):  # fmt: skip
     """Descriptors of q, k, v and do [1, 1, 64, D], of stats [1, 64] and of sums [64, D]. turns: zeros, int32 [blocks of all
     heads], or None for tiles that add to dQ in any order. columns: as for `leave`. WHOLE: all tiles are."""
@@ -284,8 +282,8 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, 
         mbarrier.init(sh.ds_free.index(i), count=1)
     gl.warp_specialize(
         [
-            (_keys, (at, sh, dk, dv, columns, table, call, 0, WHOLE, D, STAGES, HELD)),
-            (_keys, (at, sh, dk, dv, columns, table, call, 1, WHOLE, D, STAGES, HELD)),
+            (_keys, (at, sh, dk, dv, columns, table, call, 0, WHOLE, D, STAGES)),
+            (_keys, (at, sh, dk, dv, columns, table, call, 1, WHOLE, D, STAGES)),
             (_queries, (at, sh, call, D, SPREAD)),
             (_copies, (at, sh, call, STAGES, SPREAD)),
         ],
