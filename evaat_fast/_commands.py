@@ -103,7 +103,7 @@ def recipes(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int | None:
-    from evaat_fast._files import write_atomically
+    from evaat_fast._files import write_json
     from evaat_fast.data.check import check as check_clips
     from evaat_fast.train import inputs, packages
     from evaat_fast.train.log import Progress
@@ -112,6 +112,9 @@ def check(arguments: argparse.Namespace) -> int | None:
     packages.require("the check", *packages.of_data(config), *packages.of_progress())
     if arguments.json:
         _check_file(arguments.json)
+    if arguments.write_sums:
+        with Progress(0, "checksums") as progress, _mistakes():
+            print(inputs.write_sums(config, progress.to))
     with _mistakes():
         splits = inputs.splits(config, missing="broken")
     record, wrong = {}, False
@@ -126,9 +129,7 @@ def check(arguments: argparse.Namespace) -> int | None:
             wrong = True
             print(f"  {len(report.broken)} clips ({100 * report.share:.3g} %) cannot be used, more than {100 * allowed:g} %")
     if arguments.json:
-        text = json.dumps(record, indent=1) + "\n"
-        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, lambda file: file.write(text.encode()))
+        write_json(arguments.json, record)
     return 1 if wrong else 0
 
 
@@ -203,6 +204,7 @@ def _config(arguments):
 
     places = {"annotations": arguments.annotations, "videos": arguments.videos}
     overrides = [f"data.{name}={json.dumps(os.path.abspath(path))}" for name, path in places.items() if path]
+    overrides += ['data.sums=""'] if arguments.videos else []  # they are of the configuration's own
     overrides = [*arguments.overrides, *overrides]
     if arguments.config:
         config = load(arguments.config, overrides, training=False)
@@ -238,6 +240,7 @@ def _check_file(path):
 
 
 def index(arguments: argparse.Namespace) -> None:
+    from evaat_fast._files import write_json
     from evaat_fast.search import Index
     from evaat_fast.search.index import FOLDER
     from evaat_fast.search.store import MANIFEST
@@ -289,10 +292,7 @@ def index(arguments: argparse.Namespace) -> None:
         where = _index_option(folder)
         print(f"next: evaat-fast search TEXT{where}, or for a page evaat-fast serve{where} --open")
     if arguments.json:
-        from evaat_fast._files import write_atomically
-
-        text = json.dumps(report.to_dict(), indent=1) + "\n"
-        write_atomically(arguments.json, lambda file: file.write(text.encode()))
+        write_json(arguments.json, report.to_dict())
 
 
 _SHOWN = 20  # unreadable videos that `index` names

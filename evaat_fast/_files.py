@@ -1,11 +1,12 @@
 """Files written all at once, and their hashes."""
 
 import hashlib
+import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
@@ -20,6 +21,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], record: Any) -> None:
+    """A record for people and programs, written atomically; its folder is made."""
+    text = json.dumps(record, indent=1) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def damage(path: str | os.PathLike[str]) -> str | None:

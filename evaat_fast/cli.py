@@ -106,6 +106,9 @@ def _parser():
     _add_run(command)
     command.add_argument("--all", action="store_true", help="read the header of every file, not of each video's ends alone")
     command.add_argument("--json", metavar="FILE", help="write the findings there too, with every clip they touch")
+    command.add_argument(
+        "--write-sums", action="store_true", help="first read every file whole, and keep its checksums in the folder data.sums"
+    )
     _add_set(command)
     command.set_defaults(run=_commands.check)
 

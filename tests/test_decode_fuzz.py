@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from evaat_fast.data import decode
+from evaat_fast.data.decode import sums
 
 av = pytest.importorskip("av")
 
@@ -71,15 +72,16 @@ def mutated(data, seed):
 CHILD = textwrap.dedent(
     """
     import json, sys
-    from evaat_fast.data import video
+    from evaat_fast.data import decode, video
     decoder, films = sys.argv[1], json.load(sys.stdin)
+    sums = decode.Sums(*sys.argv[2:]) if sys.argv[2:] else None
     clips = [(0.5, 2.0), (2.0, 3.2)]
     for truth, paths in films.items():
         whole = [video.read_clip(truth, *clip, 4, decoder=decoder) for clip in clips]
         for path in paths:
             for clip, expected in zip(clips, whole):
                 try:
-                    frames = video.read_clip(path, *clip, 4, decoder=decoder)
+                    frames = video.read_clip(path, *clip, 4, decoder=decoder, sums=sums)
                     found = "same" if frames.shape == expected.shape and (frames == expected).all() else "other"
                     assert frames.ndim == 4 and len(frames) == 4 and str(frames.dtype) == "torch.uint8"
                 except video.VideoError as error:
@@ -87,25 +89,31 @@ CHILD = textwrap.dedent(
                     found = "error"
                 print(json.dumps([path, found]), flush=True)
             try:
-                video.probe(path)
+                video.probe(path, sums)
             except video.VideoError:
                 pass
     """
 )
 
 
-def outcomes(films, tmp_path, decoder, seeds_of):
-    """[(file, kind, outcome)], two for each seed of each film: seeds_of is {name: seeds}."""
+def outcomes(films, tmp_path, decoder, seeds_of, with_sums=False):
+    """[(file, kind, outcome)], two for each seed of each film: seeds_of is {name: seeds}. with_sums: the films' checksums are
+    made before they are damaged."""
     kinds, tried = {}, {}
     for name, seeds in seeds_of.items():
         truth = films / f"v.{name}"
         for seed in seeds:
             path = tmp_path / f"{name}-{seed}{truth.suffix}"
-            kinds[str(path)], data = mutated(truth.read_bytes(), seed)
-            path.write_bytes(data)
+            path.write_bytes(truth.read_bytes())
             tried.setdefault(str(truth), []).append(str(path))
+    if with_sums:
+        sums.write(tmp_path / "sums", tmp_path, [Path(path) for paths in tried.values() for path in paths])
+    for truth, paths in tried.items():
+        for path in paths:
+            kinds[path], data = mutated(Path(truth).read_bytes(), int(Path(path).stem.rsplit("-", 1)[1]))
+            Path(path).write_bytes(data)
     # A hang is a failure: these files take milliseconds.
-    command = [sys.executable, "-c", CHILD, decoder]
+    command = [sys.executable, "-c", CHILD, decoder, *([tmp_path / "sums", tmp_path] if with_sums else [])]
     run = subprocess.run(command, input=json.dumps(tried), capture_output=True, text=True, timeout=200)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0, f"{decoder}, after {lines[-1:]}: exit {run.returncode}: {run.stderr[-600:]}"
@@ -122,6 +130,17 @@ def test_damaged_bytes(films, tmp_path, block, decoder):
     for name, kind, found in outcomes(films, tmp_path, decoder, seeds_of):
         if decoder == "av" and kind == "cut":
             assert found != "other", f"{name}: a file that was cut short gives other frames"
+
+
+@pytest.mark.parametrize("decoder", NAMES)
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.sample(2)
+def test_no_damage_passes_checksums(films, tmp_path, block, decoder):
+    """As many mutations, none of which gives other frames: of those that hit nothing that a clip needs, its own."""
+    seeds_of = {name: range(1000 * i + BLOCK * block, 1000 * i + BLOCK * (block + 1)) for i, name in enumerate(FORMATS)}
+    found = outcomes(films, tmp_path, decoder, seeds_of, with_sums=True)
+    assert {outcome for *_, outcome in found} <= {"error", "same"}, [name for name, _, outcome in found if outcome == "other"]
+    assert any(outcome == "error" for *_, outcome in found)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import numpy as np
 
 from evaat_fast.data import video as videos
 from evaat_fast.data.dataset import ClipDataset, impossible
+from evaat_fast.data.decode import Sums
 from evaat_fast.data.layout import Source
 from evaat_fast.data.table import ClipTable
 
@@ -120,9 +121,13 @@ def check(
     there = np.array([name in data.sources for name in names])
     found("videos that are missing", np.flatnonzero(~there[video]), lambda row: f"{table.video(row)} in {data.video_root}")
 
-    spans, unreadable, read = _spans(data.sources, files, progress)
+    spans, unreadable, read = _spans(data.sources, files, data.sums, progress)
     bad = np.array([name in unreadable for name in names])
     found("files that cannot be read", np.flatnonzero(bad[video]), lambda row: unreadable[names[video[row]]])
+
+    if data.sums is not None:
+        bare = np.array([n in spans and any(_has_none(p, data.sums) for p in data.sources[n].files) for n in names])
+        found("files without checksums, read as they are", np.flatnonzero(bare[video]), clip, usable=True)
 
     start, stop = table.column("start"), table.column("stop")
     wrong = impossible(start, stop)
@@ -168,7 +173,7 @@ def _coded(column: Any) -> tuple[list[str], np.ndarray]:
 
 
 def _spans(
-    sources: dict[str, Source], files: str, progress: Callable[[int, int], object] | None
+    sources: dict[str, Source], files: str, sums: Sums | None, progress: Callable[[int, int], object] | None
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str], int]:
     """({video: [(first second, last second) of what its files cover]}, {video: why not}, how many headers were read)."""
     jobs: list[tuple[str, int, Path]] = []
@@ -181,9 +186,12 @@ def _spans(
                 unreadable.setdefault(name, f"{path}: no such video")
             elif path.stat().st_size == 0:
                 unreadable.setdefault(name, f"{path}: the file is empty")
+            elif why := _another(path, sums):
+                unreadable.setdefault(name, why)
     lengths: dict[tuple[str, int], float] = {}
     with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for done, (job, length) in enumerate(zip(jobs, pool.map(_length, (path for *_, path in jobs)), strict=True), 1):
+        found = pool.map(lambda job: _length(job[2], sums), jobs)
+        for done, (job, length) in enumerate(zip(jobs, found, strict=True), 1):
             name, i, _ = job
             if isinstance(length, str):
                 unreadable.setdefault(name, length)
@@ -201,9 +209,23 @@ def _spans(
     return spans, unreadable, len(jobs)
 
 
-def _length(path: Path) -> float | str:
+def _another(path: Path, sums: Sums | None) -> str | None:
+    """What its size says against a file that has checksums."""
     try:
-        info = videos.probe(path)
+        if sums is not None:
+            sums.of(path)
+    except videos.VideoError as error:
+        return str(error)
+    return None
+
+
+def _has_none(path: Path, sums: Sums) -> bool:
+    return _another(path, sums) is None and sums.of(path) is None
+
+
+def _length(path: Path, sums: Sums | None) -> float | str:
+    try:
+        info = videos.probe(path, sums)
     except videos.VideoError as error:
         return str(error)
     if info.missing_bytes:  # an index before the pictures survives a copy that was cut short

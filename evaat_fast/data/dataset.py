@@ -47,6 +47,8 @@ class ClipDataset(Dataset):
         cache: "memory" keeps decoded frames of every clip after its first use: T frames for evaluation, 2 T in
             training, from which each segment draws one. T * H * W * 3 bytes (twice that) a clip; for small corpora.
         decoder: one of DECODERS; "auto" is the first that can be used here.
+        sums: a folder of the videos' checksums, see `evaat_fast.data.decode.sums`: a file that is another is one that cannot be
+            read. None: nothing is held to them.
         retries: how often a file that fails is read again.
         on_error: what then: "replace" takes a clip of another video, drawn from the seed, the epoch and the clip's number,
             "raise" raises. None: replace in training, raise otherwise, for a metric would silently be of other clips.
@@ -60,7 +62,7 @@ class ClipDataset(Dataset):
         clip_kind: int64 [clips], clips of one kind are equal in their labels, or None where there are no labels.
 
     Raises:
-        FileNotFoundError: a folder or a video is not there (the message counts and names).
+        FileNotFoundError: a folder or a video is not there (the message counts and names), or no checksums.
         ValueError: an option that is not known or out of range, an empty table.
     """
 
@@ -79,6 +81,7 @@ class ClipDataset(Dataset):
         frames: Frames = "ordered",
         cache: Literal["memory"] | None = None,
         decoder: Decoder = "auto",
+        sums: str | os.PathLike[str] | None = None,
         retries: int = 2,
         on_error: Literal["replace", "raise"] | None = None,
         max_broken: float = 0.01,
@@ -105,6 +108,7 @@ class ClipDataset(Dataset):
         self.num_frames, self.transform, self.sampler, self.frames = num_frames, transform, sampler, frames
         self.decoder, self.retries, self.on_error, self.seed = decoder, retries, on_error, seed
         self.max_broken, self.jitter = max_broken, training if jitter is None else jitter
+        self.sums = None if sums is None else decode.Sums(sums, self.video_root)
         decode.reader_of(decoder)  # an ImportError now, not in a worker
         self.cut, self.sources = self._found("raise" if missing == "raise" else "skip")
         self._kept = num_frames * (2 if self.jitter else 1)  # frames that the cache keeps of a clip
@@ -299,6 +303,7 @@ class ClipDataset(Dataset):
                     jitter=jitter,
                     generator=generator,
                     decoder=self.decoder,
+                    sums=self.sums,
                 )
             except videos.VideoError as error:
                 if drawn is not None:  # what comes next draws what it would have drawn, had nothing failed

@@ -32,8 +32,8 @@ class EK100(LabelledClips):
         training: as in `ClipDataset`; None: for the train split.
         positive: the text of a clip: "own", its narration, or "relevant", a caption drawn from those with a relevancy
             above `threshold` to the clip, each as likely, as the SMS loss's authors do.
-        num_frames, transform, jitter, sampler, frames, cache, decoder, retries, on_error, max_broken, missing, seed: as in
-            `ClipDataset`.
+        num_frames, transform, jitter, sampler, frames, cache, decoder, sums, retries, on_error, max_broken, missing, seed: as
+            in `ClipDataset`.
 
     Attributes:
         clips: a ClipTable. captions: list of str, what is retrieved. clip_kind, caption_kind: int64 [clips], [captions],
@@ -60,6 +60,7 @@ class EK100(LabelledClips):
         frames: Frames = "ordered",
         cache: Literal["memory"] | None = None,
         decoder: Decoder = "auto",
+        sums: str | os.PathLike[str] | None = None,
         retries: int = 2,
         on_error: Literal["replace", "raise"] | None = None,
         max_broken: float = 0.01,
@@ -81,6 +82,7 @@ class EK100(LabelledClips):
             frames=frames,
             cache=cache,
             decoder=decoder,
+            sums=sums,
             retries=retries,
             on_error=on_error,
             max_broken=max_broken,

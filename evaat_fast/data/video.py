@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evaat_fast.data.choices import DECODERS, SAMPLERS, Decoder, Sampler, check_choice
-from evaat_fast.data.decode import OutsideError, VideoError, VideoInfo, open_video, probe, reader_of
+from evaat_fast.data.decode import OutsideError, Sums, VideoError, VideoInfo, open_video, probe, reader_of
 from evaat_fast.data.layout import Source, home, of_path
 
 # Seconds by which a chunk may end before the next begins: a frame of 10 per second, and some of faster ones.
@@ -81,6 +81,7 @@ def read_clip(
     jitter: bool = False,
     generator: torch.Generator | None = None,
     decoder: Decoder = "auto",
+    sums: Sums | None = None,
 ) -> Tensor:
     """Decodes num_frames frames of a clip.
 
@@ -89,13 +90,14 @@ def read_clip(
         start, stop: seconds in the video; NaN for both: the whole video.
         num_frames, sampler, jitter, generator: as in `frame_ids`.
         decoder: "auto", "av" (PyAV), "torchcodec" or "decord", see `evaat_fast.data.decode`. None replaces another unasked.
+        sums: checksums that its files are held to, `evaat_fast.data.decode.sums.Sums`.
 
     Returns:
         uint8 [num_frames, H, W, 3], RGB, as displayed. Of a clip that ends after its video the frames beyond are the last one.
 
     Raises:
         OutsideError: the clip begins after the video's end, or a frame lies in a chunk that is not there.
-        VideoError: a file that is missing or cannot be decoded, or chunks of different sizes.
+        VideoError: a file that is missing, cannot be decoded or is not what its checksums say, or chunks of different sizes.
         ImportError: the decoder is not installed.
         ValueError: as in `frame_ids`, an unknown decoder, or start < 0.
     """
@@ -111,11 +113,11 @@ def read_clip(
         # On the grid of the cut file, whose first frame is the clip's.
         start, stop = max(0.0, start - source.starts[0]), max(0.0, stop - source.starts[0])
     if entire:
-        with open_video(source.files[-1], decoder) as reader:
+        with open_video(source.files[-1], decoder, sums) as reader:
             start, stop = float(begins[0]), float(begins[-1] + reader.end)
     current = home(source, start) if source.layout != "clips" else 0
     with contextlib.ExitStack() as opened:
-        reader = opened.enter_context(open_video(source.files[current], decoder))
+        reader = opened.enter_context(open_video(source.files[current], decoder, sums))
         fps = reader.fps
         wanted = frame_ids(round(start * fps), round(stop * fps), num_frames, sampler, jitter, generator)
         times = (np.array(wanted) + 0.5) / fps
@@ -124,7 +126,7 @@ def read_clip(
         for chunk in dict.fromkeys(homes.tolist()):  # in order of appearance, which is that of time
             if chunk != current:
                 opened.close()
-                reader, current = opened.enter_context(open_video(source.files[chunk], decoder)), chunk
+                reader, current = opened.enter_context(open_video(source.files[chunk], decoder, sums)), chunk
             local = times[homes == chunk] - begins[chunk]
             last = chunk == len(begins) - 1
             frames.append(reader.read(_inside(reader, local, start - begins[chunk], last, (start, stop))))

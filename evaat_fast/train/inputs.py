@@ -1,5 +1,6 @@
 """What goes into a model: the data sets of a configuration, their batches, their tokens."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from evaat_fast.data.check import Report, check
 from evaat_fast.data.choices import Split
 from evaat_fast.data.corpora import open_corpus
 from evaat_fast.data.dataset import ClipDataset
+from evaat_fast.data.decode.sums import Written, write
 from evaat_fast.data.ek100 import EK100
 from evaat_fast.data.labels import ActionClips, LabelledClips
 from evaat_fast.data.plain import PlainClips
@@ -110,7 +112,22 @@ def of_evaluation(config: Config, missing: Literal["raise", "broken"] = "raise")
 
 def _shared(config: Config) -> dict[str, Any]:
     frames = model_config(config).num_frames
-    return {"num_frames": frames, "sampler": config.data.sampler, "decoder": config.data.decoder}
+    data = config.data
+    return {"num_frames": frames, "sampler": data.sampler, "decoder": data.decoder, "sums": data.sums or None}
+
+
+def write_sums(config: Config, progress: Callable[[int, int], object] | None = None) -> Written:
+    """Makes the checksums of all files that the splits of config.data name, in config.data.sums.
+
+    Raises:
+        FileNotFoundError, ValueError: as `splits`. ConfigError: data.sums is not set.
+    """
+    if not config.data.sums:
+        raise ConfigError("data.sums: expected the folder that the checksums are to lie in, got none")
+    found = splits(dataclasses.replace(config, data=dataclasses.replace(config.data, sums="")), missing="broken")
+    sources = [source for data in (found.train, found.test) if data is not None for source in data.sources.values()]
+    files = sorted({path for source in sources for path in source.files})
+    return write(config.data.sums, config.data.videos, files, progress=progress)
 
 
 def _cache(config: Config) -> Literal["memory"] | None:

@@ -41,7 +41,8 @@ class Data:
     share of the frame in a random training crop. jitter: draw each training frame within its segment of the clip, and not
     its middle; sampler: whose segments. positive: the text of a training clip, "own" or, for "ek100-mir", a "relevant" one
     drawn anew each time, as the SMS loss's authors do. decoder: "auto" takes the first that the doctor finds usable.
-    max_broken: the largest share of clips that may be missing or unreadable; training goes on without them.
+    sums: the folder of the videos' checksums, which `evaat-fast check --write-sums` fills: what was damaged since counts as
+    unreadable. max_broken: the largest share of clips that may be missing or unreadable; training goes on without them.
     cache: keep every decoded clip in memory (a small corpus). workers: processes that decode, 0 for none."""
 
     kind: Corpus = "ek100-mir"
@@ -56,6 +57,7 @@ class Data:
     sampler: Sampler = "avion"
     positive: Positive = "own"
     decoder: Decoder = "auto"
+    sums: str = key("", path=True)
     max_broken: float = key(0.01, least=0, most=1)
     cache: bool = False
     workers: int = key(0, least=0, most=256)

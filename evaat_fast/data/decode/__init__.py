@@ -19,6 +19,7 @@ from evaat_fast.data.choices import DECODERS, Decoder, check_choice
 from evaat_fast.data.decode import members
 from evaat_fast.data.decode.errors import OutsideError, VideoError
 from evaat_fast.data.decode.header import Header, VideoInfo
+from evaat_fast.data.decode.sums import Sums
 
 # In the order in which "auto" tries them, each with the reason for its place.
 ORDER: dict[Decoder, str] = {
@@ -35,6 +36,7 @@ __all__ = [
     "Header",
     "OutsideError",
     "Reader",
+    "Sums",
     "VideoError",
     "VideoInfo",
     "chosen",
@@ -71,22 +73,23 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-def open_video(path: str | Path, decoder: Decoder = "auto") -> AbstractContextManager[Reader]:
+def open_video(path: str | Path, decoder: Decoder = "auto", sums: Sums | None = None) -> AbstractContextManager[Reader]:
     """An open file, to be used in a `with`.
 
     Args:
         path: a video file. decoder: one of DECODERS; "auto" is the first of ORDER that can be imported. None replaces another.
+        sums: checksums that it is held to, see `decode.sums`.
 
     Raises:
-        VideoError: the file is missing, damaged, or one that this decoder gets wrong.
+        VideoError: the file is missing, damaged, not what its checksums say, or one that this decoder gets wrong.
         ImportError: the decoder, or PyAV, is not installed.
         ValueError: an unknown decoder.
     """
     make = reader_of(decoder)
-    return closing(make(_file(path)))
+    return closing(make(_file(path), sums=sums))
 
 
-def reader_of(decoder: Decoder) -> Callable[[Path], Reader]:
+def reader_of(decoder: Decoder) -> Callable[..., Reader]:
     """The class of a decoder's readers, its packages imported."""
     check_choice("decoder", decoder, DECODERS)
     if decoder == "auto":
@@ -122,15 +125,16 @@ def chosen() -> Decoder:
     raise ImportError(f"no decoder can be imported ({listed}): pip install evaat-fast[video]")
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: str | Path, sums: Sums | None = None) -> VideoInfo:
     """What the headers of a video file say, in milliseconds.
 
     Raises:
-        VideoError: it is missing, or its headers cannot be read. ImportError: PyAV is not installed.
+        VideoError: it is missing, its headers cannot be read, or it is not what its checksums say. ImportError: PyAV is not
+        installed.
     """
     if problem := why_not("av"):
         raise ImportError(f"reading a video's headers needs PyAV ({problem}): pip install evaat-fast[video]")
-    head = Header(_file(path))
+    head = Header(_file(path), sums)
     try:
         return head.info()
     finally:

@@ -15,6 +15,7 @@ import numpy as np
 from evaat_fast.data.decode import members
 from evaat_fast.data.decode.errors import VideoError, reason
 from evaat_fast.data.decode.mp4 import UPRIGHT, missing_bytes, rotation_of, track_matrix
+from evaat_fast.data.decode.sums import Sums
 
 # One packet, one frame, with its time stamp. Others have packets that show nothing (VP8) or two frames (MPEG-4 in AVI).
 EXACT = frozenset({"h264", "hevc", "vp9", "av1"})
@@ -61,20 +62,25 @@ class Shown:
 
 
 class Header:
-    """An open container with the numbers that turn seconds into time stamps; `close` it."""
+    """An open container with the numbers that turn seconds into time stamps; `close` it. sums: what its bytes are held to."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, sums: Sums | None = None):
         import av
 
-        self.path = path
+        self.path, self._sums = path, sums
+        self._checked = None if sums is None else sums.open(path)
         try:
             # "file:": a name with a colon is no protocol. Tags in another encoding are no reason to refuse a video: from
             # version 19 on PyAV keeps their bytes as surrogates. A demuxer that turns in circles on damaged bytes is stopped.
             how: dict[str, Any] = {"timeout": _PATIENCE}
             if hasattr(av.container.InputContainer, "metadata_errors"):
                 how["metadata_errors"] = "replace"
-            self.container: Any = av.open(_url(path), **how)
+            self.container: Any = av.open(_url(path) if self._checked is None else self._checked, **how)
+        except VideoError:
+            self._let_go()
+            raise
         except Exception as error:  # FFmpegError, OSError, or UnicodeDecodeError
+            self._let_go()
             raise VideoError(f"{path}: {reason(path, error)}") from error
         try:
             self._read()
@@ -125,7 +131,7 @@ class Header:
     def reopen(self) -> None:
         """From the beginning, for a container in which one cannot seek."""
         self.close()
-        self.__init__(self.path)  # type: ignore[misc]
+        self.__init__(self.path, self._sums)  # type: ignore[misc]
 
     def info(self) -> VideoInfo:
         context, matrix = self.stream.codec_context, self.matrix()
@@ -209,8 +215,18 @@ class Header:
             raise VideoError(f"{self.path}: no frames")
         return Shown(np.sort(np.array(stamps, np.int64)), end, hidden, opened)
 
+    def check_bytes(self) -> None:
+        """VideoError where a byte that was read is not what its checksums say, though the demuxer went on."""
+        if self._checked is not None and self._checked.failed:
+            raise VideoError(self._checked.failed)
+
     def close(self) -> None:
         self.container.close()
+        self._let_go()
+
+    def _let_go(self):
+        if self._checked is not None:
+            self._checked.close()
 
 
 def rational(value: Any) -> Fraction | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from evaat_fast.data.decode.errors import VideoError, reason
 from evaat_fast.data.decode.header import Header
+from evaat_fast.data.decode.sums import Sums
 
 
 class IndexedReader(ABC):
@@ -15,7 +16,9 @@ class IndexedReader(ABC):
 
     name: str
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, sums: Sums | None = None):
+        if sums is not None:
+            sums.hold(path)
         head = Header(path)
         try:
             self.info, self._shown = head.info(), head.shown()

@@ -11,6 +11,7 @@ import numpy as np
 from evaat_fast.data.decode.errors import VideoError, reason
 from evaat_fast.data.decode.header import EXACT, Header
 from evaat_fast.data.decode.mp4 import UPRIGHT, right_angles, turned
+from evaat_fast.data.decode.sums import Sums
 
 _FAR = 1.0  # seconds from which a seek is cheaper than reading the packets between
 _END = 2**62
@@ -34,10 +35,11 @@ class AvReader:
     """Frames of a file by time; see `decode.Reader`.
 
     change: what to make of each frame, uint8 [H, W, 3], as soon as it is decoded: a smaller one, where many are read at once.
+    sums: checksums that all bytes read are held to.
     """
 
-    def __init__(self, path: Path, change: Callable[[np.ndarray], np.ndarray] | None = None):
-        self._head = Header(path)
+    def __init__(self, path: Path, change: Callable[[np.ndarray], np.ndarray] | None = None, sums: Sums | None = None):
+        self._head = Header(path, sums)
         self.path, self.fps, self._change = path, self._head.fps, change
         self._turn: tuple[int, int, int, int] | None = None
         self._step = round(1 / (self.fps * self._head.base))  # of a frame without a duration of its own
@@ -77,6 +79,7 @@ class AvReader:
             raise
         except Exception as error:
             raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
+        head.check_bytes()
         return head.checked_end(end)
 
     def read(self, times: Sequence[float]) -> np.ndarray:
@@ -90,6 +93,7 @@ class AvReader:
             raise
         except Exception as error:
             raise VideoError(f"{self.path}: {reason(self.path, error)}") from error
+        head.check_bytes()
         shapes = {frame.shape for frame in found.values()}
         if len(shapes) > 1:
             raise VideoError(f"{self.path}: frames of different sizes, {sorted(s[:2] for s in shapes)}")
