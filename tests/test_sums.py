@@ -154,6 +154,14 @@ def test_the_root_may_move(copy, tmp_path):
         known.hold(path)
 
 
+def test_the_root_as_it_is_called(copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(copy.videos)
+    path = movies(copy)[0].relative_to(copy.videos)
+    sums.write(tmp_path / "sums", ".", [path])
+    for root, called in ((".", path), (copy.videos, copy.videos / path), (f"{copy.videos}/", copy.videos / path)):
+        assert sums.Sums(tmp_path / "sums", root).has(called)
+
+
 def test_checksums_that_cannot_be_used(tmp_path):
     (path,) = blocks(tmp_path, 3 * sums.BLOCK)
     with pytest.raises(FileNotFoundError, match="sums: there are no checksums in .*nothing"):

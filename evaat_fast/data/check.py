@@ -126,7 +126,7 @@ def check(
     found("files that cannot be read", np.flatnonzero(bad[video]), lambda row: unreadable[names[video[row]]])
 
     if data.sums is not None:
-        bare = np.array([n in spans and any(_has_none(p, data.sums) for p in data.sources[n].files) for n in names])
+        bare = np.array([n in spans and not all(map(data.sums.has, data.sources[n].files)) for n in names])
         found("files without checksums, read as they are", np.flatnonzero(bare[video]), clip, usable=True)
 
     start, stop = table.column("start"), table.column("stop")
@@ -217,10 +217,6 @@ def _another(path: Path, sums: Sums | None) -> str | None:
     except videos.VideoError as error:
         return str(error)
     return None
-
-
-def _has_none(path: Path, sums: Sums) -> bool:
-    return _another(path, sums) is None and sums.of(path) is None
 
 
 def _length(path: Path, sums: Sums | None) -> float | str:
