@@ -127,8 +127,9 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     return aot.build(kernel, types, {}, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
-def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape):
-    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys. shape: where it is another than the shipped one."""
+def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, clips=False, **shape):
+    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys, or of packed clips. shape: where it is another than the
+    shipped one."""
     from evaat_fast.kernels.attn import sm90
     from triton.experimental.gluon import language as gl
 
@@ -138,6 +139,9 @@ def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape
     types = dict.fromkeys(("q", "out", "turned"), of(64)) | dict.fromkeys(("k", "v"), of(shape["BN"]))
     types |= dict.fromkeys(("k_tail", "v_tail"), of(tail)) | {"lse": "*fp32", "table": table("fp32") if turned else None}
     types["call"] = sm90.Call("i32", 1, *["i32"] * 5, "fp32", 1)
+    if clips:
+        tail, types["k_tail"], types["v_tail"] = 0, None, None
+        types["call"] = sm90.Call("i32", 1, "i32", *[0] * 4, "fp32", 0, "*i32")
     constants = dict(TAIL=tail, D=D, KEEP=keep) | shape
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
@@ -326,6 +330,11 @@ HOPPER = {
     "attn sm90 bf16 D128, tail 32, half blocks": functools.partial(attn_sm90, D=128, GROUPS=3, BN=64, STAGES=3, REGISTERS=160),
     "attn sm90 fp16 D128, tail 64, no rotation": functools.partial(
         attn_sm90, dtype="fp16", D=128, tail=64, keep=False, turned=False
+    ),
+    "attn sm90 bf16, packed clips, training": functools.partial(attn_sm90, clips=True),
+    "attn sm90 bf16, packed clips": functools.partial(attn_sm90, clips=True, keep=False),
+    "attn sm90 fp16, packed clips, no rotation": functools.partial(
+        attn_sm90, dtype="fp16", clips=True, keep=False, turned=False
     ),
     "attn backward sm90 bf16": attn_backward_sm90,
     "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
