@@ -9,8 +9,12 @@ fill a block only in part, are masked in a whole block, not taken apart in a nar
 import torch
 import triton
 import triton.language as tl
-from evaat_fast.kernels.attn.sm90 import END, LAYOUT, LOG2E, ROWS, SHAPES, Call, attn_forward_sm90_kernel
-from evaat_fast.kernels.launch import FUSED, cdiv, launch, multiprocessors, table_of
+from evaat_fast.kernels.attn import sm90, sm90_backward
+from evaat_fast.kernels.attn.forward import shape_of
+from evaat_fast.kernels.attn.sm90 import END, LAYOUT, LOG2E, ROWS, SHAPES, attn_forward_sm90_kernel
+from evaat_fast.kernels.attn.sm90_backward import ENDS, GROUPS, PLAIN, SHAPE, attn_backward_sm90_kernel
+from evaat_fast.kernels.attn.sm90_ends import queries_of, statistics
+from evaat_fast.kernels.launch import FUSED, Rows, cdiv, launch, multiprocessors, table_of
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 CLIPS = {"CLIPS": 32, "num_warps": 4}  # of a program that makes the table
@@ -63,16 +67,16 @@ def serves(*tensors):
     return all(x.data_ptr() % 16 == 0 and x.stride(1) == x.shape[3] and x.stride(2) % 8 == 0 for x in tensors)
 
 
-def _copied(x, rows, descriptor):
-    """A descriptor of [1, H, tokens, D], as `corner` wants it."""
+def _copied(x, rows):
+    """Shape, strides and block of a descriptor of [1, H, tokens, D], as `corner` wants it."""
     _, H, _, D = x.shape
     far, token = 2**31 - 2**16, x.stride(2)
-    return descriptor(x, [far, far, END.value, H * D], [2**34 - token, token, token, 1], [1, 1, rows, D], LAYOUT)
+    return [far, far, END.value, H * D], [2**34 - token, token, token, 1], [1, 1, rows, D]
 
 
-def _of_clips(x):
-    """Strides as between packed clips, which are told apart by their first token."""
-    return x if x is None else x._replace(b=x.n)
+def _between(x, apart):
+    """With the stride from clip to clip, of what tells them apart by their first token."""
+    return x if x is None else x._replace(b=apart)
 
 
 def forward(q, k, v, out, lse, turned_q, table, scale, cu):
@@ -80,11 +84,64 @@ def forward(q, k, v, out, lse, turned_q, table, scale, cu):
     (_, H, total, D), Hk, shape = q.shape, k.shape[1], SHAPES[q.shape[3]]
     BN, rows = shape["BN"], ROWS.value
     tiles, most = _tiles(cu, total, shape["GROUPS"] * rows)
-    of = lambda x, rows: _copied(x, rows, TensorDescriptor)  # noqa: E731
-    call = Call(H, H // Hk, total, 0, 0, 0, 0, scale * LOG2E.value, 0, tiles)
+    of = lambda x, rows: TensorDescriptor(x, *_copied(x, rows), LAYOUT)  # noqa: E731
+    call = sm90.Call(H, H // Hk, total, 0, 0, 0, 0, scale * LOG2E.value, 0, tiles)
     keep = turned_q is not None and table is not None
-    table = table_of(table)
-    table = table if table is None else table._replace(b=D // 2)
     places = of(q, rows), of(k, BN), of(v, BN), None, None, of(out, rows), of(turned_q if keep else q, rows)
-    places += lse, table, call, 0, D, keep
+    places += lse, _between(table_of(table), D // 2), call, 0, D, keep
     launch(attn_forward_sm90_kernel, (min(multiprocessors(q.device), most * H),), places, {**shape, "num_warps": 4, **FUSED})
+
+
+@triton.jit
+def _block(call, S):
+    """What is this program's: (first token of a clip, its tokens, head, block of queries, that among all); no tokens where the
+    program is left over."""
+    heads, t = call.heads * call.groups, tl.program_id(0) // 2
+    there = t < tl.load(call.clips) * heads
+    entry = call.clips + 4 * (t // heads + 1)
+    first, N = tl.load(entry, mask=there, other=0), tl.load(entry + 1, mask=there, other=0)
+    tile = tl.load(entry + 2, mask=there, other=0)
+    tiles, of = tl.cdiv(N, 2 * S.BLOCK_M), t - tile * heads
+    h, block = of // tl.maximum(tiles, 1), of % tl.maximum(tiles, 1) * 2 + tl.program_id(0) % 2
+    among = (tile * 2 * heads + h * tl.cdiv(N, S.BLOCK_M) + block).to(tl.int64)
+    return first.to(tl.int64), N, h.to(tl.int64), block, among
+
+
+@triton.jit
+def attn_prepare_clips_kernel(out, do, lse, dlse, stats, sums, turns, call, S):
+    """Program: of a block of queries what `attn_prepare_sm90_kernel` makes of it."""
+    b, N, h, block, of = _block(call, S)
+    m = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+    if block * S.BLOCK_M < N:
+        statistics(out, do, lse, dlse, stats, turns, b, h, m, of, N, call.scale2, S)
+        at = sums + of * (S.BLOCK_M * S.D) + tl.arange(0, S.BLOCK_M * S.D)
+        tl.store(at, tl.zeros((S.BLOCK_M * S.D,), tl.float32))
+
+
+@triton.jit
+def attn_finish_clips_kernel(sums, dq, table, call, S):
+    """Program: the gradient of a block of queries from its sum, turned back."""
+    b, N, h, block, of = _block(call, S)
+    if block * S.BLOCK_M < N:
+        queries_of(sums, dq, None, table, b, h, block, of, N, call, S)
+
+
+def backward(q, k, v, out, do, lse, dlse, grads, tables, scale, cu, ordered):
+    """As `sm90_backward.backward`, of packed clips; all as `serves` wants it."""
+    (_, H, total, D), Hk, rows = q.shape, k.shape[1], ROWS.value
+    tiles, most = _tiles(cu, total, GROUPS.value * rows)
+    blocks = most * GROUPS.value * H
+    call = sm90_backward.Call(Hk, H // Hk, total, 0, 0, 0, 0, scale, scale * LOG2E.value, 0, tiles)
+    stats, sums = (lse.new_empty((blocks * x, rows)) for x in (2, D))
+    turns = torch.empty(blocks, dtype=torch.int32, device=q.device) if ordered else None
+    out, do_rows, lse, dq, dk, dv = (_between(Rows(x, *x.stride()[:3]), x.stride(2)) for x in (out, do, lse, *grads))
+    (table, k_table), S = (_between(table_of(x), D // 2) for x in tables), shape_of(q, True, None, rows, GROUPS.value * rows)
+    given = out, do_rows, lse, dlse, stats, sums, turns, call, S
+    launch(attn_prepare_clips_kernel, (blocks,), given, {**ENDS["launch"], **FUSED})
+    of = lambda x: TensorDescriptor(x, *_copied(x, rows), LAYOUT)  # noqa: E731
+    plain = lambda x, block: TensorDescriptor.from_tensor(x, block, PLAIN)  # noqa: E731
+    given = of(q), of(k), of(v), of(do), plain(stats, [1, rows]), plain(sums, [rows, rows])
+    given += turns, dk, dv, None, k_table, call
+    options = {"WHOLE": False, **SHAPE, "num_warps": 4, "launch_cooperative_grid": ordered, **FUSED}
+    launch(attn_backward_sm90_kernel, (min(multiprocessors(q.device), most * Hk),), given, options)
+    launch(attn_finish_clips_kernel, (blocks,), (sums, dq, table, call, S), {**ENDS["behind"], **FUSED})
