@@ -94,15 +94,21 @@ def clip_of(t, call, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _tile(t, call, SIZE: gl.constexpr, BN: gl.constexpr):
-    """(the call, clip, head, first token) of a tile."""
+def _tile(t, call, SIZE: gl.constexpr):
+    """(clip, its tokens, head, first token) of a tile."""
     if call.clips is None:
         b, h, row = place_of(t, call, SIZE)
-        return call, b, h, row
+        return b, call.N, h, row
     else:
         b, N, _, h, row = clip_of(t, call, SIZE)
-        sizes = N, call.tiles, call.full, call.per_head, (N + BN - 1) // BN
-        return Call(call.heads, call.groups, *sizes, call.scale2, call.prefix, call.clips), b, h, row
+        return b, N, h, row
+
+
+@gluon.jit
+def _of_clip(call, N, BN: gl.constexpr):
+    """The call of packed clips, of one of them."""
+    sizes = N, call.tiles, call.full, call.per_head, (N + BN - 1) // BN
+    return Call(call.heads, call.groups, *sizes, call.scale2, call.prefix, call.clips)
 
 
 @gluon.jit
@@ -121,7 +127,8 @@ def _copies(at, sh, call, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.con
     """The producer: copies what the consumers wait for, as soon as its place in shared memory is free."""
     it, seen = 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        clip, b, h, row = _tile(t, call, GROUPS * ROWS, BN)
+        b, N, h, row = _tile(t, call, GROUPS * ROWS)
+        clip = call if call.clips is None else _of_clip(call, N, BN)  # Triton 3.6 returns no tuple that holds a None
         kv = h // call.groups
         for c in gl.static_range(GROUPS):
             place = (it % 2) * GROUPS + c
@@ -197,7 +204,8 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, GROUPS: gl.constexpr,
     R: gl.constexpr = gl.SliceLayout(1, SL)
     it, seen = 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        clip, b, h, row = _tile(t, call, GROUPS * ROWS, BN)
+        b, N, h, row = _tile(t, call, GROUPS * ROWS)
+        clip = call if call.clips is None else _of_clip(call, N, BN)  # Triton 3.6 returns no tuple that holds a None
         row += c * ROWS
         place = (it % 2) * GROUPS + c
         before = ((it + 1) % 2) * GROUPS + c

@@ -61,14 +61,19 @@ Memory = namedtuple("Memory", "q k v do stats sums turns")
 
 @gluon.jit
 def _tile(t, call):
-    """(the call, clip, key head, first key) of a tile."""
+    """(clip, its tokens, its first tile among packed clips of one head, key head, first key) of a tile."""
     if call.clips is None:
         b, h, key = place_of(t, call, GROUPS * ROWS)
-        return call, b, h, key
+        return b, call.N, 0, h, key
     else:
-        b, N, tile, h, key = clip_of(t, call, GROUPS * ROWS)
-        sizes = N, call.tiles, GROUPS * tile, N // (GROUPS * ROWS), (N + ROWS - 1) // ROWS
-        return Call(call.heads, call.groups, *sizes, call.scale, call.scale2, call.prefix, call.clips), b, h, key
+        return clip_of(t, call, GROUPS * ROWS)
+
+
+@gluon.jit
+def _of_clip(call, N, tile):
+    """The call of packed clips, of one of them."""
+    sizes = N, call.tiles, GROUPS * tile, N // (GROUPS * ROWS), (N + ROWS - 1) // ROWS
+    return Call(call.heads, call.groups, *sizes, call.scale, call.scale2, call.prefix, call.clips)
 
 
 @gluon.jit
@@ -104,7 +109,8 @@ def _copies(at, sh, call, D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.cons
     it, n = 0, 0
     row: gl.constexpr = 4 * ROWS
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        clip, b, h, key = _tile(t, call)
+        b, N, index, h, key = _tile(t, call)
+        clip = call if call.clips is None else _of_clip(call, N, index)
         mbarrier.wait(sh.kv_free.index(it % 2), ((it // 2) & 1) ^ 1)
         mbarrier.expect(sh.kv_there.index(it % 2), 2 * GROUPS * at.k.block_type.nbytes)
         for c in gl.static_range(GROUPS):
@@ -175,7 +181,8 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
     dp = columns_of(sh.delta.index(0), L)
     s = warpgroup_mma_wait(0, deps=(s,))
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        clip, b, h, key = _tile(t, call)
+        b, N, index, h, key = _tile(t, call)
+        clip = call if call.clips is None else _of_clip(call, N, index)
         count = call.groups * clip.blocks
         key += c * ROWS
         v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
@@ -244,7 +251,8 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     zeros = gl.zeros((ROWS, D), gl.float32, L)
     j, it, last = 0, 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        clip, b, h, key = _tile(t, call)
+        b, N, index, h, key = _tile(t, call)
+        clip = call if call.clips is None else _of_clip(call, N, index)
         mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
         k, first = (it % 2) * GROUPS, first_of(key, clip, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):

@@ -113,7 +113,7 @@ def attn_prepare_clips_kernel(out, do, lse, dlse, stats, sums, turns, call, S):
     b, N, h, block, of = _block(call, S)
     m = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
     if block * S.BLOCK_M < N:
-        statistics(out, do, lse, dlse, stats, turns, b, h, m, of, N, call.scale2, S)
+        statistics(out, do, lse, dlse, stats, turns, b, h, m, of, N, -1.0 / call.scale2, S)
         at = sums + of * (S.BLOCK_M * S.D) + tl.arange(0, S.BLOCK_M * S.D)
         tl.store(at, tl.zeros((S.BLOCK_M * S.D,), tl.float32))
 

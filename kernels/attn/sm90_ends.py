@@ -7,10 +7,11 @@ from evaat_fast.kernels.attn.forward import LOG2E, load_rows, turn
 
 
 @triton.jit
-def statistics(out, do, lse, dlse, stats, turns, b, h, m, of, N, scale2, S):
-    """Of a block of queries m: (rows of dO, log-sum-exps times log2(e), delta); of: the block, among all."""
+def statistics(out, do, lse, dlse, stats, turns, b, h, m, of, N, per_score, S):
+    """Of a block of queries m: (rows of dO, log-sum-exps times log2(e), delta); of: the block, among all; per_score: -1 by what
+    scores are multiplied with."""
     D: tl.constexpr = S.D
-    c, i, per_score = tl.arange(0, D), tl.arange(0, S.BLOCK_M), -1.0 / scale2
+    c, i = tl.arange(0, D), tl.arange(0, S.BLOCK_M)
     x = load_rows(out.at + b * out.b + h * out.h, out.n, m, N, c, c < D, True, D).to(tl.float32)
     dO = load_rows(do.at + b * do.b + h * do.h, do.n, m, N, c, c < D, True, D)
     delta, row = tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
@@ -34,7 +35,7 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, t
     D: tl.constexpr = S.D
     of_head, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     kv, b = of_head % call.heads, of_head // call.heads
-    c, i = tl.arange(0, D), tl.arange(0, S.BLOCK_M)
+    c, i, per_score = tl.arange(0, D), tl.arange(0, S.BLOCK_M), -1.0 / call.scale2
     if TAIL:
         n = call.per_head * S.BLOCK_N + tl.arange(0, TAIL)
         keys = load_rows(k.at + b * k.b + kv * k.h, k.n, n, call.N, c, c < D, True, D)
@@ -43,7 +44,7 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, t
     for at in range(part, call.groups * call.blocks, parts):
         h, block = kv * call.groups + at // call.blocks, at % call.blocks
         m, of = block * S.BLOCK_M + i, (b * call.heads * call.groups + h) * call.blocks + block
-        dO, level, delta = statistics(out, do, lse, dlse, stats, turns, b, h, m, of, call.N, call.scale2, S)
+        dO, level, delta = statistics(out, do, lse, dlse, stats, turns, b, h, m, of, call.N, per_score, S)
         dQ = tl.zeros((S.BLOCK_M, D), tl.float32)
         if TAIL:
             queries = load_rows(q.at + b * q.b + h * q.h, q.n, m, call.N, c, c < D, True, D)
