@@ -49,8 +49,8 @@ ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 3}, "b
 LEAST_SCALE = 1e-20
 
 # heads: of the keys. groups: query heads to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head of
-# a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned. clips: as in sm90.py; then
-# N, per_head and blocks are those of the clip that a tile is in, and full is its first block if there were one head.
+# a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned. clips: as in sm90.py; N,
+# per_head and blocks are then those of the clip that a tile is in, and full is its first block if there were one head.
 Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale scale2 prefix clips", defaults=(None,))
 # What is in shared memory: two tiles' keys and values, blocks in flight, two blocks' dS and dQ, and barriers by the name of
 # what they guard.
@@ -99,7 +99,7 @@ def first_of(key, call, SPREAD: gl.constexpr):
 
 @gluon.jit
 def _side_by_side(call):
-    """Whether all tiles of a head of a packed clip are under way at once; others may wait for one that a program takes later."""
+    """Whether all tiles of a packed clip's head are under way at once, and may wait for each other."""
     return call.per_head < gl.num_programs(0)
 
 

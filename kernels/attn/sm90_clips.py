@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from evaat_fast.kernels.attn import sm90, sm90_backward
-from evaat_fast.kernels.attn.forward import shape_of
+from evaat_fast.kernels.attn.forward import load_rows, shape_of
 from evaat_fast.kernels.attn.sm90 import END, LAYOUT, LOG2E, ROWS, SHAPES, attn_forward_sm90_kernel
 from evaat_fast.kernels.attn.sm90_backward import ENDS, GROUPS, PLAIN, SHAPE, attn_backward_sm90_kernel
-from evaat_fast.kernels.attn.sm90_ends import queries_of, statistics
+from evaat_fast.kernels.attn.sm90_ends import queries_of
 from evaat_fast.kernels.launch import FUSED, Rows, cdiv, launch, multiprocessors, table_of
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -22,8 +22,8 @@ CLIPS = {"CLIPS": 32, "num_warps": 4}  # of a program that makes the table
 
 @triton.jit
 def attn_tiles_kernel(cu, tiles, clips, total, SIZE: tl.constexpr, CLIPS: tl.constexpr):
-    """Program: the tiles of SIZE tokens of some clips. tiles: int32 [1 + at least as many as there are, 4], first how many there
-    are and whether cu, int32 [clips + 1], are limits, then of each tile the first token of its clip, the clip's tokens and its
+    """Program: the tiles of SIZE tokens of some clips. tiles: int32 [1 + at least as many as there are, 4], first their number and
+    whether cu, int32 [clips + 1], are limits, then of each tile the first token of its clip, the clip's tokens and the clip's
     first tile. Limits that are none make one clip of all tokens."""
     mine = tl.program_id(0) * CLIPS + tl.arange(0, CLIPS)
     first = tl.load(cu + mine, mask=mine < clips, other=total)
@@ -58,13 +58,15 @@ def _tiles(cu, total, SIZE):
     clips = len(cu) - 1
     most = total // SIZE + max(clips, 1)  # each clip may fill its last tile only in part
     tiles = torch.empty((1 + most, 4), dtype=torch.int32, device=cu.device)
-    launch(attn_tiles_kernel, (max(cdiv(clips, CLIPS["CLIPS"]), 1),), (cu, tiles, clips, total), {"SIZE": SIZE, **CLIPS, **FUSED})
+    launch(
+        attn_tiles_kernel, (max(cdiv(clips, CLIPS["CLIPS"]), 1),), (cu, tiles, clips, total), {"SIZE": SIZE, **CLIPS, **FUSED}
+    )
     return tiles, most
 
 
 def serves(*tensors):
     """Whether the copies take [1, H, tokens, D]: a token's heads beside each other, at multiples of 16 bytes."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(1) == x.shape[3] and x.stride(2) % 8 == 0 for x in tensors)
+    return all(x.data_ptr() % 16 == 0 and x.stride(1) == x.shape[3] and x.stride(2) % 8 == 0 < x.stride(2) for x in tensors)
 
 
 def _copied(x, rows):
@@ -80,7 +82,7 @@ def _between(x, apart):
 
 
 def forward(q, k, v, out, lse, turned_q, table, scale, cu):
-    """As `forward.forward` of packed clips, of heads of 64 in half precision and neighbouring pairs; all as `serves` wants it."""
+    """As `forward.forward` of packed clips, of heads of 64 in half precision and neighbouring pairs, as `serves` wants them."""
     (_, H, total, D), Hk, shape = q.shape, k.shape[1], SHAPES[q.shape[3]]
     BN, rows = shape["BN"], ROWS.value
     tiles, most = _tiles(cu, total, shape["GROUPS"] * rows)
@@ -109,13 +111,24 @@ def _block(call, S):
 
 @triton.jit
 def attn_prepare_clips_kernel(out, do, lse, dlse, stats, sums, turns, call, S):
-    """Program: of a block of queries what `attn_prepare_sm90_kernel` makes of it."""
+    """Program: of a block of queries what `attn_prepare_sm90_kernel` makes of it, without TAIL."""
+    D: tl.constexpr = S.D
     b, N, h, block, of = _block(call, S)
-    m = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+    i, c = tl.arange(0, S.BLOCK_M), tl.arange(0, D)
+    m = block * S.BLOCK_M + i
     if block * S.BLOCK_M < N:
-        statistics(out, do, lse, dlse, stats, turns, b, h, m, of, N, -1.0 / call.scale2, S)
-        at = sums + of * (S.BLOCK_M * S.D) + tl.arange(0, S.BLOCK_M * S.D)
-        tl.store(at, tl.zeros((S.BLOCK_M * S.D,), tl.float32))
+        x = load_rows(out.at + b * out.b + h * out.h, out.n, m, N, c, c < D, True, D).to(tl.float32)
+        dO = load_rows(do.at + b * do.b + h * do.h, do.n, m, N, c, c < D, True, D)
+        delta, row = tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
+        if dlse is not None:
+            delta -= tl.load(dlse + row, mask=m < N, other=0.0)
+        level = tl.load(lse.at + row, mask=m < N, other=float("inf")) * LOG2E
+        tl.store(stats + of * (2 * S.BLOCK_M) + i, level * (-1.0 / call.scale2))
+        tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, -delta)
+        if turns is not None:
+            tl.store(turns + of, 0)
+        at = sums + of * (S.BLOCK_M * D) + tl.arange(0, S.BLOCK_M * D)
+        tl.store(at, tl.zeros((S.BLOCK_M * D,), tl.float32))
 
 
 @triton.jit
@@ -127,7 +140,7 @@ def attn_finish_clips_kernel(sums, dq, table, call, S):
 
 
 def backward(q, k, v, out, do, lse, dlse, grads, tables, scale, cu, ordered):
-    """As `sm90_backward.backward`, of packed clips; all as `serves` wants it."""
+    """As `sm90_backward.backward`, of packed clips, as `serves` wants them."""
     (_, H, total, D), Hk, rows = q.shape, k.shape[1], ROWS.value
     tiles, most = _tiles(cu, total, GROUPS.value * rows)
     blocks = most * GROUPS.value * H

@@ -7,25 +7,6 @@ from evaat_fast.kernels.attn.forward import LOG2E, load_rows, turn
 
 
 @triton.jit
-def statistics(out, do, lse, dlse, stats, turns, b, h, m, of, N, per_score, S):
-    """Of a block of queries m: (rows of dO, log-sum-exps times log2(e), delta); of: the block, among all; per_score: -1 by what
-    scores are multiplied with."""
-    D: tl.constexpr = S.D
-    c, i = tl.arange(0, D), tl.arange(0, S.BLOCK_M)
-    x = load_rows(out.at + b * out.b + h * out.h, out.n, m, N, c, c < D, True, D).to(tl.float32)
-    dO = load_rows(do.at + b * do.b + h * do.h, do.n, m, N, c, c < D, True, D)
-    delta, row = tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
-    if dlse is not None:
-        delta -= tl.load(dlse + row, mask=m < N, other=0.0)
-    level = tl.load(lse.at + row, mask=m < N, other=float("inf")) * LOG2E
-    tl.store(stats + of * (2 * S.BLOCK_M) + i, level * per_score)
-    tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, -delta)
-    if turns is not None:
-        tl.store(turns + of, 0)
-    return dO, level, delta
-
-
-@triton.jit
 def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, turns, call, S, TAIL: tl.constexpr):
     """Program: some queries of the heads of a key head. stats [blocks, 2, BLOCK_M] float32, which products are added to:
     log-sum-exps by -1 / scale, -inf beyond the end, and dlse, the gradient of lse, as lse or None, less the sums over D of
@@ -44,7 +25,16 @@ def attn_prepare_sm90_kernel(q, k, v, out, do, lse, dlse, stats, sums, shares, t
     for at in range(part, call.groups * call.blocks, parts):
         h, block = kv * call.groups + at // call.blocks, at % call.blocks
         m, of = block * S.BLOCK_M + i, (b * call.heads * call.groups + h) * call.blocks + block
-        dO, level, delta = statistics(out, do, lse, dlse, stats, turns, b, h, m, of, call.N, per_score, S)
+        x = load_rows(out.at + b * out.b + h * out.h, out.n, m, call.N, c, c < D, True, D).to(tl.float32)
+        dO = load_rows(do.at + b * do.b + h * do.h, do.n, m, call.N, c, c < D, True, D)
+        delta, row = tl.sum(x * dO.to(tl.float32), 1), b * lse.b + h * lse.h + m
+        if dlse is not None:
+            delta -= tl.load(dlse + row, mask=m < call.N, other=0.0)
+        level = tl.load(lse.at + row, mask=m < call.N, other=float("inf")) * LOG2E
+        tl.store(stats + of * (2 * S.BLOCK_M) + i, level * per_score)
+        tl.store(stats + of * (2 * S.BLOCK_M) + S.BLOCK_M + i, -delta)
+        if turns is not None:
+            tl.store(turns + of, 0)
         dQ = tl.zeros((S.BLOCK_M, D), tl.float32)
         if TAIL:
             queries = load_rows(q.at + b * q.b + h * q.h, q.n, m, call.N, c, c < D, True, D)
@@ -87,8 +77,8 @@ def queries_of(sums, dq, columns, table, b, h, block, of, N, call, S):
 
 @triton.jit
 def attn_finish_sm90_kernel(sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, TAIL: tl.constexpr):
-    """Program: the gradient of a block of queries from its sum, or with TAIL those of the keys and values of a head that fill no
-    tile, from their shares; turned back. columns: as for `_leave`, float32."""
+    """Program: the gradient of a block of queries from its sum, or with TAIL those of the keys and values of a head that fill
+    no tile, from their shares; turned back. columns: as for `_leave`, float32."""
     D: tl.constexpr = S.D
     heads, c, pid = call.heads * call.groups, tl.arange(0, D), tl.program_id(0)
     ends = tl.num_programs(0) // (call.groups * call.blocks + 1) if TAIL else 0  # first, as they take longest
