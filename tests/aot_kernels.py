@@ -387,7 +387,7 @@ HOPPER = {
     "gradients finish sm90, tail 32": functools.partial(attn_ends_sm90, name="finish", tail=32),
     "gradients prepare sm90, packed clips": functools.partial(attn_clips_sm90, name="prepare"),
     "gradients finish sm90, packed clips": functools.partial(attn_clips_sm90, name="finish"),
-    "gradients tiles sm90, packed clips": attn_tiles_sm90,
+    "tiles of packed clips sm90": attn_tiles_sm90,
     "gradients finish sm90, tail 64, column sums": functools.partial(attn_ends_sm90, name="finish", tail=64, columns=True),
 }
 

@@ -96,6 +96,8 @@ class Clips:
             if name == "lse":
                 error, of_torch = ((y - truth[name]).abs().max() for y in (x[0], low[name]))
                 assert error <= 2 * of_torch + 1e-5, f"lse: {error:.1e} > 2 x torch's {of_torch:.1e}"
+            elif truth[name].abs().max() < 1e-12:  # clips of one token, whose score is alone: the difference of two sums
+                assert x.abs().max() <= 1e-5, name
             else:
                 close(x[0].transpose(0, 1), low[name], truth[name], name)
 
@@ -141,6 +143,7 @@ def test_backward(call):
 
 
 @interpret
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("programs,lengths", [(2, [385, 0, 64]), (5, [130, 459]), (3, [257, 300, 1])], ids=str)
 def test_backward_in_order(programs, lengths):
     """Of clips of more tiles than there are programs, too, which keep no distance from each other."""
@@ -200,13 +203,13 @@ def test_tiles(clips, size):
     assert (table[1 + len(want) :] == -1).all()
 
 
-# What a kernel may not do, as (module, text, another in its place).
+# What a kernel may not do, as (programs, module, text, another in its place).
 FAULTS = {
-    "copies end where the tokens do": (sm90, "END, b + call.N, END - call.N + row", "END, END, b + row - END"),
-    "keys beyond the end": (sm90, 'gl.where((n < clip.N)[None, :], s * call.scale2, -float("inf"))', "s * call.scale2"),
-    "blocks of clips of one length": (sm90, "it * call.blocks if call.clips is None else seen\n", "it * clip.blocks\n"),
-    "nothing to wait for": (sm90_backward, "gl.program_id(0) < call.tiles  #", "True  #"),
-    "one clip's blocks for all": (sm90_backward, "call.full * heads + head", "head"),
+    "copies end where the tokens do": (2, sm90, "END, b + call.N, END - call.N + row", "END, END, b + row - END"),
+    "keys beyond the end": (2, sm90, 'gl.where((n < clip.N)[None, :], s * call.scale2, -float("inf"))', "s * call.scale2"),
+    "blocks of clips of one length": (2, sm90, "it * call.blocks if call.clips is None else seen\n", "it * clip.blocks\n"),
+    "nothing to wait for": (30, sm90_backward, "gl.program_id(0) < call.tiles  #", "True  #"),
+    "one clip's blocks for all": (2, sm90_backward, "call.full * heads + head", "head"),
 }
 
 
@@ -227,11 +230,12 @@ def faulty(module, text, other, folder):
 @interpret
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault, tmp_path):
-    module, call = faulty(*FAULTS[fault], tmp_path), Clips([70, 140, 5], H=1)
-    run, names = (call.forward, ("out", "lse")) if FAULTS[fault][0] is sm90 else (call.backward, ("dq", "dk", "dv"))
+    (programs, changed, *text), call = FAULTS[fault], Clips([70, 140, 0, 5], H=1)
+    module = faulty(changed, *text, tmp_path)
+    run, names = (call.forward, ("out", "lse")) if changed is sm90 else (call.backward, ("dq", "dk", "dv"))
     with pytest.raises((AssertionError, RuntimeError)):
         for seed in range(30):
-            call.check(names, run(emulate(module, seed, 30))[: len(names)])
+            call.check(names, run(emulate(module, seed, programs))[: len(names)])
 
 
 @interpret

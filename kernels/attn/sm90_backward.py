@@ -184,6 +184,8 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
         b, N, index, h, key = _tile(t, call)
         clip = call if call.clips is None else _of_clip(call, N, index)
         count = call.groups * clip.blocks
+        # Blocks, twice, and whether a tile follows: of packed clips one number in a register, for three
+        ahead = 0 if call.clips is None else 2 * count + gl.where(t + gl.num_programs(0) < call.tiles, 1, 0)
         key += c * ROWS
         v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
         there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < clip.N)[:, None]
@@ -198,8 +200,10 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
             last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
             tile, phase = gl.where(last, it + 1, it), ((j + 1) // STAGES) & 1
-            mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
-            mbarrier.wait(sh.q_there.index(then), phase, pred=more | (i + 1 < count))
+            to_come = last & more if call.clips is None else 2 * i + 3 == ahead
+            mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=to_come)
+            another = more | (i + 1 < count) if call.clips is None else 2 * i + 3 <= ahead
+            mbarrier.wait(sh.q_there.index(then), phase, pred=another)
             p = gl.exp2(s * call.scale2 + zero_here(call.N) if HELD else s * call.scale2)
             p = p if WHOLE else gl.where(there, p, 0.0)
             s = columns_of(sh.lse.index(then), L)
@@ -214,7 +218,7 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             fence_async_shared()
             mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
             slopes = gl.convert_layout(ds, A)
-            mbarrier.wait(sh.do_there.index(then), phase, pred=more | (i + 1 < count))
+            mbarrier.wait(sh.do_there.index(then), phase, pred=another)
             dp = columns_of(sh.delta.index(then), L)
             dV, s = warpgroup_mma_wait(0, deps=(dV, s))
             mbarrier.arrive(sh.do_free.index(here), count=1)

@@ -22,8 +22,8 @@ CLIPS = {"CLIPS": 32, "num_warps": 4}  # of a program that makes the table
 
 @triton.jit
 def attn_tiles_kernel(cu, tiles, clips, total, SIZE: tl.constexpr, CLIPS: tl.constexpr):
-    """Program: the tiles of SIZE tokens of some clips. tiles: int32 [1 + at least as many as there are, 4], first their number and
-    whether cu, int32 [clips + 1], are limits, then of each tile the first token of its clip, the clip's tokens and the clip's
+    """Program: the tiles of SIZE tokens of some clips. tiles: int32 [1 + at least as many as there are, 4], first their number
+    and whether cu, int32 [clips + 1], are limits, then of each tile the first token of its clip, the clip's tokens and its
     first tile. Limits that are none make one clip of all tokens."""
     mine = tl.program_id(0) * CLIPS + tl.arange(0, CLIPS)
     first = tl.load(cu + mine, mask=mine < clips, other=total)
