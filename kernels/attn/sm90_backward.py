@@ -171,6 +171,9 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
     zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
     n, it = 0, 0
     begun = True if call.clips is None else gl.program_id(0) < call.tiles  # else there is nothing to wait for
+    # Packed clips in order leave no register for each of the numbers that tell whether blocks follow: with Triton 3.6 there were
+    # 9 accesses of the stack a block. In any order one number for all of them makes ptxas begin exponentials too early.
+    SCARCE: gl.constexpr = call.clips is not None and at.turns is not None
     # The first tile's first scores; those of any other are made at the end of the tile before.
     mbarrier.wait(sh.kv_there.index(0), 0, pred=begun)
     mbarrier.wait(sh.q_there.index(0), 0, pred=begun)
@@ -184,8 +187,7 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
         b, N, index, h, key = _tile(t, call)
         clip = call if call.clips is None else _of_clip(call, N, index)
         count = call.groups * clip.blocks
-        # Blocks, twice, and whether a tile follows: of packed clips one number in a register, for three
-        ahead = 0 if call.clips is None else 2 * count + gl.where(t + gl.num_programs(0) < call.tiles, 1, 0)
+        ahead = 2 * count + gl.where(t + gl.num_programs(0) < call.tiles, 1, 0) if SCARCE else 0
         key += c * ROWS
         v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
         there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < clip.N)[:, None]
@@ -200,9 +202,9 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
             last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
             tile, phase = gl.where(last, it + 1, it), ((j + 1) // STAGES) & 1
-            to_come = last & more if call.clips is None else 2 * i + 3 == ahead
+            to_come = 2 * i + 3 == ahead if SCARCE else last & more
             mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=to_come)
-            another = more | (i + 1 < count) if call.clips is None else 2 * i + 3 <= ahead
+            another = 2 * i + 3 <= ahead if SCARCE else more | (i + 1 < count)
             mbarrier.wait(sh.q_there.index(then), phase, pred=another)
             p = gl.exp2(s * call.scale2 + zero_here(call.N) if HELD else s * call.scale2)
             p = p if WHOLE else gl.where(there, p, 0.0)
