@@ -171,7 +171,7 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
     zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
     n, it = 0, 0
     begun = True if call.clips is None else gl.program_id(0) < call.tiles  # else there is nothing to wait for
-    # Packed clips in order leave no register for each of the numbers that tell whether blocks follow: with Triton 3.6 there were
+    # Packed clips in order leave no register for each of the numbers that tell whether blocks follow: with Triton 3.6 there are
     # 9 accesses of the stack a block. In any order one number for all of them makes ptxas begin exponentials too early.
     SCARCE: gl.constexpr = call.clips is not None and at.turns is not None
     # The first tile's first scores; those of any other are made at the end of the tile before.
