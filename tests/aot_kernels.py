@@ -127,8 +127,9 @@ def attn(arch, kind, D, interleaved=True, clips=0):
     return aot.build(kernel, types, {}, arch, aligned=[*TABLE[1:], *strides(*tensors)], **launch)
 
 
-def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape):
-    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys. shape: where it is another than the shipped one."""
+def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, clips=False, **shape):
+    """The forward pass on Hopper, of tails of 16, 32, 64 or 128 keys, or of packed clips. shape: where it is another than the
+    shipped one."""
     from evaat_fast.kernels.attn import sm90
     from triton.experimental.gluon import language as gl
 
@@ -138,11 +139,14 @@ def attn_sm90(arch, dtype="bf16", D=64, tail=32, keep=True, turned=True, **shape
     types = dict.fromkeys(("q", "out", "turned"), of(64)) | dict.fromkeys(("k", "v"), of(shape["BN"]))
     types |= dict.fromkeys(("k_tail", "v_tail"), of(tail)) | {"lse": "*fp32", "table": table("fp32") if turned else None}
     types["call"] = sm90.Call("i32", 1, *["i32"] * 5, "fp32", 1)
+    if clips:
+        tail, types["k_tail"], types["v_tail"] = 0, None, None
+        types["call"] = sm90.Call("i32", 1, "i32", *[0] * 4, "fp32", 0, "*i32")
     constants = dict(TAIL=tail, D=D, KEEP=keep) | shape
     return aot.build(sm90.attn_forward_sm90_kernel, types, constants, arch, aligned=TABLE, num_warps=4)
 
 
-def attn_backward_sm90(arch, dtype="bf16", D=64, turned=True, whole=True, columns=False, ordered=False):
+def attn_backward_sm90(arch, dtype="bf16", D=64, turned=True, whole=True, columns=False, ordered=False, clips=False):
     from evaat_fast.kernels.attn import sm90_backward as kernels
     from evaat_fast.kernels.attn import sm90_wide
     from triton.experimental.gluon import language as gl
@@ -153,6 +157,8 @@ def attn_backward_sm90(arch, dtype="bf16", D=64, turned=True, whole=True, column
     types |= dict.fromkeys(("dk", "dv"), rows(dtype)) | {"table": table("fp32") if turned else None}
     types |= {"call": kernels.Call("i32", 1, *["i32"] * 5, "fp32", "fp32", 1), "columns": "*fp32" if columns else None}
     types["turns"] = "*i32" if ordered else None
+    if clips:
+        whole, types["call"] = False, kernels.Call("i32", 1, "i32", *[0] * 4, "fp32", "fp32", 0, "*i32")
     kernel, constants = kernels.attn_backward_sm90_kernel, kernels.SHAPE | {"WHOLE": whole}
     if D == 128:
         kernel, constants = sm90_wide.attn_backward_wide_kernel, sm90_wide.SHAPE | {"WHOLE": whole}
@@ -174,6 +180,31 @@ def attn_ends_sm90(arch, name, tail, D=64, columns=False):
     ends = (sm90_wide if D == 128 else sm90_backward).ENDS
     types, launch = {x: types[x] for x in kernel.arg_names if x in types}, ends["launch" if name == "prepare" else "behind"]
     return aot.build(kernel, types, {"TAIL": tail}, arch, aligned=[*TABLE, *strides(*tensors)], **launch)
+
+
+def attn_clips_sm90(arch, name):
+    """Around the backward pass of packed clips on Hopper."""
+    import triton.language as tl
+    from evaat_fast.kernels.attn import forward, sm90_backward, sm90_clips
+
+    kernel, launch = (
+        getattr(sm90_clips, f"attn_{name}_clips_kernel"),
+        sm90_backward.ENDS["launch" if name == "prepare" else "behind"],
+    )
+    types = dict.fromkeys(("out", "do", "dq"), rows("bf16")) | {"lse": rows("fp32")._replace(b=1, n=1), "dlse": None}
+    types |= dict.fromkeys(("stats", "sums"), "*fp32") | {"turns": None, "table": table("fp32")}
+    types["call"] = sm90_backward.Call("i32", 1, "i32", *[0] * 4, "fp32", "fp32", 0, "*i32")
+    types["S"] = forward.Shape(*map(tl.constexpr, (64, 64, True, 0, 64, 128)))
+    types = {x: types[x] for x in kernel.arg_names}
+    return aot.build(kernel, types, {}, arch, aligned=[*TABLE, *strides("out", "do", "dq")], **launch)
+
+
+def attn_tiles_sm90(arch):
+    from evaat_fast.kernels.attn import sm90_clips
+
+    types, options = {"cu": "*i32", "tiles": "*i32", "clips": "i32", "total": "i32"}, dict(sm90_clips.CLIPS)
+    warps = options.pop("num_warps")
+    return aot.build(sm90_clips.attn_tiles_kernel, types, {"SIZE": 192} | options, arch, num_warps=warps)
 
 
 def of_rows(arch, name):
@@ -327,11 +358,21 @@ HOPPER = {
     "attn sm90 fp16 D128, tail 64, no rotation": functools.partial(
         attn_sm90, dtype="fp16", D=128, tail=64, keep=False, turned=False
     ),
+    "attn sm90 bf16, packed clips, training": functools.partial(attn_sm90, clips=True),
+    "attn sm90 bf16, packed clips": functools.partial(attn_sm90, clips=True, keep=False),
+    "attn sm90 fp16, packed clips, no rotation": functools.partial(
+        attn_sm90, dtype="fp16", clips=True, keep=False, turned=False
+    ),
     "attn backward sm90 bf16": attn_backward_sm90,
     "attn backward sm90 fp16, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", turned=False),
     "attn backward sm90 bf16, ends": functools.partial(attn_backward_sm90, whole=False),
     "attn backward sm90 bf16, ordered": functools.partial(attn_backward_sm90, ordered=True),
     "attn backward sm90 bf16, column sums": functools.partial(attn_backward_sm90, columns=True),
+    "attn backward sm90 bf16, packed clips": functools.partial(attn_backward_sm90, clips=True),
+    "attn backward sm90 bf16, packed clips, ordered": functools.partial(attn_backward_sm90, clips=True, ordered=True),
+    "attn backward sm90 fp16, packed clips, no rotation": functools.partial(
+        attn_backward_sm90, dtype="fp16", turned=False, clips=True
+    ),
     "attn backward sm90 bf16 D128": functools.partial(attn_backward_sm90, D=128),
     "attn backward sm90 fp16 D128, no rotation": functools.partial(attn_backward_sm90, dtype="fp16", D=128, turned=False),
     "attn backward sm90 bf16 D128, ends": functools.partial(attn_backward_sm90, D=128, whole=False),
@@ -344,6 +385,9 @@ HOPPER = {
     "gradients prepare sm90, tail 64": functools.partial(attn_ends_sm90, name="prepare", tail=64),
     "gradients finish sm90, tail 0": functools.partial(attn_ends_sm90, name="finish", tail=0),
     "gradients finish sm90, tail 32": functools.partial(attn_ends_sm90, name="finish", tail=32),
+    "gradients prepare sm90, packed clips": functools.partial(attn_clips_sm90, name="prepare"),
+    "gradients finish sm90, packed clips": functools.partial(attn_clips_sm90, name="finish"),
+    "tiles of packed clips sm90": attn_tiles_sm90,
     "gradients finish sm90, tail 64, column sums": functools.partial(attn_ends_sm90, name="finish", tail=64, columns=True),
 }
 

@@ -139,31 +139,37 @@ class Barrier:
 
 
 class Descriptor:
-    """A tensor as TMA sees it, in blocks: zeros beyond its ends, where nothing is written."""
+    """Memory as TMA sees it, in blocks: zeros beyond its ends, where nothing is written. Addresses have 64 bits."""
 
-    def __init__(self, x, block):
-        assert x.stride(-1) == 1 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        self.x, self.block, self.dtype, self.layout = x, block, x.dtype, None
-        self.block_type = types.SimpleNamespace(nbytes=x.element_size() * torch.Size(block).numel())
+    def __init__(self, base, shape, strides, block, layout):
+        assert strides[-1] == 1 and all(stride * base.element_size() % 16 == 0 for stride in strides[:-1])
+        assert all(0 <= stride * base.element_size() < 2**40 for stride in strides) and all(0 < n <= 2**32 for n in shape)
+        self.memory, self.first, self.size = pointer(base).memory, base.storage_offset(), base.element_size()
+        self.shape, self.strides, self.block, self.dtype, self.layout = shape, strides, block, base.dtype, None
+        self.block_type = types.SimpleNamespace(nbytes=self.size * torch.Size(block).numel())
 
     @classmethod
     def from_tensor(cls, x, block, layout):
-        return cls(x, block)
+        return cls(x, x.shape, x.stride(), block, layout)
 
-    def _inside(self, at):
-        ends = [min(a + n, size) for a, n, size in zip(at, self.block, self.x.shape, strict=True)]
-        return tuple(slice(a, max(a, end)) for a, end in zip(at, ends, strict=True))
+    def _places(self, at):
+        """(which of a block's elements are inside, where these lie in memory)."""
+        inside, where = torch.tensor(True), torch.tensor(0)
+        for i, (begin, n, size, stride) in enumerate(zip(at, self.block, self.shape, self.strides, strict=True)):
+            along = (begin + torch.arange(n)).view(-1, *[1] * (len(self.block) - 1 - i))
+            inside, where = inside & (along >= 0) & (along < size), where + along * (stride * self.size)
+        return inside, where[inside] // self.size + self.first
 
     def read(self, at):
-        found = self.x[self._inside(at)]
+        inside, where = self._places(at)
         whole = torch.zeros(self.block, dtype=self.dtype)
-        whole[tuple(slice(0, n) for n in found.shape)] = found
+        whole[inside] = self.memory[where]
         return whole
 
     def write(self, at, value, add):
-        place = self.x[self._inside(at)]
-        value = value.reshape(self.block)[tuple(slice(0, n) for n in place.shape)]
-        place.add_(value) if add else place.copy_(value)
+        inside, where = self._places(at)
+        value = value.reshape(self.block)[inside]
+        self.memory[where] = self.memory[where] + value if add else value
 
 
 class Machine:
@@ -263,7 +269,8 @@ class Gluon:
             return Value(torch.tensor(x if condition else y))
         return Value(torch.where(torch.as_tensor(data(condition)), data(x), data(y)))
 
-    def load(self, at, mask, other):
+    def load(self, at, mask=None, other=0):
+        mask = Value(torch.tensor(True)) if mask is None else mask
         where, mask = torch.broadcast_tensors(at.at, mask.data)
         found = torch.full(where.shape, other, dtype=at.memory.dtype)
         found[mask] = at.memory[where[mask]]

@@ -35,6 +35,23 @@ def test_heads_of_128(lab, monkeypatch):
         case.yardstick(case.inputs)()
 
 
+@pytest.mark.interpret
+def test_packed_clips(lab, monkeypatch):
+    sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90_clips", reason="needs Triton 3.6", exc_type=ImportError)
+    from gluon_emulated import emulate
+
+    emulated = emulate(sm90, 0)
+    monkeypatch.setattr(sm90, "forward", emulated.forward)
+    monkeypatch.setattr(sm90, "backward", emulated.backward)
+    for case in lab.ENTRIES["clips"].cases("cpu", True):
+        for make in case.variants.values():
+            (found,) = make(case.inputs)()
+            case.check((found,))
+            with pytest.raises(AssertionError):
+                case.check((found + 0.1,))
+        case.yardstick(case.inputs)()
+
+
 def test_without_a_gpu_it_says_so(lab):
     if torch.cuda.is_available():
         pytest.skip("there is one")

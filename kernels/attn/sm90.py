@@ -65,7 +65,11 @@ HALF_BLOCKS = {"GROUPS": 3, "BN": 64, "STAGES": 3, "REGISTERS": 160}
 
 # heads, groups: of the queries, and of those to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head
 # of a head. blocks: of BN keys, without the tail. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
-Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale2 prefix")
+# clips: of packed clips, what `sm90_clips.attn_tiles_kernel` makes.
+Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale2 prefix clips", defaults=(None,))
+# Of packed clips, N and blocks are those of the clip that a tile is in, and the clip's number is its first token: from clip to
+# clip is as far as from token to token. See `corner`.
+END = gl.constexpr(2**30)
 # What is in shared memory: two tiles' queries, and barriers by the name of what they guard.
 Shared = namedtuple("Shared", "q k v k_tail v_tail q_there q_free k_there k_free v_there v_free tail_there tail_free")
 Descriptors = namedtuple("Descriptors", "q k v k_tail v_tail out turned")
@@ -80,34 +84,78 @@ def place_of(t, call, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def _copies(at, sh, call, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):
+def clip_of(t, call, SIZE: gl.constexpr):
+    """Of packed clips: (first token of the clip, its tokens, its first tile if there were one head, head, first token of the
+    tile in the clip)."""
+    entry = call.clips + 4 * (t // call.heads + 1)
+    first, N, tile = gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
+    tiles, of = (N + SIZE - 1) // SIZE, t - tile * call.heads
+    return first, N, tile, of // tiles, of % tiles * SIZE
+
+
+@gluon.jit
+def _tile(t, call, SIZE: gl.constexpr):
+    """(clip, its tokens, head, first token) of a tile."""
+    if call.clips is None:
+        b, h, row = place_of(t, call, SIZE)
+        return b, call.N, h, row
+    else:
+        b, N, _, h, row = clip_of(t, call, SIZE)
+        return b, N, h, row
+
+
+@gluon.jit
+def _of_clip(call, N, BN: gl.constexpr):
+    """The call of packed clips, of one of them."""
+    sizes = N, call.tiles, call.full, call.per_head, (N + BN - 1) // BN
+    return Call(call.heads, call.groups, *sizes, call.scale2, call.prefix, call.clips)
+
+
+@gluon.jit
+def corner(call, b, h, row, D: gl.constexpr):
+    """Where a copy of a head's rows from `row` on begins, in a tensor [B, H, N, D]. Packed clips are [tokens, H * D] behind two
+    dimensions that end the rows where the clip ends: 2**30 rows of the last but one are there, and the first moves back by as
+    many, as addresses have 64 bits (what triton.tools.ragged_tma does). Beyond are zeros, and nothing is written."""
+    if call.clips is None:
+        return b, h, row, 0
+    else:
+        return END, b + call.N, END - call.N + row, h * D
+
+
+@gluon.jit
+def _copies(at, sh, call, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr):
     """The producer: copies what the consumers wait for, as soon as its place in shared memory is free."""
-    it = 0
+    it, seen = 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, row = place_of(t, call, GROUPS * ROWS)
+        b, N, h, row = _tile(t, call, GROUPS * ROWS)
+        clip = call if call.clips is None else _of_clip(call, N, BN)  # Triton 3.6 returns no tuple that holds a None
         kv = h // call.groups
         for c in gl.static_range(GROUPS):
             place = (it % 2) * GROUPS + c
             mbarrier.wait(sh.q_free.index(place), ((it // 2) & 1) ^ 1)
             mbarrier.expect(sh.q_there.index(place), at.q.block_type.nbytes)
-            copy_in(at.q, [b, h, row + c * ROWS, 0], sh.q_there.index(place), sh.q.index(place))
-        tail = call.blocks * BN
-        mbarrier.wait(sh.tail_free.index(0), (it & 1) ^ 1)
-        mbarrier.expect(sh.tail_there.index(0), at.k_tail.block_type.nbytes)
-        copy_in(at.k_tail, [b, kv, tail, 0], sh.tail_there.index(0), sh.k_tail)
-        mbarrier.wait(sh.tail_free.index(1), (it & 1) ^ 1)
-        mbarrier.expect(sh.tail_there.index(1), at.v_tail.block_type.nbytes)
-        copy_in(at.v_tail, [b, kv, tail, 0], sh.tail_there.index(1), sh.v_tail)
-        for i in range(call.blocks):
-            n = it * call.blocks + i
+            copy_in(at.q, corner(clip, b, h, row + c * ROWS, D), sh.q_there.index(place), sh.q.index(place))
+        if call.clips is None:
+            tail = call.blocks * BN
+            mbarrier.wait(sh.tail_free.index(0), (it & 1) ^ 1)
+            mbarrier.expect(sh.tail_there.index(0), at.k_tail.block_type.nbytes)
+            copy_in(at.k_tail, [b, kv, tail, 0], sh.tail_there.index(0), sh.k_tail)
+            mbarrier.wait(sh.tail_free.index(1), (it & 1) ^ 1)
+            mbarrier.expect(sh.tail_there.index(1), at.v_tail.block_type.nbytes)
+            copy_in(at.v_tail, [b, kv, tail, 0], sh.tail_there.index(1), sh.v_tail)
+        for i in range(clip.blocks):
+            n = it * call.blocks + i if call.clips is None else seen + i
+            key = i * BN if call.clips is None else gl.where(i > 0, i - 1, clip.blocks - 1) * BN  # the last, which is masked
             s, free = n % STAGES, ((n // STAGES) & 1) ^ 1
             mbarrier.wait(sh.k_free.index(s), free)
             mbarrier.expect(sh.k_there.index(s), at.k.block_type.nbytes)
-            copy_in(at.k, [b, kv, i * BN, 0], sh.k_there.index(s), sh.k.index(s))
+            copy_in(at.k, corner(clip, b, kv, key, D), sh.k_there.index(s), sh.k.index(s))
             mbarrier.wait(sh.v_free.index(s), free)
             mbarrier.expect(sh.v_there.index(s), at.v.block_type.nbytes)
-            copy_in(at.v, [b, kv, i * BN, 0], sh.v_there.index(s), sh.v.index(s))
+            copy_in(at.v, corner(clip, b, kv, key, D), sh.v_there.index(s), sh.v.index(s))
         it += 1
+        if call.clips is not None:
+            seen += clip.blocks
 
 
 @gluon.jit
@@ -154,52 +202,72 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, GROUPS: gl.constexpr,
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
     R: gl.constexpr = gl.SliceLayout(1, SL)
-    it = 0
+    it, seen = 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, row = place_of(t, call, GROUPS * ROWS)
+        b, N, h, row = _tile(t, call, GROUPS * ROWS)
+        clip = call if call.clips is None else _of_clip(call, N, BN)  # Triton 3.6 returns no tuple that holds a None
         row += c * ROWS
         place = (it % 2) * GROUPS + c
         before = ((it + 1) % 2) * GROUPS + c
-        first = it * call.blocks
+        first = it * call.blocks if call.clips is None else seen
         mbarrier.wait(sh.q_there.index(place), (it // 2) & 1)
-        if row < call.N:
+        if row < clip.N:
             kept = sh.q.index(place)
             q = kept.reshape((ROWS, D))
             if table is not None:
-                _turn(q, table, b, h, row, call, D)
+                _turn(q, table, b, h, row, clip, D)
                 if KEEP:
-                    copy_out(at.turned, [b, h, row, 0], kept)
-            mbarrier.wait(sh.tail_there.index(0), it & 1)
-            s_t = gl.zeros((ROWS, TAIL), gl.float32, TL)
-            product = warpgroup_mma(q, sh.k_tail.reshape((TAIL, D)).permute((1, 0)), s_t, use_acc=False, is_async=True)
-            # The result of the tile before has left its place by now.
-            tma.store_wait(pendings=1 if KEEP else 0)
-            mbarrier.arrive(sh.q_free.index(before), count=1, pred=it > 0)
-            s_t = warpgroup_mma_wait(0, deps=(product,))
-            mbarrier.arrive(sh.tail_free.index(0), count=1)
-            n = call.blocks * BN + gl.arange(0, TAIL, layout=gl.SliceLayout(0, TL))
-            s_t = gl.where((n < call.N)[None, :], s_t * call.scale2, -float("inf"))
-            m_t = gl.max(s_t, 1)
-            p_t = gl.exp2(s_t - m_t[:, None])
-            m, total = gl.convert_layout(m_t, R), gl.convert_layout(gl.sum(p_t, 1), R)
-            p = gl.convert_layout(p_t.to(dtype), A)
-            mbarrier.wait(sh.tail_there.index(1), it & 1)
-            acc = gl.zeros((ROWS, D), gl.float32, OL)
-            values = warpgroup_mma(p, sh.v_tail.reshape((TAIL, D)), acc, use_acc=False, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(values,))
-            mbarrier.arrive(sh.tail_free.index(1), count=1)
-            s = gl.zeros((ROWS, BN), gl.float32, SL)
-            mbarrier.wait(sh.k_there.index(first % STAGES), (first // STAGES) & 1)
-            product = warpgroup_mma(
-                q, sh.k.index(first % STAGES).reshape((BN, D)).permute((1, 0)), s, use_acc=False, is_async=True
-            )
-            s = warpgroup_mma_wait(0, deps=(product,))
-            mbarrier.arrive(sh.k_free.index(first % STAGES), count=1)
-            m, total, alpha, p = _weights(s, m, total, call.scale2, dtype, A)
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
+                    copy_out(at.turned, corner(clip, b, h, row, D), kept)
+            if TAIL:
+                mbarrier.wait(sh.tail_there.index(0), it & 1)
+                s_t = gl.zeros((ROWS, TAIL), gl.float32, TL)
+                product = warpgroup_mma(q, sh.k_tail.reshape((TAIL, D)).permute((1, 0)), s_t, use_acc=False, is_async=True)
+                # The result of the tile before has left its place by now.
+                tma.store_wait(pendings=1 if KEEP else 0)
+                mbarrier.arrive(sh.q_free.index(before), count=1, pred=it > 0)
+                s_t = warpgroup_mma_wait(0, deps=(product,))
+                mbarrier.arrive(sh.tail_free.index(0), count=1)
+                n = call.blocks * BN + gl.arange(0, TAIL, layout=gl.SliceLayout(0, TL))
+                s_t = gl.where((n < call.N)[None, :], s_t * call.scale2, -float("inf"))
+                m_t = gl.max(s_t, 1)
+                p_t = gl.exp2(s_t - m_t[:, None])
+                m, total = gl.convert_layout(m_t, R), gl.convert_layout(gl.sum(p_t, 1), R)
+                p = gl.convert_layout(p_t.to(dtype), A)
+                mbarrier.wait(sh.tail_there.index(1), it & 1)
+                acc = gl.zeros((ROWS, D), gl.float32, OL)
+                values = warpgroup_mma(p, sh.v_tail.reshape((TAIL, D)), acc, use_acc=False, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=(values,))
+                mbarrier.arrive(sh.tail_free.index(1), count=1)
+                s = gl.zeros((ROWS, BN), gl.float32, SL)
+                mbarrier.wait(sh.k_there.index(first % STAGES), (first // STAGES) & 1)
+                product = warpgroup_mma(
+                    q, sh.k.index(first % STAGES).reshape((BN, D)).permute((1, 0)), s, use_acc=False, is_async=True
+                )
+                s = warpgroup_mma_wait(0, deps=(product,))
+                mbarrier.arrive(sh.k_free.index(first % STAGES), count=1)
+                m, total, alpha, p = _weights(s, m, total, call.scale2, dtype, A)
+                acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
+            else:
+                s = gl.zeros((ROWS, BN), gl.float32, SL)
+                mbarrier.wait(sh.k_there.index(first % STAGES), (first // STAGES) & 1)
+                product = warpgroup_mma(
+                    q, sh.k.index(first % STAGES).reshape((BN, D)).permute((1, 0)), s, use_acc=False, is_async=True
+                )
+                # The result of the tile before has left its place by now.
+                tma.store_wait(pendings=1 if KEEP else 0)
+                mbarrier.arrive(sh.q_free.index(before), count=1, pred=it > 0)
+                s = warpgroup_mma_wait(0, deps=(product,))
+                mbarrier.arrive(sh.k_free.index(first % STAGES), count=1)
+                n = (clip.blocks - 1) * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, SL))
+                w = gl.where((n < clip.N)[None, :], s * call.scale2, -float("inf"))
+                m = gl.max(w, 1)
+                w = gl.exp2(w - m[:, None])
+                total = gl.sum(w, 1)
+                p = gl.convert_layout(w.to(dtype), A)
+                acc = gl.zeros((ROWS, D), gl.float32, OL)
             following = first + 1
-            mbarrier.wait(sh.k_there.index(following % STAGES), (following // STAGES) & 1, pred=call.blocks > 1)
-            for i in range(1, call.blocks):
+            mbarrier.wait(sh.k_there.index(following % STAGES), (following // STAGES) & 1, pred=clip.blocks > 1)
+            for i in range(1, clip.blocks):
                 j = first + i
                 k_at, v_at = j % STAGES, (j - 1) % STAGES
                 product = warpgroup_mma(q, sh.k.index(k_at).reshape((BN, D)).permute((1, 0)), s, use_acc=False, is_async=True)
@@ -209,37 +277,39 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, GROUPS: gl.constexpr,
                 mbarrier.arrive(sh.k_free.index(k_at), count=1)
                 m, total, alpha, p = _weights(s, m, total, call.scale2, dtype, A)
                 following = j + 1
-                mbarrier.wait(sh.k_there.index(following % STAGES), (following // STAGES) & 1, pred=i + 1 < call.blocks)
+                mbarrier.wait(sh.k_there.index(following % STAGES), (following // STAGES) & 1, pred=i + 1 < clip.blocks)
                 acc = warpgroup_mma_wait(0, deps=(values,))
                 mbarrier.arrive(sh.v_free.index(v_at), count=1)
                 acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
-            last = first + call.blocks - 1
+            last = first + clip.blocks - 1
             mbarrier.wait(sh.v_there.index(last % STAGES), (last // STAGES) & 1)
             values = warpgroup_mma(p, sh.v.index(last % STAGES).reshape((BN, D)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(values,))
             mbarrier.arrive(sh.v_free.index(last % STAGES), count=1)
             acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, OL))[:, None]
             rows = row + gl.arange(0, ROWS, layout=R)
-            gl.store(
-                out_lse + (b * call.heads + h).to(gl.int64) * call.N + rows, (m + gl.log2(total)) / LOG2E, mask=rows < call.N
-            )
+            of = (b * call.heads + h).to(gl.int64) * call.N if call.clips is None else h.to(gl.int64) * call.N + b
+            gl.store(out_lse + of + rows, (m + gl.log2(total)) / LOG2E, mask=rows < clip.N)
             if KEEP:
                 tma.store_wait(pendings=0)
             q.store(acc.to(dtype))
             fence_async_shared()
-            copy_out(at.out, [b, h, row, 0], kept)
+            copy_out(at.out, corner(clip, b, h, row, D), kept)
         else:  # no query of the tile is this warpgroup's: all that is left is to say so
             tma.store_wait(pendings=0)
             mbarrier.arrive(sh.q_free.index(before), count=1, pred=it > 0)
-            for i in gl.static_range(2):
-                mbarrier.wait(sh.tail_there.index(i), it & 1)
-                mbarrier.arrive(sh.tail_free.index(i), count=1)
-            for j in range(first, first + call.blocks):
+            if TAIL:
+                for i in gl.static_range(2):
+                    mbarrier.wait(sh.tail_there.index(i), it & 1)
+                    mbarrier.arrive(sh.tail_free.index(i), count=1)
+            for j in range(first, first + clip.blocks):
                 mbarrier.wait(sh.k_there.index(j % STAGES), (j // STAGES) & 1)
                 mbarrier.arrive(sh.k_free.index(j % STAGES), count=1)
                 mbarrier.wait(sh.v_there.index(j % STAGES), (j // STAGES) & 1)
                 mbarrier.arrive(sh.v_free.index(j % STAGES), count=1)
         it += 1
+        if call.clips is not None:
+            seen += clip.blocks
     tma.store_wait(pendings=0)
 
 
@@ -248,16 +318,22 @@ def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, c
                              KEEP: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
                              REGISTERS: gl.constexpr):  # fmt: skip
     """Descriptors of q, out and turned [1, 1, 64, D], of k, v [1, 1, BN, D] and of their tails [1, 1, TAIL, D]. lse: float32
-    [B, H, N]. KEEP: the turned queries, as the products see them, go to `turned`."""
+    [B, H, N]. KEEP: the turned queries, as the products see them, go to `turned`. Packed clips, which call.clips tells of, have
+    no tails, TAIL is 0: the keys that do not fill a block come first in one that is masked."""
     B: gl.constexpr = mbarrier.MBarrierLayout()
     at = Descriptors(q, k, v, k_tail, v_tail, out, turned)
     of_q: gl.constexpr = 2 * GROUPS
+    if call.clips is not None:
+        scale2 = gl.where(gl.load(call.clips + 1) > 0, call.scale2, float("nan"))
+        tiles = gl.load(call.clips) * call.heads
+        sizes = call.N, tiles, call.full, call.per_head, call.blocks
+        call = Call(call.heads, call.groups, *sizes, scale2, call.prefix, call.clips)
     sh = Shared(
         gl.allocate_shared_memory(q.dtype, [of_q, 1, 1, ROWS, D], q.layout),
         gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BN, D], q.layout),
         gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BN, D], q.layout),
-        gl.allocate_shared_memory(q.dtype, [1, 1, TAIL, D], q.layout),
-        gl.allocate_shared_memory(q.dtype, [1, 1, TAIL, D], q.layout),
+        gl.allocate_shared_memory(q.dtype, [1, 1, TAIL, D], q.layout) if TAIL else None,
+        gl.allocate_shared_memory(q.dtype, [1, 1, TAIL, D], q.layout) if TAIL else None,
         gl.allocate_shared_memory(gl.int64, [of_q, 1], B),
         gl.allocate_shared_memory(gl.int64, [of_q, 1], B),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
@@ -284,7 +360,7 @@ def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, c
                 (_attend, (at, sh, lse, table, call, 0, GROUPS, BN, TAIL, D, STAGES, KEEP)),
                 (_attend, (at, sh, lse, table, call, 1, GROUPS, BN, TAIL, D, STAGES, KEEP)),
                 (_attend, (at, sh, lse, table, call, 2, GROUPS, BN, TAIL, D, STAGES, KEEP)),
-                (_copies, (at, sh, call, GROUPS, BN, STAGES)),
+                (_copies, (at, sh, call, GROUPS, BN, STAGES, D)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
@@ -294,7 +370,7 @@ def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, c
             [
                 (_attend, (at, sh, lse, table, call, 0, GROUPS, BN, TAIL, D, STAGES, KEEP)),
                 (_attend, (at, sh, lse, table, call, 1, GROUPS, BN, TAIL, D, STAGES, KEEP)),
-                (_copies, (at, sh, call, GROUPS, BN, STAGES)),
+                (_copies, (at, sh, call, GROUPS, BN, STAGES, D)),
             ],
             [4, 1],
             [REGISTERS, 24],

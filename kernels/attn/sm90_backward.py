@@ -11,7 +11,18 @@ from collections import namedtuple
 
 import torch
 from evaat_fast.kernels.attn.forward import shape_of
-from evaat_fast.kernels.attn.sm90 import LAYOUT, LOG2E, ROWS, angles, copy_add, copy_in, place_of, stores_done
+from evaat_fast.kernels.attn.sm90 import (
+    LAYOUT,
+    LOG2E,
+    ROWS,
+    angles,
+    clip_of,
+    copy_add,
+    copy_in,
+    corner,
+    place_of,
+    stores_done,
+)
 from evaat_fast.kernels.attn.sm90_ends import attn_finish_sm90_kernel, attn_prepare_sm90_kernel
 from evaat_fast.kernels.launch import FUSED, Rows, cdiv, launch, multiprocessors, next_power_of_2, table_of
 from triton.experimental import gluon
@@ -36,8 +47,9 @@ ENDS = {"most": 64, "blocks": 8, "launch": {"num_warps": 4, "num_stages": 3}, "b
 LEAST_SCALE = 1e-20
 
 # heads: of the keys. groups: query heads to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head of
-# a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
-Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale scale2 prefix")
+# a head. blocks: of queries. scale2: of the scores, with log2(e). prefix: tokens that are not turned. clips: as in sm90.py; N,
+# per_head and blocks are then those of the clip that a tile is in, and full is its first block if there were one head.
+Call = namedtuple("Call", "heads groups N tiles full per_head blocks scale scale2 prefix clips", defaults=(None,))
 # What is in shared memory: two tiles' keys and values, blocks in flight, two blocks' dS and dQ, and barriers by the name of
 # what they guard.
 Shared = namedtuple("Shared", "k v q do lse delta ds dq kv_there kv_free q_there q_free do_there do_free ds_there ds_free")
@@ -46,40 +58,76 @@ Memory = namedtuple("Memory", "q k v do stats sums turns")
 
 
 @gluon.jit
+def _tile(t, call):
+    """(clip, its tokens, its first tile among packed clips of one head, key head, first key) of a tile."""
+    if call.clips is None:
+        b, h, key = place_of(t, call, GROUPS * ROWS)
+        return b, call.N, 0, h, key
+    else:
+        return clip_of(t, call, GROUPS * ROWS)
+
+
+@gluon.jit
+def _of_clip(call, N, tile):
+    """The call of packed clips, of one of them."""
+    sizes = N, call.tiles, GROUPS * tile, N // (GROUPS * ROWS), (N + ROWS - 1) // ROWS
+    return Call(call.heads, call.groups, *sizes, call.scale, call.scale2, call.prefix, call.clips)
+
+
+@gluon.jit
+def _first_block(call, b, head):
+    """The first block of a head's queries, among all blocks."""
+    heads = call.heads * call.groups
+    if call.clips is None:
+        return (b * heads + head) * call.blocks
+    else:
+        return call.full * heads + head * call.blocks
+
+
+@gluon.jit
 def first_of(key, call, SPREAD: gl.constexpr):
     """The block of queries that a tile begins with. With SPREAD the tiles of a head, which go side by side, keep apart: no two
     of them add to the same rows of dQ at once."""
     if SPREAD:
-        return (key // (GROUPS * ROWS)) * call.blocks // (call.per_head + 1)
+        first = (key // (GROUPS * ROWS)) * call.blocks // (call.per_head + 1)
+        return first if call.clips is None else gl.where(_side_by_side(call), first, 0)
     else:
         return 0
 
 
 @gluon.jit
-def _copies(at, sh, call, STAGES: gl.constexpr, SPREAD: gl.constexpr):
+def _side_by_side(call):
+    """Whether all tiles of a packed clip's head are under way at once, and may wait for each other."""
+    return call.per_head < gl.num_programs(0)
+
+
+@gluon.jit
+def _copies(at, sh, call, D: gl.constexpr, STAGES: gl.constexpr, SPREAD: gl.constexpr):
     """The producer: copies what the others wait for, as soon as its place in shared memory is free."""
     it, n = 0, 0
     row: gl.constexpr = 4 * ROWS
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, key = place_of(t, call, GROUPS * ROWS)
+        b, N, index, h, key = _tile(t, call)
+        clip = call if call.clips is None else _of_clip(call, N, index)
         mbarrier.wait(sh.kv_free.index(it % 2), ((it // 2) & 1) ^ 1)
         mbarrier.expect(sh.kv_there.index(it % 2), 2 * GROUPS * at.k.block_type.nbytes)
         for c in gl.static_range(GROUPS):
-            copy_in(at.k, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.k.index((it % 2) * GROUPS + c))
-            copy_in(at.v, [b, h, key + c * ROWS, 0], sh.kv_there.index(it % 2), sh.v.index((it % 2) * GROUPS + c))
-        first = first_of(key, call, SPREAD)
+            part = corner(clip, b, h, key + c * ROWS, D)
+            copy_in(at.k, part, sh.kv_there.index(it % 2), sh.k.index((it % 2) * GROUPS + c))
+            copy_in(at.v, part, sh.kv_there.index(it % 2), sh.v.index((it % 2) * GROUPS + c))
+        first = first_of(key, clip, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
-            of = (b * call.heads * call.groups + mine) * call.blocks
-            for i in range(first, first + call.blocks):
-                block = gl.where(i < call.blocks, i, i - call.blocks)
+            of = _first_block(clip, b, mine)
+            for i in range(first, first + clip.blocks):
+                block = gl.where(i < clip.blocks, i, i - clip.blocks)
                 s, free = n % STAGES, ((n // STAGES) & 1) ^ 1
                 mbarrier.wait(sh.q_free.index(s), free)
                 mbarrier.expect(sh.q_there.index(s), at.q.block_type.nbytes + row)
-                copy_in(at.q, [b, mine, block * ROWS, 0], sh.q_there.index(s), sh.q.index(s))
+                copy_in(at.q, corner(clip, b, mine, block * ROWS, D), sh.q_there.index(s), sh.q.index(s))
                 copy_in(at.stats, [2 * (of + block), 0], sh.q_there.index(s), sh.lse.index(s))
                 mbarrier.wait(sh.do_free.index(s), free)
                 mbarrier.expect(sh.do_there.index(s), at.do.block_type.nbytes + row)
-                copy_in(at.do, [b, mine, block * ROWS, 0], sh.do_there.index(s), sh.do.index(s))
+                copy_in(at.do, corner(clip, b, mine, block * ROWS, D), sh.do_there.index(s), sh.do.index(s))
                 copy_in(at.stats, [2 * (of + block) + 1, 0], sh.do_there.index(s), sh.delta.index(s))
                 n += 1
         it += 1
@@ -117,23 +165,29 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
     dtype: gl.constexpr = sh.q.dtype
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=L, k_width=2)
-    count = call.groups * call.blocks
     zeros = gl.zeros((ROWS, ROWS), gl.float32, L)
     n, it = 0, 0
+    begun = True if call.clips is None else gl.program_id(0) < call.tiles  # else there is nothing to wait for
+    # Packed clips in order leave no register for each of the numbers that tell whether blocks follow: with Triton 3.6 there are
+    # 9 accesses of the stack a block. In any order one number for all of them makes ptxas begin exponentials too early.
+    SCARCE: gl.constexpr = call.clips is not None and at.turns is not None
     # The first tile's first scores; those of any other are made at the end of the tile before.
-    mbarrier.wait(sh.kv_there.index(0), 0)
-    mbarrier.wait(sh.q_there.index(0), 0)
+    mbarrier.wait(sh.kv_there.index(0), 0, pred=begun)
+    mbarrier.wait(sh.q_there.index(0), 0, pred=begun)
     s = columns_of(sh.lse.index(0), L)
     first = sh.k.index(c).reshape((ROWS, D))
     s = warpgroup_mma(first, sh.q.index(0).reshape((ROWS, D)).permute((1, 0)), s, is_async=True)
-    mbarrier.wait(sh.do_there.index(0), 0)
+    mbarrier.wait(sh.do_there.index(0), 0, pred=begun)
     dp = columns_of(sh.delta.index(0), L)
     s = warpgroup_mma_wait(0, deps=(s,))
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, key = place_of(t, call, GROUPS * ROWS)
+        b, N, index, h, key = _tile(t, call)
+        clip = call if call.clips is None else _of_clip(call, N, index)
+        count = call.groups * clip.blocks
+        ahead = 2 * count + gl.where(t + gl.num_programs(0) < call.tiles, 1, 0) if SCARCE else 0
         key += c * ROWS
         v = sh.v.index((it % 2) * GROUPS + c).reshape((ROWS, D))
-        there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < call.N)[:, None]
+        there = (key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)) < clip.N)[:, None]
         dK, dV = zeros, zeros
         slopes = gl.zeros((ROWS, ROWS), dtype, A)
         for i in range(count):
@@ -145,8 +199,10 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             dK = warpgroup_mma(slopes, sh.q.index(before).reshape((ROWS, D)), dK, is_async=True)
             last, more = i + 1 == count, t + gl.num_programs(0) < call.tiles
             tile, phase = gl.where(last, it + 1, it), ((j + 1) // STAGES) & 1
-            mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=last & more)
-            mbarrier.wait(sh.q_there.index(then), phase, pred=more | (i + 1 < count))
+            to_come = 2 * i + 3 == ahead if SCARCE else last & more
+            mbarrier.wait(sh.kv_there.index(tile % 2), (tile // 2) & 1, pred=to_come)
+            another = 2 * i + 3 <= ahead if SCARCE else more | (i + 1 < count)
+            mbarrier.wait(sh.q_there.index(then), phase, pred=another)
             p = gl.exp2(s * call.scale2)
             p = p if WHOLE else gl.where(there, p, 0.0)
             s = columns_of(sh.lse.index(then), L)
@@ -161,7 +217,7 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
             fence_async_shared()
             mbarrier.arrive(sh.ds_there.index((j % 2) * GROUPS + c), count=1)
             slopes = gl.convert_layout(ds, A)
-            mbarrier.wait(sh.do_there.index(then), phase, pred=more | (i + 1 < count))
+            mbarrier.wait(sh.do_there.index(then), phase, pred=another)
             dp = columns_of(sh.delta.index(then), L)
             dV, s = warpgroup_mma_wait(0, deps=(dV, s))
             mbarrier.arrive(sh.do_free.index(here), count=1)
@@ -170,8 +226,8 @@ def _keys(at, sh, dk, dv, columns, table, call, c: gl.constexpr, WHOLE: gl.const
         dK = warpgroup_mma_wait(0, deps=(dK,))
         mbarrier.arrive(sh.q_free.index(end), count=1)
         mbarrier.arrive(sh.kv_free.index(it % 2), count=1)
-        leave(dV, dv, None, columns, 2, b, h, key, call, D)
-        leave(dK * call.scale, dk, table, columns, 1, b, h, key, call, D)
+        leave(dV, dv, None, columns, 2, b, h, key, clip, D)
+        leave(dK * call.scale, dk, table, columns, 1, b, h, key, clip, D)
         n += count
         it += 1
 
@@ -185,7 +241,8 @@ def _turn(key, block, call, SPREAD: gl.constexpr):
         begun = ((block + 1) * (n + 1) + call.blocks - 1) // call.blocks  # tiles that begin with it or before it
         begun = gl.where(begun < n, begun, n)
         turn = begun - 1 - tile
-        return gl.where(tile < n, gl.where(turn < 0, turn + n, turn), n)
+        turn = gl.where(tile < n, gl.where(turn < 0, turn + n, turn), n)
+        return turn if call.clips is None else gl.where(_side_by_side(call), turn, tile)
     else:
         return tile
 
@@ -197,16 +254,17 @@ def _queries(at, sh, call, D: gl.constexpr, SPREAD: gl.constexpr):
     zeros = gl.zeros((ROWS, D), gl.float32, L)
     j, it, last = 0, 0, 0
     for t in range(gl.program_id(0), call.tiles, gl.num_programs(0)):
-        b, h, key = place_of(t, call, GROUPS * ROWS)
+        b, N, index, h, key = _tile(t, call)
+        clip = call if call.clips is None else _of_clip(call, N, index)
         mbarrier.wait(sh.kv_there.index(it % 2), (it // 2) & 1)
-        k, first = (it % 2) * GROUPS, first_of(key, call, SPREAD)
+        k, first = (it % 2) * GROUPS, first_of(key, clip, SPREAD)
         for mine in range(h * call.groups, (h + 1) * call.groups):
-            of = (b * call.heads * call.groups + mine) * call.blocks
-            for i in range(first, first + call.blocks):
+            of = _first_block(clip, b, mine)
+            for i in range(first, first + clip.blocks):
                 two, phase = (j % 2) * GROUPS, (j // 2) & 1
-                block = gl.where(i < call.blocks, i, i - call.blocks)
+                block = gl.where(i < clip.blocks, i, i - clip.blocks)
                 if at.turns is not None:
-                    turn = _turn(key, block, call, SPREAD)
+                    turn = _turn(key, block, clip, SPREAD)
                     while gl.atomic_add(at.turns + of + block, 0, sem="acquire") < turn:
                         pass
                 mbarrier.wait(sh.ds_there.index(two), phase)
@@ -251,6 +309,9 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, 
     at = Memory(q, k, v, do, stats, sums, turns)
     S: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     of_kv: gl.constexpr = 2 * GROUPS
+    if call.clips is not None:
+        sizes = call.N, gl.load(call.clips) * call.heads, call.full, call.per_head, call.blocks
+        call = Call(call.heads, call.groups, *sizes, call.scale, call.scale2, call.prefix, call.clips)
     sh = Shared(
         gl.allocate_shared_memory(k.dtype, [of_kv, 1, 1, ROWS, D], k.layout),
         gl.allocate_shared_memory(k.dtype, [of_kv, 1, 1, ROWS, D], k.layout),
@@ -285,7 +346,7 @@ def attn_backward_sm90_kernel(q, k, v, do, stats, sums, turns, dk, dv, columns, 
             (_keys, (at, sh, dk, dv, columns, table, call, 0, WHOLE, D, STAGES)),
             (_keys, (at, sh, dk, dv, columns, table, call, 1, WHOLE, D, STAGES)),
             (_queries, (at, sh, call, D, SPREAD)),
-            (_copies, (at, sh, call, STAGES, SPREAD)),
+            (_copies, (at, sh, call, D, STAGES, SPREAD)),
         ],
         [4, 4, 1],
         [KEYS, QUERIES, 24],

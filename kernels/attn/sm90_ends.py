@@ -64,21 +64,28 @@ def _leave(x, rows, columns, b, h, heads, n, part, which: tl.constexpr, N, block
 
 
 @triton.jit
+def queries_of(sums, dq, columns, table, b, h, block, of, N, call, S):
+    """The gradient of a block of queries from its sum, which is in the order of registers; of: the block, among all."""
+    D: tl.constexpr = S.D
+    x = tl.load(sums + of * (S.BLOCK_M * D) + tl.arange(0, S.BLOCK_M * D)) * call.scale
+    x = tl.reshape(tl.permute(tl.reshape(x, (D // 64, 8, 4, 8, 4, 2, 2)), (2, 5, 3, 0, 1, 4, 6)), (S.BLOCK_M, D))
+    m = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
+    if table is not None:
+        x = turn(x, table, b, h, 0, m, N, call.prefix, True, S)
+    _leave(x, dq, columns, b, h, call.heads * call.groups, m, block, 0, N, call.blocks, tl.arange(0, D))
+
+
+@triton.jit
 def attn_finish_sm90_kernel(sums, shares, dq, dk, dv, columns, table, k_table, call, parts, S, TAIL: tl.constexpr):
-    """Program: the gradient of a block of queries from its sum, which is in the order of registers, or with TAIL those of the
-    keys and values of a head that fill no tile, from their shares; turned back. columns: as for `_leave`, float32."""
+    """Program: the gradient of a block of queries from its sum, or with TAIL those of the keys and values of a head that fill
+    no tile, from their shares; turned back. columns: as for `_leave`, float32."""
     D: tl.constexpr = S.D
     heads, c, pid = call.heads * call.groups, tl.arange(0, D), tl.program_id(0)
     ends = tl.num_programs(0) // (call.groups * call.blocks + 1) if TAIL else 0  # first, as they take longest
     if pid >= ends:
         of = (pid - ends).to(tl.int64)
         block, h, b = of % call.blocks, of // call.blocks % heads, of // call.blocks // heads
-        x = tl.load(sums + of * (S.BLOCK_M * D) + tl.arange(0, S.BLOCK_M * D)) * call.scale
-        x = tl.reshape(tl.permute(tl.reshape(x, (D // 64, 8, 4, 8, 4, 2, 2)), (2, 5, 3, 0, 1, 4, 6)), (S.BLOCK_M, D))
-        m = block * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
-        if table is not None:
-            x = turn(x, table, b, h, 0, m, call.N, call.prefix, True, S)
-        _leave(x, dq, columns, b, h, heads, m, block, 0, call.N, call.blocks, c)
+        queries_of(sums, dq, columns, table, b, h, block, of, call.N, call, S)
     if TAIL:
         if pid < ends:
             h, b = (pid % call.heads).to(tl.int64), (pid // call.heads).to(tl.int64)

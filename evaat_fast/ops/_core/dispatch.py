@@ -107,7 +107,7 @@ SUPPORT = {
                 OTHER_GPU: "its kernel is for Hopper (sm_90)",
                 OTHER_SHAPE: "its kernels take heads of 64, by name of 128, and at least 192 tokens, as many queries as keys",
                 HALVES: "its kernel turns neighbouring pairs",
-                PACKED: "its kernel takes no packed clips",
+                PACKED: "packed clips it takes by name alone, of heads of 64",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
             },
             note=f"Hopper's heads of 64; {_RIGHT}, {_BEFORE}",

@@ -78,14 +78,15 @@ def joint_attention(
         cu_seqlens: int32 [clips + 1], rising from 0 to the number of tokens: clips of different lengths, one after the other,
             each attending to itself. Then q is [total, H, D], k and v [total, Hk, D], positions [total, 3], grid that of the
             longest clip (the others have its first frames), and prefix_tokens lead each clip. Values are checked on the CPU; on
-            CUDA limits that are none make the result NaN in Triton.
+            CUDA limits that are none make the result NaN in Triton and Gluon.
         max_seqlen: at least the longest clip's tokens; spares SDPA on CUDA a wait.
         deterministic: the backward gives the same bits every time, as it always does on CPU and in Triton. On CUDA, where
             "gluon" does not serve, Triton then does, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
-        backend: "auto", "gluon" (Hopper's heads of 64, by this name of 128, in half precision, from 192 tokens on), "sdpa",
-            "triton" (head dims up to 128; slower than sdpa on an H200) or "reference".
+        backend: "auto", "gluon" (Hopper's heads of 64, by this name of 128, in half precision, from 192 tokens on; by this name
+            also packed clips of any lengths, of heads of 64), "sdpa", "triton" (head dims up to 128; slower than sdpa on an
+            H200) or "reference".
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). With

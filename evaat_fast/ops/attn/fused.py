@@ -57,6 +57,11 @@ def _launch_forward(q, k, v, out, lse, turned_q, turned_k, call):
 
         rotate([k], [turned_k], k_table, *rotation, False)
     k = turned_k if call.rope else k
+    if call.backend == "gluon" and call.cu_seqlens is not None:
+        from evaat_fast.kernels.attn import sm90_clips
+
+        q, k, v = (x if sm90_clips.serves(x) else _output(x).copy_(x) for x in (q, k, v))
+        return sm90_clips.forward(q, k, v, out, lse, turned_q, table, call.scale, call.cu_seqlens)
     if call.backend == "gluon":
         from evaat_fast.kernels.attn import sm90
 
@@ -92,10 +97,16 @@ def _launch_backward(q, k, v, out, lse, grad, grad_lse, grads, columns, call):
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     tables, (prefix, interleaved) = _tables(q, call), (call.rotation.prefix_tokens, call.rotation.interleaved)
     if call.backend == "gluon" and all(x is not None for x in grads):
-        from evaat_fast.kernels.attn import sm90, sm90_backward, sm90_wide
+        from evaat_fast.kernels.attn import sm90, sm90_backward, sm90_clips, sm90_wide
 
+        if call.cu_seqlens is not None and call.scale > sm90_backward.LEAST_SCALE:
+            q, k, v, out, grad = (x if sm90_clips.serves(x) else _output(x).copy_(x) for x in (q, k, v, out, grad))
+            how = (tables, call.scale, call.cu_seqlens, call.deterministic)
+            sm90_clips.backward(q, k, v, out, grad, lse, grad_lse, grads, *how)
+            return True
         wide = q.shape[3] == sm90_wide.SHAPE["D"]
-        if sm90.serves(q, k, v) and call.scale > sm90_backward.LEAST_SCALE and not (wide and call.deterministic):
+        unpacked = call.cu_seqlens is None and sm90.serves(q, k, v)
+        if unpacked and call.scale > sm90_backward.LEAST_SCALE and not (wide and call.deterministic):
             grad = grad if sm90.serves(grad) else _output(grad).copy_(grad)
             how = (columns, tables, prefix, call.scale)
             if wide:

@@ -82,10 +82,12 @@ def plan(
     asked = {dispatch.LSE: return_lse, dispatch.DETERMINISTIC_CALL: alone, dispatch.WIDE_HEADS: head_dim > 128}
     wanted = tuple(need for need, is_asked in asked.items() if is_asked)
     if device.type == "cuda":
-        halves = not interleaved and (grid is not None or positions is not None)
-        others = {dispatch.HALVES: halves, dispatch.PACKED: cu_seqlens is not None, dispatch.TRANSFORMED: transformed}
+        halves, clips = not interleaved and (grid is not None or positions is not None), cu_seqlens is not None
+        packed = clips and not (_is_gluon(backend) and head_dim == 64)
+        others = {dispatch.HALVES: halves, dispatch.PACKED: packed, dispatch.TRANSFORMED: transformed}
         wanted += tuple(need for need, is_asked in others.items() if is_asked)
-        wanted += needs_of_shape(device, head_dim, shape[-2], k_shape[-2], backend)
+        of_shape = (device, head_dim, shape[-2], k_shape[-2], backend)
+        wanted += dispatch.lacks_for_hopper(device) if clips else needs_of_shape(*of_shape)
     chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
     rest = (cu_seqlens, max_seqlen, scale, chosen, deterministic or of_torch)
@@ -119,9 +121,13 @@ def plan(
 def needs_of_shape(device: torch.device, head_dim: int, N: int, M: int, backend: str | None = None) -> tuple[str, ...]:
     """What N queries and M keys on a CUDA device ask for that a kernel for Hopper lacks. Heads of 128 are its own by name
     alone: no GPU has said yet who is faster."""
-    named = (dispatch.DEFAULT.get("joint_attention") if backend is None else backend) == "gluon"
-    fits = head_dim in ((64, 128) if named else (64,)) and N >= 192 and N == M
+    fits = head_dim in ((64, 128) if _is_gluon(backend) else (64,)) and N >= 192 and N == M
     return (() if fits else (dispatch.OTHER_SHAPE,)) + dispatch.lacks_for_hopper(device)
+
+
+def _is_gluon(backend):
+    """Whether it is asked for by name."""
+    return (dispatch.DEFAULT.get("joint_attention") if backend is None else backend) == "gluon"
 
 
 def _check_clips(cu_seqlens, max_seqlen, total, device):
