@@ -6,10 +6,12 @@ with the gradient of the packed tensor; bwd is that gradient alone, of a forward
 published, eager; with our rope3d; and with the published rotation under torch.compile.
 """
 
+import attn_peers
 import torch
+import where
 from harness import Benchmark, Unavailable, need, run
 from rope3d import published
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from evaat_fast import ops
 from evaat_fast.ops.attn.reference import attention_reference
@@ -29,8 +31,11 @@ def inputs(shape, dtype, device):
     B, H, N, D = (shape[x] for x in "BHND")
     generator = torch.Generator(device).manual_seed(0)
     make = lambda *s: torch.randn(*s, generator=generator, device=device).to(dtype)  # noqa: E731
+    x, weight = make(B, N, H * D), (make(3 * H * D, H * D) * (H * D) ** -0.5).to(dtype)
     return {
-        "qkv": make(B, N, 3 * H * D).requires_grad_(),
+        "qkv": linear(x, weight).requires_grad_(),
+        "x": x,  # for those that begin before the projection
+        "weight": weight,
         "grad": make(B, N, H, D).transpose(1, 2),  # as models give it; torch reads others by the strides of the first
         "heads": H,
         "grid": (shape["T"], shape["Hp"], shape["Wp"]),
@@ -87,6 +92,10 @@ def packed(backend=None):
 
 def unpacked(backend=None):
     return lambda qkv, i: ops.joint_attention(*split(qkv, i["heads"]), grid=i["grid"], backend=backend)
+
+
+def by_projection(x, weight, inputs, _):
+    return ops.joint_attention_qkv_(linear(x, weight), inputs["heads"], inputs["grid"])
 
 
 def on_gpu(forward):
@@ -189,6 +198,7 @@ CORES = {
     "sdpa efficient": sdpa("EFFICIENT_ATTENTION"),
     "sdpa math": sdpa("MATH"),
     "flex_attention": flex,
+    "cudnn frontend": attn_peers.cudnn_frontend,
     "flash-attn 2": tokens_first("flash_attn", "flash_attn_func"),
     "flash-attn 3": tokens_first("flash_attn_interface", "flash_attn_func"),
     "flash-attn 4": tokens_first("flash_attn.cute", "flash_attn_func"),
@@ -209,12 +219,18 @@ BENCH = Benchmark(
         "evaat joint_attention_qkv_, Triton": on_gpu(packed("triton")),
         "evaat joint_attention, Triton": on_gpu(unpacked("triton")),
         **{name.format(core): rotated(CORES[core], how) for core in CORES for how, name in HOW.items()},
+        "cudnn frontend, rope in its plan, in halves": attn_peers.cudnn_with_rope(step, split),
+        "evaat projection, joint_attention_qkv_": attn_peers.projected(by_projection),
+        "quack's projection with rope + flash-attn 4": attn_peers.projected(
+            attn_peers.quack_and_flash_4, attn_peers.quack_tables
+        ),
     },
     truth=truth,
     low=step(torch_itself),
     work=lambda s, mode, size: {"flop": {"fwd": 4, "bwd": 10, "fwdbwd": 14}[mode] * s["B"] * s["H"] * s["N"] ** 2 * s["D"]},
     baseline="eager rope + sdpa",
     modes=("fwd", "bwd", "fwdbwd"),
+    ran=where.of_attention,
 )
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ bench() {
   # Every attention of others three ways, and Inductor's compile times, are for whoever has an hour: python bench/OP.py
   step "bench $op $*" 20 $((seconds + 30)) python3 "bench/$op.py" --device cuda --seconds 0.12 --budget "$seconds" \
     --json "$results/$op.json" "$@" --skip "compile(" "flex_attention" "sdpa math" "sdpa efficient" "eager rope + sdpa " \
-    "eager rope + f" "eager rope + x"
+    "eager rope + f" "eager rope + x" "eager rope + c" "quack"
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader
