@@ -3,13 +3,17 @@
 Every provider starts from the packed output of the qkv projection [B, N, 3*H*D] and ends with [B, H, N, D] (and, in fwdbwd,
 with the gradient of the packed tensor; bwd is that gradient alone, of a forward pass that stands). FLOPs: 4 B H N^2 D forward,
 2.5 times that backward; the rotation is not counted. Every attention of others comes three times: with the rotation as
-published, eager; with our rope3d; and with the published rotation under torch.compile.
+published, eager; with our rope3d; and with the published rotation under torch.compile. Rows with a projection in them are
+charged its time, and no FLOPs for it. --decide, as the first argument, measures what bench/decide.py decides by.
 """
+
+import sys
+from dataclasses import replace
 
 import attn_peers
 import torch
 import where
-from harness import Benchmark, Unavailable, need, run
+from harness import Benchmark, Unavailable, main, need, run
 from rope3d import published
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -216,6 +220,8 @@ BENCH = Benchmark(
         "evaat joint_attention": step(unpacked()),
         "evaat joint_attention_qkv_, SDPA": on_gpu(packed("sdpa")),
         "evaat joint_attention, SDPA": on_gpu(unpacked("sdpa")),
+        "evaat joint_attention_qkv_, Gluon": on_gpu(packed("gluon")),
+        "evaat joint_attention, Gluon": on_gpu(unpacked("gluon")),
         "evaat joint_attention_qkv_, Triton": on_gpu(packed("triton")),
         "evaat joint_attention, Triton": on_gpu(unpacked("triton")),
         **{name.format(core): rotated(CORES[core], how) for core in CORES for how, name in HOW.items()},
@@ -233,5 +239,26 @@ BENCH = Benchmark(
     ran=where.of_attention,
 )
 
+
+def without_rope(inputs, mode):
+    """cuDNN's attention of q and k as they are: what no rotation at all would cost."""
+    attention = sdpa("CUDNN_ATTENTION")(inputs["qkv"].device.type, inputs["qkv"].dtype)
+    return step(lambda qkv, i: attention(*split(qkv, i["heads"])))(inputs, mode)
+
+
+# What bench/decide.py asks, in a minute: Gluon, forward and the gradients alone, beside cuDNN with and without RoPE.
+ASKED = ("evaat joint_attention, Gluon", "evaat joint_attention_qkv_, Gluon", "our rope3d + sdpa cudnn")
+DECISION = replace(
+    BENCH,
+    cpu_shapes=[],
+    gpu_shapes=[shape(T, 32, 12, D) for T in (4, 8, 16) for D in (64, 128)],
+    providers={name: BENCH.providers[name] for name in ASKED},
+    yardsticks={"sdpa cudnn, no rope": without_rope},
+    baseline=ASKED[-1],
+    modes=("fwd", "bwd"),
+)
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--decide"]:
+        sys.exit(main(DECISION, sys.argv[2:]))
     run(BENCH)

@@ -34,6 +34,7 @@ import where
 from timing import cloned, peaks, quantiles, time_cpu, time_gpu
 
 import evaat_fast
+from evaat_fast.ops._core.dispatch import BackendError
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +121,7 @@ def environment(device):
         smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
         info |= {
             "device": torch.cuda.get_device_name(),
+            "capability": torch.cuda.get_device_capability(),
             "cuda": torch.version.cuda,
             "clocks": smi.stdout.strip().split("\n")[0],
         }
@@ -212,7 +214,7 @@ def check(bench, inputs, mode, dtype, args):
 def _reason(name, error):
     """What a record says of an exception. A wrong result is a failure, and so is whatever stops a provider of ours, but that it
     is not for this machine; the others are then shown all the same."""
-    if isinstance(error, Unavailable):
+    if isinstance(error, (Unavailable, BackendError)):
         return {"absent": str(error)}
     if isinstance(error, AssertionError):
         return {"fail": str(error)}

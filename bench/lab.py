@@ -99,7 +99,7 @@ ENTRIES = {
         "forward 3.4 to 4.3 ms at T 16 on an H200, the rotation of the keys included, for 3.87 (at T 4 and 8 it took 0.304 and "
         "0.961 for 0.359 and 1.08); gradients 0.71 to 0.88, 2.4 to 3.0 and 8.9 to 11.2 at T 4, 8 and 16, for 1.3, 3.4 and "
         "11.2, and a copy of them into the projection's",
-        "SHAPES of kernels/attn/sm90.py; who serves heads of 128 in ops/attn/plan.py: Gluon where it is 1.05 x as fast",
+        "SHAPES of kernels/attn/sm90.py; who serves heads of 128, by bench/decide.py",
         wide_cases,
     ),
 }

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from evaat_fast.ops._core import measured
+
 _log = logging.getLogger("evaat_fast")
 
 BACKENDS = ("gluon", "triton", "cuda", "cpu", "sdpa", "reference")
@@ -54,7 +56,8 @@ LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 OTHER_GPU = "a GPU that is no Hopper"
-OTHER_SHAPE, HALVES, PACKED = "heads other than 64, short clips or other keys than queries", "half-split pairs", "packed clips"
+OTHER_SHAPE, HALVES, PACKED = "heads of other sizes, short clips or other keys than queries", "half-split pairs", "packed clips"
+NOT_FASTER = "heads, or their gradients, with which it was not measured to be faster"
 TRANSFORMED = "a call that is transformed"
 
 # Needs of a call of the norms.
@@ -105,12 +108,13 @@ SUPPORT = {
             ("bfloat16", "float16"),
             lacks={
                 OTHER_GPU: "its kernel is for Hopper (sm_90)",
-                OTHER_SHAPE: "its kernels take heads of 64, by name of 128, and at least 192 tokens, as many queries as keys",
+                OTHER_SHAPE: "its kernels take heads of 64 and 128, and at least 192 tokens, as many queries as keys",
+                NOT_FASTER: "with such heads, or their gradients, it was not measured to be faster",
                 HALVES: "its kernel turns neighbouring pairs",
                 PACKED: "its kernel takes no packed clips",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
             },
-            note=f"Hopper's heads of 64; {_RIGHT}, {_BEFORE}",
+            note=f"Hopper's heads of 64, and without gradients of 128; {_RIGHT}, {_BEFORE}",
         ),
         "sdpa": Support(
             _ALL,
@@ -216,6 +220,15 @@ def has_little_shared(device: torch.device) -> bool:
 def lacks_for_hopper(device: torch.device) -> tuple[str, ...]:
     """The needs of attention on a CUDA device that a kernel for Hopper cannot meet."""
     return (OTHER_GPU,) if _capability(device) != (9, 0) else ()
+
+
+@_constant
+def faster_heads(device: torch.device, trains: bool) -> tuple[int, ...]:
+    """The head dims with which attention in Gluon was measured to be faster on such a CUDA device, forward and, if trains, with
+    its gradients. `bench/decide.py` makes the table."""
+    asked = ("forward", "gradients")[: 1 + trains]
+    of_device = _capability(device)
+    return tuple(D for (on, D), passes in measured.GLUON.items() if on == of_device and all(p in passes for p in asked))
 
 
 @functools.cache
