@@ -188,7 +188,7 @@ def why_not(backend: str) -> str | None:
     try:
         module = importlib.import_module(_MODULE[backend]) if backend in _MODULE else None
     except Exception as error:  # a broken install must become a reason, whatever it raises
-        return f"{type(error).__name__}: {error}" + _hint(backend)
+        return f"{type(error).__name__}: {error}" + _hint(backend, str(error))
     for i in range(torch.cuda.device_count() if backend == "cuda" else 0):
         capability = torch.cuda.get_device_capability(i)
         if not any(_runs_on(code, capability) for code in module.CODES.split()):  # type: ignore[union-attr]
@@ -236,8 +236,11 @@ def _capability(device):
     return torch.cuda.get_device_capability(device)
 
 
-def _hint(backend: str) -> str:
-    """A clone in the current folder hides the installed package and has no modules of its own, unless installed with -e."""
+def _hint(backend: str, why: str) -> str:
+    """Which Triton has Gluon's names. A clone in the current folder hides the installed package and has no modules of its own,
+    unless installed with -e."""
+    if backend == "gluon":
+        return "" if "3.6" in why else " (attention in Gluon needs Triton 3.6 or later)"
     source = Path(__file__).resolve().parents[3]
     if backend != "cpu" or not (source / "setup.py").exists():
         return ""
