@@ -3,13 +3,19 @@
 Every provider starts from the packed output of the qkv projection [B, N, 3*H*D] and ends with [B, H, N, D] (and, in fwdbwd,
 with the gradient of the packed tensor; bwd is that gradient alone, of a forward pass that stands). FLOPs: 4 B H N^2 D forward,
 2.5 times that backward; the rotation is not counted. Every attention of others comes three times: with the rotation as
-published, eager; with our rope3d; and with the published rotation under torch.compile.
+published, eager; with our rope3d; and with the published rotation under torch.compile. Rows with a projection in them are
+charged its time, and no FLOPs for it. --decide, as the first argument, measures what bench/decide.py decides by.
 """
 
+import sys
+from dataclasses import replace
+
+import attn_peers
 import torch
-from harness import Benchmark, Unavailable, need, run
+import where
+from harness import Benchmark, Unavailable, main, need, run
 from rope3d import published
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from evaat_fast import ops
 from evaat_fast.ops.attn.reference import attention_reference
@@ -29,8 +35,11 @@ def inputs(shape, dtype, device):
     B, H, N, D = (shape[x] for x in "BHND")
     generator = torch.Generator(device).manual_seed(0)
     make = lambda *s: torch.randn(*s, generator=generator, device=device).to(dtype)  # noqa: E731
+    x, weight = make(B, N, H * D), (make(3 * H * D, H * D) * (H * D) ** -0.5).to(dtype)
     return {
-        "qkv": make(B, N, 3 * H * D).requires_grad_(),
+        "qkv": linear(x, weight).requires_grad_(),
+        "x": x,  # for those that begin before the projection
+        "weight": weight,
         "grad": make(B, N, H, D).transpose(1, 2),  # as models give it; torch reads others by the strides of the first
         "heads": H,
         "grid": (shape["T"], shape["Hp"], shape["Wp"]),
@@ -87,6 +96,10 @@ def packed(backend=None):
 
 def unpacked(backend=None):
     return lambda qkv, i: ops.joint_attention(*split(qkv, i["heads"]), grid=i["grid"], backend=backend)
+
+
+def by_projection(x, weight, inputs, _):
+    return ops.joint_attention_qkv_(linear(x, weight), inputs["heads"], inputs["grid"])
 
 
 def on_gpu(forward):
@@ -189,6 +202,7 @@ CORES = {
     "sdpa efficient": sdpa("EFFICIENT_ATTENTION"),
     "sdpa math": sdpa("MATH"),
     "flex_attention": flex,
+    "cudnn frontend": attn_peers.cudnn_frontend,
     "flash-attn 2": tokens_first("flash_attn", "flash_attn_func"),
     "flash-attn 3": tokens_first("flash_attn_interface", "flash_attn_func"),
     "flash-attn 4": tokens_first("flash_attn.cute", "flash_attn_func"),
@@ -206,16 +220,45 @@ BENCH = Benchmark(
         "evaat joint_attention": step(unpacked()),
         "evaat joint_attention_qkv_, SDPA": on_gpu(packed("sdpa")),
         "evaat joint_attention, SDPA": on_gpu(unpacked("sdpa")),
+        "evaat joint_attention_qkv_, Gluon": on_gpu(packed("gluon")),
+        "evaat joint_attention, Gluon": on_gpu(unpacked("gluon")),
         "evaat joint_attention_qkv_, Triton": on_gpu(packed("triton")),
         "evaat joint_attention, Triton": on_gpu(unpacked("triton")),
         **{name.format(core): rotated(CORES[core], how) for core in CORES for how, name in HOW.items()},
+        "cudnn frontend, rope in its plan, in halves": attn_peers.cudnn_with_rope(step, split),
+        "evaat projection, joint_attention_qkv_": attn_peers.projected(by_projection),
+        "quack's projection with rope + flash-attn 4": attn_peers.projected(
+            attn_peers.quack_and_flash_4, attn_peers.quack_tables
+        ),
     },
     truth=truth,
     low=step(torch_itself),
     work=lambda s, mode, size: {"flop": {"fwd": 4, "bwd": 10, "fwdbwd": 14}[mode] * s["B"] * s["H"] * s["N"] ** 2 * s["D"]},
     baseline="eager rope + sdpa",
     modes=("fwd", "bwd", "fwdbwd"),
+    ran=where.of_attention,
+)
+
+
+def without_rope(inputs, mode):
+    """cuDNN's attention of q and k as they are: what no rotation at all would cost."""
+    attention = sdpa("CUDNN_ATTENTION")(inputs["qkv"].device.type, inputs["qkv"].dtype)
+    return step(lambda qkv, i: attention(*split(qkv, i["heads"])))(inputs, mode)
+
+
+# What bench/decide.py asks, in a minute: Gluon, forward and the gradients alone, beside cuDNN with and without RoPE.
+ASKED = ("evaat joint_attention, Gluon", "evaat joint_attention_qkv_, Gluon", "our rope3d + sdpa cudnn")
+DECISION = replace(
+    BENCH,
+    cpu_shapes=[],
+    gpu_shapes=[shape(T, 32, 12, D) for T in (4, 8, 16) for D in (64, 128)],
+    providers={name: BENCH.providers[name] for name in ASKED},
+    yardsticks={"sdpa cudnn, no rope": without_rope},
+    baseline=ASKED[-1],
+    modes=("fwd", "bwd"),
 )
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--decide"]:
+        sys.exit(main(DECISION, sys.argv[2:]))
     run(BENCH)

@@ -4,7 +4,8 @@
 #   bench/gpu_check.sh [--minutes M] [--only OP] [--lab]
 #
 #   --minutes M   end within M minutes (9 by default), skipping what does not fit
-#   --only OP     rope3d, attn, norm, pairwise or patchify: only its tests and its benchmark
+#   --only OP     rope3d, attn, norm, pairwise or patchify: only its tests and its benchmark; of attn first, in four minutes,
+#                 every kernel against float64 and what bench/decide.py decides by
 #   --lab         bench/lab.py right after the smoke test; without it, last
 #
 # In this order: build, what `auto` serves (tests/test_gpu_smoke.py), the first shapes of each benchmark, the gpu tests, the
@@ -19,7 +20,7 @@ while [ $# -gt 0 ]; do
     --minutes) minutes="${2:?--minutes needs a number}"; shift ;;
     --only) only="${2:?--only needs the name of an op}"; shift ;;
     --lab) lab=1 ;;
-    *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
@@ -74,7 +75,7 @@ bench() {
   # Every attention of others three ways, and Inductor's compile times, are for whoever has an hour: python bench/OP.py
   step "bench $op $*" 20 $((seconds + 30)) python3 "bench/$op.py" --device cuda --seconds 0.12 --budget "$seconds" \
     --json "$results/$op.json" "$@" --skip "compile(" "flex_attention" "sdpa math" "sdpa efficient" "eager rope + sdpa " \
-    "eager rope + f" "eager rope + x"
+    "eager rope + f" "eager rope + x" "eager rope + c" "quack"
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader
@@ -88,6 +89,12 @@ parallel=()
 if python3 -c "import xdist"; then parallel=(-n 12 --dist load --maxschedchunk 1); fi # one by one, in order
 results="${OUT:-bench/results/$(cd bench && python3 -c 'import harness; print(harness.slug(harness.environment("cuda")))')}"
 
+if [ "$only" = attn ]; then # who serves: in four minutes, the build included
+  tests "attention that decides" 110 tests/test_attn_decides.py tests/test_attn_sm90.py
+  decision="$logs/attn-decision.json"
+  step "bench attn --decide" 20 75 python3 bench/attn.py --decide --device cuda --seconds 0.12 --budget 45 --json "$decision"
+  [ ! -f "$decision" ] || step decision 5 15 python3 bench/decide.py "$decision"
+fi
 tests smoke 90 tests/test_gpu_smoke.py
 [ -z "$lab" ] || step lab 30 120 python3 bench/lab.py --budget 90 --json "$logs/lab.json"
 for op in "${ops[@]}"; do

@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -29,9 +30,11 @@ from pathlib import Path
 
 import store
 import torch
+import where
 from timing import cloned, peaks, quantiles, time_cpu, time_gpu
 
 import evaat_fast
+from evaat_fast.ops._core.dispatch import BackendError
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,6 +74,7 @@ class Benchmark:
     modes: tuple = MODES
     dtypes: tuple = ("fp32", "bf16")
     notes: list = field(default_factory=list)
+    ran: callable = None  # {kernel: (milliseconds, calls)} -> what a record on a GPU says of the kernels that ran
 
     def base(self, device):
         """The baseline on that device."""
@@ -117,6 +121,7 @@ def environment(device):
         smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
         info |= {
             "device": torch.cuda.get_device_name(),
+            "capability": torch.cuda.get_device_capability(),
             "cuda": torch.version.cuda,
             "clocks": smi.stdout.strip().split("\n")[0],
         }
@@ -209,7 +214,7 @@ def check(bench, inputs, mode, dtype, args):
 def _reason(name, error):
     """What a record says of an exception. A wrong result is a failure, and so is whatever stops a provider of ours, but that it
     is not for this machine; the others are then shown all the same."""
-    if isinstance(error, Unavailable):
+    if isinstance(error, (Unavailable, BackendError)):
         return {"absent": str(error)}
     if isinstance(error, AssertionError):
         return {"fail": str(error)}
@@ -228,6 +233,22 @@ def _timed_on_gpu(name, provider, inputs, mode, seconds):
         return _reason(name, error)
     record |= {"eager_us": found.eager_us, "queued_ms": found.queued * 1e3, "ms": quantiles(found.seconds)}
     return record | ({"not_captured": found.not_captured} if found.not_captured else {})
+
+
+def add_kernels(bench, results, path, device, stop):
+    """Adds to the records what ran, once all is timed, as a profiler leaves its hooks behind. None is begun after `stop`."""
+    wanted = [r for r in results["records"] if "ms" in r and "ran" not in r and r["provider"] in bench.providers]
+    for (_, dtype, _), records in itertools.groupby(wanted, store.case):
+        inputs = None
+        for r in records:
+            if time.monotonic() > stop:
+                return
+            inputs = inputs or bench.inputs(r["shape"], DTYPES[dtype], device)
+            try:
+                r["ran"] = bench.ran(where.on_gpu(bench.providers[r["provider"]](inputs, r["mode"]), 1)[0])
+            except Exception as error:  # a provider that was timed; what a profiler lacks must not end the run
+                r["ran"] = [f"not profiled: {type(error).__name__}: {error}"]
+        store.write(path, results)
 
 
 def print_case(records, peak):
@@ -308,6 +329,8 @@ def main(bench, argv=None):
         print_case(new, peak)
         records += new
         store.write(path, results)
+    if bench.ran and args.device == "cuda":
+        add_kernels(bench, results, path, args.device, math.inf if args.budget is None else began + args.budget + 20)
     print(f"\n{len(records)} records in {path}")
     if not args.json and records:
         print(f"and {importlib.import_module('plot').page(path, json.loads(path.read_text())).name}, to read")

@@ -226,6 +226,12 @@ def page_text(data, has_figure):
         lines += [f"| {p} | " + " | ".join(row.get(m, "–") for m in columns) + " |" for p, row in rows.items()]
         table = where.table(records, "cuda" in data["environment"])
         lines += ["", *table] if table else []
+    if any("ran" in r for r in data["records"]):
+        ran = {}
+        for r in data["records"]:
+            for name in r.get("ran", ()):
+                ran.setdefault(r["provider"], {}).setdefault(name)
+        lines += ["", "Kernels of attention that ran:", "", *(f"- {p}: {'; '.join(names)}" for p, names in ran.items())]
     notes = [("Absent:", "absent"), ("Timed as eager calls with their launches, as they cannot be captured:", "not_captured")]
     for title, key in notes:
         found = without(data["records"], key)

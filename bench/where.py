@@ -98,25 +98,39 @@ def of_trace(events):
     return found, busy
 
 
+def on_gpu(step, steps):
+    """{name: (milliseconds, calls)} of so many warm steps, and milliseconds in which something ran."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=steps, repeat=1)) as run:
+        for _ in range(1 + steps):  # the first, as a session may lose its first kernels
+            step()
+            torch.cuda.synchronize()
+            run.step()
+    with tempfile.TemporaryDirectory() as folder:
+        run.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    return of_trace(events)
+
+
+def of_attention(found):
+    """Which attention ran, of {name: (milliseconds, calls)}: its kernels' names, the longest first; if none has such a name, as
+    the products and the softmax of torch's "math" have none, the three that took longest."""
+    names = sorted(found, key=lambda name: -found[name][0])
+    return [short_name(n) for n in names if group_of(n) == "attention"] or [short_name(n) for n in names[:3]]
+
+
 def measure(step, device, wall_ms):
     """What a record keeps of a warm step. wall_ms: the time of a step on a GPU without the profiler, which slows the launches
     down; on a CPU it does not, and the machine's mood changes more, so the share is of the profiled steps."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile, schedule
+    from torch.profiler import ProfilerActivity, profile
 
     from evaat_fast.ops._core.register import Operator
 
     steps = STEPS[device]
     if device == "cuda":
-        with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=1, active=steps, repeat=1)) as run:
-            for _ in range(1 + steps):  # the first, as a session may lose its first kernels
-                step()
-                torch.cuda.synchronize()
-                run.step()
-        with tempfile.TemporaryDirectory() as folder:
-            run.export_chrome_trace(f"{folder}/trace.json")
-            events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-        return grouped(*of_trace(events), steps, wall_ms)
+        return grouped(*on_gpu(step, steps), steps, wall_ms)
     # An eager call of ours runs the operator's body past the dispatcher, where the profiler would not see it.
     with (
         mock.patch.object(Operator, "at", lambda self, traced: self.dispatched),

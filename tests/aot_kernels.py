@@ -27,14 +27,14 @@ def table(dtype):
 TABLE = ["table.half", "table.b", "table.h"]
 
 
-def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False, tensors="q k out_q out_k"):
+def rope3d(arch, dtype, D, interleaved=True, inverse=False, per_head=False, tensors="q k out_q out_k", early=False):
     """tensors: those that are not None. Without out_q it turns in place, with v it copies values too."""
     from evaat_fast.kernels.rope3d import rotate as kernels
 
     types = dict.fromkeys("q k v out_q out_k out_v".split()) | dict.fromkeys(tensors.split(), rows(dtype))
     types |= {"table": table("fp32")} | dict.fromkeys(("q_heads", "k_heads", "N", "prefix", "first", "clip"), "i32")
     elements = kernels.BLOCK_ELEMENTS // (2 if dtype == "fp32" else 1)
-    types["S"] = kernels.shape_of(D, interleaved, inverse, per_head, elements=elements)
+    types["S"] = kernels.shape_of(D, interleaved, inverse, per_head, elements=elements, early=early)
     aligned = [*TABLE, *strides(*tensors.split()), "clip"]
     return aot.build(kernels.rope3d_kernel, types, {}, arch, aligned=aligned, **kernels.OPTIONS)
 

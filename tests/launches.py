@@ -56,19 +56,21 @@ def a_scale(draw):
     return panel.scale_kernel, lambda: panel.scale(factor, given, outs)
 
 
-def an_attention(N):
+def an_attention(N, **options):
     """Of TMA's descriptors."""
     from evaat_fast.kernels.attn import sm90
 
     q, k, v = torch.zeros(1, N, 3, 1, 64, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
     out, lse = torch.zeros(1, N, 1, 64, dtype=torch.bfloat16).transpose(1, 2), torch.zeros(1, 1, N)
-    return sm90.attn_forward_sm90_kernel, lambda: sm90.forward(q, k, v, out, lse, None, None, 0, 0.125)
+    return sm90.attn_forward_sm90_kernel, lambda: sm90.forward(
+        q, k, v, out, lse, None, None, 0, 0.125, sm90.SHAPES[64] | options
+    )
 
 
 def told(launch):
-    source, grid, arguments = launch
+    source, grid, arguments, early = launch
     constants = {name: str(value) for name, value in source.constants.items()}
-    return source.fn, source.signature, constants, source.attrs, grid, len(arguments)
+    return source.fn, source.signature, constants, source.attrs, grid, len(arguments), early
 
 
 def same(a, b):
@@ -88,6 +90,8 @@ def main(count):
     # What differs in one thing alone, then anything.
     calls = [norm(16, M, low, random.Random(2), first) for low in FLOATS[:2] for M in (16, 3, 1) for first in (0, 1)]
     calls += [an_attention(N) for N in (200, 208, 200)]
+    early = {"PDL": True, "launch_pdl": True}
+    calls += [an_attention(200, **early), an_attention(200, PDL=True), an_attention(200)]
     for kernel, call in calls + [draw.choice((a_norm, a_gradient, a_rotation, a_scale))(draw) for _ in range(count)]:
         for _ in range(2):
             call()
@@ -99,6 +103,7 @@ def main(count):
         assert len(ours) == len(launches)
         for a, b in zip(ours, launches, strict=True):
             assert told(a) == told(b) and all(map(same, a[2], b[2])), (told(a), told(b))
+            assert a[3] == (call is calls[-3][1]), "one may begin early, which all others are not to take for theirs"
             compared += 1
         launches.clear(), called.clear()
     seen = []

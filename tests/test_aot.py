@@ -10,7 +10,7 @@ import re
 
 import aot
 import pytest
-from aot_kernels import HOPPER, SHIPPED, lines, listing, used
+from aot_kernels import HOPPER, SHIPPED, attn_sm90, lines, listing, rope3d, used
 from golden import resources
 
 pytestmark = pytest.mark.aot
@@ -211,3 +211,17 @@ def test_cuda_kernels_fit_and_move_16_bytes_per_access():
         assert aot.global_access(code) == {"load": {128}, "store": {128}}
         first_store = next(i for i, line in enumerate(code) if line.startswith("STG"))
         assert not any(line.startswith("LDG") for line in code[first_store:]), "a load waits for a store"
+
+
+def test_a_launch_that_may_begin_early_waits_before_it_reads():
+    """The rotation of keys lets the next kernel begin; attention waits for it in the warps that start all others, before any
+    copy or load, and neither does so where it is not asked to."""
+    for early in (False, True):
+        turning = rope3d(90, "bf16", 64, early=early).asm["ptx"]
+        assert turning.count("griddepcontrol.launch_dependents") == early
+        for D in (64, 128):
+            reading = attn_sm90(90, D=D, PDL=early)
+            ptx = reading.asm["ptx"]
+            assert ptx.count("griddepcontrol.wait") == early
+            for access in ("cp.async.bulk.tensor", "ld.global") if early else ():
+                assert 0 < ptx.index("griddepcontrol.wait") < ptx.index(access), access

@@ -161,6 +161,12 @@ def test_a_run_checks_times_writes_and_goes_on(tmp_path, capsys, monkeypatch):
     assert {r["shape"]["N"] for r in both["records"]} == {8, 16} and both["records"][-1]["yardstick"] is True
 
 
+def test_what_is_timed_on_the_host_of_a_gpu_can_be_called():
+    host = importlib.import_module("host")
+    for call in host.public(host.tensors("cpu")).values():
+        call()
+
+
 def test_failing_tests_are_named_at_once(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import os\n"

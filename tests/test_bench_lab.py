@@ -49,6 +49,18 @@ def test_packed_clips(lab, monkeypatch):
             case.check((found,))
             with pytest.raises(AssertionError):
                 case.check((found + 0.1,))
+
+
+@pytest.mark.interpret
+def test_forward_behind_a_launch_that_turns_keys(lab, monkeypatch):
+    sm90 = pytest.importorskip("evaat_fast.kernels.attn.sm90", reason="needs Triton 3.6", exc_type=ImportError)
+    from gluon_emulated import emulate
+
+    monkeypatch.setattr(sm90, "forward", emulate(sm90, 0).forward)
+    for case in lab.ENTRIES["pdl"].cases("cpu", True):
+        assert len(case.variants) == 2
+        for make in case.variants.values():
+            case.check(make(case.inputs)())
         case.yardstick(case.inputs)()
 
 

@@ -62,6 +62,16 @@ def test_missing_module_is_a_recorded_reason():
     assert "import of evaat_fast._cpu halted" in run.stdout and "rope3d: cpu passed over" in run.stderr
 
 
+def test_a_triton_without_gluon_is_told_which_has_it():
+    pytest.importorskip("triton")
+    code = (
+        "import sys; sys.modules['triton.experimental'] = None  # its import fails, as before Triton 3.4\n"
+        "from evaat_fast.ops._core import dispatch; print(dispatch.why_not('gluon'), dispatch.why_not('triton'))"
+    )
+    run = in_a_process(code)
+    assert run.stdout.strip().endswith(" (attention in Gluon needs Triton 3.6 or later) None"), run.stdout + run.stderr
+
+
 def test_kernels_of_another_gpu_are_passed_over():
     code = (
         "import sys, types; sys.modules['evaat_fast._cuda'] = types.SimpleNamespace(CODES='sm_80 sm_90a compute_120')\n"

@@ -58,10 +58,13 @@ ROWS = gl.constexpr(64)  # queries of a warpgroup
 # REGISTERS: of the warpgroups. At 128 the sums take twice the registers, so that there are two warpgroups, or blocks of half
 # the keys where the last keys, in a block of their own, leave no room beside two whole ones.
 SHAPES = {
-    64: {"GROUPS": 3, "BN": 128, "STAGES": 3, "REGISTERS": 160},
-    128: {"GROUPS": 2, "BN": 128, "STAGES": 2, "REGISTERS": 240},
+    64: {"GROUPS": 3, "BN": 128, "STAGES": 3, "REGISTERS": 160, "PDL": False},
+    128: {"GROUPS": 2, "BN": 128, "STAGES": 2, "REGISTERS": 240, "PDL": False},
 }
-HALF_BLOCKS = {"GROUPS": 3, "BN": 64, "STAGES": 3, "REGISTERS": 160}
+HALF_BLOCKS = {"GROUPS": 3, "BN": 64, "STAGES": 3, "REGISTERS": 160, "PDL": False}
+# PDL, with the option launch_pdl: a program begins before the kernel ahead is done, and waits for that before it reads
+# anything: as a rule that kernel turns the keys, but nobody says so here.
+EARLY = {"PDL": True, "launch_pdl": True}
 
 # heads, groups: of the queries, and of those to a key head. N: tokens. tiles: of all heads, of which `full` are whole, per_head
 # of a head. blocks: of BN keys, without the tail. scale2: of the scores, with log2(e). prefix: tokens that are not turned.
@@ -316,7 +319,7 @@ def _attend(at, sh, out_lse, table, call, c: gl.constexpr, GROUPS: gl.constexpr,
 @gluon.jit
 def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, call, TAIL: gl.constexpr, D: gl.constexpr,
                              KEEP: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-                             REGISTERS: gl.constexpr):  # fmt: skip
+                             REGISTERS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """Descriptors of q, out and turned [1, 1, 64, D], of k, v [1, 1, BN, D] and of their tails [1, 1, TAIL, D]. lse: float32
     [B, H, N]. KEEP: the turned queries, as the products see them, go to `turned`. Packed clips, which call.clips tells of, have
     no tails, TAIL is 0: the keys that do not fill a block come first in one that is masked."""
@@ -354,6 +357,9 @@ def attn_forward_sm90_kernel(q, k, v, k_tail, v_tail, out, turned, lse, table, c
     for i in gl.static_range(2):
         mbarrier.init(sh.tail_there.index(i), count=1)
         mbarrier.init(sh.tail_free.index(i), count=GROUPS)
+    if PDL:
+        done: gl.constexpr = "griddepcontrol.wait; mov.b32 $0, 0;"
+        gl.inline_asm_elementwise(done, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     if GROUPS == 3:
         gl.warp_specialize(
             [

@@ -23,15 +23,15 @@ BLOCK_ELEMENTS = 2048  # of one head in a program, of 16 bits: 16 a thread, two 
 MOST_CLIPS = 65535  # of a grid's third dimension
 
 # What a kernel is compiled for. HEADS: of a program, one where each has a table of its own. BLOCK_C: of a block's pairs, a
-# power of two.
-Shape = namedtuple("Shape", "D INTERLEAVED INVERSE HEADS BLOCK_N BLOCK_C")
+# power of two. EARLY: a kernel that is launched behind it with launch_pdl, and waits within, may begin once all programs have.
+Shape = namedtuple("Shape", "D INTERLEAVED INVERSE HEADS BLOCK_N BLOCK_C EARLY")
 
 
 @cache
-def shape_of(D, interleaved, inverse, per_head, heads=HEADS, elements=BLOCK_ELEMENTS):
+def shape_of(D, interleaved, inverse, per_head, heads=HEADS, elements=BLOCK_ELEMENTS, early=False):
     """elements: of one head in a program."""
     rows = max(1, elements // next_power_of_2(D))
-    return constants(Shape, D, interleaved, inverse, 1 if per_head else heads, rows, next_power_of_2(D // 2))
+    return constants(Shape, D, interleaved, inverse, 1 if per_head else heads, rows, next_power_of_2(D // 2), early)
 
 
 @triton.jit
@@ -125,6 +125,9 @@ def rope3d_kernel(q, k, v, out_q, out_k, out_v, table, q_heads, k_heads, N, pref
     """q [B, q_heads, N, D] -> out_q, and k likewise; None: in place, from the token `first` on, which is the prefix. Out of
     place tokens below prefix are copied, and so is v, if not None, of as many heads as k, to out_v. clip: that of the first
     programs along the grid's third dimension."""
+    if S.EARLY:
+        start: tl.constexpr = "griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(start, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     n, b = first + tl.program_id(0) * S.BLOCK_N, (clip + tl.program_id(2)).to(tl.int64)
     group, q_groups, k_groups = tl.program_id(1), tl.cdiv(q_heads, S.HEADS), tl.cdiv(k_heads, S.HEADS)
     if group < q_groups:
@@ -136,14 +139,14 @@ def rope3d_kernel(q, k, v, out_q, out_k, out_v, table, q_heads, k_heads, N, pref
             _turn_heads(v, out_v, table, b, (group - q_groups - k_groups) * S.HEADS, k_heads, n, N, prefix, S, False)
 
 
-def rotate(xs, outs, table, prefix_tokens, interleaved, inverse):
+def rotate(xs, outs, table, prefix_tokens, interleaved, inverse, early=False):
     """xs, outs: one to three tensors [B, H, N, D] each, outs may be xs; the third, of as many heads as the second, is copied.
-    table: float32 [2, 1 or B, 1 or H, N - prefix, D/2], N > prefix."""
+    table: float32 [2, 1 or B, 1 or H, N - prefix, D/2], N > prefix. early: EARLY of `Shape`."""
     B, q_heads, N, D = xs[0].shape
     k_heads = xs[1].shape[1] if len(xs) > 1 else 0
     in_place = outs[0] is xs[0]
     first = prefix_tokens if in_place else 0
-    S = shape_of(D, interleaved, inverse, table.shape[2] > 1, elements=2 * BLOCK_ELEMENTS // xs[0].element_size())
+    S = shape_of(D, interleaved, inverse, table.shape[2] > 1, elements=2 * BLOCK_ELEMENTS // xs[0].element_size(), early=early)
     q_groups, k_groups = cdiv(q_heads, S.HEADS.value), cdiv(k_heads, S.HEADS.value)
     blocks, groups = cdiv(N - first, S.BLOCK_N.value), q_groups + k_groups * max(1, len(xs) - 1)
     if N == prefix_tokens and not in_place:  # the table has no rows, and the kernel reads one

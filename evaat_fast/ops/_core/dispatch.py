@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from evaat_fast.ops._core import measured
+
 _log = logging.getLogger("evaat_fast")
 
 BACKENDS = ("gluon", "triton", "cuda", "cpu", "sdpa", "reference")
@@ -54,7 +56,8 @@ LSE, WIDE_HEADS = "log-sum-exps", "head dims over 128"
 # Torch's attention on CUDA is deterministic where torch is told to be, not call by call.
 DETERMINISTIC_CALL = "deterministic gradients, of this call alone"
 OTHER_GPU = "a GPU that is no Hopper"
-OTHER_SHAPE, HALVES, PACKED = "heads other than 64, short clips or other keys than queries", "half-split pairs", "packed clips"
+OTHER_SHAPE, HALVES, PACKED = "heads of other sizes, short clips or other keys than queries", "half-split pairs", "packed clips"
+NOT_FASTER = "heads, or their gradients, with which it was not measured to be faster"
 TRANSFORMED = "a call that is transformed"
 
 # Needs of a call of the norms.
@@ -105,12 +108,13 @@ SUPPORT = {
             ("bfloat16", "float16"),
             lacks={
                 OTHER_GPU: "its kernel is for Hopper (sm_90)",
-                OTHER_SHAPE: "its kernels take heads of 64, by name of 128, and at least 192 tokens, as many queries as keys",
+                OTHER_SHAPE: "its kernels take heads of 64 and 128, and at least 192 tokens, as many queries as keys",
+                NOT_FASTER: "with such heads, or their gradients, it was not measured to be faster",
                 HALVES: "its kernel turns neighbouring pairs",
                 PACKED: "packed clips it takes by name alone, of heads of 64",
                 TRANSFORMED: "torch.func and subclasses of Tensor know torch's own attention",
             },
-            note=f"Hopper's heads of 64; {_RIGHT}, {_BEFORE}",
+            note=f"Hopper's heads of 64, and without gradients of 128; {_RIGHT}, {_BEFORE}",
         ),
         "sdpa": Support(
             _ALL,
@@ -184,7 +188,7 @@ def why_not(backend: str) -> str | None:
     try:
         module = importlib.import_module(_MODULE[backend]) if backend in _MODULE else None
     except Exception as error:  # a broken install must become a reason, whatever it raises
-        return f"{type(error).__name__}: {error}" + _hint(backend)
+        return f"{type(error).__name__}: {error}" + _hint(backend, str(error))
     for i in range(torch.cuda.device_count() if backend == "cuda" else 0):
         capability = torch.cuda.get_device_capability(i)
         if not any(_runs_on(code, capability) for code in module.CODES.split()):  # type: ignore[union-attr]
@@ -218,13 +222,25 @@ def lacks_for_hopper(device: torch.device) -> tuple[str, ...]:
     return (OTHER_GPU,) if _capability(device) != (9, 0) else ()
 
 
+@_constant
+def faster_heads(device: torch.device, trains: bool) -> tuple[int, ...]:
+    """The head dims with which attention in Gluon was measured to be faster on such a CUDA device, forward and, if trains, with
+    its gradients. `bench/decide.py` makes the table."""
+    asked = ("forward", "gradients")[: 1 + trains]
+    of_device = _capability(device)
+    return tuple(D for (on, D), passes in measured.GLUON.items() if on == of_device and all(p in passes for p in asked))
+
+
 @functools.cache
 def _capability(device):
     return torch.cuda.get_device_capability(device)
 
 
-def _hint(backend: str) -> str:
-    """A clone in the current folder hides the installed package and has no modules of its own, unless installed with -e."""
+def _hint(backend: str, why: str) -> str:
+    """Which Triton has Gluon's names. A clone in the current folder hides the installed package and has no modules of its own,
+    unless installed with -e."""
+    if backend == "gluon":
+        return "" if "3.6" in why else " (attention in Gluon needs Triton 3.6 or later)"
     source = Path(__file__).resolve().parents[3]
     if backend != "cpu" or not (source / "setup.py").exists():
         return ""

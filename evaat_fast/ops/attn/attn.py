@@ -84,9 +84,9 @@ def joint_attention(
             "gluon" does not serve, Triton then does, unless torch.use_deterministic_algorithms binds SDPA too.
         return_lse: also return the log-sum-exps of the scores, with a gradient. Where SDPA serves otherwise, it is Triton on
             CUDA and the reference elsewhere, which keeps all scores of a clip.
-        backend: "auto", "gluon" (Hopper's heads of 64, by this name of 128, in half precision, from 192 tokens on; by this name
-            also packed clips of any lengths, of heads of 64), "sdpa", "triton" (head dims up to 128; slower than sdpa on an
-            H200) or "reference".
+        backend: "auto", "gluon" (Hopper's heads of 64 and 128 in half precision, from 192 tokens on; by this name alone the
+            gradients of 128, and packed clips of any lengths, of heads of 64), "sdpa", "triton" (head dims up to 128; slower
+            than sdpa on an H200) or "reference".
 
     Returns:
         [B, H, N, D], a view of a contiguous [B, N, H, D]; with return_lse also float32 [B, H, N] (float64 for float64). With
@@ -107,9 +107,8 @@ def joint_attention(
     if dtype is not None and q.dtype != torch.float64:  # first, so that rotation and scores see the same numbers
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     rope = (grid, freqs, prefix_tokens, positions, interleaved)
-    shapes = (q.shape, k.shape, q.dtype, q.device)
-    asked = (deterministic, return_lse, _is_transformed(q, k, v), backend)
-    call = plan(*shapes, rope, k_positions, scale, cu_seqlens, max_seqlen, *asked)
+    asked = (deterministic, return_lse, _is_transformed(q, k, v), _trains(q, k, v, freqs), backend)
+    call = plan(q.shape, k.shape, q.dtype, q.device, rope, k_positions, scale, cu_seqlens, max_seqlen, *asked)
     if call.backend in FUSED and not (turns or packed_clips):
         q, k, v = _readable(q, k, v)
     if not packed_clips:
@@ -177,7 +176,7 @@ def joint_attention_qkv_(
     shape = torch.Size((B, num_heads, N, width // (3 * num_heads)))
     rope = (grid, freqs, prefix_tokens, positions, interleaved)
     given = (qkv,) if qkv_bias is None else (qkv, qkv_bias)
-    asked = (deterministic, return_lse, _is_transformed(*given), backend)
+    asked = (deterministic, return_lse, _is_transformed(*given), _trains(*given, freqs), backend)
     call = plan(shape, shape, qkv.dtype, qkv.device, rope, None, scale, None, None, *asked)
     bias = qkv_bias if qkv_bias is not None and qkv_bias.requires_grad else None
     base = packed_base("joint_attention_qkv_", qkv, bias is not None) if call.rope else None
@@ -202,7 +201,10 @@ def sums_bias(x: Tensor, width: int, num_heads: int) -> bool:
     passes by. Else the linear layer had better make it."""
     if not x.is_cuda or torch.compiler.is_compiling():
         return False
-    dtype, needs = autocast_dtype("cuda") or x.dtype, needs_of_shape(x.device, width // num_heads, x.shape[1], x.shape[1])
+    dtype, needs = (
+        autocast_dtype("cuda") or x.dtype,
+        needs_of_shape(x.device, width // num_heads, x.shape[1], x.shape[1], torch.is_grad_enabled()),
+    )
     return dispatch.pick("joint_attention", x.device, dtype, None, needs) == "gluon"
 
 
@@ -218,6 +220,11 @@ def _is_transformed(*tensors):
     if torch.compiler.is_compiling() or not tensors[0].is_cuda:  # elsewhere nobody asks
         return False
     return any(is_transformed(x) or keeps_numbers_elsewhere(type(x)) for x in tensors)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them is recorded."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _readable(*qkv):

@@ -71,10 +71,11 @@ def plan(
     deterministic: bool,
     return_lse: bool,
     transformed: bool,
+    trains: bool,
     backend: str | None,
 ) -> AttentionPlan:
     """The plan of queries [B, H, N, D] and keys [B, Hk, M, D], or of [total, H, D] and [total, Hk, D] with cu_seqlens.
-    transformed: by torch.func, or tensors of other classes."""
+    transformed: by torch.func, or tensors of other classes. trains: gradients are recorded."""
     (grid, freqs, prefix_tokens, positions, interleaved), head_dim = rope, shape[-1]
     _check_clips(cu_seqlens, max_seqlen, shape[0], device)
     of_torch = torch.are_deterministic_algorithms_enabled()
@@ -86,7 +87,7 @@ def plan(
         packed = clips and not (_is_gluon(backend) and head_dim == 64)
         others = {dispatch.HALVES: halves, dispatch.PACKED: packed, dispatch.TRANSFORMED: transformed}
         wanted += tuple(need for need, is_asked in others.items() if is_asked)
-        of_shape = (device, head_dim, shape[-2], k_shape[-2], backend)
+        of_shape = (device, head_dim, shape[-2], k_shape[-2], trains, backend)
         wanted += dispatch.lacks_for_hopper(device) if clips else needs_of_shape(*of_shape)
     chosen = dispatch.pick("joint_attention", device, dtype, backend, wanted)
     scale = head_dim**-0.5 if scale is None else number("scale", scale)
@@ -118,11 +119,14 @@ def plan(
     return AttentionPlan(rotation, k_positions, True, *rest)
 
 
-def needs_of_shape(device: torch.device, head_dim: int, N: int, M: int, backend: str | None = None) -> tuple[str, ...]:
-    """What N queries and M keys on a CUDA device ask for that a kernel for Hopper lacks. Heads of 128 are its own by name
-    alone: no GPU has said yet who is faster."""
-    fits = head_dim in ((64, 128) if _is_gluon(backend) else (64,)) and N >= 192 and N == M
-    return (() if fits else (dispatch.OTHER_SHAPE,)) + dispatch.lacks_for_hopper(device)
+def needs_of_shape(
+    device: torch.device, head_dim: int, N: int, M: int, trains: bool, backend: str | None = None
+) -> tuple[str, ...]:
+    """What N queries and M keys on a CUDA device ask for that a kernel for Hopper lacks; trains: gradients, too. Which heads it
+    serves but by name is what was measured."""
+    fits = head_dim in (64, 128) and N >= 192 and N == M
+    needs = (() if fits else (dispatch.OTHER_SHAPE,)) + dispatch.lacks_for_hopper(device)
+    return needs if _is_gluon(backend) or head_dim in dispatch.faster_heads(device, trains) else (*needs, dispatch.NOT_FASTER)
 
 
 def _is_gluon(backend):
