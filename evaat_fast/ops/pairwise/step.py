@@ -54,6 +54,11 @@ class SmsSettings:
     def known(self) -> tuple:
         return self.labels, self.own
 
+    def parts(self) -> tuple[tuple, tuple]:
+        """(numbers, tensors)."""
+        of = self.labels
+        return (self.penalty, self.work), (of.table, of.video_index, of.caption_index, of.verb, of.values, self.own)
+
     def across(self, ranks: Ranks) -> "SmsSettings":
         """With what the other ranks know."""
         assert self.own is not None
@@ -71,6 +76,11 @@ class ContrastSettings:
 
     def known(self) -> tuple:
         return (self.positives,)
+
+    def parts(self) -> tuple[tuple, tuple]:
+        """As of `SmsSettings`."""
+        of = self.positives
+        return (self.normalise, self.work), (of.dense, of.verbs, of.nouns)
 
     def across(self, ranks: Ranks) -> "ContrastSettings":
         """As of `SmsSettings`."""
@@ -139,8 +149,11 @@ def _run(name, inputs, weight, settings, ranks):
     else:
         from evaat_fast.ops.pairwise import cpu as backend
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
+    given = video, text, scale, weight, settings, ranks
     with no_autocast(video.device.type):
-        return run(getattr(backend, name)(video, text, scale, weight, settings, ranks))
+        if work.backend == "triton" and ranks is None:
+            return backend.step(name, *given)
+        return run(getattr(backend, name)(*given))
 
 
 def run(step: Any) -> tuple:

@@ -5,16 +5,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaat_fast.kernels import replay
 from evaat_fast.kernels.pairwise import contrast, panel, sms
 from evaat_fast.ops.pairwise import gpu
 from evaat_fast.ops.pairwise.ranks import Ranks
+from evaat_fast.ops.pairwise.step import run
 
 
-def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+def step(name: str, video: Tensor, text: Tensor, scale: Any, weight: Any, settings: Any, ranks: Ranks | None) -> tuple:
+    """`run` of a step of that name, whose launches are kept for the next one like it."""
+    tf32 = video.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    rest, tensors = settings.parts()
+    of = {"Sms": Sms, "Contrast": Contrast}[name]
+    make = lambda: run(of(video, text, scale, weight, settings, ranks))  # noqa: E731
+    return replay.again((name, tf32, *rest), (video, text, scale, weight, *tensors), make)
+
+
+def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
     """factor * gradients in these dtypes, in one launch."""
-    outs = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
-    panel.scale(factor, gradients, outs)
-    return outs
+
+    def scale():
+        outs = tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+        panel.scale(factor, gradients, outs)
+        return outs
+
+    return replay.again(("scaled", *dtypes), (factor, *gradients), scale)
 
 
 class _Triton(gpu.Gpu):
