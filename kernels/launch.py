@@ -27,7 +27,6 @@ Table = namedtuple("Table", "at half b h")
 FUSED = {"enable_fp_fusion": True}
 
 
-
 class _Recording(threading.local):
     """by: what is told of each launch of this thread, (compiled or None, grid, all arguments), or None."""
 
@@ -83,29 +82,27 @@ def launch(kernel, grid, arguments, options):
     options: its constants in their order, and Triton's.
     """
     kinds, tensors = [id(kernel), *options.values()], []
-    known = _describe(arguments, kinds, tensors) and _is_plain(kernel)
+    plain = _is_plain(kernel)
+    known = _describe(arguments, kinds, tensors) and plain
     index = tensors[0].get_device()
     with at(index):
-        if known:
-            key = (index, *compiled_by(), *kinds)
-            kept = _KEPT.get(key)
-            if kept is not None:
-                compiled, rest = kept
-                compiled[(*grid, 1, 1)](*arguments, *rest)
-                if RECORDING.by is not None:
-                    RECORDING.by.launched(compiled, grid, (*arguments, *rest))
-                return
-        assert "enable_fp_fusion" in options  # of which versions of Triton think differently
-        compiled = kernel[grid](*arguments, **options)
-    # Interpreted kernels are none; those of other vendors are compiled for sizes in bytes, too.
-    keeps = known and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda"
-    if keeps:
-        if len(_KEPT) >= _MOST_KEPT:
-            _KEPT.clear()
-        rest = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
-        _KEPT[key] = compiled, rest
+        key = (index, *compiled_by(), *kinds) if known else None
+        kept = _KEPT.get(key)
+        if kept is not None:
+            compiled, rest = kept
+            compiled[(*grid, 1, 1)](*arguments, *rest)
+        else:
+            assert "enable_fp_fusion" in options  # of which versions of Triton think differently
+            compiled = kernel[grid](*arguments, **options)
+            # Interpreted kernels are none; those of other vendors are compiled for sizes in bytes, too.
+            plain = plain and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda"
+            rest = tuple(options[name] for name in kernel.arg_names[len(arguments) :]) if plain else ()
+            if known and plain:
+                if len(_KEPT) >= _MOST_KEPT:
+                    _KEPT.clear()
+                _KEPT[key] = compiled, rest
     if RECORDING.by is not None:
-        RECORDING.by.launched(*((compiled, grid, (*arguments, *rest)) if keeps else (None, grid, ())))
+        RECORDING.by.launched(compiled if plain else None, grid, (*arguments, *rest))
 
 
 # Knobs that decide what a kernel is compiled to, where a version of Triton has them.
@@ -127,7 +124,9 @@ def is_watched():
     """Whether somebody looks on as any kernel is compiled or launched: a profiler by Triton's hooks, say."""
     if knobs is None or getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
         return True
-    return any(x is not None and getattr(x, "calls", True) for x in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
+    return any(
+        x is not None and getattr(x, "calls", True) for x in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    )
 
 
 def _describe(arguments, kinds, tensors):

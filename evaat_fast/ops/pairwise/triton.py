@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaat_fast.kernels import replay
 from evaat_fast.kernels.pairwise import contrast, panel, sms
+from evaat_fast.kernels.record import again
 from evaat_fast.ops.pairwise import gpu
 from evaat_fast.ops.pairwise.ranks import Ranks
 from evaat_fast.ops.pairwise.step import run
@@ -18,7 +18,7 @@ def step(name: str, video: Tensor, text: Tensor, scale: Any, weight: Any, settin
     rest, tensors = settings.parts()
     of = {"Sms": Sms, "Contrast": Contrast}[name]
     make = lambda: run(of(video, text, scale, weight, settings, ranks))  # noqa: E731
-    return replay.again((name, tf32, *rest), (video, text, scale, weight, *tensors), make)
+    return again((name, tf32, *rest), (video, text, scale, weight, *tensors), make)
 
 
 def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
@@ -29,7 +29,7 @@ def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -
         panel.scale(factor, gradients, outs)
         return outs
 
-    return replay.again(("scaled", *dtypes), (factor, *gradients), scale)
+    return again(("scaled", *dtypes), (factor, *gradients), scale)
 
 
 class _Triton(gpu.Gpu):
