@@ -60,8 +60,8 @@ class Driver:
         pass
 
 
-# What stands in for the library of a driver: it calls what `seen` is set to, where it is, with a launch's function, numbers (grid,
-# threads, shared memory) and parameters.
+# What stands in for the library of a driver: it calls what `seen` is set to, if it is, with a launch's function, its grid,
+# threads and shared memory, and its parameters.
 _LIBRARY = """
 void (*seen)(void*, unsigned*, void**);
 int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c, unsigned shared,

@@ -199,12 +199,7 @@ def main():
             assert driver.launches, name
             comparison = Comparison(driver, library, before, after)
             out = call(*after)
-            try:
-                comparison.end()
-            except AssertionError as e:
-                print(N, name, e)
-                driver.launches.clear()
-                continue
+            comparison.end()
             assert comparison.multiplied == (2 if comparison.panel is not None else 0), name
             assert len({storage(x) for x in out if x.numel()}) == sum(x.numel() > 0 for x in out), name
             compared += comparison.count
@@ -213,7 +208,7 @@ def main():
 
 
 def not_replayed(driver):
-    """What differs in what is launched is launched by Triton, with its hooks."""
+    """What differs in what is launched, and all while somebody looks on, is launched by Triton."""
     call, make = cases(64, 32)["clip"]
 
     def launched(*inputs):
