@@ -182,7 +182,7 @@ def cases(N, E):
             lambda: [*features(), torch.zeros(1, 1), torch.ones(1)],
         ),
         "scaled": (
-            lambda factor, *x: triton.scaled(factor, list(x), [torch.float32, torch.bfloat16, torch.float32]),
+            lambda factor, *x: triton.scaled(factor, x, (torch.float32, torch.bfloat16, torch.float32)),
             lambda: [torch.ones(()), *features(), torch.ones(())],
         ),
     }

@@ -141,19 +141,24 @@ def _run(name, inputs, weight, settings, ranks):
     video, work = inputs[0], settings.work
     if video.shape[0] < (2 if ranks is None else 1):  # no pair: the softmax of one is one, whatever the logit
         return tuple(x.zero_() for x in _outputs(inputs, work))
-    backend: Any
-    if work.backend == "triton":
-        from evaat_fast.ops.pairwise import triton as backend
-    elif work.backend == "cuda":
-        from evaat_fast.ops.pairwise import cuda as backend
-    else:
-        from evaat_fast.ops.pairwise import cpu as backend
+    backend = _module_of(work.backend)
     video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
     given = video, text, scale, weight, settings, ranks
     with no_autocast(video.device.type):
         if work.backend == "triton" and ranks is None:
             return backend.step(name, *given)
         return run(getattr(backend, name)(*given))
+
+
+@functools.cache  # as the statement costs 1 us a call
+def _module_of(backend: str) -> Any:
+    if backend == "triton":
+        from evaat_fast.ops.pairwise import triton as module
+    elif backend == "cuda":
+        from evaat_fast.ops.pairwise import cuda as module
+    else:
+        from evaat_fast.ops.pairwise import cpu as module
+    return module
 
 
 def run(step: Any) -> tuple:
@@ -224,11 +229,11 @@ def _scaled(factor, gradients, dtypes, work):
     """`_given` of the gradients times a factor."""
     if work.backend != "triton" or traced(type(factor)):
         return _given([gradient * factor for gradient in gradients], dtypes, work)
-    from evaat_fast.ops.pairwise.triton import scaled
-
-    needs = work.needs()[: len(gradients)]
+    needs, scaled = work.needs()[: len(gradients)], _module_of("triton").scaled
+    if all(needs):
+        return scaled(factor, gradients, dtypes)
     some = [(gradient, dtype) for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True) if need]
-    made = iter(scaled(factor, *map(list, zip(*some, strict=True))))
+    made = iter(scaled(factor, *zip(*some, strict=True)))
     return (next(made) if need else None for need in needs)
 
 
@@ -247,7 +252,7 @@ class Mean(torch.autograd.Function):
     def forward(ctx, step, settings, *inputs):
         loss, *gradients = _call(step, inputs, None, settings)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes, ctx.work = [x.dtype for x in inputs], settings.work
+        ctx.dtypes, ctx.work = tuple([x.dtype for x in inputs]), settings.work
         return loss
 
     @staticmethod

@@ -1,5 +1,6 @@
 """The pairwise losses in Triton."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ def step(name: str, video: Tensor, text: Tensor, scale: Any, weight: Any, settin
     """`run` of a step of that name, whose launches are kept for the next one like it."""
     tf32 = video.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     rest, tensors = settings.parts()
-    of = {"Sms": Sms, "Contrast": Contrast}[name]
-    make = lambda: run(of(video, text, scale, weight, settings, ranks))  # noqa: E731
+    make = lambda: run((Sms if name == "Sms" else Contrast)(video, text, scale, weight, settings, ranks))  # noqa: E731
     return again((name, tf32, *rest), (video, text, scale, weight, *tensors), make)
 
 
-def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
+def scaled(factor: Tensor, gradients: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
     """factor * gradients in these dtypes, in one launch."""
 
     def scale():
@@ -29,7 +29,7 @@ def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -
         panel.scale(factor, gradients, outs)
         return outs
 
-    return again(("scaled", *dtypes), (factor, *gradients), scale)
+    return again(("scaled", dtypes), (factor, *gradients), scale)
 
 
 class _Triton(gpu.Gpu):
