@@ -142,23 +142,30 @@ def _run(name, inputs, weight, settings, ranks):
     if video.shape[0] < (2 if ranks is None else 1):  # no pair: the softmax of one is one, whatever the logit
         return tuple(x.zero_() for x in _outputs(inputs, work))
     backend = _module_of(work.backend)
-    video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
-    given = video, text, scale, weight, settings, ranks
+    given = (*inputs, weight) if len(inputs) == 3 else (*inputs, None, weight)
+    make = lambda: run(getattr(backend, name)(*given, settings, ranks))  # noqa: E731
     with no_autocast(video.device.type):
-        if work.backend == "triton" and ranks is None:
-            return backend.step(name, *given)
-        return run(getattr(backend, name)(*given))
+        if work.backend != "triton" or ranks is not None:
+            return make()
+        # A step like one before launches the same again.
+        tf32 = video.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        numbers, tensors = settings.parts()
+        return backend.again((name, tf32, *numbers), (*given, *tensors), make)
 
 
 @functools.cache  # as the statement costs 1 us a call
 def _module_of(backend: str) -> Any:
     if backend == "triton":
-        from evaat_fast.ops.pairwise import triton as module
-    elif backend == "cuda":
-        from evaat_fast.ops.pairwise import cuda as module
-    else:
-        from evaat_fast.ops.pairwise import cpu as module
-    return module
+        from evaat_fast.ops.pairwise import triton
+
+        return triton
+    if backend == "cuda":
+        from evaat_fast.ops.pairwise import cuda
+
+        return cuda
+    from evaat_fast.ops.pairwise import cpu
+
+    return cpu
 
 
 def run(step: Any) -> tuple:

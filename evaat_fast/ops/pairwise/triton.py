@@ -10,15 +10,6 @@ from evaat_fast.kernels.pairwise import contrast, panel, sms
 from evaat_fast.kernels.record import again
 from evaat_fast.ops.pairwise import gpu
 from evaat_fast.ops.pairwise.ranks import Ranks
-from evaat_fast.ops.pairwise.step import run
-
-
-def step(name: str, video: Tensor, text: Tensor, scale: Any, weight: Any, settings: Any, ranks: Ranks | None) -> tuple:
-    """`run` of a step of that name, whose launches are kept for the next one like it."""
-    tf32 = video.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    rest, tensors = settings.parts()
-    make = lambda: run((Sms if name == "Sms" else Contrast)(video, text, scale, weight, settings, ranks))  # noqa: E731
-    return again((name, tf32, *rest), (video, text, scale, weight, *tensors), make)
 
 
 def scaled(factor: Tensor, gradients: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
