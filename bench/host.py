@@ -61,14 +61,15 @@ class Driver:
 
 
 # What stands in for the library of a driver: it calls what `seen` is set to, if it is, with a launch's function, its grid,
-# threads and shared memory, and its parameters.
+# threads and shared memory, and its parameters, and fails with `status`.
 _LIBRARY = """
 void (*seen)(void*, unsigned*, void**);
+int status;
 int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c, unsigned shared,
                    void* stream, void** parameters, void** extra) {
   unsigned numbers[] = {x, y, z, threads, shared};
   if (seen) seen(f, numbers, parameters);
-  return b != 1 || c != 1 || extra != 0;
+  return b != 1 || c != 1 || extra != 0 ? 1 : status;
 }
 """
 

@@ -66,6 +66,7 @@ def operator(function, arguments, options, result):
     if function.name() in ("aten::mm.out", "aten::mm.dtype_out"):  # torch.mm itself takes 3 us less
         (a, b, *dtype), out = arguments, options["out"]
         named = {"out_dtype": dtype[0]} if dtype else {}
+        assert list(options) == ["out"]
         return lambda tensors, addresses: torch.mm(tensors[a], tensors[b], out=tensors[out], **named)
 
     def call(tensors, addresses):

@@ -200,15 +200,17 @@ def main():
             comparison = Comparison(driver, library, before, after)
             out = call(*after)
             comparison.end()
+            # With the factor's, 7 launches of a step forward and backward, its two products included.
+            assert comparison.count == {"clip": 4, "sms": 4, "scaled": 1}.get(name, comparison.count), name
             assert comparison.multiplied == (2 if comparison.panel is not None else 0), name
             assert len({storage(x) for x in out if x.numel()}) == sum(x.numel() > 0 for x in out), name
             compared += comparison.count
     print(compared)
-    not_replayed(driver)
+    not_replayed(driver, library)
 
 
-def not_replayed(driver):
-    """What differs in what is launched, and all while somebody looks on, is launched by Triton."""
+def not_replayed(driver, library):
+    """What differs in what is launched, and all while somebody looks on or the driver refuses, is launched by Triton."""
     call, make = cases(64, 32)["clip"]
 
     def launched(*inputs):
@@ -232,6 +234,10 @@ def not_replayed(driver):
     contrast_stats_kernel.add_pre_run_hook(lambda *arguments, **options: seen.append(1))
     assert launched(*given) == 4 and len(seen) == 5
     contrast_stats_kernel.pre_run_hooks.clear()
+    assert launched(*given) == 0
+    ctypes.c_int.in_dll(library, "status").value = 201  # a thread without a context, which Triton finds one for
+    assert launched(*given) == 4
+    ctypes.c_int.in_dll(library, "status").value = 0
     assert launched(*given) == 0
 
 
