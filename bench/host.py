@@ -158,7 +158,7 @@ def behind(t):
     def loss(of, *inputs):
         learns = torch.is_grad_enabled()
         if learns:
-            return step.Mean.apply(of, settings[of](True), *inputs)
+            return step.Mean.apply(of, False, settings[of](True), *inputs)
         return of.body(*inputs, None, settings[of](False))[0]
 
     return {

@@ -256,8 +256,8 @@ class Mean(torch.autograd.Function):
     loss scale reaches them before float16 rounds them."""
 
     @staticmethod
-    def forward(ctx, step, settings, *inputs):
-        loss, *gradients = _call(step, inputs, None, settings)
+    def forward(ctx, step, hidden, settings, *inputs):
+        loss, *gradients = step.at(hidden)(*inputs, None, settings)
         ctx.save_for_backward(*gradients)
         ctx.dtypes, ctx.work = tuple([x.dtype for x in inputs]), settings.work
         return loss
@@ -265,7 +265,7 @@ class Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor):
         _refuse_double_backward()
-        return None, None, *_scaled(factor, ctx.saved_tensors, ctx.dtypes, ctx.work)
+        return None, None, None, *_scaled(factor, ctx.saved_tensors, ctx.dtypes, ctx.work)
 
 
 class Each(torch.autograd.Function):
@@ -382,7 +382,7 @@ def _served(step, options, planned, ranks):
     asked = settings_of(Work(False, needs[0], needs[1], needs[-1] and bool(scale), *how))
     if each:
         return Each.apply(step, settings_of(Work(True, False, False, False, *how)), asked, *inputs)
-    return Mean.apply(step, asked, *inputs)
+    return Mean.apply(step, hidden, asked, *inputs)
 
 
 def _features(op, name, x):
