@@ -358,7 +358,8 @@ def _planned(op, video, text, options, plan, ranks):
 
 
 def _needs(inputs):
-    return [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    learns = torch.is_grad_enabled()
+    return [learns and x.requires_grad for x in inputs]
 
 
 def _served(step, options, planned, ranks):
