@@ -20,6 +20,7 @@ _APART = 256  # bytes, of what shares an allocation
 _KEPT: dict[tuple, Recorded | None] = {}
 _MOST_KEPT = 1024
 _UNKNOWN = object()
+_MOST_PARTS = 64  # of launches and operators; of more, a device has more to do than Python
 
 
 def again(key, inputs, function):
@@ -88,7 +89,7 @@ class _Recorder(TorchDispatchMode):
         found = function(*arguments, **options)
         given = [*arguments, *options.values()]
         tensors = [x for x in given if isinstance(x, Tensor)]
-        if function.is_view or "empty" in function.name() or not (tensors or isinstance(found, Tensor)):
+        if not self.whole or function.is_view or "empty" in function.name() or not (tensors or isinstance(found, Tensor)):
             return found
         tags = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded
         nested = any(isinstance(x, (list, tuple)) and any(isinstance(y, Tensor) for y in x) for x in given)
@@ -108,7 +109,7 @@ class _Recorder(TorchDispatchMode):
 
     def launched(self, compiled, grid, arguments):
         """compiled: None for a launch that cannot be kept."""
-        if not _is_simple(compiled):
+        if not self.whole or len(self.parts) == _MOST_PARTS or not _is_simple(compiled):
             self.whole = False
             return
         values, places = [], []

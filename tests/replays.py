@@ -5,6 +5,7 @@ the kernels made. A script, since a process has one driver and one libcuda; it p
 import ctypes
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -146,13 +147,15 @@ def ids(N, most=5):
 def cases(N, E):
     """{name: (call, what makes its inputs)}."""
     features = lambda: [torch.randn(N, E), torch.randn(N, E)]  # noqa: E731
-    strided = lambda: [torch.randn(N, 2 * E)[:, :E], torch.randn(E, N).T.contiguous()]  # noqa: E731
+    strided = lambda: [torch.randn(N, 2 * E)[:, :E], torch.randn(N, E)]  # noqa: E731
+    columns = lambda: [torch.randn(E, N).T, torch.randn(N, E)]  # noqa: E731
     codes, multiplier = lambda: torch.randint(9, (N, N), dtype=torch.uint8), lambda: torch.ones(())  # noqa: E731
     both = lambda table, noun, verb, values: Labels(table, noun, noun.view(-1), verb, values)  # noqa: E731
     words = lambda: torch.ones(N, 1, dtype=torch.int32)  # noqa: E731
     return {
         "clip": (contrast(), lambda: [*features(), multiplier()]),
         "clip, strided": (contrast(), lambda: [*strided(), multiplier()]),
+        "clip, columns": (contrast(), lambda: [*columns(), multiplier()]),
         "clip, a constant scale": (contrast(scale=False), lambda: [*features(), multiplier()]),
         "clip, no gradient": (contrast(needs=(False, False)), lambda: [*features(), multiplier()]),
         "clip, weighted": (contrast(weight=lambda w: w), lambda: [*features(), multiplier(), torch.rand(N)]),
@@ -220,6 +223,13 @@ def not_replayed(driver, library):
 
     given = make()
     assert launched(*given) == 0
+    panels = lambda *x: step.contrast_step.body(  # noqa: E731
+        *x, None, step.ContrastSettings(Positives(), False, replace(work(), panel_rows=2))
+    )
+    for _ in range(2):  # of 32 panels
+        driver.launches.clear()
+        panels(*given)
+        assert len(driver.launches) == 3 * 32 + 1
     assert launched(torch.randn(64 * 32 + 1)[1:].view(64, 32), *given[1:]) == 4  # begins elsewhere
     assert launched(given[0], *given[:1], given[2]) == 4  # one tensor twice
     assert launched(given[0], *given[:1], given[2]) == 0 and launched(*given) == 0
