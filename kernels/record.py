@@ -41,9 +41,9 @@ def again(key, inputs, function):
             low |= address
             known += (x.dtype, x.shape, x.stride())
     if low % _ALIGNED:  # kernels are compiled for what is aligned
-        known += (x % _ALIGNED == 0 for x in addresses)
+        known.append(("aligned", *[x % _ALIGNED == 0 for x in addresses]))
     if len(set(addresses)) < len(addresses):  # which are alike
-        known += map(addresses.index, addresses)
+        known.append(("alike", *map(addresses.index, addresses)))
     index = tensors[0].get_device()
     known.append(index)
     known = tuple(known)
@@ -94,7 +94,7 @@ class _Recorder(TorchDispatchMode):
         tags = torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded
         nested = any(isinstance(x, (list, tuple)) and any(isinstance(y, Tensor) for y in x) for x in given)
         if nested or not isinstance(found, Tensor) or any(tag in function.tags for tag in tags):
-            self.whole = False
+            self._refuse()
             return found
         for x in tensors:
             self._place(x)
@@ -107,10 +107,16 @@ class _Recorder(TorchDispatchMode):
         self.parts.append((function, arguments, options, result))
         return found
 
+    def _refuse(self):
+        """And lets go of what is held."""
+        self.whole = False
+        for held in (self.parts, self.storages, self.operands, self.kernels):
+            held.clear()
+
     def launched(self, compiled, grid, arguments):
         """compiled: None for a launch that cannot be kept."""
-        if not self.whole or len(self.parts) == _MOST_PARTS or not _is_simple(compiled):
-            self.whole = False
+        if not self.whole or len(self.parts) >= _MOST_PARTS or not _is_simple(compiled):
+            self._refuse()
             return
         values, places = [], []
         for kind, x in _flat(compiled.src.signature.values(), arguments):
@@ -123,7 +129,7 @@ class _Recorder(TorchDispatchMode):
             elif kind[0] in "iu" and isinstance(x, int):
                 values.append(x & (1 << 64) - 1)
             else:
-                self.whole = False
+                self._refuse()
                 return
         values += (0, 0)  # scratch memory, of which simple kernels have none
         warps, _, shared = compiled.packed_metadata
