@@ -2,12 +2,17 @@
 
 An eager step of small tensors lasts as long as Python takes to launch it. On a CUDA device calls are queued and not waited for.
 Without one a driver stands in that compiles for an H200 and launches nothing: of a call in Triton all that stands between the
-choice of a backend and the launch is run as it is. The figures of the backward pass have autograd's own 20 us in them.
+choice of a backend and the launch is run as it is, of the losses in float32, whose products a CPU makes in little time. The
+figures of the backward pass have autograd's own 20 us in them.
 """
 
 import argparse
+import ctypes
 import gc
+import os
 import statistics
+import subprocess
+import tempfile
 import time
 
 import torch
@@ -56,11 +61,35 @@ class Driver:
         pass
 
 
-def stand_in(launches=None):
-    """Makes a `Driver` Triton's."""
-    from triton.runtime import driver
+# What stands in for the library of a driver: it calls what `seen` is set to, if it is, with a launch's function, its grid,
+# threads and shared memory, and its parameters, and fails with `status`.
+_LIBRARY = """
+void (*seen)(void*, unsigned*, void**);
+int status;
+int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned b, unsigned c, unsigned shared,
+                   void* stream, void** parameters, void** extra) {
+  unsigned numbers[] = {x, y, z, threads, shared};
+  if (seen) seen(f, numbers, parameters);
+  return b != 1 || c != 1 || extra != 0 ? 1 : status;
+}
+"""
 
-    driver.set_active(Driver(launches))
+
+def library():
+    """It, loaded: who asks for libcuda.so.1 then gets it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, compiler = f"{folder}/libcuda.so.1", os.environ.get("CC", "cc").split()
+        flags = "-x", "c", "-", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", path
+        subprocess.run([*compiler, *flags], input=_LIBRARY, text=True, check=True)
+        return ctypes.CDLL(path)
+
+
+def stand_in(driver=None):
+    """Makes a `Driver` Triton's, and its library that of the process, which is returned."""
+    from triton import runtime
+
+    runtime.driver.set_active(driver or Driver())
+    return library()
 
 
 def tensors(device):
@@ -83,8 +112,9 @@ def tensors(device):
 
 
 def public(t):
-    """{name: a call} of the public functions, on a GPU."""
-    table = ops.DenseRelevancy(torch.randint(241, (64, 64), dtype=torch.uint8, device=t["x"].device), 1 / 240)
+    """{name: a call} of the public functions, wherever the tensors are."""
+    codes = torch.randint(241, (64, 64), dtype=torch.uint8, device=t["x"].device)
+    table = ops.DenseRelevancy(codes, 1 / 240)
     return {
         "add_norm": lambda: ops.add_norm(t["x"], t["stream"], t["weight"], t["bias"]),
         "add_norm, x_bias": lambda: ops.add_norm(t["x"], t["stream"], t["weight"], t["bias"], x_bias=t["bias"]),
@@ -104,14 +134,20 @@ def behind(t):
     from evaat_fast.ops.norm import function
     from evaat_fast.ops.pairwise import step
     from evaat_fast.ops.pairwise.positives import Positives
+    from evaat_fast.ops.pairwise.reference import Penalty
+    from evaat_fast.ops.pairwise.relevancy import Labels
     from evaat_fast.ops.rope3d.rotate import rotate
     from evaat_fast.ops.rope3d.rotation import Rotation
 
     low, rotation = torch.bfloat16, Rotation(None, None, (1, 14, 14), 1, True, False, "triton")
     attention = AttentionPlan(rotation, None, True, None, None, 0.125, "triton")
-    contrast = lambda learns: step.ContrastSettings(  # noqa: E731
-        Positives(), False, step.Work(False, learns, learns, learns, "triton", None)
-    )
+    video, text = (t[name].detach().float().requires_grad_() for name in ("video", "text"))
+    labels, costs = Labels(torch.rand(64, 64)), Penalty(0.6, 0.1, 1.1 / 240, "code")
+    work = lambda learns, scale: step.Work(False, learns, learns, learns and scale, "triton", None)  # noqa: E731
+    settings = {
+        step.contrast_step: lambda learns: step.ContrastSettings(Positives(), False, work(learns, True)),
+        step.sms_step: lambda learns: step.SmsSettings(labels, None, costs, True, work(learns, False)),
+    }
 
     def norm(x, stream, x_bias):
         return function.add_norm("triton", x, stream, t["weight"], t["bias"], x_bias, 1e-6, low)[: 1 if stream is None else 2]
@@ -120,11 +156,11 @@ def behind(t):
         qkv = t["qkv"].clone()
         return attend_packed(qkv, qkv if torch.is_grad_enabled() else None, 2, None, attention)[0]
 
-    def loss():
-        inputs = t["video"], t["text"], t["scale"]
-        if torch.is_grad_enabled():
-            return step.Mean.apply(step.contrast_step, contrast(True), *inputs)
-        return step.contrast_step.body(*inputs, None, contrast(False))[0]
+    def loss(of, *inputs):
+        learns = torch.is_grad_enabled()
+        if learns:
+            return step.Mean.apply(of, False, settings[of](True), *inputs)
+        return of.body(*inputs, None, settings[of](False))[0]
 
     return {
         "add_norm": lambda: norm(t["x"], t["stream"], None),
@@ -135,7 +171,8 @@ def behind(t):
         ),
         "rope3d": lambda: rotate(t["q"], t["q"], rotation),
         "joint_attention_qkv_, a copy": attend,
-        "clip_loss": loss,
+        "clip_loss": lambda: loss(step.contrast_step, video, text, t["scale"]),
+        "sms_loss": lambda: loss(step.sms_step, video, text),
     }
 
 

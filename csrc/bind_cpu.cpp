@@ -4,6 +4,7 @@
 #include "norm/bind.h"
 #include "pairwise/bind.h"
 #include "patchify/bind.h"
+#include "replay/bind.h"
 #include "rope3d/bind.h"
 
 PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   evaat::bind_patchify<int>(m, evaat::patchify);
   evaat::bind_norm(m);
   evaat::bind_pairwise(m);
+  evaat::bind_replay(m);
 }

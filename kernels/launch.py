@@ -1,6 +1,7 @@
 """What launchers ask of a tensor, what travels together into a kernel as one named tuple, and the launch itself."""
 
 import contextlib
+import threading
 from collections import namedtuple
 from functools import lru_cache
 
@@ -25,6 +26,14 @@ Table = namedtuple("Table", "at half b h")
 # of that.
 FUSED = {"enable_fp_fusion": True}
 
+
+class _Recording(threading.local):
+    """by: what is told of each launch of this thread, (compiled or None, grid, all arguments), or None."""
+
+    by = None
+
+
+RECORDING = _Recording()
 _HERE = contextlib.nullcontext()
 _CONSTANTS: dict[int, tuple] = {}  # the tuples that `constants` made, by their ids
 # What a launch was compiled to, and the constants behind its arguments, by all that decides it. Of batches of a thousand sizes
@@ -57,9 +66,9 @@ def constants(kind, *values):
     return made
 
 
-def _at(index):
-    """A launch's device as a context."""
-    return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+def at(index):
+    """A launch's device as a context; negative: the CPU."""
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def launch(kernel, grid, arguments, options):
@@ -73,27 +82,35 @@ def launch(kernel, grid, arguments, options):
     options: its constants in their order, and Triton's.
     """
     kinds, tensors = [id(kernel), *options.values()], []
-    known = _describe(arguments, kinds, tensors) and _is_plain(kernel)
+    plain = _is_plain(kernel)
+    known = _describe(arguments, kinds, tensors) and plain
     index = tensors[0].get_device()
-    with _HERE if index < 0 else _at(index):
-        if known:
-            key = (index, knobs.runtime.debug, *(getattr(knobs.compilation, name, None) for name in _COMPILED_BY), *kinds)
-            kept = _KEPT.get(key)
-            if kept is not None:
-                compiled, rest = kept
-                compiled[(*grid, 1, 1)](*arguments, *rest)
-                return
-        assert "enable_fp_fusion" in options  # of which versions of Triton think differently
-        compiled = kernel[grid](*arguments, **options)
-    # Interpreted kernels are none; those of other vendors are compiled for sizes in bytes, too.
-    if known and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
-        if len(_KEPT) >= _MOST_KEPT:
-            _KEPT.clear()
-        _KEPT[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+    with at(index):
+        key = (index, *compiled_by(), *kinds) if known else None
+        kept = _KEPT.get(key)
+        if kept is not None:
+            compiled, rest = kept
+            compiled[(*grid, 1, 1)](*arguments, *rest)
+        else:
+            assert "enable_fp_fusion" in options  # of which versions of Triton think differently
+            compiled = kernel[grid](*arguments, **options)
+            # Interpreted kernels are none; those of other vendors are compiled for sizes in bytes, too.
+            plain = plain and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda"
+            rest = tuple(options[name] for name in kernel.arg_names[len(arguments) :]) if plain else ()
+            if known and plain:
+                if len(_KEPT) >= _MOST_KEPT:
+                    _KEPT.clear()
+                _KEPT[key] = compiled, rest
+    if RECORDING.by is not None:
+        RECORDING.by.launched(compiled if plain else None, grid, (*arguments, *rest))
 
 
 # Knobs that decide what a kernel is compiled to, where a version of Triton has them.
 _COMPILED_BY = ("instrumentation_mode", "fpsan_homomorphic_casts")
+
+
+def compiled_by():
+    return (knobs.runtime.debug, *(getattr(knobs.compilation, name, None) for name in _COMPILED_BY))
 
 
 def _is_plain(kernel):
@@ -101,6 +118,15 @@ def _is_plain(kernel):
     if knobs is None or getattr(kernel, "pre_run_hooks", True):
         return False
     return getattr(knobs.runtime, "add_stages_inspection_hook", None) is None
+
+
+def is_watched():
+    """Whether somebody looks on as any kernel is compiled or launched: a profiler by Triton's hooks, say."""
+    if knobs is None or getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
+        return True
+    return any(
+        x is not None and getattr(x, "calls", True) for x in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    )
 
 
 def _describe(arguments, kinds, tensors):

@@ -86,7 +86,7 @@ def same(a, b):
 
 def main(count):
     draw, launches, compared, called = random.Random(count), [], 0, []
-    host.stand_in(launches)
+    host.stand_in(host.Driver(launches))
     # What differs in one thing alone, then anything.
     calls = [norm(16, M, low, random.Random(2), first) for low in FLOATS[:2] for M in (16, 3, 1) for first in (0, 1)]
     calls += [an_attention(N) for N in (200, 208, 200)]

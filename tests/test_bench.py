@@ -197,3 +197,15 @@ def test_the_gpu_check_needs_a_gpu(tmp_path):
     if not torch.cuda.is_available():
         run = subprocess.run(["bash", script], capture_output=True, text=True, env={**os.environ, "OUT": str(tmp_path)})
         assert run.returncode == 2 and not list(tmp_path.iterdir())
+
+
+def test_the_host_benchmark_calls_public_functions_as_they_are():
+    """It times them on a GPU alone; here each runs forward and backward, once."""
+    host = importlib.import_module("host")
+    calls = host.public(host.tensors("cpu"))
+    assert {"add_norm", "rope3d", "clip_loss", "sms_loss"} < set(calls)
+    for name, call in calls.items():
+        out = call()
+        out = list(out) if isinstance(out, tuple) else [out]
+        torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+        assert all(x.isfinite().all() for x in out), name

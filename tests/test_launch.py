@@ -1,4 +1,4 @@
-"""Triton's kernels are launched as Triton would, by a shorter way, and the benchmark of that way runs without a GPU."""
+"""Triton's kernels are launched as Triton would, by shorter ways, and the benchmark of these ways runs without a GPU."""
 
 import re
 import subprocess
@@ -22,6 +22,12 @@ def run(*command):
 def test_a_known_call_launches_what_triton_would(count):
     """Kernels, constants, specialisations, grids and arguments of random calls, hooks of a kernel and of a profiler."""
     assert int(run("launches.py", count)) >= count
+
+
+def test_a_known_step_launches_for_new_tensors_what_triton_would():
+    """Functions, grids, numbers and addresses of losses of every kind, and torch's products between; C++ launches, unless
+    somebody looks on."""
+    assert int(run("replays.py")) > 150
 
 
 @pytest.mark.parametrize("only", [["--only", "layer norm"], pytest.param([], marks=pytest.mark.slow)])

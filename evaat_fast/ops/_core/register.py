@@ -18,6 +18,8 @@ from evaat_fast.ops._core.tensor import PLAIN, keeps_numbers_elsewhere
 _LIBRARY = torch.library.Library("evaat_fast", "DEF")
 # Non-zero under FakeTensorMode, FlopCounterMode and the like, which must see the operator. A private name, hence the getattr.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+# torch.jit.is_tracing asks this, after questions of its own that take longer.
+_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 _SCHEMA = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -33,7 +35,7 @@ _SCHEMA = {
 def traced(*classes: type) -> bool:
     """Whether a call of tensors of these classes must pass through torch's dispatcher, where a compiler, a tracer, a mode or a
     wrapper sees it; else an operator's body may be called as it is."""
-    seen = torch.compiler.is_compiling() or _modes() > 0 or torch.jit.is_tracing()
+    seen = torch.compiler.is_compiling() or _modes() > 0 or _tracing()
     return seen or (not PLAIN.issuperset(classes) and any(map(keeps_numbers_elsewhere, classes)))
 
 

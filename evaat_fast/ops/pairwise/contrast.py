@@ -15,6 +15,8 @@ from evaat_fast.ops.pairwise.check import FLOATS, GradMode, Options, Reduction
 from evaat_fast.ops.pairwise.positives import Positives, VerbNounPositives, as_positives
 from evaat_fast.ops.pairwise.reference import clip_loss_reference, ego_nce_loss_reference
 
+_NONE = Positives()
+
 
 def clip_loss(
     video: Tensor,
@@ -93,7 +95,7 @@ def contrast(
 
     def plan(call):
         normalise = op == "ego_nce_loss"
-        pairs = as_positives(positives, call) if normalise else Positives()
+        pairs = as_positives(positives, call) if normalise else _NONE
 
         def reference(video, text, multiplier, pairs=pairs):
             if normalise:
@@ -114,4 +116,6 @@ def _check_scale(scale, device, dtype):
     if scale.numel() != 1:
         raise ValueError(f"logit_scale: expected one element, got the shape {list(scale.shape)}")
     check_device("logit_scale", scale.device, device, "the features'")
-    return scale.reshape(()).to(dtype)
+    # No views where there is nothing to change: each would be a node of autograd's.
+    scale = scale if scale.ndim == 0 else scale.reshape(())
+    return scale if scale.dtype == dtype else scale.to(dtype)

@@ -42,7 +42,7 @@ class Gpu(Step):
     def unit_rows(self) -> tuple[Tensor, Tensor]:
         """Room for them, in the features' dtype, and for norms and inverses."""
         self.norms, self.inverses = self.empty(2, 2, self.n)
-        self.unit_video, self.unit_text = self.empty(2, self.n, self.E, dtype=self.dtype)
+        self.unit_video, self.unit_text = (self.empty(self.n, self.E, dtype=self.dtype) for _ in range(2))
         return self.unit_video, self.unit_text
 
     def begin(self) -> None:

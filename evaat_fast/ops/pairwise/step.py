@@ -54,6 +54,11 @@ class SmsSettings:
     def known(self) -> tuple:
         return self.labels, self.own
 
+    def parts(self) -> tuple[tuple, tuple]:
+        """(numbers, tensors)."""
+        of = self.labels
+        return (self.penalty, self.work), (of.table, of.video_index, of.caption_index, of.verb, of.values, self.own)
+
     def across(self, ranks: Ranks) -> "SmsSettings":
         """With what the other ranks know."""
         assert self.own is not None
@@ -71,6 +76,11 @@ class ContrastSettings:
 
     def known(self) -> tuple:
         return (self.positives,)
+
+    def parts(self) -> tuple[tuple, tuple]:
+        """As of `SmsSettings`."""
+        of = self.positives
+        return (self.normalise, self.work), (of.dense, of.verbs, of.nouns)
 
     def across(self, ranks: Ranks) -> "ContrastSettings":
         """As of `SmsSettings`."""
@@ -131,16 +141,31 @@ def _run(name, inputs, weight, settings, ranks):
     video, work = inputs[0], settings.work
     if video.shape[0] < (2 if ranks is None else 1):  # no pair: the softmax of one is one, whatever the logit
         return tuple(x.zero_() for x in _outputs(inputs, work))
-    backend: Any
-    if work.backend == "triton":
-        from evaat_fast.ops.pairwise import triton as backend
-    elif work.backend == "cuda":
-        from evaat_fast.ops.pairwise import cuda as backend
-    else:
-        from evaat_fast.ops.pairwise import cpu as backend
-    video, text, scale = inputs if len(inputs) == 3 else (*inputs, None)
+    backend = _module_of(work.backend)
+    given = (*inputs, weight) if len(inputs) == 3 else (*inputs, None, weight)
+    make = lambda: run(getattr(backend, name)(*given, settings, ranks))  # noqa: E731
     with no_autocast(video.device.type):
-        return run(getattr(backend, name)(video, text, scale, weight, settings, ranks))
+        if work.backend != "triton" or ranks is not None:
+            return make()
+        # A step like one before launches the same again.
+        tf32 = video.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        numbers, tensors = settings.parts()
+        return backend.again((name, tf32, *numbers), (*given, *tensors), make)
+
+
+@functools.cache  # as the statement costs 1 us a call
+def _module_of(backend: str) -> Any:
+    if backend == "triton":
+        from evaat_fast.ops.pairwise import triton
+
+        return triton
+    if backend == "cuda":
+        from evaat_fast.ops.pairwise import cuda
+
+        return cuda
+    from evaat_fast.ops.pairwise import cpu
+
+    return cpu
 
 
 def run(step: Any) -> tuple:
@@ -211,11 +236,11 @@ def _scaled(factor, gradients, dtypes, work):
     """`_given` of the gradients times a factor."""
     if work.backend != "triton" or traced(type(factor)):
         return _given([gradient * factor for gradient in gradients], dtypes, work)
-    from evaat_fast.ops.pairwise.triton import scaled
-
-    needs = work.needs()[: len(gradients)]
+    needs, scaled = work.needs()[: len(gradients)], _module_of("triton").scaled
+    if all(needs):
+        return scaled(factor, gradients, dtypes)
     some = [(gradient, dtype) for gradient, dtype, need in zip(gradients, dtypes, needs, strict=True) if need]
-    made = iter(scaled(factor, *map(list, zip(*some, strict=True))))
+    made = iter(scaled(factor, *zip(*some, strict=True)))
     return (next(made) if need else None for need in needs)
 
 
@@ -231,16 +256,16 @@ class Mean(torch.autograd.Function):
     loss scale reaches them before float16 rounds them."""
 
     @staticmethod
-    def forward(ctx, step, settings, *inputs):
-        loss, *gradients = _call(step, inputs, None, settings)
+    def forward(ctx, step, hidden, settings, *inputs):
+        loss, *gradients = step.at(hidden)(*inputs, None, settings)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes, ctx.work = [x.dtype for x in inputs], settings.work
+        ctx.dtypes, ctx.work = tuple([x.dtype for x in inputs]), settings.work
         return loss
 
     @staticmethod
     def backward(ctx, factor):
         _refuse_double_backward()
-        return None, None, *_scaled(factor, ctx.saved_tensors, ctx.dtypes, ctx.work)
+        return None, None, None, *_scaled(factor, ctx.saved_tensors, ctx.dtypes, ctx.work)
 
 
 class Each(torch.autograd.Function):
@@ -333,7 +358,8 @@ def _planned(op, video, text, options, plan, ranks):
 
 
 def _needs(inputs):
-    return [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    learns = torch.is_grad_enabled()
+    return [learns and x.requires_grad for x in inputs]
 
 
 def _served(step, options, planned, ranks):
@@ -357,7 +383,7 @@ def _served(step, options, planned, ranks):
     asked = settings_of(Work(False, needs[0], needs[1], needs[-1] and bool(scale), *how))
     if each:
         return Each.apply(step, settings_of(Work(True, False, False, False, *how)), asked, *inputs)
-    return Mean.apply(step, asked, *inputs)
+    return Mean.apply(step, hidden, asked, *inputs)
 
 
 def _features(op, name, x):

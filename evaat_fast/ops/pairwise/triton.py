@@ -1,20 +1,26 @@
 """The pairwise losses in Triton."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evaat_fast.kernels.pairwise import contrast, panel, sms
+from evaat_fast.kernels.record import again
 from evaat_fast.ops.pairwise import gpu
 from evaat_fast.ops.pairwise.ranks import Ranks
 
 
-def scaled(factor: Tensor, gradients: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+def scaled(factor: Tensor, gradients: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> tuple[Tensor, ...]:
     """factor * gradients in these dtypes, in one launch."""
-    outs = [torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, dtypes, strict=True)]
-    panel.scale(factor, gradients, outs)
-    return outs
+
+    def scale():
+        outs = tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip(gradients, dtypes, strict=True))
+        panel.scale(factor, gradients, outs)
+        return outs
+
+    return again(("scaled", dtypes), (factor, *gradients), scale)
 
 
 class _Triton(gpu.Gpu):
