@@ -1,0 +1,329 @@
+"""InfoNCE on Hopper, in Gluon: the sweeps of `contrast.py` with an exponential a pair, under the products of other tiles.
+
+A persistent grid: each program keeps 256 captions in shared memory, 128 for each of two warpgroups, and goes past videos, 64
+at a time, which one warp copies (TMA). A warpgroup has two tiles of 64 x 128 products: of one it makes exponentials and sums
+while the tensor cores multiply the other (wgmma), so that neither waits for the other.
+
+Both sweeps raise 2 to the logits less one number for all, `_shift`: so rows and columns add the same exponentials up, of the
+columns in registers until a program has passed its videos. That is exact while the sums of every row and column are numbers
+that float32 has, which logits of unit features are but for scales of hundreds. `contrast_totals_sm90_kernel` finds out; where
+they are not, `contrast_again_kernel` sums up once more, each row and column about its own largest, and the slopes are made of
+two exponentials. Counted for 32,768 pairs of 256 numbers: a tile takes the tensor cores 1,024 cycles, and its exponentials 512
+of their unit's.
+"""
+
+from collections import namedtuple
+
+import torch
+import triton
+import triton.language as tl
+from evaat_fast.kernels.attn.sm90 import LOG2E, copy_in, copy_out
+from evaat_fast.kernels.launch import FUSED, cdiv, launch, multiprocessors
+from evaat_fast.kernels.pairwise.contrast import _log_add_exp, _store_two_floats
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+GROUPS = gl.constexpr(2)  # warpgroups
+ROWS, COLUMNS = gl.constexpr(64), gl.constexpr(128)  # of a tile
+
+# Pairs of videos first .. last - 1 and all N captions. span: videos of a unit of work, a multiple of 128; ranges: units of the
+# same captions; units: of all.
+Call = namedtuple("Call", "N first last span ranges units")
+# float32. rows [blocks of 128 captions, last - first] and columns [4 ranges, N]: what exponentials of others add up to, own [N]:
+# each pair's own product. again: int32 [1], whether the sums are of no use.
+Sums = namedtuple("Sums", "rows columns own again")
+# Of videos and of captions. float32: logs [2, 2, N], of the sums of all exponentials of a row to the base of 2, as two numbers
+# to add; inverse [2, N], 1 / such a sum; rest [2, N], what is left to learn; weight [N], what a pair's own loss counts, or None.
+Totals = namedtuple("Totals", "logs inverse rest weight")
+# float64: running [N], columns' sums so far; entries [2, N], what each pair costs by its row and by its column.
+Costs = namedtuple("Costs", "running entries")
+# What is in shared memory, and barriers by the name of what they guard.
+Shared = namedtuple("Shared", "text video slopes factors text_there text_free video_there video_free")
+
+
+@gluon.jit
+def only_here(n):
+    """n, of which no compiler makes addresses before a loop, which would be kept there for what is rare."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _shift(scale2):
+    """What is subtracted from logits in units of ln 2, so that the largest that unit features have is 110 or less."""
+    return gl.maximum(gl.maximum(scale2, -scale2) - 110.0, 0.0)
+
+
+@gluon.jit
+def _scale2(scale):
+    """What logits in units of ln 2 are products times; not 0, of which that of an infinity is none."""
+    scale2 = gl.load(scale) * LOG2E
+    return gl.where((scale2 < 1e-30) & (scale2 > -1e-30), 1e-30, scale2)
+
+
+@gluon.jit
+def _unit(u, call):
+    """(first caption, first video, twice 64 videos) of a unit of work."""
+    first = call.first + (u % call.ranges) * call.span
+    end = gl.where(first + call.span < call.last, first + call.span, call.last)
+    return u // call.ranges * (GROUPS * COLUMNS), first, (end - first + 2 * ROWS - 1) // (2 * ROWS)
+
+
+@gluon.jit
+def _copies(video, text, sh, call, STAGES: gl.constexpr):
+    """The producer: copies what the consumers wait for, as soon as its place in shared memory is free."""
+    n, it = 0, 0
+    for u in range(gl.program_id(0), call.units, gl.num_programs(0)):
+        column, first, steps = _unit(u, call)
+        for c in gl.static_range(GROUPS):
+            mbarrier.wait(sh.text_free.index(c), (it & 1) ^ 1)
+            mbarrier.expect(sh.text_there.index(c), text.block_type.nbytes)
+            copy_in(text, [column + c * COLUMNS, 0], sh.text_there.index(c), sh.text.index(c))
+        for i in range(2 * steps):
+            s = n % STAGES
+            mbarrier.wait(sh.video_free.index(s), ((n // STAGES) & 1) ^ 1)
+            mbarrier.expect(sh.video_there.index(s), video.block_type.nbytes)
+            copy_in(video, [first + i * ROWS, 0], sh.video_there.index(s), sh.video.index(s))
+            n += 1
+        it += 1
+
+
+@gluon.jit
+def _products(sh, c: gl.constexpr, s, L: gl.constexpr):
+    """A tile of raw products of the videos at stage s, under way."""
+    zeros = gl.zeros((ROWS, COLUMNS), gl.float32, L)
+    return warpgroup_mma(sh.video.index(s), sh.text.index(c).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _at_edge(row, column, call):
+    """Whether a tile has pairs of a video with its own caption, or is not whole."""
+    return (row + ROWS > call.last) | (column + COLUMNS > call.N) | ((row < column + COLUMNS) & (column < row + ROWS))
+
+
+@gluon.jit
+def _others(m, n, call):
+    """Whether a pair is another than each of its sides' own."""
+    return (m < call.last)[:, None] & (n < call.N)[None, :] & (m[:, None] != n[None, :])
+
+
+@gluon.jit
+def _beyond(scale2):
+    """A product whose exponential is 0; no infinity, which times that would be none."""
+    return gl.where(scale2 < 0.0, 1e38, -1e38)
+
+
+@gluon.jit
+def _add(x, columns, out, row, column, scale2, shift, call, L: gl.constexpr):
+    """Stores the sums of exponentials of a tile's rows; returns those of its columns, of a thread, with these added."""
+    m, n = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, L))
+    if _at_edge(row, column, call):
+        found = gl.sum(gl.where(m[:, None] == n[None, :], x, 0.0), 1)
+        gl.store(out.own + m, found, mask=(m < call.last) & (m >= column) & (m < column + COLUMNS))
+        x = gl.where(_others(m, n, call), x, _beyond(scale2))
+    e = gl.exp2(x * scale2 - shift)
+    block = (column // COLUMNS).to(gl.int64) * (call.last - call.first)
+    gl.store(out.rows + block + (m - call.first), gl.sum(e, 1), mask=m < call.last)
+    upper, lower = e.reshape((4, 2, 8, COLUMNS)).permute((0, 2, 3, 1)).split()
+    return columns + gl.convert_layout(upper + lower, columns.type.layout)
+
+
+@gluon.jit
+def _sum_up(sh, out, scale, call, c: gl.constexpr, STAGES: gl.constexpr):
+    """A consumer of the first sweep: warpgroup c."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
+    C: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 8, 4], [4, 1, 1], [2, 1, 0])
+    scale2 = _scale2(scale)
+    shift = _shift(scale2)
+    if c == 0:
+        gl.store(out.again, 0, mask=(gl.program_id(0) == 0) & (call.first == 0))
+    j, it = 0, 0
+    for u in range(gl.program_id(0), call.units, gl.num_programs(0)):
+        column, row, steps = _unit(u, call)
+        column += c * COLUMNS
+        mbarrier.wait(sh.text_there.index(c), it & 1)
+        mbarrier.wait(sh.video_there.index(j % STAGES), (j // STAGES) & 1)
+        x = warpgroup_mma_wait(0, deps=(_products(sh, c, j % STAGES, L),))
+        mbarrier.arrive(sh.video_free.index(j % STAGES), count=1)
+        columns = gl.zeros((4, 8, COLUMNS), gl.float32, C)
+        for i in range(steps):
+            then, last = j + 1, j + 2
+            mbarrier.wait(sh.video_there.index(then % STAGES), (then // STAGES) & 1)
+            y = _products(sh, c, then % STAGES, L)
+            columns = _add(x, columns, out, row, column, scale2, shift, call, L)
+            mbarrier.wait(sh.video_there.index(last % STAGES), (last // STAGES) & 1, pred=i + 1 < steps)
+            y = warpgroup_mma_wait(0, deps=(y,))
+            mbarrier.arrive(sh.video_free.index(then % STAGES), count=1)
+            x = _products(sh, c, last % STAGES, L)  # behind the last videos of what lies there, for nothing
+            columns = _add(y, columns, out, row + ROWS, column, scale2, shift, call, L)
+            x = warpgroup_mma_wait(0, deps=(x,))
+            mbarrier.arrive(sh.video_free.index(last % STAGES), count=1, pred=i + 1 < steps)
+            row += 2 * ROWS
+            j += 2
+        mbarrier.arrive(sh.text_free.index(c), count=1)
+        sums = gl.sum(columns, 1)
+        w = gl.arange(0, 4, layout=gl.SliceLayout(1, sums.type.layout))[:, None]
+        n = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, sums.type.layout))[None, :]
+        part = (u % call.ranges) * 4 + w
+        gl.store(out.columns + part.to(gl.int64) * call.N + n, sums, mask=n + w * 0 < call.N)
+        it += 1
+
+
+@gluon.jit
+def _slopes(x, factor, at, sh, totals, again, row, column, scale2, shift, call, c: gl.constexpr, L: gl.constexpr):
+    """Stores the slopes of a tile's logits; returns, by rows, their sums with the products."""
+    place, factors = sh.slopes.index(c), sh.factors.index(c).load(gl.SliceLayout(0, L))
+    tma.store_wait(pendings=0)
+    slope = gl.exp2(x * scale2 - shift) * (factor[:, None] + factors[None, :])
+    dots = gl.sum(slope * x, 1)
+    place.store(slope.to(place.dtype))
+    if _at_edge(row, column, call) | (again != 0):
+        dots = _rare_slopes(x, place, totals, row, column, scale2, call, L)
+    fence_async_shared()
+    copy_out(at, [row - call.first, column], place)
+    return dots
+
+
+@gluon.jit
+def _rare_slopes(x, place, totals, row, column, scale2, call, L: gl.constexpr):
+    """Those of any tile, and of sums of any size."""
+    row, column = only_here(row), only_here(column)
+    m, n = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, L))
+    in_m, in_n, of_columns = m < call.last, n < call.N, totals.logs + 2 * call.N
+    slope = _probability(x * scale2, totals.logs, totals.weight, m, in_m, call, 1)
+    slope += _probability(x * scale2, of_columns, totals.weight, n, in_n, call, 0)
+    of_row, of_column = _of(totals.rest, totals.weight, m, in_m), _of(totals.rest + call.N, totals.weight, n, in_n)
+    slope = gl.where(m[:, None] == n[None, :], -(of_row[:, None] + of_column[None, :]), slope)
+    slope = gl.where(in_m[:, None] & in_n[None, :], slope, 0.0)
+    place.store(slope.to(place.dtype))
+    return gl.sum(slope * x, 1)
+
+
+@gluon.jit
+def _of(x, weight, i, mask):
+    """x at i, times the weight there, if there is one; 0 where there is no i."""
+    found = gl.load(x + i, mask=mask, other=0.0)
+    if weight is not None:
+        found = found * gl.load(weight + i, mask=mask, other=0.0)
+    return found
+
+
+@gluon.jit
+def _probability(s, logs, weight, i, mask, call, axis: gl.constexpr):
+    """2 ** (s - total), a total being the sum of two floats."""
+    high, low = gl.load(logs + i, mask=mask, other=0.0), gl.load(logs + call.N + i, mask=mask, other=0.0)
+    p = gl.exp2((s - gl.expand_dims(high, axis)) - gl.expand_dims(low, axis))
+    if weight is not None:
+        p = p * gl.expand_dims(gl.load(weight + i, mask=mask, other=0.0), axis)
+    return p
+
+
+@gluon.jit
+def _make_slopes(at, sh, scale, totals, out, again, call, c: gl.constexpr, STAGES: gl.constexpr):
+    """A consumer of the second sweep: warpgroup c."""
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
+    scale2, redo = _scale2(scale), gl.load(again)
+    shift = _shift(scale2)
+    m, n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), gl.arange(0, COLUMNS, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    j, it = 0, 0
+    for u in range(gl.program_id(0), call.units, gl.num_programs(0)):
+        column, row, steps = _unit(u, call)
+        column += c * COLUMNS
+        sh.factors.index(c).store(_of(totals.inverse + call.N, totals.weight, column + n, column + n < call.N))
+        of_x = _of(totals.inverse, totals.weight, row + m, row + m < call.last)
+        mbarrier.wait(sh.text_there.index(c), it & 1)
+        mbarrier.wait(sh.video_there.index(j % STAGES), (j // STAGES) & 1)
+        x = warpgroup_mma_wait(0, deps=(_products(sh, c, j % STAGES, L),))
+        mbarrier.arrive(sh.video_free.index(j % STAGES), count=1)
+        dots = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, L))
+        for i in range(steps):
+            then, last = j + 1, j + 2
+            mbarrier.wait(sh.video_there.index(then % STAGES), (then // STAGES) & 1)
+            y = _products(sh, c, then % STAGES, L)
+            of_y = _of(totals.inverse, totals.weight, row + ROWS + m, row + ROWS + m < call.last)
+            dots += _slopes(x, of_x, at, sh, totals, redo, row, column, scale2, shift, call, c, L)
+            mbarrier.wait(sh.video_there.index(last % STAGES), (last // STAGES) & 1, pred=i + 1 < steps)
+            y = warpgroup_mma_wait(0, deps=(y,))
+            mbarrier.arrive(sh.video_free.index(then % STAGES), count=1)
+            x = _products(sh, c, last % STAGES, L)  # behind the last videos of what lies there, for nothing
+            of_x = _of(totals.inverse, totals.weight, row + 2 * ROWS + m, row + 2 * ROWS + m < call.last)
+            dots += _slopes(y, of_y, at, sh, totals, redo, row + ROWS, column, scale2, shift, call, c, L)
+            x = warpgroup_mma_wait(0, deps=(x,))
+            mbarrier.arrive(sh.video_free.index(last % STAGES), count=1, pred=i + 1 < steps)
+            row += 2 * ROWS
+            j += 2
+        mbarrier.arrive(sh.text_free.index(c), count=1)
+        gl.store(out + (u * GROUPS + c), gl.sum(dots, 0))
+        it += 1
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _barriers(sh, STAGES: gl.constexpr):
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(sh.text_there.index(i), count=1)
+        mbarrier.init(sh.text_free.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(sh.video_there.index(i), count=1)
+        mbarrier.init(sh.video_free.index(i), count=GROUPS)
+
+
+@gluon.jit
+def contrast_stats_sm90_kernel(video, text, scale, out, call, E: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr):
+    """Descriptors of the features, in blocks of 64 videos and of 128 captions."""
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    sh = Shared(
+        gl.allocate_shared_memory(text.dtype, [GROUPS, COLUMNS, E], text.layout),
+        gl.allocate_shared_memory(video.dtype, [STAGES, ROWS, E], video.layout),
+        None,
+        None,
+        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], B),
+        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+    )
+    _barriers(sh, STAGES)
+    gl.warp_specialize(
+        [
+            (_sum_up, (sh, out, scale, call, 0, STAGES)),
+            (_sum_up, (sh, out, scale, call, 1, STAGES)),
+            (_copies, (video, text, sh, call, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+@gluon.jit
+def contrast_slopes_sm90_kernel(video, text, panel, scale, totals, of_scale, again, call, E: gl.constexpr, STAGES: gl.constexpr,
+                                REGISTERS: gl.constexpr):  # fmt: skip
+    """As the first sweep's; panel: a descriptor of the slopes [last - first, N] in blocks of 64 x 128. of_scale: float32
+    [2 units], sums of the slopes with the products."""
+    B: gl.constexpr = mbarrier.MBarrierLayout()
+    sh = Shared(
+        gl.allocate_shared_memory(text.dtype, [GROUPS, COLUMNS, E], text.layout),
+        gl.allocate_shared_memory(video.dtype, [STAGES, ROWS, E], video.layout),
+        gl.allocate_shared_memory(panel.dtype, [GROUPS, ROWS, COLUMNS], panel.layout),
+        gl.allocate_shared_memory(gl.float32, [GROUPS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], B),
+        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], B),
+    )
+    _barriers(sh, STAGES)
+    gl.warp_specialize(
+        [
+            (_make_slopes, (panel, sh, scale, totals, of_scale, again, call, 0, STAGES)),
+            (_make_slopes, (panel, sh, scale, totals, of_scale, again, call, 1, STAGES)),
+            (_copies, (video, text, sh, call, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
