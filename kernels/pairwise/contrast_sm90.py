@@ -6,20 +6,18 @@ while the tensor cores multiply the other (wgmma), so that neither waits for the
 
 Both sweeps raise 2 to the logits less one number for all, `_shift`: so rows and columns add the same exponentials up, of the
 columns in registers until a program has passed its videos. That is exact while the sums of every row and column are numbers
-that float32 has, which logits of unit features are but for scales of hundreds. `contrast_totals_sm90_kernel` finds out; where
-they are not, `contrast_again_kernel` sums up once more, each row and column about its own largest, and the slopes are made of
-two exponentials. Counted for 32,768 pairs of 256 numbers: a tile takes the tensor cores 1,024 cycles, and its exponentials 512
+that float32 has, which logits of unit features are but for scales of hundreds. `contrast_totals.py` finds out; where they are
+not, it sums up once more, each row and column about its own largest, and the slopes are made of two exponentials. Counted for 32,768 pairs of 256 numbers: a tile takes the tensor cores 1,024 cycles, and its exponentials 512
 of their unit's.
 """
 
 from collections import namedtuple
+from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
-from evaat_fast.kernels.attn.sm90 import LOG2E, copy_in, copy_out
+from evaat_fast.kernels.attn.sm90 import LOG2E, copy_in, copy_out, only_here
 from evaat_fast.kernels.launch import FUSED, cdiv, launch, multiprocessors
-from evaat_fast.kernels.pairwise.contrast import _log_add_exp, _store_two_floats
+from evaat_fast.kernels.pairwise import contrast_totals
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -37,22 +35,8 @@ ROWS, COLUMNS = gl.constexpr(64), gl.constexpr(128)  # of a tile
 # Pairs of videos first .. last - 1 and all N captions. span: videos of a unit of work, a multiple of 128; ranges: units of the
 # same captions; units: of all.
 Call = namedtuple("Call", "N first last span ranges units")
-# float32. rows [blocks of 128 captions, last - first] and columns [4 ranges, N]: what exponentials of others add up to, own [N]:
-# each pair's own product. again: int32 [1], whether the sums are of no use.
-Sums = namedtuple("Sums", "rows columns own again")
-# Of videos and of captions. float32: logs [2, 2, N], of the sums of all exponentials of a row to the base of 2, as two numbers
-# to add; inverse [2, N], 1 / such a sum; rest [2, N], what is left to learn; weight [N], what a pair's own loss counts, or None.
-Totals = namedtuple("Totals", "logs inverse rest weight")
-# float64: running [N], columns' sums so far; entries [2, N], what each pair costs by its row and by its column.
-Costs = namedtuple("Costs", "running entries")
 # What is in shared memory, and barriers by the name of what they guard.
 Shared = namedtuple("Shared", "text video slopes factors text_there text_free video_there video_free")
-
-
-@gluon.jit
-def only_here(n):
-    """n, of which no compiler makes addresses before a loop, which would be kept there for what is rare."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -129,8 +113,8 @@ def _add(x, columns, out, row, column, scale2, shift, call, L: gl.constexpr):
         gl.store(out.own + m, found, mask=(m < call.last) & (m >= column) & (m < column + COLUMNS))
         x = gl.where(_others(m, n, call), x, _beyond(scale2))
     e = gl.exp2(x * scale2 - shift)
-    block = (column // COLUMNS).to(gl.int64) * (call.last - call.first)
-    gl.store(out.rows + block + (m - call.first), gl.sum(e, 1), mask=m < call.last)
+    block = (m * 0 + column // COLUMNS).to(gl.int64)
+    gl.store(out.rows + block * (call.last - call.first) + (m - call.first), gl.sum(e, 1), mask=(m < call.last) & (column < call.N))
     upper, lower = e.reshape((4, 2, 8, COLUMNS)).permute((0, 2, 3, 1)).split()
     return columns + gl.convert_layout(upper + lower, columns.type.layout)
 
@@ -327,3 +311,79 @@ def contrast_slopes_sm90_kernel(video, text, panel, scale, totals, of_scale, aga
         [4, 1],
         [REGISTERS, 24],
     )
+
+
+# What the kernels are compiled for. STAGES: 64 videos each, in flight; with rows of 256 numbers there is room for no more.
+SHAPES = {"stats": {"STAGES": 3, "REGISTERS": 240}, "slopes": {"STAGES": 2, "REGISTERS": 240}}
+MOST_E = 256
+LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
+
+
+def serves(video, text):
+    """Whether the copies take the features: TMA wants addresses and strides that are multiples of 16 bytes."""
+    E = video.shape[1]
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) == 1 for x in (video, text))
+    return video.dtype in (torch.bfloat16, torch.float16) and E % 64 == 0 and E <= MOST_E and aligned
+
+
+@lru_cache(maxsize=64)
+def plan(rows, N, programs):
+    """(span, ranges, units) of so many videos and N captions, which take the programs the least time: 128 videos a step, and
+    near three such steps before and behind a unit."""
+    across, steps = cdiv(N, GROUPS.value * COLUMNS.value), cdiv(rows, 2 * ROWS.value)
+
+    def of(ranges):
+        span = cdiv(steps, ranges)
+        units = across * cdiv(steps, span)
+        return cdiv(units, programs) * (span + 3), span, units
+
+    _, span, units = min(of(ranges) for ranges in range(1, min(steps, 64) + 1))
+    return span * 2 * ROWS.value, units // across, units
+
+
+def strips(N):
+    """How many sums a row has, of 128 captions each."""
+    return cdiv(N, COLUMNS.value)
+
+
+def _call(N, first, last, device):
+    span, ranges, units = plan(last - first, N, multiprocessors(device))
+    return Call(N, first, last, span, ranges, units)
+
+
+def _launch(kernel, shape, device, arguments, call, E):
+    options = {"E": E, **shape, "num_warps": 4, **FUSED}
+    launch(kernel, (min(multiprocessors(device), call.units),), (*arguments, call), options)
+
+
+def _features(video, text):
+    E = video.shape[1]
+    of = lambda x, rows: TensorDescriptor.from_tensor(x, [rows.value, E], LAYOUT)  # noqa: E731
+    return of(video, ROWS), of(text, COLUMNS)
+
+
+def stats(video, text, scale, sums, totals, costs, first, last):
+    """The first sweep, of videos first .. last - 1, and what it adds to the totals. scale: float32 [1]."""
+    N, E = text.shape
+    call = _call(N, first, last, video.device)
+    _launch(contrast_stats_sm90_kernel, SHAPES["stats"], video.device, (*_features(video, text), scale, sums), call, E)
+    contrast_totals.add(sums, totals, costs, scale, N, first, last, strips(N), 4 * call.ranges)
+
+
+def slopes(video, text, scale, totals, of_scale, again, panel, first, last):
+    """The second sweep, into panel [last - first, N], whose rows are multiples of 8 numbers apart. of_scale: as `shares` says."""
+    N, E = text.shape
+    call = _call(N, first, last, video.device)
+    at = TensorDescriptor.from_tensor(panel, [ROWS.value, COLUMNS.value], LAYOUT)
+    arguments = *_features(video, text), at, scale, totals, of_scale, again
+    _launch(contrast_slopes_sm90_kernel, SHAPES["slopes"], video.device, arguments, call, E)
+
+
+def shares(rows, N, device):
+    """How many numbers add up to the gradient of the scale, of so many videos."""
+    return GROUPS.value * plan(rows, N, multiprocessors(device))[2]
+
+
+def ranges(rows, N, device):
+    """How many sums a column has, of so many videos."""
+    return 4 * plan(rows, N, multiprocessors(device))[1]
