@@ -25,7 +25,7 @@ F16, BF16 = torch.float16, torch.bfloat16
 LAUNCHERS = ("stats", "slopes", "shares", "ranges")
 
 
-def batch(N, E, dtype=F16, device="cpu", noise=0.7):
+def batch(N, E, dtype=F16, device="cpu", noise=3.0):
     unit = torch.nn.functional.normalize
     video = unit(torch.randn(N, E), dim=1)
     text = unit(video + noise * unit(torch.randn(N, E), dim=1), dim=1)
