@@ -7,8 +7,11 @@ while the tensor cores multiply the other (wgmma), so that neither waits for the
 Both sweeps raise 2 to the logits less one number for all, `_shift`: so rows and columns add the same exponentials up, of the
 columns in registers until a program has passed its videos. That is exact while the sums of every row and column are numbers
 that float32 has, which logits of unit features are but for scales of hundreds. `contrast_totals.py` finds out; where they are
-not, it sums up once more, each row and column about its own largest, and the slopes are made of two exponentials. Counted for 32,768 pairs of 256 numbers: a tile takes the tensor cores 1,024 cycles, and its exponentials 512
-of their unit's.
+not, it sums up once more, each row and column about its own largest, and the slopes are made of two exponentials.
+
+A wait for videos stands before each wait for products, which ptxas else moves above the exponentials: see `sm90.py`. Counted
+for features of 256 numbers, a tile takes the tensor cores 1,024 cycles, its exponentials 512 of their unit's, and of a
+scheduler's issue slots its first sweep takes 370, its second 520.
 """
 
 from collections import namedtuple
@@ -80,10 +83,13 @@ def _copies(video, text, sh, call, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _products(sh, c: gl.constexpr, s, L: gl.constexpr):
-    """A tile of raw products of the videos at stage s, under way."""
-    zeros = gl.zeros((ROWS, COLUMNS), gl.float32, L)
-    return warpgroup_mma(sh.video.index(s), sh.text.index(c).permute((1, 0)), zeros, use_acc=False, is_async=True)
+def _products(sh, c: gl.constexpr, j, STAGES: gl.constexpr, L: gl.constexpr, there):
+    """Of the j-th 64 videos that a program meets and of warpgroup c's captions, under way. The videos are `there`, if
+    any are; to wait for them ends a block, which keeps exponentials from the places of these instructions."""
+    zeros, s = gl.zeros((ROWS, COLUMNS), gl.float32, L), j % STAGES
+    x = warpgroup_mma(sh.video.index(s), sh.text.index(c).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(sh.video_there.index(s), (j // STAGES) & 1, pred=there)
+    return x
 
 
 @gluon.jit
@@ -134,19 +140,20 @@ def _sum_up(sh, out, scale, call, c: gl.constexpr, STAGES: gl.constexpr):
         column += c * COLUMNS
         mbarrier.wait(sh.text_there.index(c), it & 1)
         mbarrier.wait(sh.video_there.index(j % STAGES), (j // STAGES) & 1)
-        x = warpgroup_mma_wait(0, deps=(_products(sh, c, j % STAGES, L),))
+        x = warpgroup_mma_wait(0, deps=(_products(sh, c, j, STAGES, L, True),))
         mbarrier.arrive(sh.video_free.index(j % STAGES), count=1)
+        mbarrier.wait(sh.video_there.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1)
         columns = gl.zeros((4, 8, COLUMNS), gl.float32, C)
         for i in range(steps):
             then, last = j + 1, j + 2
-            mbarrier.wait(sh.video_there.index(then % STAGES), (then // STAGES) & 1)
-            y = _products(sh, c, then % STAGES, L)
+            y = _products(sh, c, then, STAGES, L, True)
             columns = _add(x, columns, out, row, column, scale2, shift, call, L)
             mbarrier.wait(sh.video_there.index(last % STAGES), (last // STAGES) & 1, pred=i + 1 < steps)
             y = warpgroup_mma_wait(0, deps=(y,))
             mbarrier.arrive(sh.video_free.index(then % STAGES), count=1)
-            x = _products(sh, c, last % STAGES, L)  # behind the last videos of what lies there, for nothing
+            x = _products(sh, c, last, STAGES, L, i + 1 < steps)  # behind the last videos of what lies there, for nothing
             columns = _add(y, columns, out, row + ROWS, column, scale2, shift, call, L)
+            mbarrier.wait(sh.video_there.index((last + 1) % STAGES), ((last + 1) // STAGES) & 1, pred=i + 1 < steps)
             x = warpgroup_mma_wait(0, deps=(x,))
             mbarrier.arrive(sh.video_free.index(last % STAGES), count=1, pred=i + 1 < steps)
             row += 2 * ROWS
@@ -224,21 +231,22 @@ def _make_slopes(at, sh, scale, totals, out, again, call, c: gl.constexpr, STAGE
         of_x = _of(totals.inverse, totals.weight, row + m, row + m < call.last)
         mbarrier.wait(sh.text_there.index(c), it & 1)
         mbarrier.wait(sh.video_there.index(j % STAGES), (j // STAGES) & 1)
-        x = warpgroup_mma_wait(0, deps=(_products(sh, c, j % STAGES, L),))
+        x = warpgroup_mma_wait(0, deps=(_products(sh, c, j, STAGES, L, True),))
         mbarrier.arrive(sh.video_free.index(j % STAGES), count=1)
+        mbarrier.wait(sh.video_there.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1)
         dots = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, L))
         for i in range(steps):
             then, last = j + 1, j + 2
-            mbarrier.wait(sh.video_there.index(then % STAGES), (then // STAGES) & 1)
-            y = _products(sh, c, then % STAGES, L)
+            y = _products(sh, c, then, STAGES, L, True)
             of_y = _of(totals.inverse, totals.weight, row + ROWS + m, row + ROWS + m < call.last)
             dots += _slopes(x, of_x, at, sh, totals, redo, row, column, scale2, shift, call, c, L)
             mbarrier.wait(sh.video_there.index(last % STAGES), (last // STAGES) & 1, pred=i + 1 < steps)
             y = warpgroup_mma_wait(0, deps=(y,))
             mbarrier.arrive(sh.video_free.index(then % STAGES), count=1)
-            x = _products(sh, c, last % STAGES, L)  # behind the last videos of what lies there, for nothing
+            x = _products(sh, c, last, STAGES, L, i + 1 < steps)  # behind the last videos of what lies there, for nothing
             of_x = _of(totals.inverse, totals.weight, row + 2 * ROWS + m, row + 2 * ROWS + m < call.last)
             dots += _slopes(y, of_y, at, sh, totals, redo, row + ROWS, column, scale2, shift, call, c, L)
+            mbarrier.wait(sh.video_there.index((last + 1) % STAGES), ((last + 1) // STAGES) & 1, pred=i + 1 < steps)
             x = warpgroup_mma_wait(0, deps=(x,))
             mbarrier.arrive(sh.video_free.index(last % STAGES), count=1, pred=i + 1 < steps)
             row += 2 * ROWS
