@@ -409,7 +409,8 @@ def rebuilt(function, fake):
         known[id(getattr(hopper, name))] = getattr(fake, name, None)
     sm90 = importlib.import_module("evaat_fast.kernels.attn.sm90")
     known |= {
-        id(getattr(sm90, name)): getattr(fake, name) for name in ("copy_in", "copy_out", "copy_add", "stores_done", "zero_here", "only_here")
+        id(getattr(sm90, name)): getattr(fake, name)
+        for name in ("copy_in", "copy_out", "copy_add", "stores_done", "zero_here", "only_here")
     }
 
     def of(x):

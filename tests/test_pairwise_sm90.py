@@ -166,12 +166,7 @@ def test_nan_and_inf_reach_the_loss(bad, emulated):
 FAULTS = {
     "no fence": ("    fence_async_shared()\n    copy_out", "    copy_out"),
     "slopes' place is taken early": ("    tma.store_wait(pendings=0)\n    slope", "    slope"),
-    "videos are given away early": (
-        "mbarrier.arrive(sh.video_free.index(then % STAGES), count=1)\n            x = _products(sh, c, last % STAGES, L)  # behind"
-        " the last videos of what lies there, for nothing\n            columns",
-        "mbarrier.arrive(sh.video_free.index(then % STAGES), count=1)\n            x = _products(sh, c, last % STAGES, L)\n"
-        "            mbarrier.arrive(sh.video_free.index(last % STAGES), count=1, pred=i + 1 < steps)\n            columns",
-    ),
+    "videos are overwritten": ("mbarrier.wait(sh.video_free.index(s), ((n // STAGES) & 1) ^ 1)", "pass"),
     "captions are given away early": ("mbarrier.wait(sh.text_free.index(c), (it & 1) ^ 1)", "pass"),
     "captions beyond the end count": ("(m < call.last)[:, None] & (n < call.N)[None, :] &", "(m < call.last)[:, None] &"),
 }
@@ -196,7 +191,7 @@ def test_faults_are_found(fault, tmp_path, emulated):
 @interpret
 def test_plan():
     """Units are whole, none is empty, and 128 of 132 multiprocessors have work where N is a power of two."""
-    for N, rows in ((4096, 4096), (16384, 16384), (32768, 32768), (32768, 2048), (300, 300), (2, 2), (65536, 1024), (1000, 130)):
+    for N, rows in ((4096, 4096), (16384, 16384), (32768, 32768), (32768, 2048), (300, 300), (2, 2), (65536, 1024), (990, 130)):
         span, ranges, units = kernels.plan(rows, N, 132)
         assert span % 128 == 0 and units == ranges * -(-N // 256) and (ranges - 1) * span < rows <= ranges * span
         if N >= 4096:

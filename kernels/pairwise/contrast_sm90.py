@@ -120,7 +120,9 @@ def _add(x, columns, out, row, column, scale2, shift, call, L: gl.constexpr):
         x = gl.where(_others(m, n, call), x, _beyond(scale2))
     e = gl.exp2(x * scale2 - shift)
     block = (m * 0 + column // COLUMNS).to(gl.int64)
-    gl.store(out.rows + block * (call.last - call.first) + (m - call.first), gl.sum(e, 1), mask=(m < call.last) & (column < call.N))
+    gl.store(
+        out.rows + block * (call.last - call.first) + (m - call.first), gl.sum(e, 1), mask=(m < call.last) & (column < call.N)
+    )
     upper, lower = e.reshape((4, 2, 8, COLUMNS)).permute((0, 2, 3, 1)).split()
     return columns + gl.convert_layout(upper + lower, columns.type.layout)
 
@@ -379,7 +381,7 @@ def stats(video, text, scale, sums, totals, costs, first, last):
 
 
 def slopes(video, text, scale, totals, of_scale, again, panel, first, last):
-    """The second sweep, into panel [last - first, N], whose rows are multiples of 8 numbers apart. of_scale: as `shares` says."""
+    """The second sweep, into panel [last - first, N], whose rows are multiples of 8 numbers apart. of_scale: see `shares`."""
     N, E = text.shape
     call = _call(N, first, last, video.device)
     at = TensorDescriptor.from_tensor(panel, [ROWS.value, COLUMNS.value], LAYOUT)

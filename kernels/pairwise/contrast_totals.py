@@ -5,13 +5,14 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 from evaat_fast.kernels.launch import FUSED, cdiv, launch
-from evaat_fast.kernels.pairwise.contrast import _log_add_exp, _store_two_floats
+from evaat_fast.kernels.pairwise.contrast import log_add_exp, store_two_floats
 
-# float32. rows [blocks of 128 captions, last - first] and columns [4 ranges, N]: what exponentials of others add up to, own [N]:
-# each pair's own product. again: int32 [1], whether the sums are of no use.
+# float32. rows [blocks of 128 captions, last - first] and columns [4 ranges, N]: what exponentials of others add up to; own
+# [N]: each pair's own product. again: int32 [1], whether the sums are of no use.
 Sums = namedtuple("Sums", "rows columns own again")
 # Of videos and of captions. float32: logs [2, 2, N], of the sums of all exponentials of a row to the base of 2, as two numbers
-# to add; inverse [2, N], 1 / such a sum; rest [2, N], what is left to learn; weight [N], what a pair's own loss counts, or None.
+# to add; inverse [2, N], 1 / such a sum in units of `_shift`; rest [2, N], what is left to learn; weight [N], what a pair's own
+# loss counts, or None.
 Totals = namedtuple("Totals", "logs inverse rest weight")
 # float64: running [N], columns' sums so far; entries [2, N], what each pair costs by its row and by its column.
 Costs = namedtuple("Costs", "running entries")
@@ -23,7 +24,7 @@ LEAST, MOST = tl.constexpr(-80.0), tl.constexpr(120.0)
 
 @triton.jit
 def _finish(others, own, i, mask, side, N, totals, costs):
-    """From float64 sums of others' exponentials, as logs, and each pair's own logit: what the second sweep and the loss need."""
+    """From the logs, float64, of others' exponentials and of each pair's own: what the second sweep and the loss need."""
     gap = others - own
     odds = tl.exp(-tl.abs(gap))
     less = odds / (1.0 + odds)
@@ -31,8 +32,8 @@ def _finish(others, own, i, mask, side, N, totals, costs):
     rounded = 1.0 + odds  # log(1 + odds) without what the sum rounds off: a trained batch costs little
     cost = tl.where(rounded == 1.0, odds, tl.log(rounded) * odds / (rounded - 1.0))
     tl.store(costs.entries + side * N + i, tl.where(gap > 0.0, gap + cost, cost), mask=mask)
-    total = _log_add_exp(others, own)
-    _store_two_floats(totals.logs + side * 2 * N + i, N, total * (1 / LN2), mask)
+    total = log_add_exp(others, own)
+    store_two_floats(totals.logs + side * 2 * N + i, N, total * (1 / LN2), mask)
     return total
 
 
@@ -57,7 +58,9 @@ def contrast_totals_sm90_kernel(sums, totals, costs, scale, N, first, last, stri
     mask, total = i < size, tl.zeros((BLOCK,), tl.float64)
     for j in range(0, count, MANY):
         strip = j + tl.arange(0, MANY)
-        x = tl.load(at + strip.to(tl.int64)[:, None] * size + i[None, :], mask=(strip < count)[:, None] & mask[None, :], other=0.0)
+        x = tl.load(
+            at + strip.to(tl.int64)[:, None] * size + i[None, :], mask=(strip < count)[:, None] & mask[None, :], other=0.0
+        )
         total += tl.sum(x.to(tl.float64), 0)
     i += begin
     if side == 1:
@@ -96,7 +99,9 @@ def contrast_again_kernel(f, sums, totals, costs, scale, rows, BLOCK: tl.constex
         for e in range(0, f.E, BLOCK_K):
             inside = (e + k < f.E)[None, :]
             x = tl.load(mine + i.to(tl.int64)[:, None] * mine_n + e + k[None, :], mask=(i < size)[:, None] & inside, other=0.0)
-            y = tl.load(others + n.to(tl.int64)[:, None] * others_n + e + k[None, :], mask=(n < across)[:, None] & inside, other=0.0)
+            y = tl.load(
+                others + n.to(tl.int64)[:, None] * others_n + e + k[None, :], mask=(n < across)[:, None] & inside, other=0.0
+            )
             s = tl.dot(x, tl.trans(y), s)
         s *= scale2
         own += tl.sum(tl.where(i[:, None] == n[None, :], s, 0.0), 1)

@@ -20,11 +20,11 @@ class Contrast(triton.Contrast):
         super(triton.Contrast, self).prepare()
         self.unit_video, self.unit_text, self.norms = self.video, self.text, None
         self.begin()
-        N, E = self.N, torch.float64
-        self.of, self.totals = (self.video, self.text, self.scale.reshape(1)), None
+        N, self.of = self.N, (self.video, self.text, self.scale.reshape(1))
         logs, inverse, rest = self.empty(2, 2, N), self.empty(2, N), self.empty(2, N)
         self.totals = contrast_totals.Totals(logs, inverse, rest, self.weight)
-        self.sums = contrast_totals.Costs(self.empty(N, dtype=E), self.empty(2, N, dtype=E))
+        running, entries = self.empty(N, dtype=torch.float64), self.empty(2, N, dtype=torch.float64)
+        self.sums = contrast_totals.Costs(running, entries)
         self.again = torch.empty(1, dtype=torch.int32, device=self.device)
         panels, last = divmod(N, self.rows)
         self.shares = contrast_sm90.shares(self.rows, N, self.device)
