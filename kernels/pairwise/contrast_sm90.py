@@ -35,9 +35,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 GROUPS = gl.constexpr(2)  # warpgroups
 ROWS, COLUMNS = gl.constexpr(64), gl.constexpr(128)  # of a tile
 
-# Pairs of videos first .. last - 1 and all N captions. span: videos of a unit of work, a multiple of 128; ranges: units of the
-# same captions; units: of all.
-Call = namedtuple("Call", "N first last span ranges units")
+# Pairs of videos first .. last - 1 and all N captions. span: videos of a unit of work, a multiple of 128; across: units of the
+# same videos; units: of all.
+Call = namedtuple("Call", "N first last span across units")
 # What is in shared memory, and barriers by the name of what they guard.
 Shared = namedtuple("Shared", "text video slopes factors text_there text_free video_there video_free")
 
@@ -58,9 +58,9 @@ def _scale2(scale):
 @gluon.jit
 def _unit(u, call):
     """(first caption, first video, twice 64 videos) of a unit of work."""
-    first = call.first + (u % call.ranges) * call.span
+    first = call.first + u // call.across * call.span
     end = gl.where(first + call.span < call.last, first + call.span, call.last)
-    return u // call.ranges * (GROUPS * COLUMNS), first, (end - first + 2 * ROWS - 1) // (2 * ROWS)
+    return u % call.across * (GROUPS * COLUMNS), first, (end - first + 2 * ROWS - 1) // (2 * ROWS)
 
 
 @gluon.jit
@@ -164,7 +164,7 @@ def _sum_up(sh, out, scale, call, c: gl.constexpr, STAGES: gl.constexpr):
         sums = gl.sum(columns, 1)
         w = gl.arange(0, 4, layout=gl.SliceLayout(1, sums.type.layout))[:, None]
         n = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, sums.type.layout))[None, :]
-        part = (u % call.ranges) * 4 + w
+        part = u // call.across * 4 + w
         gl.store(out.columns + part.to(gl.int64) * call.N + n, sums, mask=n + w * 0 < call.N)
         it += 1
 
@@ -358,7 +358,7 @@ def strips(N):
 
 def _call(N, first, last, device):
     span, ranges, units = plan(last - first, N, multiprocessors(device))
-    return Call(N, first, last, span, ranges, units)
+    return Call(N, first, last, span, units // ranges, units)
 
 
 def _launch(kernel, shape, device, arguments, call, E):
@@ -377,7 +377,7 @@ def stats(video, text, scale, sums, totals, costs, first, last):
     N, E = text.shape
     call = _call(N, first, last, video.device)
     _launch(contrast_stats_sm90_kernel, SHAPES["stats"], video.device, (*_features(video, text), scale, sums), call, E)
-    contrast_totals.add(sums, totals, costs, scale, N, first, last, strips(N), 4 * call.ranges)
+    contrast_totals.add(sums, totals, costs, scale, N, first, last, strips(N), 4 * call.units // call.across)
 
 
 def slopes(video, text, scale, totals, of_scale, again, panel, first, last):
