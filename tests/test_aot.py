@@ -146,6 +146,14 @@ def test_info_nce_in_gluon_fits_hopper(name):
         assert len(places("STSM")) == 16
 
 
+@pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith("contrast totals")])
+def test_sums_of_info_nce_fit_hopper(name):
+    of_it = used(name, 90)
+    if resources.triton_version() in resources.read():
+        assert resources.triton_cell(name, 90) == resources.read()[resources.triton_version()][name]["sm_90"]
+    assert of_it["stack"] == 0 and of_it["registers"] <= 128, of_it
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith("gradients")])
 def test_what_is_around_gradients_in_gluon_fits_hopper(name):
