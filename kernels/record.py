@@ -230,7 +230,9 @@ def _is_simple(compiled):
     if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
         return False
     more = "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size", "tensordesc_meta"
-    return compiled.packed_metadata[1] == 1 and not any(getattr(compiled.metadata, name, None) for name in more)
+    # Before Triton 3.6 there are clusters among them.
+    plain = len(compiled.packed_metadata) == 3 and compiled.packed_metadata[1] == 1
+    return plain and not any(getattr(compiled.metadata, name, None) for name in more)
 
 
 def _flat(kinds, arguments):

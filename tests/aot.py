@@ -119,6 +119,22 @@ def executed(code, chunks=4):
         i = following
 
 
+def usual(code, products):
+    """What one pass of the innermost loop with so many products executes where no branch over many instructions is missed: what
+    is rare stands behind such a branch."""
+    at = {address: i for i, (address, _) in enumerate(code)}
+    sums = lambda first, last: sum("HGMMA" in line for _, line in code[first : last + 1])  # noqa: E731
+    i, last = min((x for x in loops(code) if sums(*x) == products), key=lambda x: x[1] - x[0])
+    path = []
+    while i <= last:
+        line = code[i][1]
+        path.append(line)
+        target = re.match(r"BRA\S*\s.*?(0x[0-9a-f]+)", line)
+        to = at[int(target[1], 16)] if target else i
+        i = to if 200 < to - i and to <= last else i + 1
+    return path
+
+
 def cell(used, code, least=1):
     """One cell of golden/resources.md, from `resources` and `listing`."""
     count = sum(not line.startswith("NOP") for _, line in code)

@@ -232,6 +232,35 @@ def contrast_totals(arch, every):
     return aot.build(kernels.contrast_totals_kernel, types, {"EVERY": every, "BLOCK": 64}, arch, num_warps=2)
 
 
+def contrast_sm90(arch, sweep, dtype="bf16", E=256, weight=False):
+    from evaat_fast.kernels.pairwise import contrast_sm90 as kernels
+    from evaat_fast.kernels.pairwise import contrast_totals
+
+    of = lambda rows, columns: f"tensordesc<{dtype}[{rows}, {columns}],{kernels.LAYOUT!r}>"  # noqa: E731
+    types = {"video": of(64, E), "text": of(128, E), "scale": "*fp32", "call": kernels.Call(*["i32"] * 6)}
+    kernel, constants = getattr(kernels, f"contrast_{sweep}_sm90_kernel"), {"E": E, **kernels.SHAPES[sweep]}
+    if sweep == "stats":
+        types["out"] = contrast_totals.Sums("*fp32", "*fp32", "*fp32", "*i32")
+    else:
+        types |= {"panel": of(64, 128), "of_scale": "*fp32", "again": "*i32"}
+        types["totals"] = contrast_totals.Totals("*fp32", "*fp32", "*fp32", "*fp32" if weight else None)
+    aligned = ["call.N", "call.first", "call.last", "call.span"]
+    return aot.build(kernel, types, constants, arch, aligned=aligned, num_warps=4)
+
+
+def contrast_totals_sm90(arch, name):
+    from evaat_fast.kernels.pairwise import contrast_totals as kernels
+
+    types = {"sums": kernels.Sums("*fp32", "*fp32", "*fp32", "*i32"), "totals": kernels.Totals(*["*fp32"] * 3, None)}
+    types |= {"costs": kernels.Costs("*fp64", "*fp64"), "scale": "*fp32"}
+    if name == "totals":
+        types |= dict.fromkeys(("N", "first", "last", "strips", "parts"), "i32")
+        return aot.build(kernels.contrast_totals_sm90_kernel, types, {"BLOCK": 64}, arch, num_warps=2)
+    types |= {"f": features("bf16"), "rows": "i32"}
+    constants = {"BLOCK": 64, "BLOCK_K": 64}
+    return aot.build(kernels.contrast_again_kernel, types, constants, arch, aligned=ALIGNED, num_warps=4, num_stages=2)
+
+
 def pairwise_scale(arch):
     from evaat_fast.kernels.pairwise.panel import scale_kernel
 
@@ -389,6 +418,12 @@ HOPPER = {
     "gradients finish sm90, packed clips": functools.partial(attn_clips_sm90, name="finish"),
     "tiles of packed clips sm90": attn_tiles_sm90,
     "gradients finish sm90, tail 64, column sums": functools.partial(attn_ends_sm90, name="finish", tail=64, columns=True),
+    "clip sm90 bf16 E256, stats": functools.partial(contrast_sm90, sweep="stats"),
+    "clip sm90 fp16 E64, stats": functools.partial(contrast_sm90, sweep="stats", dtype="fp16", E=64),
+    "clip sm90 bf16 E256, slopes": functools.partial(contrast_sm90, sweep="slopes"),
+    "clip sm90 fp16 E128, slopes, weighted": functools.partial(contrast_sm90, sweep="slopes", dtype="fp16", E=128, weight=True),
+    "contrast totals sm90": functools.partial(contrast_totals_sm90, name="totals"),
+    "contrast totals sm90, once more": functools.partial(contrast_totals_sm90, name="again"),
 }
 
 

@@ -242,12 +242,14 @@ class Gluon:
     static_range = range
     exp2, log2 = (staticmethod(lambda x, f=f: Value(f(x.data))) for f in (torch.exp2, torch.log2))
     max, sum = (staticmethod(lambda x, axis, f=f: Value(f(x.data, axis))) for f in (torch.amax, torch.sum))
-    maximum = staticmethod(lambda x, y: Value(torch.maximum(x.data, y.data)))
+    maximum = staticmethod(lambda x, y: Value(torch.maximum(*(torch.as_tensor(data(z)) for z in (x, y)))))
+    expand_dims = staticmethod(lambda x, axis: Value(x.data.unsqueeze(axis)))
     join = staticmethod(lambda x, y: Value(torch.stack((x.data, y.data), -1)))
     convert_layout = staticmethod(lambda x, layout: x)
     NVMMADistributedLayout = NVMMASharedLayout = DotOperandLayout = BlockedLayout = SliceLayout = MBarrierLayout = staticmethod(
         lambda *_, **__: None
     )
+    SwizzledSharedLayout = SliceLayout
 
     def __init__(self, machine, program, programs):
         self.machine, self.program, self.programs = machine, program, programs
@@ -276,9 +278,9 @@ class Gluon:
         found[mask] = at.memory[where[mask]]
         return Value(found)
 
-    def store(self, at, value, mask):
-        where, mask, value = torch.broadcast_tensors(at.at, mask.data, value.data)
-        at.memory[where[mask]] = value[mask]
+    def store(self, at, value, mask=True):
+        where, mask, value = torch.broadcast_tensors(at.at, *(torch.as_tensor(data(x)) for x in (mask, value)))
+        at.memory[where[mask]] = value[mask].to(at.memory.dtype)
 
     def allocate_shared_memory(self, dtype, shape, layout):
         if dtype == torch.int64:
@@ -362,6 +364,9 @@ class Gluon:
     def zero_here(self, n):
         return Value(torch.tensor(0.0))
 
+    def only_here(self, n):
+        return n
+
     def stores_done(self):
         self.store_wait(0)
 
@@ -411,7 +416,8 @@ def rebuilt(function, fake):
         known[id(getattr(hopper, name))] = getattr(fake, name, None)
     sm90 = importlib.import_module("evaat_fast.kernels.attn.sm90")
     known |= {
-        id(getattr(sm90, name)): getattr(fake, name) for name in ("copy_in", "copy_out", "copy_add", "stores_done", "zero_here")
+        id(getattr(sm90, name)): getattr(fake, name)
+        for name in ("copy_in", "copy_out", "copy_add", "stores_done", "zero_here", "only_here")
     }
 
     def of(x):
@@ -435,10 +441,7 @@ def emulate(module, seed, programs=2):
     found = dict(vars(module))
     kernels = {name: Launcher(x, seed) for name, x in found.items() if isinstance(x, GluonJITFunction)}
     fake = {**found, **kernels, "TensorDescriptor": Descriptor, "multiprocessors": lambda device: programs}
-    return types.SimpleNamespace(
-        **{
-            name: types.FunctionType(x.__code__, fake, name, x.__defaults__, x.__closure__)
-            for name, x in found.items()
-            if isinstance(x, types.FunctionType) and x.__module__ == module.__name__
-        }
-    )
+    own = {name: x for name, x in found.items() if isinstance(x, types.FunctionType) and x.__module__ == module.__name__}
+    own = {name: types.FunctionType(x.__code__, fake, name, x.__defaults__, x.__closure__) for name, x in own.items()}
+    fake.update(own)  # they call one another
+    return types.SimpleNamespace(**own)

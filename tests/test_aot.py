@@ -124,6 +124,37 @@ def test_gradients_of_wide_heads_in_gluon_fit_hopper(name):
 
 
 @pytest.mark.sample(2)
+@pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith("clip sm90")])
+def test_info_nce_in_gluon_fits_hopper(name):
+    """Of two tiles in turn, exponentials are made as the products of the other begin, and end before they are waited for: 5 to
+    10 instructions a pair, where Triton's kernels execute 44 and 74."""
+    of_it, steps = used(name, 90), 2 * int(re.search(r"E(\d+)", name)[1]) // 16
+    if resources.triton_version() in resources.read():
+        assert resources.triton_cell(name, 90) == resources.read()[resources.triton_version()][name]["sm_90"]
+    assert of_it["shared"] <= aot.SHARED_LIMIT[90], of_it
+    ops = [line.split()[0] for line in aot.usual(listing(name, 90), steps)]
+    # The stack is of addresses that two tiles' products share.
+    assert sum(op.startswith(("LDL", "STL")) for op in ops) <= 40 and len(ops) <= 128 * (10 if "slopes" in name else 6.5)
+    places = lambda start: [i for i, op in enumerate(ops) if op.startswith(start)]  # noqa: E731
+    products, waits, powers = places("HGMMA"), places("WARPGROUP.DEPBAR"), places("MUFU.EX2")
+    assert len(products) == steps and len(waits) == 2 and len(powers) == 128
+    half = steps // 2
+    for tile, wait, begun in ((powers[:64], waits[0], products[0]), (powers[64:], waits[1], products[half])):
+        assert begun < tile[8] < tile[-1] < wait
+    assert products[half - 1] < powers[16] < waits[0] < products[half] and products[-1] < powers[80] < waits[1]
+    if "slopes" in name:
+        assert len(places("STSM")) == 16
+
+
+@pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith("contrast totals")])
+def test_sums_of_info_nce_fit_hopper(name):
+    of_it = used(name, 90)
+    if resources.triton_version() in resources.read():
+        assert resources.triton_cell(name, 90) == resources.read()[resources.triton_version()][name]["sm_90"]
+    assert of_it["stack"] == 0 and of_it["registers"] <= 128, of_it
+
+
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", [name for name in HOPPER if name.startswith(("gradients", "tiles"))])
 def test_what_is_around_gradients_in_gluon_fits_hopper(name):
     of_it = used(name, 90)

@@ -64,6 +64,23 @@ def test_forward_behind_a_launch_that_turns_keys(lab, monkeypatch):
         case.yardstick(case.inputs)()
 
 
+@pytest.mark.interpret
+def test_info_nce(lab, monkeypatch):
+    kernels = pytest.importorskip("evaat_fast.kernels.pairwise.contrast_sm90", reason="needs Triton 3.6", exc_type=ImportError)
+    from gluon_emulated import emulate
+
+    for name, launcher in vars(emulate(kernels, 0)).items():
+        monkeypatch.setattr(kernels, name, launcher)
+    (case,) = lab.ENTRIES["clip"].cases("cpu", True)
+    assert list(case.variants) == ["Triton", "Gluon"]
+    for make in case.variants.values():
+        found = make(case.inputs)()
+        case.check(found)
+        with pytest.raises(AssertionError):
+            case.check([x + 0.1 for x in found])
+    case.yardstick(case.inputs)()
+
+
 def test_without_a_gpu_it_says_so(lab):
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -47,6 +47,12 @@ def zero_here(n):
 
 
 @gluon.jit
+def only_here(n):
+    """n, of which no compiler makes addresses before a loop, which would be kept there for what is rare."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [n], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def stores_done():
     """Waits until what this partition has copied out is in memory; tma.store_wait, until it is read."""
     gl.inline_asm_elementwise("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -141,14 +141,14 @@ def _merge(parts, half, strips, size, mask):
 
 
 @triton.jit
-def _log_add_exp(a, b):
+def log_add_exp(a, b):
     most = tl.maximum(a, b)
     shift = tl.where(most == float("-inf"), 0.0, most)
     return shift + tl.log(tl.exp(a - shift) + tl.exp(b - shift))
 
 
 @triton.jit
-def _store_two_floats(target, half, x, mask):
+def store_two_floats(target, half, x, mask):
     high = x.to(tl.float32)
     rest = tl.where(tl.abs(high) == float("inf"), 0.0, x - high.to(tl.float64))
     _store_pair(target, half, (high, rest.to(tl.float32)), mask)
@@ -175,9 +175,9 @@ def contrast_totals_kernel(stats, sums, totals, halves, N, down, across, EVERY: 
         positives = tl.load(stats.own + at, mask=mask, other=0.0).to(tl.float64)
     if side == 1:
         if stats.first > 0:
-            others = _log_add_exp(others, tl.load(sums.running + at, mask=mask, other=0.0))
+            others = log_add_exp(others, tl.load(sums.running + at, mask=mask, other=0.0))
             if EVERY:
-                positives = _log_add_exp(positives, tl.load(sums.running + N + at, mask=mask, other=0.0))
+                positives = log_add_exp(positives, tl.load(sums.running + N + at, mask=mask, other=0.0))
         tl.store(sums.running + at, others, mask=mask)
         if EVERY:
             tl.store(sums.running + N + at, positives, mask=mask)
@@ -186,8 +186,8 @@ def contrast_totals_kernel(stats, sums, totals, halves, N, down, across, EVERY: 
         odds = tl.exp(-tl.abs(gap))
         less = odds / (1.0 + odds)
         tl.store(learned + at, tl.where(gap > 0.0, 1.0 - less, less).to(tl.float32), mask=mask)
-        _store_two_floats(target + at, N, _log_add_exp(others, positives), mask)
-        _store_two_floats(target + 2 * N + at, N, positives, mask)
+        store_two_floats(target + at, N, log_add_exp(others, positives), mask)
+        store_two_floats(target + 2 * N + at, N, positives, mask)
         # log(1 + odds) without what the sum rounds off: a trained batch costs little.
         rounded = 1.0 + odds
         cost = tl.where(rounded == 1.0, odds, tl.log(rounded) * odds / (rounded - 1.0))
