@@ -271,9 +271,8 @@ class Gluon:
             return Value(torch.tensor(x if condition else y))
         return Value(torch.where(torch.as_tensor(data(condition)), data(x), data(y)))
 
-    def load(self, at, mask=None, other=0):
-        mask = Value(torch.tensor(True)) if mask is None else mask
-        where, mask = torch.broadcast_tensors(at.at, mask.data)
+    def load(self, at, mask=True, other=0):
+        where, mask = torch.broadcast_tensors(at.at, torch.as_tensor(data(True if mask is None else mask)))
         found = torch.full(where.shape, other, dtype=at.memory.dtype)
         found[mask] = at.memory[where[mask]]
         return Value(found)
