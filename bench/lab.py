@@ -241,8 +241,8 @@ ENTRIES = {
         clip_cases,
     ),
     "pdl": Entry(
-        "Does the forward pass in Gluon gain by a launch that overlaps with the one before, which turns the keys (programmatic "
-        "dependent launch)? Its barriers are there by then, and the device need not wait for it to come.",
+        "Does the forward pass in Gluon, whose barriers are there by then, gain by a launch that overlaps with the one before, "
+        "which turns the keys (programmatic dependent launch)?",
         "1.5 to 3 us of each case on an H200: 0.184, 0.582 and 0.188 ms where 0.187, 0.585 and 0.190 are shipped; half of it "
         "where the kernel before, in CUDA C++, lets it begin only as its own programs end",
         "PDL of SHAPES in kernels/attn/sm90.py, and a trigger in csrc/rope3d/rope3d.cu: from 2 us on",

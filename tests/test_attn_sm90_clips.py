@@ -267,7 +267,7 @@ def test_who_serves(monkeypatch):
 
         def serves(backend, D=64, return_lse=False, dtype=F16):
             shape = torch.Size((300, 4, D))
-            rest = (None, None, limits, None, False, return_lse, False, backend)
+            rest = (None, None, limits, None, False, return_lse, False, False, backend)
             return plan(shape, shape, dtype, limits.device, still, *rest).backend
 
         assert (serves(None), serves(None, return_lse=True), serves("gluon")) == ("sdpa", "triton", "gluon")

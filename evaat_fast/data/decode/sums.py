@@ -75,7 +75,7 @@ class Sums:
             )
         assert self._files is not None
 
-    def __reduce__(self):  # workers map the files anew
+    def __reduce__(self) -> tuple[type["Sums"], tuple[Path, Path]]:  # workers map the files anew
         return Sums, (self.folder, self.root)
 
     def __len__(self) -> int:
