@@ -11,6 +11,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from evaat_fast._files import write_json
+
 
 class Mistake(Exception):
     """Another error whose message is all that the user needs."""
@@ -103,7 +105,6 @@ def recipes(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int | None:
-    from evaat_fast._files import write_json
     from evaat_fast.data.check import check as check_clips
     from evaat_fast.train import inputs, packages
     from evaat_fast.train.log import Progress
@@ -169,7 +170,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     print(outcome.text(record))
     if arguments.json:
-        outcome.write(record, arguments.json)
+        write_json(arguments.json, record)
 
 
 def features(arguments: argparse.Namespace) -> None:
@@ -240,7 +241,6 @@ def _check_file(path):
 
 
 def index(arguments: argparse.Namespace) -> None:
-    from evaat_fast._files import write_json
     from evaat_fast.search import Index
     from evaat_fast.search.index import FOLDER
     from evaat_fast.search.store import MANIFEST

@@ -1,6 +1,7 @@
 """A toy kitchen for tests, made once per process."""
 
 import functools
+import shutil
 import tempfile
 
 import pytest
@@ -19,6 +20,13 @@ def corpus(**settings):
 
 
 _folders = []
+
+
+def copied(folder):
+    """The small corpus in a folder of its own, to be damaged."""
+    made = corpus()
+    shutil.copytree(made.root, folder / "copy")
+    return type(made)(folder / "copy", folder / "copy" / "annotations", folder / "copy" / "videos")
 
 
 def configuration(folder, *overrides, out="run"):

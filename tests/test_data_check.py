@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from corpus import configuration, corpus
+from corpus import configuration, copied, corpus
 
 from evaat_fast.cli import main
 from evaat_fast.data import EK100, ClipDataset, ClipTable
@@ -22,8 +22,7 @@ pytest.importorskip("pyarrow")
 
 @pytest.fixture
 def copy(tmp_path):
-    shutil.copytree(corpus().root, tmp_path / "copy")
-    return type(corpus())(tmp_path / "copy", tmp_path / "copy" / "annotations", tmp_path / "copy" / "videos")
+    return copied(tmp_path)
 
 
 def rewrite(copy, change, split="train"):

@@ -1,13 +1,12 @@
 """Checksums of videos: what they are kept by, what they say of a file that changed, and who hears of it."""
 
 import pickle
-import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from corpus import configuration, corpus
+from corpus import configuration, copied
 
 from evaat_fast.cli import main
 from evaat_fast.data import EK100
@@ -23,8 +22,7 @@ pytest.importorskip("pyarrow")
 
 @pytest.fixture
 def copy(tmp_path):
-    shutil.copytree(corpus().root, tmp_path / "copy")
-    return type(corpus())(tmp_path / "copy", tmp_path / "copy" / "annotations", tmp_path / "copy" / "videos")
+    return copied(tmp_path)
 
 
 def movies(copy):
@@ -135,12 +133,27 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         sums.write(tmp_path / "sums", tmp_path, paths, progress=stop)
-    _, known = made(tmp_path / "sums", tmp_path, paths)
+    written, known = made(tmp_path / "sums", tmp_path, paths)
+    assert written.kept > 35  # of what the interrupted run had read
     for path in paths:
         known.hold(path)
         flip(path, -1)
         with pytest.raises(VideoError, match="damaged since"):
             known.hold(path)
+
+
+def test_a_file_that_cannot_be_opened(copy, tmp_path, monkeypatch):
+    """Is one that cannot be read, as without checksums: a clip of it is replaced."""
+    _, known = made(tmp_path / "sums", copy.videos, movies(copy))
+
+    known.hold(movies(copy)[0])  # by now the checksums themselves are mapped
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(VideoError, match="(?i)mp4: Permission denied"):
+        read_clip(movies(copy)[0], 0, 1, 2, sums=known)
 
 
 def test_the_root_may_move(copy, tmp_path):

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from evaat_fast._files import sha256, write_atomically
+from evaat_fast._files import sha256, write_atomically, write_json
 from evaat_fast.data import prepare_videos
 from evaat_fast.data.kinds import kinds_of, kinds_relevancy
 from evaat_fast.data.readers import charades, egoclip, egoclip_plus, egomcq, ek100, ek100_clips
@@ -298,8 +298,7 @@ def _charades(source):
     names = source / "Charades_v1_classes.txt"
 
     def extra(table, out):
-        text = json.dumps(charades.classes(source), indent=1) + "\n"
-        write_atomically(out / "test-classes.json", lambda file: file.write(text.encode()))
+        write_json(out / "test-classes.json", charades.classes(source))
         bare = sum(len(labels) == 0 for labels in table.column("labels"))
         return f"157 classes; {bare:,} videos have none" if bare else "157 classes"
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from evaat_fast import _parts
-from evaat_fast._files import sha256, write_atomically
+from evaat_fast._files import sha256, write_atomically, write_json
 from evaat_fast.data.dataset import ClipDataset, captions
 from evaat_fast.train import embedding, inputs, outcome, trainer
 from evaat_fast.train.config import Config, ConfigError
@@ -211,5 +211,4 @@ def _claim(out: Path, record: dict[str, Any], config: Config) -> None:
         "versions": outcome.versions(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    content = json.dumps({**record, **more}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(content.encode()))
+    write_json(path, {**record, **more})

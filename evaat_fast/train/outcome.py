@@ -1,6 +1,5 @@
 """Runs a task: what came out, as a record that says all that repeating it needs, and as a table beside the paper's."""
 
-import json
 import math
 import os
 import platform
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import evaat_fast
 from evaat_fast import _parts
-from evaat_fast._files import sha256, write_atomically
+from evaat_fast._files import sha256
 from evaat_fast.data import decode
 from evaat_fast.data.check import check
 from evaat_fast.data.choices import Frames
@@ -27,7 +26,7 @@ from evaat_fast.train.config import Config, ConfigError
 from evaat_fast.train.log import Progress
 from evaat_fast.train.tasks import RETRIEVAL, Options, Task, open_task
 
-__all__ = ["Incomplete", "guess_stage", "precision", "run", "run_of", "similarities", "text", "versions", "write"]
+__all__ = ["Incomplete", "guess_stage", "precision", "run", "run_of", "similarities", "text", "versions"]
 
 _DISTRIBUTIONS = ("torch", "numpy", "av", "torchcodec", "decord", "decord2", "pyarrow", "tokenizers")
 
@@ -194,13 +193,6 @@ def text(record: Mapping[str, Any]) -> str:
     lines += [f"note: {note}" for note in record["notes"]]
     lines += [f"differs: {difference}" for difference in record["differences"]]
     return "\n".join(lines)
-
-
-def write(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes the record as JSON, all at once, in a folder that is made where there is none."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(record, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(content.encode()))
 
 
 def guess_stage(task: str, stored: Mapping[str, Any]) -> str:

@@ -73,21 +73,16 @@ class Sums:
             raise FileNotFoundError(
                 f"sums: there are no checksums in {str(folder)!r}; evaat-fast check --write-sums makes them"
             )
-        assert self._files is not None
+        self._files = _entries(self.folder)
+        size = int((-(-self._files["size"].astype(np.int64) // BLOCK)).sum())
+        if (have := (self.folder / _BLOCKS).stat().st_size if size else 0) < 4 * size:
+            raise ValueError(f"sums: {self.folder / _BLOCKS} was cut short: {have:,} bytes for {4 * size:,}")
 
     def __reduce__(self) -> tuple[type["Sums"], tuple[Path, Path]]:  # workers map the files anew
         return Sums, (self.folder, self.root)
 
     def __len__(self) -> int:
         return len(self._files)
-
-    @cached_property
-    def _files(self) -> np.ndarray:
-        files = _entries(self.folder)
-        size = int((-(-files["size"].astype(np.int64) // BLOCK)).sum())
-        if (have := (self.folder / _BLOCKS).stat().st_size if size else 0) < 4 * size:
-            raise ValueError(f"sums: {self.folder / _BLOCKS} was cut short: {have:,} bytes for {4 * size:,}")
-        return files
 
     @cached_property
     def _blocks(self) -> np.ndarray:
@@ -144,6 +139,9 @@ class CheckedFile:
     """A video, or one within a tar file, whose blocks are held to their checksums as they are read: what PyAV opens.
 
     failed: what was said of the first block that was another, since a demuxer may go on behind an error; None.
+
+    Raises:
+        VideoError: it cannot be opened; of `read`: a block is another, or cannot be read.
     """
 
     def __init__(self, path: Path, sums: FileSums):
@@ -154,7 +152,10 @@ class CheckedFile:
         if place is None:
             raise VideoError(f"{path}: no such video")
         self._first = place[1]
-        self._file: BinaryIO = open(place[0], "rb", buffering=0)
+        try:
+            self._file: BinaryIO = open(place[0], "rb", buffering=0)
+        except OSError as error:
+            raise VideoError(f"{path}: {error.strerror}") from error
         self._at, self._held, self._block = 0, -1, b""
 
     def read(self, size: int) -> bytes:
@@ -181,10 +182,14 @@ class CheckedFile:
     def _checked(self, number):
         begin = number * BLOCK
         size = min(BLOCK, self._sums.size - begin)
-        self._file.seek(self._first + begin)
         block = b""
-        while len(block) < size and (more := self._file.read(size - len(block))):
-            block += more
+        try:
+            self._file.seek(self._first + begin)
+            while len(block) < size and (more := self._file.read(size - len(block))):
+                block += more
+        except OSError as error:
+            self.failed = f"{self.name}: {error.strerror}, in bytes {begin:,} to {begin + size:,}"
+            raise VideoError(self.failed) from error
         if len(block) != size or zlib.crc32(block) != self._sums.blocks[number]:
             self.failed = f"{self.name}: damaged since its checksums were made, in bytes {begin:,} to {begin + size:,}"
             raise VideoError(self.failed)
@@ -228,18 +233,20 @@ def write(
     with open(folder / _BLOCKS, "ab") as blocks, ThreadPoolExecutor(8) as pool:
         blocks.truncate(blocks.tell() // 4 * 4)
         at = blocks.seek(0, os.SEEK_END) // 4
-        for begin in range(0, len(todo), 64):  # not all at once: results wait in memory
-            batch = todo[begin : begin + 64]
-            for (key, _, size), made in zip(batch, pool.map(_sums_of, (path for _, path, _ in batch)), strict=True):
-                blocks.write(made.tobytes())
-                known[key] = np.array((key, size, at), _ENTRY)
-                at, done, unsaved = at + len(made), done + size, unsaved + size
-                if progress is not None:
-                    progress(done, total)
-            if unsaved >= _KEEP:
-                _save(folder, blocks, known)
-                unsaved = 0
-        _save(folder, blocks, known)
+        try:
+            for begin in range(0, len(todo), 64):  # not all at once: results wait in memory
+                batch = todo[begin : begin + 64]
+                for (key, _, size), made in zip(batch, pool.map(_sums_of, (path for _, path, _ in batch)), strict=True):
+                    blocks.write(made.tobytes())
+                    known[key] = np.array((key, size, at), _ENTRY)
+                    at, done, unsaved = at + len(made), done + size, unsaved + size
+                    if progress is not None:
+                        progress(done, total)
+                if unsaved >= _KEEP:
+                    _save(folder, blocks, known)
+                    unsaved = 0
+        finally:  # an interrupt, or a file that cannot be read, costs nothing that was read before
+            _save(folder, blocks, known)
     return Written(len(todo), kept, changed)
 
 
